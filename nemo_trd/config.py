@@ -1,0 +1,486 @@
+"""The schema of `conf/`: every setting of a run, its type, its rule and its meaning.
+
+Unknown keys, wrong types and settings that contradict each other are refused here, before
+torch is imported. What needs the model directories or the data is checked in `preflight.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message names field, value, rule and fix."""
+
+
+def rule_broken(field: str, value: object, rule: str, fix: str) -> ConfigError:
+    """The one shape in which a bad setting is reported."""
+    return ConfigError(f"{field} = {value!r}: {rule}. Fix: {fix}.")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Run(Section):
+    dir: str  # everything the run writes is below it
+    seed: NonNegativeInt
+
+
+class Algorithm(Section):
+    mode: Literal["opd", "opsd"]
+    trajectory: Literal["refinement", "rollout"]
+    teacher_context: Literal["refine", "prompt"]
+
+
+class ModelSource(Section):
+    path: str  # a local Hugging Face directory: config.json, tokenizer, safetensors
+    trust_remote_code: bool = False
+
+
+class Models(Section):
+    student: ModelSource
+    teacher: ModelSource | None  # null in opsd: the teacher is the frozen step-0 student
+
+
+class Layout(Section):
+    """How one model is split. Data parallelism takes the ranks that are left over."""
+
+    tensor_model_parallel_size: PositiveInt
+    pipeline_model_parallel_size: PositiveInt
+    virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    context_parallel_size: PositiveInt = 1
+    sequence_parallel: bool = False
+    batch_p2p_comm: bool = False
+
+    @property
+    def model_parallel_size(self) -> int:
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+        )
+
+
+class Parallel(Section):
+    student: Layout
+    teacher: Layout
+    timeout_minutes: PositiveFloat  # of a collective; a rank that waits longer ends the run
+
+
+class Teacher(Section):
+    offload_weights: bool  # keep the teacher's weights on the host between steps
+    offload_states: bool  # keep its hidden states on the host until the student needs them
+
+
+class Loss(Section):
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"]
+    beta: Fraction  # of jsd only: 0 is forward_kl, 1 is reverse_kl
+    top_k: PositiveInt | None
+    top_k_tail: Literal["bucket", "renormalize"]
+    token_clip: PositiveFloat | None
+    temperature: PositiveFloat
+    chunk_size: PositiveInt  # label positions whose logits exist at one time
+
+
+class RefinementTemplates(Section):
+    """Texts with placeholders {problem}, {rollout}, {reference_solution}; see conf/refinement."""
+
+    system: str | None
+    opd: str  # {problem} {rollout}
+    opsd: str  # {problem} {reference_solution} {rollout}
+    privileged_prompt: str  # {problem} {reference_solution}: opsd's teacher_context=prompt
+
+
+class RefinementConfig(Section):
+    templates: RefinementTemplates
+    max_context_tokens: PositiveInt  # of the refinement prompt, chat template included
+    on_overflow: Literal["shorten", "refuse"]
+    on_failure: Literal["drop", "rollout", "error"]
+    subset: Literal["all", "wrong", "right"]
+    others: Literal["rollout", "drop"]
+    max_student_nll_gap: PositiveFloat | None
+
+
+class Columns(Section):
+    """Which column of the data holds what. Exactly one of `problem` and `messages` is set."""
+
+    problem: str | None
+    messages: str | None  # chat messages: a list of {role, content}
+    reference_solution: str | None
+    answer: str | None
+
+
+class Dataset(Section):
+    path: str  # a .jsonl or .parquet file, or the name of a `datasets` dataset
+    name: str | None  # the configuration of a `datasets` dataset
+    split: str
+    columns: Columns
+    answer_pattern: str | None  # regular expression: group 1 of its last match is the answer
+    limit: PositiveInt | None  # use the first so many rows
+
+
+class Data(Section):
+    train: Dataset
+    validation: Dataset | None
+    system_prompt: str | None
+    chat_template_kwargs: dict[str, Any]
+    max_prompt_tokens: PositiveInt
+    verifier: Literal["math", "exact", "none"]
+
+
+class Sampling(Section):
+    temperature: NonNegativeFloat
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    top_k: NonNegativeInt
+    max_tokens: PositiveInt
+
+
+class LocalGeneration(Section):
+    batch_size: PositiveInt  # sequences per call of Hugging Face `generate`
+    dtype: Literal["fp32", "bf16"]
+
+
+class Generation(Section):
+    backend: Literal["local"]
+    rollout: Sampling
+    refinement: Sampling
+    local: LocalGeneration
+
+
+class Optimizer(Section):
+    lr: PositiveFloat
+    min_lr: NonNegativeFloat
+    schedule: Literal["cosine", "linear", "constant"]
+    warmup_fraction: Fraction
+    weight_decay: NonNegativeFloat
+    betas: tuple[Fraction, Fraction]
+    eps: PositiveFloat
+    clip_grad: NonNegativeFloat  # 0 switches it off
+    distributed: bool  # shard optimizer states over data parallel ranks
+
+    @model_validator(mode="before")
+    @classmethod
+    def _betas_as_tuple(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("betas"), list):
+            return {**values, "betas": tuple(values["betas"])}
+        return values
+
+
+class Precision(Section):
+    dtype: Literal["fp32", "bf16"]
+    fp8: Literal["e4m3", "hybrid"] | None  # student, TransformerEngine only
+    teacher_fp8: Literal["e4m3", "hybrid"] | None
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
+
+
+class Train(Section):
+    num_steps: PositiveInt
+    prompts_per_step: PositiveInt
+    rollouts_per_prompt: PositiveInt
+    micro_batch_size: PositiveInt | None  # exactly one of these two
+    max_tokens_per_micro_batch: PositiveInt | None
+    recompute: Literal["none", "selective", "full"]
+    max_failed_steps: PositiveInt  # so many steps in a row without a trajectory stop the run
+
+    @property
+    def trajectories_per_step(self) -> int:
+        return self.prompts_per_step * self.rollouts_per_prompt
+
+
+class Checkpoint(Section):
+    save_interval: PositiveInt
+    keep_last: PositiveInt
+    resume: str  # auto, never, or the directory of one checkpoint
+    async_save: bool
+    export_hf: bool  # write a Hugging Face directory when the run ends
+
+
+class WandB(Section):
+    project: str
+    entity: str | None = None
+    name: str | None = None
+
+
+class MLflow(Section):
+    experiment: str
+    tracking_uri: str | None = None
+
+
+class Logging(Section):
+    tensorboard: bool
+    wandb: WandB | None
+    mlflow: MLflow | None
+    samples_interval: PositiveInt
+    samples_count: PositiveInt
+    progress: bool  # progress bars on stderr
+
+
+class Evaluation(Section):
+    at_start: bool
+    at_end: bool
+    interval: PositiveInt | None
+    samples_per_problem: PositiveInt
+    sampling: Sampling
+
+
+class Config(Section):
+    run: Run
+    algorithm: Algorithm
+    model: Models
+    parallel: Parallel
+    teacher: Teacher
+    precision: Precision
+    loss: Loss
+    refinement: RefinementConfig
+    data: Data
+    generation: Generation
+    optimizer: Optimizer
+    train: Train
+    checkpoint: Checkpoint
+    logging: Logging
+    evaluation: Evaluation
+
+    @property
+    def teacher_path(self) -> str:
+        """Directory of the teacher's weights; in opsd those are the student's at step 0."""
+        return self.model.teacher.path if self.model.teacher else self.model.student.path
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.dir)
+
+    def digest(self) -> str:
+        """Identifies what a checkpoint belongs to: the settings that change the numbers."""
+        settings = self.model_dump(mode="json")
+        for section in ("parallel", "checkpoint", "logging", "evaluation", "teacher"):
+            del settings[section]
+        del settings["run"]["dir"], settings["train"]["num_steps"]
+        del settings["generation"]["local"]
+        for knob in ("micro_batch_size", "max_tokens_per_micro_batch", "recompute"):
+            del settings["train"][knob]
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        check_consistent(self)
+        return self
+
+
+def check_consistent(config: Config) -> None:
+    """Rules between fields.
+
+    Raises:
+        ConfigError: naming the first rule that is broken.
+    """
+    mode, teacher = config.algorithm.mode, config.model.teacher
+    if mode == "opd" and teacher is None:
+        raise rule_broken(
+            "model.teacher",
+            None,
+            "algorithm.mode=opd distils a separate teacher",
+            "set model.teacher.path, or algorithm.mode=opsd",
+        )
+    if mode == "opsd" and teacher is not None:
+        raise rule_broken(
+            "model.teacher.path",
+            teacher.path,
+            "in algorithm.mode=opsd the teacher is the frozen step-0 student",
+            "set model.teacher=null, or algorithm.mode=opd",
+        )
+    columns = config.data.train.columns
+    needs_reference = mode == "opsd"
+    if needs_reference and columns.reference_solution is None:
+        raise rule_broken(
+            "data.train.columns.reference_solution",
+            None,
+            "algorithm.mode=opsd shows the reference solution to the teacher",
+            "name the column that holds worked solutions",
+        )
+    for split, dataset in (("train", config.data.train), ("validation", config.data.validation)):
+        if dataset is not None:
+            _check_dataset(f"data.{split}", dataset, config)
+    refinement = config.refinement
+    if refinement.subset != "all" and config.data.verifier == "none":
+        raise rule_broken(
+            "refinement.subset",
+            refinement.subset,
+            "choosing wrong or right rollouts needs a verifier",
+            "set data.verifier=math or exact, or refinement.subset=all",
+        )
+    if config.algorithm.trajectory == "rollout" and refinement.subset != "all":
+        raise rule_broken(
+            "refinement.subset",
+            refinement.subset,
+            "algorithm.trajectory=rollout refines nothing",
+            "set refinement.subset=all",
+        )
+    train = config.train
+    if (train.micro_batch_size is None) == (train.max_tokens_per_micro_batch is None):
+        raise rule_broken(
+            "train.micro_batch_size",
+            train.micro_batch_size,
+            "exactly one of train.micro_batch_size and train.max_tokens_per_micro_batch is set",
+            "set the other one to null",
+        )
+    if config.optimizer.min_lr > config.optimizer.lr:
+        raise rule_broken(
+            "optimizer.min_lr",
+            config.optimizer.min_lr,
+            f"it may not exceed optimizer.lr = {config.optimizer.lr}",
+            "lower it",
+        )
+    if config.loss.divergence != "jsd" and config.loss.beta != 0.5:
+        raise rule_broken(
+            "loss.beta",
+            config.loss.beta,
+            f"loss.divergence={config.loss.divergence} does not use it",
+            "remove it, or set loss.divergence=jsd",
+        )
+    for role in get_args(Literal["student", "teacher"]):
+        _check_layout(f"parallel.{role}", getattr(config.parallel, role), role)
+
+
+def _check_dataset(field: str, dataset: Dataset, config: Config) -> None:
+    columns = dataset.columns
+    if (columns.problem is None) == (columns.messages is None):
+        raise rule_broken(
+            f"{field}.columns.problem",
+            columns.problem,
+            "exactly one of columns.problem and columns.messages is set",
+            "set the other one to null",
+        )
+    if columns.answer is None and dataset.answer_pattern is None:
+        if config.data.verifier != "none":
+            raise rule_broken(
+                f"{field}.columns.answer",
+                None,
+                f"data.verifier={config.data.verifier} compares with an answer",
+                "name its column, or set answer_pattern, or data.verifier=none",
+            )
+    elif dataset.answer_pattern is not None and not (columns.answer or columns.reference_solution):
+        raise rule_broken(
+            f"{field}.answer_pattern",
+            dataset.answer_pattern,
+            "it is searched in columns.answer, or else in columns.reference_solution",
+            "name one of these columns",
+        )
+
+
+def _check_layout(field: str, layout: Layout, role: str) -> None:
+    virtual = layout.virtual_pipeline_model_parallel_size
+    if role == "teacher" and virtual is not None:
+        raise rule_broken(
+            f"{field}.virtual_pipeline_model_parallel_size",
+            virtual,
+            "the teacher runs forward only and gains nothing from interleaving",
+            "set it to null",
+        )
+    if virtual is not None and layout.pipeline_model_parallel_size < 2:
+        raise rule_broken(
+            f"{field}.virtual_pipeline_model_parallel_size",
+            virtual,
+            "the interleaved schedule needs pipeline_model_parallel_size of 2 or more",
+            "set it to null, or raise pipeline_model_parallel_size",
+        )
+    if virtual is not None and layout.pipeline_model_parallel_size == 2 and layout.batch_p2p_comm:
+        raise rule_broken(
+            f"{field}.batch_p2p_comm",
+            True,
+            "megatron-core computes silently wrong gradients with the interleaved schedule at "
+            "pipeline_model_parallel_size=2 and batched p2p",
+            "set it to false",
+        )
+    if layout.sequence_parallel and layout.tensor_model_parallel_size == 1:
+        raise rule_broken(
+            f"{field}.sequence_parallel",
+            True,
+            "it splits sequences over tensor parallel ranks and there is one",
+            "set it to false, or raise tensor_model_parallel_size",
+        )
+
+
+def conf_dir() -> Path:
+    """The configuration files: beside the package in a checkout, inside it when installed."""
+    installed = Path(__file__).parent / "conf"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+def validate(composed: DictConfig | dict[str, Any]) -> Config:
+    """Turn what Hydra composed into a `Config`.
+
+    Raises:
+        ConfigError: every broken rule, one a line: field, value, rule, fix.
+    """
+    try:
+        settings = (
+            OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+            if isinstance(composed, DictConfig)
+            else composed
+        )
+    except OmegaConfBaseException as error:
+        field = getattr(error, "full_key", None) or "?"
+        raise ConfigError(
+            f"{field} has no value: {str(error).splitlines()[0]}. Fix: set {field}=..."
+        ) from error
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        lines = [_explain(detail) for detail in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _explain(detail: Any) -> str:
+    field = ".".join(str(part) for part in detail["loc"])
+    cause = detail.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return str(cause)
+    if detail["type"] == "extra_forbidden":
+        known = _keys_of(detail["loc"][:-1])
+        close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
+        fix = f"did you mean {close[0]}?" if close else f"known keys here: {', '.join(known)}"
+        return f"{field} = {detail['input']!r}: unknown key. Fix: {fix}"
+    if detail["type"] == "missing":
+        return f"{field}: missing. Fix: set {field}=..."
+    return f"{field} = {detail['input']!r}: {detail['msg']}. Fix: give a value that obeys this."
+
+
+def _keys_of(path: tuple[str | int, ...]) -> list[str]:
+    section: type[BaseModel] = Config
+    for part in path:
+        annotation = section.model_fields[str(part)].annotation
+        options = (annotation, *get_args(annotation))
+        section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return sorted(section.model_fields)
+
+
+def compose(overrides: list[str], config_name: str = "config") -> Config:
+    """Compose and validate from Python, as the command line does.
+
+    Raises:
+        ConfigError: an override that names nothing, or a broken rule.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+
+    with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+        try:
+            composed = hydra_compose(config_name, overrides)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(str(error)) from error
+    return validate(composed)

@@ -1,0 +1,132 @@
+"""What flows through the loop: prompts, rollouts, refinements, trajectories, micro-batches.
+
+Everything up to `Trajectory` is token ids in plain tuples, so that it can be pickled between
+ranks, written as JSON and compared in tests. Only `Microbatch` holds tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+TokenIds = tuple[int, ...]
+FinishReason = Literal["stop", "length", "abort"]
+Rejection = Literal[
+    "subset",  # refinement.subset leaves this rollout alone
+    "context_overflow",  # the refinement prompt does not fit refinement.max_context_tokens
+    "empty",  # the rewrite holds nothing but the terminating EOS
+    "aborted",
+    "truncated",  # it reached generation.refinement.max_tokens
+    "nll_gap",  # beyond refinement.max_student_nll_gap
+]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem of the dataset."""
+
+    index: int  # position in the dataset file, before any filtering: stable across runs
+    problem: str  # the text that refinement templates show to the teacher
+    token_ids: TokenIds  # x: the student's chat template, generation prompt included
+    reference_solution: str | None = None  # y*: worked solution, seen by the teacher in OPSD only
+    answer: str | None = None  # final answer, for the verifier
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One sequence to continue. Equal requests give equal completions, in whatever batch."""
+
+    prompt_token_ids: TokenIds
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a generator returns for one request.
+
+    `token_ids` ends with the EOS token exactly when `finish_reason` is "stop".
+    `weight_version` is the version of the weights that sampled it (0 for a frozen teacher).
+    """
+
+    token_ids: TokenIds
+    finish_reason: FinishReason
+    weight_version: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """y_o: one sample of the student for one prompt."""
+
+    prompt: Prompt
+    sample_index: int  # 0 .. rollouts_per_prompt - 1
+    completion: Completion
+    text: str  # decoded without special tokens
+    correct: bool | None  # the verifier's verdict; None where there is no answer to compare with
+
+
+@dataclass(frozen=True)
+class RefinementPrompt:
+    """c_T for one rollout, or the reason why the teacher is not asked to rewrite it."""
+
+    rollout: Rollout
+    token_ids: TokenIds | None  # None exactly when `rejection` is set
+    rejection: Rejection | None = None  # "subset" or "context_overflow"
+    shortened: tuple[str, ...] = ()  # which of "rollout", "reference_solution" was cut to fit
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """y_r: the teacher's rewrite of a rollout, or the reason why there is none to train on."""
+
+    request: RefinementPrompt
+    completion: Completion | None  # None when no rewrite was asked for
+    text: str  # decoded without special tokens; empty without a completion
+    correct: bool | None  # the verifier's verdict on the rewrite
+    rejection: Rejection | None  # None: accepted
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One sequence to train on: student context x + y, teacher context c_T + y."""
+
+    prompt_index: int
+    sample_index: int
+    source: Literal["refinement", "rollout"]
+    student_context: TokenIds
+    teacher_context: TokenIds
+    labels: TokenIds  # y, its terminating EOS included
+    weight_version: int  # of the student that sampled y_o
+
+    @property
+    def name(self) -> str:
+        """How error messages and samples call it."""
+        return f"prompt {self.prompt_index} sample {self.sample_index} ({self.source})"
+
+
+@dataclass
+class ContextBatch:
+    """The sequences of one micro-batch as one model sees them.
+
+    Padded layout: `tokens` is [b, s], one sequence per row, right-padded.
+    Packed layout (THD): `tokens` is [1, t], sequences one after the other, each padded to the
+    alignment; `cu_seqlens` [b + 1] are their borders.
+    """
+
+    tokens: torch.Tensor  # int64
+    position_ids: torch.Tensor  # int64, the shape of tokens
+    label_positions: torch.Tensor  # int64 [n]: index into tokens.flatten() that predicts label i
+    cu_seqlens: torch.Tensor | None  # int32 [b + 1] when packed
+
+
+@dataclass
+class Microbatch:
+    """Trajectories as tensors. Label i of the student is label i of the teacher."""
+
+    student: ContextBatch
+    teacher: ContextBatch
+    labels: torch.Tensor  # int64 [n], n = 0 for a filler that keeps ranks in lock-step
+    trajectory_index: torch.Tensor  # int64 [n]: which entry of `trajectories` a label belongs to
+    trajectories: tuple[Trajectory, ...]
