@@ -1,0 +1,258 @@
+"""What a local Hugging Face model directory holds, read without torch.
+
+Only JSON files and safetensors headers are read, so a 70B directory is checked in
+milliseconds. A safetensors file is: 8 bytes little-endian header length, a JSON header that
+maps tensor names to dtype, shape and [begin, end) offsets, then the bytes of the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_trd.config import ConfigError, rule_broken
+
+SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
+BYTES_PER_ELEMENT = {"F32": 4, "F16": 2, "BF16": 2}
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+COPY_AGAIN = "copy the directory again, whole"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    file: Path
+    dtype: str  # a key of BYTES_PER_ELEMENT
+    shape: tuple[int, ...]
+
+
+def read_json(file: Path, field: str) -> dict[str, Any]:
+    """A JSON object from `file`; `field` is the setting that led to it.
+
+    Raises:
+        ConfigError: the file is missing, unreadable or no JSON object (with line and column).
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise rule_broken(
+            field, str(file), "there is no such file", "give a complete Hugging Face directory"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise rule_broken(
+            field,
+            f"{file}:{error.lineno}:{error.colno}",
+            f"invalid JSON: {error.msg}",
+            "repair the file or copy it again",
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise rule_broken(
+            field, str(file), f"it cannot be read: {error}", "repair the file or copy it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise rule_broken(
+            field, str(file), "it holds no JSON object", "repair the file or copy it again"
+        )
+    return content
+
+
+def check_model_type(directory: Path, field: str) -> None:
+    """Refuse directories that are missing or of an architecture that is not built.
+
+    Raises:
+        ConfigError
+    """
+    if not directory.is_dir():
+        raise rule_broken(
+            field,
+            str(directory),
+            "there is no such directory",
+            "give a local Hugging Face directory; nothing is downloaded",
+        )
+    config_file = directory / "config.json"
+    settings = read_json(config_file, field)
+    model_type = settings.get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise rule_broken(
+            f"{field} ({config_file}: model_type)",
+            model_type,
+            f"supported are {', '.join(SUPPORTED_MODEL_TYPES)}",
+            "choose a model of one of these architectures",
+        )
+    quantization = settings.get("quantization_config")
+    if quantization:
+        raise rule_broken(
+            f"{field} ({config_file}: quantization_config)",
+            quantization,
+            "weights are trained and served in fp32, fp16 or bf16",
+            "save a dequantized copy of the model",
+        )
+
+
+def stored_tensors(directory: Path, field: str) -> dict[str, StoredTensor]:
+    """Every tensor of the directory by name, after checking that its bytes are all there.
+
+    Raises:
+        ConfigError: no safetensors, a missing shard, a truncated or damaged file, an index that
+            disagrees with the files, a dtype that is not fp32, fp16 or bf16.
+    """
+    index_file = directory / INDEX_NAME
+    if not index_file.exists():
+        if not (directory / SINGLE_NAME).exists():
+            raise rule_broken(
+                field,
+                str(directory),
+                f"it holds neither {SINGLE_NAME} nor {INDEX_NAME}",
+                "save the model as safetensors (save_pretrained of transformers does)",
+            )
+        return _tensors_of_file(directory / SINGLE_NAME, field)
+    weight_map = read_json(index_file, field).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise rule_broken(
+            field, str(index_file), "it has no weight_map", "repair the file or copy it again"
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        file = directory / shard
+        if not file.is_file():
+            count = sum(owner == shard for owner in weight_map.values())
+            raise rule_broken(
+                field,
+                str(file),
+                f"this shard is missing; {index_file.name} keeps {count} tensors in it",
+                COPY_AGAIN,
+            )
+        tensors |= _tensors_of_file(file, field)
+    for name, shard in weight_map.items():
+        if name not in tensors or tensors[name].file.name != Path(shard).name:
+            raise rule_broken(
+                field,
+                str(directory / shard),
+                f"{index_file.name} says that it holds {name}, which it does not",
+                COPY_AGAIN,
+            )
+    return tensors
+
+
+def _tensors_of_file(file: Path, field: str) -> dict[str, StoredTensor]:
+    def damaged(rule: str) -> ConfigError:
+        return rule_broken(field, str(file), rule, COPY_AGAIN)
+
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= header_size <= size - 8:
+            raise damaged(f"its {size} bytes are no complete safetensors header")
+        try:
+            header = json.loads(stream.read(header_size))
+        except ValueError as error:
+            raise damaged(f"its safetensors header is no JSON: {error}") from None
+    header.pop("__metadata__", None)
+    end_of_data = 8 + header_size
+    tensors = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        element = BYTES_PER_ELEMENT.get(entry["dtype"])
+        if element is None:
+            raise rule_broken(
+                field,
+                f"{file}: {name}: {entry['dtype']}",
+                f"the dtype must be one of {', '.join(BYTES_PER_ELEMENT)}",
+                "save a dequantized copy of the model",
+            )
+        if end - begin != element * math.prod(entry["shape"]):
+            raise damaged(f"offsets and shape of {name} disagree")
+        end_of_data = max(end_of_data, 8 + header_size + end)
+        tensors[name] = StoredTensor(file, entry["dtype"], tuple(entry["shape"]))
+    if size != end_of_data:
+        state = "truncated" if size < end_of_data else "longer than it should be"
+        raise damaged(f"{state}: {size} bytes, its header tells of {end_of_data}")
+    return tensors
+
+
+def expected_shapes(hf: Any) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a model of this configuration needs.
+
+    `hf` is the `PretrainedConfig` of a Llama, Qwen2 or Qwen3 model. The output weight of a tied
+    model is not in it.
+    """
+    hidden, ffn, vocab = hf.hidden_size, hf.intermediate_size, hf.vocab_size
+    head_dim = getattr(hf, "head_dim", None) or hidden // hf.num_attention_heads
+    queries = hf.num_attention_heads * head_dim
+    keys = hf.num_key_value_heads * head_dim
+    all_biased = bool(getattr(hf, "attention_bias", False))
+    qkv_biased = all_biased or hf.model_type == "qwen2"
+    linear = {
+        "self_attn.q_proj": ((queries, hidden), qkv_biased),
+        "self_attn.k_proj": ((keys, hidden), qkv_biased),
+        "self_attn.v_proj": ((keys, hidden), qkv_biased),
+        "self_attn.o_proj": ((hidden, queries), all_biased),
+        "mlp.gate_proj": ((ffn, hidden), bool(getattr(hf, "mlp_bias", False))),
+        "mlp.up_proj": ((ffn, hidden), bool(getattr(hf, "mlp_bias", False))),
+        "mlp.down_proj": ((hidden, ffn), bool(getattr(hf, "mlp_bias", False))),
+    }
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+    }
+    if hf.model_type == "qwen3":
+        layer |= {"self_attn.q_norm.weight": (head_dim,), "self_attn.k_norm.weight": (head_dim,)}
+    for name, (shape, biased) in linear.items():
+        layer[f"{name}.weight"] = shape
+        if biased:
+            layer[f"{name}.bias"] = shape[:1]
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not hf.tie_word_embeddings:
+        shapes["lm_head.weight"] = (vocab, hidden)
+    for index in range(hf.num_hidden_layers):
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+    return shapes
+
+
+def check_weights(directory: Path, hf: Any, field: str) -> None:
+    """The directory holds exactly the tensors of the configuration, complete and in shape.
+
+    Raises:
+        ConfigError: see `stored_tensors`; a tensor that is missing, of another shape, or that the
+            architecture has no place for (it would be dropped in silence).
+    """
+    stored, expected = stored_tensors(directory, field), expected_shapes(hf)
+    missing = sorted(expected.keys() - stored.keys())
+    if missing:
+        raise rule_broken(
+            field, str(directory), f"its safetensors lack {_some(missing)}", COPY_AGAIN
+        )
+    for name, shape in expected.items():
+        if stored[name].shape != shape:
+            raise rule_broken(
+                field,
+                f"{stored[name].file}: {name}: {list(stored[name].shape)}",
+                f"config.json describes the shape {list(shape)}",
+                "give weights and config.json of the same model",
+            )
+    derived = {"lm_head.weight"} if hf.tie_word_embeddings else set()
+    unknown = sorted(
+        name
+        for name in stored.keys() - expected.keys() - derived
+        if not name.endswith("rotary_emb.inv_freq")
+    )
+    if unknown:
+        raise rule_broken(
+            field,
+            str(directory),
+            f"the {hf.model_type} architecture has no place for {_some(unknown)}",
+            "give a plain model of this architecture, adapters merged",
+        )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
