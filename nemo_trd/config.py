@@ -172,6 +172,7 @@ class Optimizer(Section):
     eps: PositiveFloat
     clip_grad: NonNegativeFloat  # 0 switches it off
     distributed: bool  # shard optimizer states over data parallel ranks
+    overlap_grad_reduce: bool  # reduce gradients while the backward pass still runs
 
     @model_validator(mode="before")
     @classmethod

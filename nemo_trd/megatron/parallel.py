@@ -35,9 +35,7 @@ def process_groups(layout: Layout) -> ProcessGroupCollection:
     groups.dp_cp = _own_group([rank(t, c, d, p) for d in ds for c in cs] for p in ps for t in ts)
     groups.tp_cp = _own_group([rank(t, c, d, p) for c in cs for t in ts] for p in ps for d in ds)
     groups.mp = _own_group([rank(t, c, d, p) for p in ps for t in ts] for d in ds for c in cs)
-    groups.tp_dp_cp = _own_group(
-        [rank(t, c, d, p) for d in ds for c in cs for t in ts] for p in ps
-    )
+    groups.tp_dp_cp = _own_group([rank(t, c, d, p) for d in ds for c in cs for t in ts] for p in ps)
     # Tied embeddings exist on the first and the last stage; their gradients are summed there.
     ends = sorted({ps[0], ps[-1]})
     groups.embd = _own_group([rank(t, c, d, p) for p in ends] for d in ds for c in cs for t in ts)

@@ -1,0 +1,103 @@
+"""One pass over micro-batches with Megatron's own pipeline schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_no_pipelining,
+    forward_backward_pipelining_with_interleaving,
+    forward_backward_pipelining_without_interleaving,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+from nemo_trd.megatron.runtime import device
+from nemo_trd.types import ContextBatch
+
+ForwardStep = Callable[..., tuple[Tensor, Callable[..., Any]]]
+
+
+def run_schedule(
+    chunks: Sequence[torch.nn.Module],
+    forward_step: ForwardStep,
+    micro_batches: Sequence[Any],
+    groups: ProcessGroupCollection,
+    *,
+    forward_only: bool,
+    collect: bool = False,
+) -> list[Any]:
+    """What the loss function reported for each micro-batch; on the last stage only.
+
+    `chunks` are this rank's virtual stages. `collect` calls the loss function with
+    `non_loss_data=True` and returns what it returns. Sequence lengths may differ between
+    micro-batches: stages tell each other the shapes.
+    """
+    config = chunks[0].config
+    arguments: dict[str, Any] = {
+        "forward_step_func": forward_step,
+        "model": list(chunks),
+        "data_iterator": [iter(micro_batches) for _ in chunks],
+        "num_microbatches": len(micro_batches),
+        "seq_length": 1,  # ignored: variable_seq_lengths
+        "micro_batch_size": 1,
+        "forward_only": forward_only,
+        "collect_non_loss_data": collect,
+        "pg_collection": groups,
+    }
+    if groups.pp.size() == 1:
+        return forward_backward_no_pipelining(**arguments)
+    arguments["p2p_communicator"] = P2PCommunicator(groups.pp, config)
+    if len(chunks) > 1:
+        return forward_backward_pipelining_with_interleaving(**arguments)
+    return forward_backward_pipelining_without_interleaving(**arguments)
+
+
+def is_last_stage(groups: ProcessGroupCollection) -> bool:
+    return groups.pp.rank() == groups.pp.size() - 1
+
+
+def run_model(model: torch.nn.Module, batch: ContextBatch) -> Tensor:
+    """Hidden states [s, b, h] of one micro-batch (or what the next stage needs)."""
+    packed = None
+    if batch.cu_seqlens is not None:
+        borders = batch.cu_seqlens.to(device())
+        longest = int((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).max())
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=borders,
+            cu_seqlens_kv=borders,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+    return model(
+        input_ids=batch.tokens.to(device()),
+        position_ids=batch.position_ids.to(device()),
+        attention_mask=None,
+        packed_seq_params=packed,
+    )
+
+
+def label_rows(
+    hidden: Tensor, batch: ContextBatch, groups: ProcessGroupCollection, sequence_parallel: bool
+) -> Tensor:
+    """The hidden states [n, h] that predict the labels, whole on every tensor parallel rank.
+
+    Each rank computes the logits of its own vocabulary shard from them, so its gradient is a
+    partial sum: the backward pass adds those up over the tensor parallel group.
+    """
+    if sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(
+            hidden, tensor_parallel_output_grad=True, group=groups.tp
+        )
+    else:
+        hidden = copy_to_tensor_model_parallel_region(hidden, group=groups.tp)
+    return hidden.transpose(0, 1).flatten(0, 1)[batch.label_positions.to(hidden.device)]

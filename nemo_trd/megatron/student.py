@@ -1,0 +1,284 @@
+"""The student on Megatron: distillation steps, scoring, and its weights as Hugging Face tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+
+from nemo_trd.config import Config
+from nemo_trd.losses import divergence, token_nll
+from nemo_trd.megatron.hf_weights import export_hf_weights, load_hf_weights, read_output_weight
+from nemo_trd.megatron.model import build_model, load_hf_config, padded_vocab_size
+from nemo_trd.megatron.parallel import process_groups
+from nemo_trd.megatron.runtime import device
+from nemo_trd.megatron.schedule import is_last_stage, label_rows, run_model, run_schedule
+from nemo_trd.types import Microbatch
+
+
+class NonFiniteLossError(RuntimeError):
+    """The divergence of some token is not finite; raised before the optimizer has moved."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step of the student did, the same on all ranks."""
+
+    metrics: dict[str, float]  # means over the label tokens of the global batch
+    token_divergence: dict[str, list[float]]  # per label, of the watched trajectories by name
+
+
+class Student:
+    """Holds this rank's share of the student and of its optimizer. All methods are collective."""
+
+    def __init__(self, config: Config) -> None:
+        source = config.model.student
+        self._config = config
+        self.layout = config.parallel.student
+        self.groups = process_groups(self.layout)
+        self.hf = load_hf_config(source.path, source.trust_remote_code)
+        self.models = build_model(
+            self.hf,
+            self.layout,
+            self.groups,
+            config.precision,
+            recompute=config.train.recompute,
+            fp8=config.precision.fp8,
+        )
+        load_hf_weights(self.models, self.hf, source.path, self.groups)
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=config.optimizer.distributed,
+            overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
+        )
+        self.chunks = [
+            DistributedDataParallel(m.config, ddp, m, pg_collection=self.groups)
+            for m in self.models
+        ]
+        for model in self.models:
+            model.config.finalize_model_grads_func = finalize_model_grads
+            if config.optimizer.overlap_grad_reduce:
+                syncs = [chunk.no_sync for chunk in self.chunks]
+                model.config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+        self.optimizer = _optimizer(config, self.chunks, self.groups)
+        self.scheduler = _scheduler(config, self.optimizer)
+        self._load_teacher_head()
+
+    def _load_teacher_head(self) -> None:
+        """Copy the teacher's frozen output weight to the last stage, in this model's sharding."""
+        source = self._config.model.teacher or self._config.model.student
+        teacher = load_hf_config(source.path, source.trust_remote_code)
+        self._vocab_size = min(self.hf.vocab_size, teacher.vocab_size)
+        if is_last_stage(self.groups):
+            self._teacher_head = read_output_weight(
+                teacher,
+                source.path,
+                self.groups.tp.rank(),
+                self.groups.tp.size(),
+                dtype=self.models[-1].config.params_dtype,
+                device=device(),
+                padded_vocab_size=padded_vocab_size(self.hf.vocab_size, self.groups.tp.size()),
+            )
+
+    def train_step(
+        self,
+        micro_batches: Sequence[Microbatch],
+        teacher_states: Sequence[Tensor | None],
+        watch: Collection[str] = (),
+    ) -> StepResult:
+        """Minimise the divergence along the labels: sum over tokens / their global number.
+
+        Args:
+            micro_batches: this data parallel rank's share; all ranks have equally many.
+            teacher_states: the teacher's hidden states [n, h] for each, on the last stage.
+            watch: names of the trajectories whose per-token divergence is wanted.
+
+        Raises:
+            NonFiniteLossError: naming the trajectory.
+        """
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        reports = run_schedule(
+            self.chunks,
+            self._forward_step(partial(self._divergence, watch=frozenset(watch))),
+            list(zip(micro_batches, teacher_states, strict=True)),
+            self.groups,
+            forward_only=False,
+        )
+        self.scheduler.step(increment=1)
+        updated, grad_norm, _ = self.optimizer.step()
+        assert updated, "only loss scaling skips updates, and bf16 and fp32 have none"
+        sums, token_divergence = self._merge(reports)
+        metrics = {name: total / sums["tokens"] for name, total in sums.items()}
+        metrics["loss"] = metrics["divergence"]
+        metrics["label_tokens"] = sums["tokens"]
+        del metrics["tokens"]
+        metrics["grad_norm"] = float(grad_norm)
+        metrics["lr"] = self.optimizer.param_groups[0]["lr"]
+        return StepResult(metrics, token_divergence)
+
+    @torch.no_grad()
+    def mean_nll(self, micro_batches: Sequence[Microbatch]) -> dict[str, float]:
+        """Mean negative log-likelihood per label token, in nats, by trajectory name."""
+        for chunk in self.chunks:
+            chunk.eval()
+        reports = run_schedule(
+            self.chunks,
+            self._forward_step(self._nll),
+            [(micro_batch, None) for micro_batch in micro_batches],
+            self.groups,
+            forward_only=True,
+            collect=True,
+        )
+        for chunk in self.chunks:
+            chunk.train()
+        return {name: nll for report in self._everyone(reports) for name, nll in report.items()}
+
+    def export_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor under its Hugging Face name, whole, on every rank, one at a time."""
+        return export_hf_weights(self.models, self.hf, self.groups)
+
+    def _forward_step(self, loss: Any) -> Any:
+        def forward_step(iterator, model):  # noqa: ANN001, ANN202  (megatron's signature)
+            micro_batch, teacher_hidden = next(iterator)
+            hidden = run_model(model, micro_batch.student)
+            return hidden, partial(loss, micro_batch, teacher_hidden)
+
+        return forward_step
+
+    def _rows(self, hidden: Tensor, micro_batch: Microbatch) -> Tensor:
+        return label_rows(hidden, micro_batch.student, self.groups, self.layout.sequence_parallel)
+
+    def _divergence(
+        self,
+        micro_batch: Microbatch,
+        teacher_hidden: Tensor,
+        hidden: Tensor,
+        *,
+        watch: frozenset[str],
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        result = divergence(
+            self._rows(hidden, micro_batch),
+            self.models[-1].output_weight(),
+            teacher_hidden.to(device()),
+            self._teacher_head,
+            micro_batch.labels.to(device()),
+            self._config.loss,
+            self._vocab_size,
+            self.groups.tp,
+        )
+        _check_finite(micro_batch, result.token_divergence)
+        tokens = torch.tensor(len(micro_batch.labels), dtype=torch.int, device=device())
+        sums = {name: float(value) for name, value in result.metrics.items()}
+        kept = {
+            t.name: result.token_divergence.cpu()[micro_batch.trajectory_index == i].tolist()
+            for i, t in enumerate(micro_batch.trajectories)
+            if t.name in watch
+        }
+        report = {"sums": {**sums, "tokens": float(tokens)}, "token_divergence": kept}
+        return result.loss_sum, tokens, report
+
+    def _nll(
+        self, micro_batch: Microbatch, _: None, hidden: Tensor, non_loss_data: bool
+    ) -> dict[str, float]:
+        nll = token_nll(
+            self._rows(hidden, micro_batch),
+            self.models[-1].output_weight(),
+            micro_batch.labels.to(device()),
+            self._vocab_size,
+            self._config.loss.chunk_size,
+            self.groups.tp,
+        )
+        return {
+            t.name: float(nll.cpu()[micro_batch.trajectory_index == i].mean())
+            for i, t in enumerate(micro_batch.trajectories)
+        }
+
+    def _everyone(self, reports: Sequence[Any]) -> list[Any]:
+        """The reports of all micro-batches of all data parallel ranks, on every rank."""
+        has_them = is_last_stage(self.groups) and self.groups.tp.rank() == 0
+        shares: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(shares, list(reports) if has_them else [])
+        return [report for share in shares for report in share]
+
+    def _merge(
+        self, reports: Sequence[dict[str, Any]]
+    ) -> tuple[dict[str, float], dict[str, list[float]]]:
+        sums: dict[str, float] = {}
+        kept: dict[str, list[float]] = {}
+        for report in self._everyone(reports):
+            for name, value in report["sums"].items():
+                sums[name] = sums.get(name, 0.0) + value
+            kept |= report["token_divergence"]
+        return sums, kept
+
+
+def _check_finite(micro_batch: Microbatch, token_divergence: Tensor) -> None:
+    bad = ~torch.isfinite(token_divergence).cpu()
+    if bad.any():
+        first = int(bad.nonzero()[0])
+        owner = int(micro_batch.trajectory_index[first])
+        trajectory = micro_batch.trajectories[owner]
+        place = first - int((micro_batch.trajectory_index < owner).sum())
+        raise NonFiniteLossError(
+            f"{trajectory.name}: the divergence of label {place} is "
+            f"{float(token_divergence[first])} ({int(bad.sum())} such tokens in the micro-batch). "
+            "No weight was changed. Fix: look for overflow or corrupt weights in student and "
+            "teacher; try precision.dtype=fp32."
+        )
+
+
+def _optimizer(config: Config, chunks: list[Any], groups: Any) -> Any:
+    settings = config.optimizer
+    bf16 = config.precision.dtype == "bf16"
+    return get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            adam_eps=settings.eps,
+            clip_grad=settings.clip_grad,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=settings.distributed,
+        ),
+        chunks,
+        use_gloo_process_groups=False,
+        pg_collection=groups,
+    )
+
+
+def _scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
+    """Advanced before each update, over num_steps + 1: no update has a learning rate of 0."""
+    settings, steps = config.optimizer, config.train.num_steps + 1
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=min(round(settings.warmup_fraction * steps), steps - 1),
+        lr_decay_steps=steps,
+        lr_decay_style=settings.schedule,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

@@ -1,0 +1,144 @@
+"""The frozen teacher on Megatron: it only ever gives its final hidden states.
+
+The student's last stage turns them into teacher logits chunk by chunk, with a copy of the
+teacher's output weight in the student's vocabulary sharding. So the two models may be split in
+different ways, and no teacher logits travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from nemo_trd.config import Config
+from nemo_trd.megatron.hf_weights import load_hf_weights
+from nemo_trd.megatron.model import HiddenStatesModel, build_model, load_hf_config
+from nemo_trd.megatron.parallel import process_groups
+from nemo_trd.megatron.runtime import device
+from nemo_trd.megatron.schedule import is_last_stage, label_rows, run_model, run_schedule
+from nemo_trd.types import Microbatch
+
+
+class Teacher:
+    """Holds this rank's share of the teacher, without gradients or optimizer.
+
+    `micro_batches[d]` below are those of the student's data parallel rank d; every rank has
+    the whole plan. All methods are collective.
+    """
+
+    def __init__(self, config: Config, student_groups: ProcessGroupCollection) -> None:
+        source = config.model.teacher or config.model.student
+        self._layout = config.parallel.teacher
+        self._offload_weights = config.teacher.offload_weights
+        self._offload_states = config.teacher.offload_states
+        self._groups = process_groups(self._layout)
+        hf = load_hf_config(source.path, source.trust_remote_code)
+        self._hidden_size = hf.hidden_size
+        self._model: HiddenStatesModel
+        (self._model,) = models = build_model(
+            hf, self._layout, self._groups, config.precision, fp8=config.precision.teacher_fp8
+        )
+        load_hf_weights(models, hf, source.path, self._groups)
+        self._model.requires_grad_(False).eval()
+        self._sources = _last_stage_ranks(self._groups)
+        self._destinations = _last_stage_ranks(student_groups)
+        if self._offload_weights:
+            self._model.to("cpu")
+
+    @torch.no_grad()
+    def hidden_states(self, micro_batches: Sequence[Sequence[Microbatch]]) -> list[Tensor | None]:
+        """Final hidden states [n, h] at the labels of each of this rank's own micro-batches.
+
+        They are where the student's loss is computed: on its last stage. Elsewhere: None.
+        """
+        teachers = self._groups.dp.size()
+        students = len(micro_batches)
+        flat = [
+            (student, position)
+            for position in range(len(micro_batches[0]))
+            for student in range(students)
+        ]
+        own = [micro_batches[s][p] for s, p in flat[self._groups.dp.rank() :: teachers]]
+        # A pipeline runs in lock-step with itself only: data parallel teachers may differ by one.
+        if self._offload_weights:
+            self._model.to(device())
+        states = self._forward(own) if own else []
+        if self._offload_weights:
+            self._model.to("cpu")
+        received: dict[int, Tensor] = {}
+        for index, (student, position) in enumerate(flat):
+            state = self._hand_over(
+                states[index // teachers] if states and self._owns(index) else None,
+                len(micro_batches[student][position].labels),
+                sources=self._sources[index % teachers],
+                destinations=self._destinations[student],
+            )
+            if state is not None:
+                received[position] = state.cpu() if self._offload_states else state
+        return [received.get(position) for position in range(len(micro_batches[0]))]
+
+    def _owns(self, index: int) -> bool:
+        return index % self._groups.dp.size() == self._groups.dp.rank()
+
+    def _forward(self, micro_batches: Sequence[Microbatch]) -> list[Tensor]:
+        def rows(micro_batch: Microbatch, hidden: Tensor, non_loss_data: bool) -> Tensor:
+            return label_rows(
+                hidden, micro_batch.teacher, self._groups, self._layout.sequence_parallel
+            )
+
+        def forward_step(iterator, model):  # noqa: ANN001, ANN202  (megatron's signature)
+            micro_batch = next(iterator)
+            return run_model(model, micro_batch.teacher), partial(rows, micro_batch)
+
+        return run_schedule(
+            [self._model],
+            forward_step,
+            micro_batches,
+            self._groups,
+            forward_only=True,
+            collect=True,
+        )
+
+    def _hand_over(
+        self, state: Tensor | None, count: int, sources: list[int], destinations: list[int]
+    ) -> Tensor | None:
+        """Bring one micro-batch's states to every rank that computes a part of its loss.
+
+        Every tensor parallel rank of the teacher's last stage has them whole; each serves some
+        of the destinations. A rank that is both keeps its own.
+        """
+        me = dist.get_rank()
+        operations = []
+        result = state if me in destinations else None
+        for number, destination in enumerate(destinations):
+            if destination in sources:
+                continue
+            source = sources[number % len(sources)]
+            if me == source:
+                assert state is not None
+                operations.append(dist.P2POp(dist.isend, state.contiguous(), destination))
+            elif me == destination:
+                result = torch.empty(
+                    count, self._hidden_size, dtype=self._model.config.params_dtype, device=device()
+                )
+                operations.append(dist.P2POp(dist.irecv, result, source))
+        if operations:
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+        return result
+
+
+def _last_stage_ranks(groups: ProcessGroupCollection) -> list[list[int]]:
+    """For each data parallel rank of a model: the ranks of its last stage. Collective."""
+    mine = (groups.dp.rank(), is_last_stage(groups))
+    everyone: list[tuple[int, bool]] = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return [
+        [rank for rank, (replica, last) in enumerate(everyone) if last and replica == wanted]
+        for wanted in range(groups.dp.size())
+    ]
