@@ -1,0 +1,145 @@
+"""Saving and resuming a run: Megatron's distributed checkpoint plus the trainer state."""
+
+from __future__ import annotations
+
+import logging
+import random
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from safetensors.torch import load_file, save_file
+
+from nemo_trd import checkpoint_dir
+from nemo_trd.checkpoint_dir import PARTIAL, TrainerState, checkpoint_name
+from nemo_trd.config import Checkpoint
+from nemo_trd.megatron.student import Student
+
+log = logging.getLogger(__name__)
+
+# Optimizer states of a distributed optimizer in a form that any TP, PP and DP can load.
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+class Checkpointer:
+    """Saves the student's whole training state below `root`. All methods are collective."""
+
+    def __init__(self, settings: Checkpoint, root: Path, student: Student) -> None:
+        self._settings = settings
+        self._root = root
+        self._student = student
+        self._queue = AsyncCallsQueue()
+
+    def save(self, state: TrainerState) -> None:
+        """Write a checkpoint; with `async_save` return while it is still being written.
+
+        The one before stays the newest until all files of this one are on the disk.
+        """
+        self.wait()
+        final = self._root / checkpoint_name(state.step)
+        partial_dir = self._root / (final.name + PARTIAL)
+        if dist.get_rank() == 0:
+            for leftover in self._root.glob(f"step_*{PARTIAL}"):
+                shutil.rmtree(leftover)
+            (partial_dir / "rng").mkdir(parents=True)
+        dist.barrier()
+        save_file(_rng_state(), partial_dir / "rng" / _rng_file())
+        request = dist_checkpointing.save(
+            self._state_dict(is_loading=False),
+            str(partial_dir),
+            async_sharded_save=self._settings.async_save,
+            content_metadata=SHARDING,
+        )
+        if request is None:
+            self._commit(partial_dir, state)
+        else:
+            request.add_finalize_fn(partial(self._commit, partial_dir, state))
+            self._queue.schedule_async_request(request)
+
+    def poll(self) -> None:
+        """Finish a background save that has been written; to be called once a step."""
+        self._queue.maybe_finalize_async_calls(blocking=False)
+
+    def wait(self) -> None:
+        """Finish every background save."""
+        self._queue.maybe_finalize_async_calls(blocking=True)
+
+    def close(self) -> None:
+        self._queue.close()
+
+    def load(self, checkpoint: Path) -> TrainerState:
+        """Restore the student, also from another parallel layout."""
+        states = dist_checkpointing.load(self._state_dict(is_loading=True), str(checkpoint))
+        for index, model in enumerate(self._student.models):
+            model.load_state_dict(states["model"][f"chunk{index}"])
+        self._student.optimizer.load_state_dict(states["optimizer"])
+        self._student.scheduler.load_state_dict(states["scheduler"])
+        rng = checkpoint / "rng" / _rng_file()
+        if rng.is_file():
+            _restore_rng_state(load_file(rng))
+        else:  # another number of ranks: nothing in a run without dropout draws from these
+            log.info("%s has no random state for this layout; the seed's is used", checkpoint)
+        return checkpoint_dir.read_state(checkpoint)
+
+    def _commit(self, partial_dir: Path, state: TrainerState) -> None:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            final = checkpoint_dir.commit(partial_dir, state, self._settings.keep_last)
+            log.info("saved %s", final)
+        dist.barrier()
+
+    def _state_dict(self, *, is_loading: bool) -> dict[str, Any]:
+        models = {
+            f"chunk{index}": model.sharded_state_dict(metadata=SHARDING)
+            for index, model in enumerate(self._student.models)
+        }
+        return {
+            "model": models,
+            "optimizer": self._student.optimizer.sharded_state_dict(
+                models, is_loading=is_loading, metadata=SHARDING
+            ),
+            "scheduler": self._student.scheduler.state_dict(),
+        }
+
+
+def _rng_file() -> str:
+    return f"rank_{dist.get_rank():05d}_of_{dist.get_world_size():05d}.safetensors"
+
+
+def _rng_state() -> dict[str, torch.Tensor]:
+    """Every generator of this rank as byte tensors."""
+    version, internal, gauss = random.getstate()
+    assert gauss is None
+    _, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
+    assert not has_gauss and not cached
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *internal], dtype=torch.int64),
+        "numpy": torch.tensor([*map(int, keys), int(position)], dtype=torch.int64),
+    }
+    for name, tracked in get_cuda_rng_tracker().get_states().items():
+        state[f"megatron.{name}"] = tracked
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_rng_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, *internal = state["python"].tolist()
+    random.setstate((version, tuple(internal), None))
+    *keys, position = state["numpy"].tolist()
+    numpy.random.set_state(("MT19937", numpy.array(keys, dtype=numpy.uint32), position, 0, 0.0))
+    tracked = {
+        n.removeprefix("megatron."): t for n, t in state.items() if n.startswith("megatron.")
+    }
+    get_cuda_rng_tracker().set_states(tracked)
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
