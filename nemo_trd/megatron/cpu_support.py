@@ -1,0 +1,159 @@
+"""What megatron-core needs in order to run on a CPU with gloo.
+
+megatron-core names "cuda" as the device in many places, asks torch.cuda for streams and random
+states, and checks the types of parameters by their CUDA names. Each patch below answers one of
+those. `install` does nothing where CUDA is available.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+_FACTORIES = ("empty", "empty_like", "full", "ones", "tensor", "zeros", "zeros_like")
+_installed = False
+
+
+def install() -> None:
+    """Make megatron-core importable and usable without CUDA. Call it before importing megatron."""
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    _installed = True
+    _patch_devices()
+    _patch_cuda_runtime()
+    _stub_paged_stash()
+    _patch_random_state()
+    _patch_distributed_optimizer()
+
+
+class _NoStream:
+    """Stands in for streams and events: everything on a CPU has happened when it returns."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., _NoStream]:
+        return lambda *args, **kwargs: self
+
+
+def _patch_devices() -> None:
+    # device="cuda" is a literal in the schedules, the optimizer and the attention mask.
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[assignment, method-assign]
+    # The optimizers sort parameters by `param.type()` and know only the names of CUDA types.
+    torch.Tensor.type = _cuda_type_for_megatron(torch.Tensor.type)  # type: ignore[assignment, method-assign]
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and str(device).startswith("cuda"):
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _cuda_type_for_megatron(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def tensor_type(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original(tensor, *args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if isinstance(result, str) and caller.startswith("megatron."):
+            return result.replace("torch.", "torch.cuda.")
+        return result
+
+    return tensor_type
+
+
+def _patch_cuda_runtime() -> None:
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU  # megatron-core allocates on what this returns
+    # Without a device these raise or, like Stream, cannot even be constructed.
+    cuda.synchronize = lambda *args: None
+    cuda.empty_cache = lambda: None
+    cuda.Stream = cuda.Event = _NoStream
+    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _NoStream()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    cuda.is_current_stream_capturing = lambda: False
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args: None
+
+
+def _stub_paged_stash() -> None:
+    """megatron-core 0.19 imports triton unguarded in one module, which only experts use."""
+    if importlib.util.find_spec("triton") is not None:
+        return
+    stub = ModuleType("megatron.core.transformer.moe.ops.paged_stash")
+    stub.__getattr__ = _nothing  # type: ignore[method-assign]
+    sys.modules[stub.__name__] = stub
+
+
+def _nothing(name: str) -> None:
+    if name.startswith("__"):
+        raise AttributeError(name)
+
+
+def _patch_random_state() -> None:
+    # Recomputing activations saves and restores the CUDA generator: take the CPU's instead.
+    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # type: ignore[assignment]
+    torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
+    from megatron.core.tensor_parallel import random
+
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _patch_distributed_optimizer() -> None:
+    """Let the distributed optimizer save and load the states of torch's Adam.
+
+    On a CPU megatron-core falls back to torch's Adam, which keeps `step` as a tensor in the state
+    of each parameter; Apex and TransformerEngine keep it as a number in the parameter group, and
+    that is what the distributed optimizer expects.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+    load = DistributedOptimizer.load_state_dict
+    sharded = DistributedOptimizer.sharded_state_dict
+
+    def set_states_except_step(self: Any, model_param: Any, tensors: Any) -> None:
+        # The checkpoint holds one shard of each state; `step` is not among them.
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        step = state.pop("step", None)
+        set_states(self, model_param, tensors)
+        if step is not None:
+            state["step"] = step
+
+    def load_own_steps(self: Any, *args: Any, **kwargs: Any) -> None:
+        # Loading gives all parameters the same `step` tensor, and Adam would then add one to it
+        # for every parameter.
+        load(self, *args, **kwargs)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    def sharded_with_states(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Before its first step Adam has no state, and there is nothing to load into.
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                if not self.optimizer.state[param]:
+                    self.optimizer.state[param] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(param),
+                        "exp_avg_sq": torch.zeros_like(param),
+                    }
+        return sharded(self, *args, **kwargs)
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_except_step
+    DistributedOptimizer.load_state_dict = load_own_steps
+    DistributedOptimizer.sharded_state_dict = sharded_with_states

@@ -1,0 +1,373 @@
+"""From a Hugging Face config.json to Megatron models that return final hidden states.
+
+Llama, Qwen2 and Qwen3 (dense). What a config.json can say and these models cannot do is refused
+by `check_supported`, never ignored.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import AutoConfig, PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from nemo_trd.config import Config, ConfigError, Layout, Precision, rule_broken
+
+SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
+# Frequencies that do not depend on the sequence length and leave attention scores unscaled.
+SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
+VOCABULARY_MULTIPLE = 128
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load_hf_config(path: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Read and check config.json of a local Hugging Face directory.
+
+    Raises:
+        ConfigError: no readable config.json, or a model that `check_supported` refuses.
+    """
+    file = Path(path) / "config.json"
+    try:
+        model_type = json.loads(file.read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{file} cannot be read: {error}. "
+            "Fix: give a Hugging Face model directory with config.json, tokenizer and safetensors."
+        ) from error
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise _unsupported(file, "model_type", model_type, _one_of(SUPPORTED_MODEL_TYPES))
+    hf = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    check_supported(hf)
+    return hf
+
+
+def check_supported(hf: PretrainedConfig) -> None:
+    """Refuse what the Megatron models would compute differently from transformers.
+
+    Raises:
+        ConfigError: naming config.json, the key, its value and what is supported.
+    """
+    file = Path(hf.name_or_path or "") / "config.json"
+
+    def require(key: str, value: object, holds: bool, rule: str) -> None:
+        if not holds:
+            raise _unsupported(file, key, value, rule)
+
+    architectures = hf.architectures or []
+    known = {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+    require(
+        "model_type",
+        hf.model_type,
+        hf.model_type in SUPPORTED_MODEL_TYPES,
+        _one_of(SUPPORTED_MODEL_TYPES),
+    )
+    require("architectures", architectures, set(architectures) <= known, _one_of(sorted(known)))
+    require("hidden_act", hf.hidden_act, hf.hidden_act == "silu", "silu is supported")
+    for key in ("attention_bias", "mlp_bias"):
+        value = getattr(hf, key, False)
+        require(key, value, not value, "only the QKV bias of qwen2 is supported")
+    window = getattr(hf, "sliding_window", None)
+    layer_types = set(getattr(hf, "layer_types", None) or [])
+    windowed = getattr(hf, "use_sliding_window", False) and window is not None
+    require(
+        "sliding_window",
+        window,
+        not windowed and layer_types <= {"full_attention"},
+        "every layer must use full attention",
+    )
+    quantization = getattr(hf, "quantization_config", None)
+    require("quantization_config", quantization, quantization is None, "weights must be plain")
+    rope = rope_parameters(hf)
+    require(
+        "rope_type", rope["rope_type"], rope["rope_type"] in SUPPORTED_ROPE_TYPES,
+        _one_of(SUPPORTED_ROPE_TYPES),
+    )  # fmt: skip
+    partial = rope.get("partial_rotary_factor", 1.0)
+    require("partial_rotary_factor", partial, partial == 1.0, "1.0 is supported")
+
+
+def _unsupported(file: Path, key: str, value: object, rule: str) -> ConfigError:
+    return rule_broken(f"{file}: {key}", value, rule, "use a supported model")
+
+
+def _one_of(values: Any) -> str:
+    return f"supported are {', '.join(values)}"
+
+
+def rope_parameters(hf: PretrainedConfig) -> dict[str, Any]:
+    """Rope settings as one dict with rope_type and rope_theta.
+
+    transformers 5 keeps them in `rope_parameters`; 4 has `rope_theta` and `rope_scaling`.
+    """
+    parameters = dict(
+        getattr(hf, "rope_parameters", None) or getattr(hf, "rope_scaling", None) or {}
+    )
+    parameters.setdefault("rope_type", parameters.get("type", "default"))
+    parameters.setdefault("rope_theta", getattr(hf, "rope_theta", 10000.0))
+    return parameters
+
+
+def inverse_frequencies(hf: PretrainedConfig) -> torch.Tensor:
+    """Rope's inverse frequencies, fp32 [head_dim / 2], exactly as transformers has them."""
+    rope = rope_parameters(hf)
+    if rope["rope_type"] != "default":
+        frequencies, attention_factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf, device=None)
+        assert attention_factor == 1.0, rope
+        return frequencies.float()
+    exponents = torch.arange(0, head_dim(hf), 2, dtype=torch.float32) / head_dim(hf)
+    return 1.0 / (rope["rope_theta"] ** exponents)
+
+
+def head_dim(hf: PretrainedConfig) -> int:
+    return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """Rows of the embedding and the output weight over all tensor parallel ranks together."""
+    multiple = VOCABULARY_MULTIPLE * tp
+    return -(-vocab_size // multiple) * multiple
+
+
+def check_layout(hf: PretrainedConfig, layout: Layout, field: str) -> None:
+    """Refuse a layout that does not divide the model. `field` is e.g. "parallel.student".
+
+    The vocabulary always divides: it is padded.
+
+    Raises:
+        ConfigError: naming the field, its value and the size that it does not divide.
+    """
+    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        size = getattr(hf, name)
+        if size % tp:
+            raise rule_broken(
+                f"{field}.tensor_model_parallel_size",
+                tp,
+                f"it must divide {name} of the model, {size}",
+                f"use a divisor of {size}",
+            )
+    layers, virtual = hf.num_hidden_layers, layout.virtual_pipeline_model_parallel_size or 1
+    if layers % (pp * virtual):
+        key = "virtual_" if virtual > 1 else ""
+        raise rule_broken(
+            f"{field}.{key}pipeline_model_parallel_size",
+            virtual if virtual > 1 else pp,
+            f"{pp * virtual} stages must divide num_hidden_layers of the model, {layers}",
+            f"let the stages be a divisor of {layers}",
+        )
+
+
+def has_transformer_engine() -> bool:
+    """Whether models are built from TransformerEngine's layers."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def require_transformer_engine(config: Config) -> None:
+    """Refuse settings that megatron-core ignores, or fails on, without TransformerEngine.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if has_transformer_engine():
+        return
+    settings = {
+        "precision.fp8": config.precision.fp8,
+        "precision.teacher_fp8": config.precision.teacher_fp8,
+    }
+    for role in ("student", "teacher"):
+        size = getattr(config.parallel, role).context_parallel_size
+        settings[f"parallel.{role}.context_parallel_size"] = size if size > 1 else None
+    for field, value in settings.items():
+        if value is not None:
+            raise _needs_transformer_engine(field, value)
+
+
+def _needs_transformer_engine(field: str, value: object) -> ConfigError:
+    return rule_broken(
+        field,
+        value,
+        "it needs TransformerEngine on a CUDA device, and this process has none",
+        f"set {field} to {1 if field.endswith('size') else 'null'}, or run where it is installed",
+    )
+
+
+def transformer_config(
+    hf: PretrainedConfig,
+    layout: Layout,
+    precision: Precision,
+    recompute: Literal["none", "selective", "full"] = "none",
+    fp8: str | None = None,
+) -> TransformerConfig:
+    """Megatron's settings of one model.
+
+    Args:
+        recompute: which activations the backward pass computes again.
+        fp8: format of this model, `precision.fp8` or `precision.teacher_fp8`.
+
+    Raises:
+        ConfigError: an unsupported model, or what needs TransformerEngine without it.
+    """
+    check_supported(hf)
+    check_layout(hf, layout, "layout")
+    fused = has_transformer_engine()
+    if not fused and fp8 is not None:
+        raise _needs_transformer_engine("fp8", fp8)
+    if not fused and layout.context_parallel_size > 1:
+        raise _needs_transformer_engine("context_parallel_size", layout.context_parallel_size)
+    dtype = DTYPES[precision.dtype]
+    pipelined = layout.pipeline_model_parallel_size > 1
+    full_recompute = {"recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=hf.num_hidden_layers,
+        hidden_size=hf.hidden_size,
+        num_attention_heads=hf.num_attention_heads,
+        num_query_groups=hf.num_key_value_heads,
+        kv_channels=head_dim(hf),
+        ffn_hidden_size=hf.intermediate_size,
+        layernorm_epsilon=hf.rms_norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=hf.model_type == "qwen2",
+        qk_layernorm=hf.model_type == "qwen3",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
+        sequence_parallel=layout.sequence_parallel,
+        batch_p2p_comm=layout.batch_p2p_comm,
+        variable_seq_lengths=pipelined,
+        deallocate_pipeline_outputs=pipelined,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        fp8=fp8,
+        fp8_recipe=precision.fp8_recipe,
+        recompute_granularity=None if recompute == "none" else recompute,
+        calculate_per_token_loss=True,  # gradients are sums; the caller divides by one count
+        perform_initialization=False,  # every weight is loaded
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        transformer_impl="transformer_engine" if fused else "local",
+        **(full_recompute if recompute == "full" else {}),
+    )
+
+
+class HiddenStatesModel(GPTModel):
+    """A GPT whose last stage stops before the output layer.
+
+    It returns the hidden states after the final norm, [s, b, h], or this rank's [s / tp, b, h]
+    with sequence parallelism. The other stages return what the next one takes, as ever.
+    """
+
+    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+    def output_weight(self) -> torch.Tensor:
+        """This rank's rows of the output weight, [padded_vocab / tp, h]. Last stage only.
+
+        Tied models on one stage: the embedding itself. On several, the last stage's copy of it.
+        """
+        assert self.post_process
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """For the local layers. Megatron's own choice there refuses sequence parallelism."""
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float, **unused: Any
+    ) -> None:
+        device = torch.cuda.current_device()
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
+        # Each rank sees its own part of the sequence: gradients are summed over the ranks.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+def build_model(
+    hf: PretrainedConfig,
+    layout: Layout,
+    groups: ProcessGroupCollection,
+    precision: Precision,
+    recompute: Literal["none", "selective", "full"] = "none",
+    fp8: str | None = None,
+) -> list[HiddenStatesModel]:
+    """This rank's stages of a model, one for each virtual stage, with weights not yet set.
+
+    Raises:
+        ConfigError: as `transformer_config`.
+    """
+    _set_megatron_globals()
+    config = transformer_config(hf, layout, precision, recompute, fp8)
+    tied = bool(hf.tie_word_embeddings)
+    virtual = layout.virtual_pipeline_model_parallel_size
+    stage, last_stage = groups.pp.rank(), groups.pp.size() - 1
+    models = []
+    for vp_stage in range(virtual or 1):
+        model = HiddenStatesModel(
+            config,
+            _layer_spec(config, vp_stage if virtual else None, stage),
+            vocab_size=padded_vocab_size(hf.vocab_size, layout.tensor_model_parallel_size),
+            max_sequence_length=hf.max_position_embeddings,
+            pre_process=stage == 0 and vp_stage == 0,
+            post_process=stage == last_stage and vp_stage == (virtual or 1) - 1,
+            parallel_output=True,
+            share_embeddings_and_output_weights=tied,
+            position_embedding_type="rope",
+            pg_collection=groups,
+            vp_stage=vp_stage if virtual else None,
+        )
+        model.rotary_pos_emb.inv_freq = inverse_frequencies(hf).to(torch.cuda.current_device())
+        models.append(model)
+    return models
+
+
+def _layer_spec(
+    config: TransformerConfig, vp_stage: int | None, stage: int
+) -> ModuleSpec | TransformerBlockSubmodules:
+    if config.transformer_impl == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    if config.qk_layernorm:
+        attention = layer.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    count = get_num_layers_to_build(config, vp_stage, stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+
+
+def _set_megatron_globals() -> None:
+    """The two things that megatron-core keeps globally even when it is given process groups.
+
+    Nothing in these models is random (no dropout, no initialisation), so the tracker of random
+    states is the one that tracks nothing.
+    """
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
+        parallel_state._set_global_memory_buffer()
+    initialize_rng_tracker(inference_rng_tracker=True)
