@@ -1,0 +1,207 @@
+"""Mathematical equality of final answers, by math-verify in a process of its own.
+
+Symbolic comparison can run for ever or eat the memory, in C code that no signal interrupts, and
+math-verify's own limit (signal.alarm) works in the main thread only. So plain numbers and equal
+texts are compared here, and all else in a worker process that is killed when it is late.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import re
+import resource
+import selectors
+import subprocess
+import sys
+import threading
+from fractions import Fraction
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 120.0  # importing sympy from a cold network file system
+MEMORY_LIMIT_BYTES = 4 * 2**30
+
+NUMBER = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?(/\d+)?")
+UNITS = re.compile(r"(?<=\d)( [A-Za-z]{3,})+$")  # "18 eggs", but not "18 x" or "2 pi"
+WORDS = re.compile(r"[A-Za-z]+( [A-Za-z]+)*")
+TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}")
+
+
+def same_mathematics(text: str, answer: str) -> bool | None:
+    """Whether the final answer of `text` equals `answer` as mathematics.
+
+    The final answer is the last \\boxed{...}, or else the line after the last "####", or else
+    what math-verify finds in the text: an announced answer, a last formula, a last number.
+    A text without any answer is wrong.
+
+    Returns:
+        None, with a warning in the log, when the comparison raised, was stopped after
+        `MathWorker.timeout_s`, or when `answer` is not something that can be compared.
+    """
+    final = final_answer(text)
+    raw_answer = final_answer(answer) or answer
+    wanted = _plain(raw_answer)
+    given = _plain(final if final is not None else text)
+    if not given:
+        return False
+    if WORDS.fullmatch(wanted):  # as a formula a word is a product of its letters
+        if final is None:
+            given = " ".join(given.split()[-len(wanted.split()) :])
+        if given.casefold() == wanted.casefold():
+            return True
+        if len(wanted) > 1:
+            return False
+    if final is None:
+        return _worker.compare(text, f"${_undollared(raw_answer)}$")
+    if given == wanted:
+        return True
+    numbers = _number(UNITS.sub("", given)), _number(UNITS.sub("", wanted))
+    if numbers[0] is not None and numbers[1] is not None:
+        return numbers[0] == numbers[1]
+    return _worker.compare(f"${_undollared(final)}$", f"${_undollared(raw_answer)}$")
+
+
+def final_answer(text: str) -> str | None:
+    """What stands in the last complete \\boxed{...}, else after the last "####" on its line."""
+    for start in reversed([m.end() for m in re.finditer(r"\\f?boxed\s*\{", text)]):
+        depth = 1
+        for position in range(start, len(text)):
+            character = text[position]
+            if text[position - 1] != "\\":
+                depth += (character == "{") - (character == "}")
+            if depth == 0:
+                return text[start:position]
+    marked = re.findall(r"####[ \t]*(\S[^\n]*)", text)
+    return marked[-1] if marked else None
+
+
+def _undollared(answer: str) -> str:
+    return answer.replace("\\$", "").replace("$", "").strip()
+
+
+def _plain(answer: str) -> str:
+    """Without what does not change the meaning: dollar signs, spaces, \\text, a full stop."""
+    words = " ".join(_undollared(answer).split()).rstrip(".").strip()
+    only_text = TEXT_COMMAND.fullmatch(words)
+    return only_text[1].strip() if only_text else words
+
+
+def _number(answer: str) -> Fraction | None:
+    if not NUMBER.fullmatch(answer) or len(answer) > 100:
+        return None
+    numerator, _, denominator = answer.replace(",", "").partition("/")
+    try:
+        return Fraction(numerator) / Fraction(denominator or 1)
+    except (ValueError, ZeroDivisionError):  # no digit at all, or n/0
+        return None
+
+
+class MathWorker:
+    """A process that compares one pair at a time. Started when first needed, again when killed."""
+
+    def __init__(self, timeout_s: float = 5.0) -> None:
+        self.timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def compare(self, text: str, answer: str) -> bool | None:
+        """Whether an answer found in `text` equals `answer`, both in math-verify's notation.
+
+        Raises:
+            RuntimeError: the worker process does not start; its own message is on stderr.
+        """
+        with self._lock:
+            if self._process is None:
+                self._start()
+            reply = self._ask([text, answer])
+        if isinstance(reply, str):
+            log.warning("no verdict on the answer %r: %s", answer, reply)
+            return None
+        return reply
+
+    def stop(self) -> None:
+        with self._lock:
+            self._kill()
+
+    def _start(self) -> None:
+        package_root = str(Path(__file__).parents[2])
+        inherited = os.environ.get("PYTHONPATH")
+        path = package_root if not inherited else os.pathsep.join((package_root, inherited))
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "from nemo_trd.verifiers.math import serve; serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path},
+            bufsize=0,
+        )
+        if self._read(START_TIMEOUT_S) is not True:
+            self._kill()
+            raise RuntimeError("the process that compares mathematical answers did not start")
+
+    def _ask(self, pair: list[str]) -> bool | str:
+        assert self._process is not None and self._process.stdin is not None
+        line = memoryview(json.dumps(pair).encode() + b"\n")
+        try:
+            while line:  # an unbuffered pipe may take a part only
+                line = line[self._process.stdin.write(line) :]
+            reply = self._read(self.timeout_s)
+        except BrokenPipeError:
+            reply = None
+        if reply is None:
+            self._kill()
+            return f"stopped after {self.timeout_s} s, or out of {MEMORY_LIMIT_BYTES >> 30} GiB"
+        return reply
+
+    def _read(self, timeout_s: float) -> bool | str | None:
+        """One reply; None when there is none in time or the process has ended."""
+        assert self._process is not None and self._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            if not selector.select(timeout_s):
+                return None
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else None
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+
+_worker = MathWorker()
+atexit.register(_worker.stop)
+
+
+def serve() -> None:
+    """The worker: a JSON pair a line on stdin, true, false or an error text a line on stdout.
+
+    It ends with its stdin, so it never outlives the process that asks.
+    """
+    with os.fdopen(os.dup(1), "w") as replies:
+        os.dup2(2, 1)  # nothing that a library prints may pass for a reply
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+        logging.getLogger("math_verify").setLevel(logging.ERROR)  # "timeout is disabled": it is
+        import math_verify  # noqa: F401  (the slow import belongs to the start)
+
+        print("true", file=replies, flush=True)
+        for line in sys.stdin:
+            try:
+                reply: bool | str = _compare(*json.loads(line))
+            except Exception as error:  # the process border: whatever it was goes to the caller
+                reply = f"{type(error).__name__}: {error}"[:500]
+            print(json.dumps(reply), file=replies, flush=True)
+
+
+def _compare(text: str, answer: str) -> bool:
+    from math_verify import parse, verify
+
+    gold = parse(answer, parsing_timeout=None, raise_on_error=True)
+    if all(isinstance(reading, str) for reading in gold):
+        raise ValueError("math-verify cannot read the expected answer")
+    found = parse(text, parsing_timeout=None, raise_on_error=True)
+    return verify(gold, found, timeout_seconds=None, raise_on_error=True)
