@@ -5,14 +5,98 @@ Pure: every rank calls these with the same trajectories and gets the same plan.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from nemo_trd.config import Layout, Train
-from nemo_trd.types import ContextBatch, Microbatch, TokenIds, Trajectory
+from nemo_trd.config import Config, Layout, Train
+from nemo_trd.types import (
+    ContextBatch,
+    Microbatch,
+    Prompt,
+    Refinement,
+    Rollout,
+    TokenIds,
+    Trajectory,
+)
 
 PAD_TOKEN = 0  # never attended to by a label position, never a label: any valid id will do
+
+
+class RefinementError(RuntimeError):
+    """A rewrite cannot be trained on and `refinement.on_failure` is `error`."""
+
+
+def pair(
+    refinements: Sequence[Refinement],
+    config: Config,
+    teacher_prompt: Callable[[Prompt], TokenIds],
+) -> list[Trajectory]:
+    """Give every trained sequence its two contexts: x for the student, c_T for the teacher.
+
+    An accepted rewrite becomes y. Where there is none, y is the rollout or nothing, as
+    `refinement.others` (not in the subset to refine) and `refinement.on_failure` say; the
+    teacher then sees `teacher_prompt`: asked to rewrite y_o, it would only be judged on
+    copying it. Vanilla distillation is the case in which no rollout is in the subset.
+
+    Args:
+        teacher_prompt: x, in OPSD with y*, as the teacher sees it: `teacher_context=prompt`.
+
+    Raises:
+        RefinementError: naming the sample and the reason.
+    """
+    trajectories = []
+    for refinement in refinements:
+        rollout = refinement.request.rollout
+        if refinement.rejection is None:
+            assert refinement.completion and refinement.request.token_ids
+            uses_prompt = config.algorithm.teacher_context == "prompt"
+            trajectories.append(
+                Trajectory(
+                    prompt_index=rollout.prompt.index,
+                    sample_index=rollout.sample_index,
+                    source="refinement",
+                    student_context=rollout.prompt.token_ids,
+                    teacher_context=teacher_prompt(rollout.prompt)
+                    if uses_prompt
+                    else refinement.request.token_ids,
+                    labels=refinement.completion.token_ids,
+                    weight_version=rollout.completion.weight_version,
+                )
+            )
+        elif _falls_back_to_rollout(refinement, config):
+            trajectories.append(rollout_trajectory(rollout, teacher_prompt(rollout.prompt)))
+    return trajectories
+
+
+def _falls_back_to_rollout(refinement: Refinement, config: Config) -> bool:
+    rollout = refinement.request.rollout
+    if refinement.rejection != "subset" and config.refinement.on_failure == "error":
+        raise RefinementError(
+            f"prompt {rollout.prompt.index} sample {rollout.sample_index}: the rewrite is not "
+            f"usable ({refinement.rejection}) and refinement.on_failure = 'error'. Fix: raise "
+            "the limit that it met, or set refinement.on_failure=drop or rollout."
+        )
+    if rollout.completion.finish_reason == "abort":
+        return False
+    if config.algorithm.trajectory == "rollout":
+        return True
+    if refinement.rejection == "subset":
+        return config.refinement.others == "rollout"
+    return config.refinement.on_failure == "rollout"
+
+
+def rollout_trajectory(rollout: Rollout, teacher_context: TokenIds) -> Trajectory:
+    """Train on y_o itself."""
+    return Trajectory(
+        prompt_index=rollout.prompt.index,
+        sample_index=rollout.sample_index,
+        source="rollout",
+        student_context=rollout.prompt.token_ids,
+        teacher_context=teacher_context,
+        labels=rollout.completion.token_ids,
+        weight_version=rollout.completion.weight_version,
+    )
 
 
 def sequence_alignment(layout: Layout, fp8: bool) -> int:

@@ -114,15 +114,14 @@ def _rng_file() -> str:
 
 
 def _rng_state() -> dict[str, torch.Tensor]:
-    """Every generator of this rank as byte tensors."""
-    version, internal, gauss = random.getstate()
-    assert gauss is None
-    _, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
-    assert not has_gauss and not cached
+    """Every generator of this rank as tensors. A cached normal of `random.gauss` is dropped."""
+    version, words, _ = random.getstate()
+    numpy_state = numpy.random.get_state(legacy=True)
     state = {
         "torch": torch.get_rng_state(),
-        "python": torch.tensor([version, *internal], dtype=torch.int64),
-        "numpy": torch.tensor([*map(int, keys), int(position)], dtype=torch.int64),
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "numpy": torch.tensor([*map(int, numpy_state[1]), numpy_state[2]], dtype=torch.int64),
+        "numpy_gauss": torch.tensor(numpy_state[3:], dtype=torch.float64),
     }
     for name, tracked in get_cuda_rng_tracker().get_states().items():
         state[f"megatron.{name}"] = tracked
@@ -133,10 +132,13 @@ def _rng_state() -> dict[str, torch.Tensor]:
 
 def _restore_rng_state(state: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["torch"])
-    version, *internal = state["python"].tolist()
-    random.setstate((version, tuple(internal), None))
+    version, *words = state["python"].tolist()
+    random.setstate((version, tuple(words), None))
     *keys, position = state["numpy"].tolist()
-    numpy.random.set_state(("MT19937", numpy.array(keys, dtype=numpy.uint32), position, 0, 0.0))
+    has_gauss, cached = state["numpy_gauss"].tolist()
+    numpy.random.set_state(
+        ("MT19937", numpy.array(keys, dtype=numpy.uint32), position, int(has_gauss), cached)
+    )
     tracked = {
         n.removeprefix("megatron."): t for n, t in state.items() if n.startswith("megatron.")
     }
