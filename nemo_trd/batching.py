@@ -47,25 +47,14 @@ def pair(
     """
     trajectories = []
     for refinement in refinements:
-        rollout = refinement.request.rollout
+        request, prompt = refinement.request, refinement.request.rollout.prompt
         if refinement.rejection is None:
-            assert refinement.completion and refinement.request.token_ids
+            assert request.token_ids is not None
             uses_prompt = config.algorithm.teacher_context == "prompt"
-            trajectories.append(
-                Trajectory(
-                    prompt_index=rollout.prompt.index,
-                    sample_index=rollout.sample_index,
-                    source="refinement",
-                    student_context=rollout.prompt.token_ids,
-                    teacher_context=teacher_prompt(rollout.prompt)
-                    if uses_prompt
-                    else refinement.request.token_ids,
-                    labels=refinement.completion.token_ids,
-                    weight_version=rollout.completion.weight_version,
-                )
-            )
+            context = teacher_prompt(prompt) if uses_prompt else request.token_ids
+            trajectories.append(refinement_trajectory(refinement, context))
         elif _falls_back_to_rollout(refinement, config):
-            trajectories.append(rollout_trajectory(rollout, teacher_prompt(rollout.prompt)))
+            trajectories.append(rollout_trajectory(request.rollout, teacher_prompt(prompt)))
     return trajectories
 
 
@@ -84,6 +73,20 @@ def _falls_back_to_rollout(refinement: Refinement, config: Config) -> bool:
     if refinement.rejection == "subset":
         return config.refinement.others == "rollout"
     return config.refinement.on_failure == "rollout"
+
+
+def refinement_trajectory(refinement: Refinement, teacher_context: TokenIds) -> Trajectory:
+    """Train on y_r."""
+    assert refinement.completion is not None
+    return Trajectory(
+        prompt_index=refinement.request.rollout.prompt.index,
+        sample_index=refinement.request.rollout.sample_index,
+        source="refinement",
+        student_context=refinement.request.rollout.prompt.token_ids,
+        teacher_context=teacher_context,
+        labels=refinement.completion.token_ids,
+        weight_version=refinement.request.rollout.completion.weight_version,
+    )
 
 
 def rollout_trajectory(rollout: Rollout, teacher_context: TokenIds) -> Trajectory:

@@ -18,14 +18,20 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
+from nemo_trd.batching import make_micro_batch, plan_micro_batches, sequence_alignment
 from nemo_trd.config import Config
 from nemo_trd.losses import divergence, token_nll
 from nemo_trd.megatron.hf_weights import export_hf_weights, load_hf_weights, read_output_weight
-from nemo_trd.megatron.model import build_model, load_hf_config, padded_vocab_size
+from nemo_trd.megatron.model import (
+    build_model,
+    has_transformer_engine,
+    load_hf_config,
+    padded_vocab_size,
+)
 from nemo_trd.megatron.parallel import process_groups
 from nemo_trd.megatron.runtime import device
 from nemo_trd.megatron.schedule import is_last_stage, label_rows, run_model, run_schedule
-from nemo_trd.types import Microbatch
+from nemo_trd.types import Microbatch, Trajectory
 
 
 class NonFiniteLossError(RuntimeError):
@@ -92,17 +98,46 @@ class Student:
                 padded_vocab_size=padded_vocab_size(self.hf.vocab_size, self.groups.tp.size()),
             )
 
+    def pack(self, trajectories: Sequence[Trajectory]) -> list[list[Microbatch]]:
+        """The micro-batches of every data parallel rank: `plan[rank][position]`."""
+        parallel, precision = self._config.parallel, self._config.precision
+        packed = has_transformer_engine()
+        plan = plan_micro_batches(
+            trajectories,
+            self._config.train,
+            data_parallel_size=self.groups.dp.size(),
+            multiple=self.groups.pp.size() if len(self.models) > 1 else 1,
+            packed=packed,
+        )
+        return [
+            [
+                make_micro_batch(
+                    batch,
+                    student_alignment=sequence_alignment(
+                        parallel.student, precision.fp8 is not None
+                    ),
+                    teacher_alignment=sequence_alignment(
+                        parallel.teacher, precision.teacher_fp8 is not None
+                    ),
+                    packed=packed,
+                )
+                for batch in batches
+            ]
+            for batches in plan
+        ]
+
     def train_step(
         self,
-        micro_batches: Sequence[Microbatch],
+        plan: Sequence[Sequence[Microbatch]],
         teacher_states: Sequence[Tensor | None],
         watch: Collection[str] = (),
     ) -> StepResult:
         """Minimise the divergence along the labels: sum over tokens / their global number.
 
         Args:
-            micro_batches: this data parallel rank's share; all ranks have equally many.
-            teacher_states: the teacher's hidden states [n, h] for each, on the last stage.
+            plan: what `pack` returned.
+            teacher_states: the teacher's hidden states [n, h] for each of this data parallel
+                rank's micro-batches, on the last stage.
             watch: names of the trajectories whose per-token divergence is wanted.
 
         Raises:
@@ -114,7 +149,7 @@ class Student:
         reports = run_schedule(
             self.chunks,
             self._forward_step(partial(self._divergence, watch=frozenset(watch))),
-            list(zip(micro_batches, teacher_states, strict=True)),
+            list(zip(plan[self.groups.dp.rank()], teacher_states, strict=True)),
             self.groups,
             forward_only=False,
         )
@@ -131,14 +166,14 @@ class Student:
         return StepResult(metrics, token_divergence)
 
     @torch.no_grad()
-    def mean_nll(self, micro_batches: Sequence[Microbatch]) -> dict[str, float]:
+    def mean_nll(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """Mean negative log-likelihood per label token, in nats, by trajectory name."""
         for chunk in self.chunks:
             chunk.eval()
         reports = run_schedule(
             self.chunks,
             self._forward_step(self._nll),
-            [(micro_batch, None) for micro_batch in micro_batches],
+            [(micro_batch, None) for micro_batch in self.pack(trajectories)[self.groups.dp.rank()]],
             self.groups,
             forward_only=True,
             collect=True,

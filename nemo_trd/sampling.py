@@ -1,0 +1,118 @@
+"""Rollouts and refinements: what the generators are asked, and what becomes of their answers.
+
+Every rank asks for its own share, decodes and verifies it; then all ranks hold all records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from nemo_trd.batching import refinement_trajectory, rollout_trajectory
+from nemo_trd.config import Config, Sampling
+from nemo_trd.generation import Generator, request_seed
+from nemo_trd.megatron.parallel import merge_shares, own_share
+from nemo_trd.refinement import judge, refinement_prompts
+from nemo_trd.types import (
+    Completion,
+    GenerationRequest,
+    Prompt,
+    Refinement,
+    RefinementPrompt,
+    Rollout,
+    Trajectory,
+)
+from nemo_trd.verifiers import verifier
+
+
+class Sampler:
+    """Draws y_o from the student and y_r from the teacher. All methods are collective."""
+
+    def __init__(
+        self,
+        config: Config,
+        student: Generator,
+        teacher: Generator,
+        student_tokenizer: Any,
+        teacher_tokenizer: Any,
+    ) -> None:
+        self._config = config
+        self._student = student
+        self._teacher = teacher
+        self._student_tokenizer = student_tokenizer
+        self._teacher_tokenizer = teacher_tokenizer
+        self._verify = verifier(config.data.verifier)
+
+    def rollouts(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
+        """y_o ~ pi_theta(. | x): `train.rollouts_per_prompt` for each prompt."""
+        config = self._config
+        wanted = own_share(
+            [(p, sample) for p in prompts for sample in range(config.train.rollouts_per_prompt)]
+        )
+        requests = [
+            GenerationRequest(
+                prompt.token_ids,
+                request_seed(config.run.seed, "rollout", step, prompt.index, sample),
+            )
+            for prompt, sample in wanted
+        ]
+        completions = self._student.generate(requests, config.generation.rollout, "rollouts")
+        share = []
+        for (prompt, sample), completion in zip(wanted, completions, strict=True):
+            text = self._student_tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+            correct = None if prompt.answer is None else self._verify(text, prompt.answer)
+            share.append(Rollout(prompt, sample, completion, text, correct))
+        return merge_shares(share)
+
+    def refinements(self, rollouts: Sequence[Rollout], step: int) -> list[Refinement]:
+        """y_r ~ pi_T(. | x, y_o), in OPSD pi_T(. | x, y*, y_o); rejected ones say why."""
+        config = self._config
+        share = refinement_prompts(own_share(rollouts), config, self._teacher_tokenizer)
+        requests = [
+            GenerationRequest(prompt.token_ids, self._refinement_seed(prompt, step))
+            for prompt in share
+            if prompt.token_ids is not None
+        ]
+        completions = self._teacher.generate(requests, config.generation.refinement, "refinements")
+        return merge_shares(
+            judge(share, completions, config, self._teacher_tokenizer, self._verify)
+        )
+
+    def _refinement_seed(self, request: RefinementPrompt, step: int) -> int:
+        prompt, sample = request.rollout.prompt, request.rollout.sample_index
+        return request_seed(self._config.run.seed, "refinement", step, prompt.index, sample)
+
+    def complete(
+        self, requests: Sequence[GenerationRequest], sampling: Sampling, description: str
+    ) -> list[Completion]:
+        """Continue any requests with the current student, as evaluation does."""
+        return merge_shares(self._student.generate(own_share(requests), sampling, description))
+
+
+def reject_outside_support(
+    refinements: Sequence[Refinement],
+    student_nll: Callable[[Sequence[Trajectory]], dict[str, float]],
+    largest_gap: float,
+) -> list[Refinement]:
+    """Reject rewrites that are far less likely under the student than its own rollout.
+
+    The gap is mean NLL per token of y_r minus that of y_o, in nats, both given x
+    (`refinement.max_student_nll_gap`).
+    """
+    pairs = {
+        position: (
+            refinement_trajectory(refinement, refinement.request.rollout.prompt.token_ids),
+            rollout_trajectory(
+                refinement.request.rollout, refinement.request.rollout.prompt.token_ids
+            ),
+        )
+        for position, refinement in enumerate(refinements)
+        if refinement.rejection is None
+    }
+    nll = student_nll([trajectory for pair in pairs.values() for trajectory in pair])
+    kept = list(refinements)
+    for position, (rewrite, rollout) in pairs.items():
+        if nll[rewrite.name] - nll[rollout.name] > largest_gap:
+            kept[position] = replace(kept[position], rejection="nll_gap")
+    return kept
