@@ -7,8 +7,39 @@ wording of the prompts is ours and stands in `conf/refinement/`.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
+from typing import Any, get_args
+
+from jinja2 import TemplateError
+
+from nemo_trd.config import Config, ConfigError, rule_broken
+from nemo_trd.context_budget import Render, Texts, fit
+from nemo_trd.prompts import LoadedPrompts, check_chat_template, conversation, render_chat
+from nemo_trd.types import (
+    Completion,
+    Prompt,
+    Refinement,
+    RefinementPrompt,
+    Rejection,
+    Rollout,
+    TokenIds,
+)
+from nemo_trd.verifiers import Verifier
 
 PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
+TEMPLATE_FIELDS: dict[str, frozenset[str]] = {
+    "system": frozenset(),
+    "opd": frozenset({"problem", "rollout"}),
+    "opsd": frozenset({"problem", "reference_solution", "rollout"}),
+    "privileged_prompt": frozenset({"problem", "reference_solution"}),
+}
+
+
+class ContextOverflow(ValueError):
+    """A teacher context that does not fit `refinement.max_context_tokens`, however shortened."""
+
+
+# --- templates ---
 
 
 def fill_template(template: str, **fields: str) -> str:
@@ -22,6 +53,245 @@ def fill_template(template: str, **fields: str) -> str:
     """
     unknown = sorted(set(PLACEHOLDER.findall(template)) - set(fields))
     if unknown:
-        names = ", ".join(f"{{{name}}}" for name in unknown)
-        raise ValueError(f"template has no value for {names}; known: {', '.join(sorted(fields))}")
+        raise ValueError(f"template has no value for {_names(unknown)}; known: {_names(fields)}")
     return PLACEHOLDER.sub(lambda match: fields[match[1]], template)
+
+
+def check_templates(config: Config, teacher_tokenizer: Any) -> None:
+    """Refuse templates that cannot be filled or rendered.
+
+    Raises:
+        ConfigError: an unknown or a missing placeholder, a chat template that does not take
+            these messages, or instructions that alone exceed the context budget.
+    """
+    templates = config.refinement.templates
+    for name, needed in TEMPLATE_FIELDS.items():
+        template = getattr(templates, name)
+        if template is None:
+            continue
+        field = f"refinement.templates.{name}"
+        used = set(PLACEHOLDER.findall(template))
+        if used - needed:
+            raise rule_broken(
+                field,
+                template,
+                f"it has no value for {_names(used - needed)}",
+                f"use {_names(needed)}" if needed else "write it without placeholders",
+            )
+        if needed - used:
+            raise rule_broken(
+                field,
+                template,
+                f"{_names(needed - used)} must appear in it",
+                "put in what is missing",
+            )
+    check_chat_template(teacher_tokenizer, config.data.chat_template_kwargs)
+    template = templates.opd if config.algorithm.mode == "opd" else templates.opsd
+    nothing = {"problem": "", "rollout": "", "reference_solution": ""}
+    length = len(_renderer(template, templates.system, config, teacher_tokenizer)(nothing))
+    if length >= config.refinement.max_context_tokens:
+        raise rule_broken(
+            "refinement.max_context_tokens",
+            config.refinement.max_context_tokens,
+            f"the instructions of refinement.templates.{config.algorithm.mode} alone take "
+            f"{length} tokens",
+            "raise it, or shorten the template",
+        )
+
+
+def _names(placeholders: Iterable[str]) -> str:
+    return ", ".join(f"{{{name}}}" for name in sorted(placeholders))
+
+
+# --- contexts of the teacher ---
+
+
+def refinement_prompts(
+    rollouts: Sequence[Rollout], config: Config, teacher_tokenizer: Any
+) -> list[RefinementPrompt]:
+    """c_T of every rollout, (x, y_o) or in OPSD (x, y*, y_o), or why none is asked for.
+
+    `refinement.subset` wrong and right take the rollouts that the verifier called so; one
+    without a verdict is in neither. With `algorithm.trajectory=rollout` none is in the subset.
+    """
+    return [_refinement_prompt(rollout, config, teacher_tokenizer) for rollout in rollouts]
+
+
+def _refinement_prompt(rollout: Rollout, config: Config, tokenizer: Any) -> RefinementPrompt:
+    if not _in_subset(rollout, config):
+        return RefinementPrompt(rollout, None, "subset")
+    if rollout.completion.finish_reason == "abort":
+        return RefinementPrompt(rollout, None, "aborted")
+    templates = config.refinement.templates
+    texts = {"problem": rollout.prompt.problem, "rollout": rollout.text}
+    template = templates.opd
+    if config.algorithm.mode == "opsd":
+        texts["reference_solution"] = _reference(rollout.prompt)
+        template = templates.opsd
+    render = _renderer(template, templates.system, config, tokenizer)
+    token_ids, shortened = fit(texts, render, config.refinement, tokenizer)
+    if token_ids is None:
+        return RefinementPrompt(rollout, None, "context_overflow")
+    return RefinementPrompt(rollout, token_ids, shortened=shortened)
+
+
+def _in_subset(rollout: Rollout, config: Config) -> bool:
+    if config.algorithm.trajectory == "rollout":
+        return False
+    wanted = {"all": (True, False, None), "wrong": (False,), "right": (True,)}
+    return rollout.correct in wanted[config.refinement.subset]
+
+
+def privileged_context(prompt: Prompt, config: Config, tokenizer: Any) -> TokenIds:
+    """The teacher's context without a rollout (`teacher_context=prompt`): x, in OPSD (x, y*).
+
+    In OPSD it has the student's system prompt, not the one of the rewriting instructions, and
+    y* is shortened as in a refinement prompt.
+
+    Raises:
+        ContextOverflow: it does not fit; `fitting_prompts` leaves such prompts out beforehand.
+    """
+    if config.algorithm.mode == "opd":
+        return prompt.token_ids
+    texts = {"problem": prompt.problem, "reference_solution": _reference(prompt)}
+    template = config.refinement.templates.privileged_prompt
+    render = _renderer(template, config.data.system_prompt, config, tokenizer)
+    token_ids, _ = fit(texts, render, config.refinement, tokenizer)
+    if token_ids is None:
+        raise ContextOverflow(
+            f"prompt {prompt.index}: problem and reference solution do not fit "
+            f"refinement.max_context_tokens = {config.refinement.max_context_tokens}"
+        )
+    return token_ids
+
+
+def fitting_prompts(loaded: LoadedPrompts, config: Config, tokenizer: Any) -> LoadedPrompts:
+    """Leave out the prompts that the teacher could not be shown, counted as "context_overflow".
+
+    Raises:
+        ConfigError: none is left.
+    """
+    prompts = []
+    for prompt in loaded.prompts:
+        try:
+            privileged_context(prompt, config, tokenizer)
+        except ContextOverflow:
+            continue
+        prompts.append(prompt)
+    left_out = len(loaded.prompts) - len(prompts)
+    if not left_out:
+        return loaded
+    if not prompts:
+        raise rule_broken(
+            "refinement.max_context_tokens",
+            config.refinement.max_context_tokens,
+            f"no prompts left: all {left_out} need more with their reference solution",
+            "raise it, or set refinement.on_overflow=shorten",
+        )
+    return LoadedPrompts(prompts, {**loaded.skipped, "context_overflow": left_out})
+
+
+def _reference(prompt: Prompt) -> str:
+    assert prompt.reference_solution is not None  # config.check_consistent and load_prompts
+    return prompt.reference_solution
+
+
+def _renderer(template: str, system: str | None, config: Config, tokenizer: Any) -> Render:
+    def render(texts: Texts) -> TokenIds:
+        messages = conversation(system, fill_template(template, **texts))
+        try:
+            return render_chat(messages, tokenizer, config.data.chat_template_kwargs)
+        except TemplateError as error:
+            raise ConfigError(
+                f"the chat template of {tokenizer.name_or_path!r} refuses the teacher's "
+                f"messages: {error}. Fix: refinement.templates.system=null and "
+                "data.system_prompt=null for a template without system messages."
+            ) from error
+
+    return render
+
+
+# --- acceptance ---
+
+
+def read_rollout(
+    prompt: Prompt, sample_index: int, completion: Completion, tokenizer: Any, verify: Verifier
+) -> Rollout:
+    """y_o with its text and the verifier's verdict."""
+    text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    return Rollout(prompt, sample_index, completion, text, _verdict(text, prompt, verify))
+
+
+def judge(
+    prompts: Sequence[RefinementPrompt],
+    completions: Sequence[Completion],
+    config: Config,
+    tokenizer: Any,
+    verify: Verifier,
+) -> list[Refinement]:
+    """Decide which rewrites can be trained on: those that ended by themselves and say something.
+
+    Being right is no condition: the verdict is recorded. What happens to a rejected one is
+    `refinement.on_failure`'s matter, in `batching.pair`.
+
+    Args:
+        completions: of those prompts that have token ids, in their order.
+    """
+    asked = [prompt for prompt in prompts if prompt.token_ids is not None]
+    assert len(asked) == len(completions), (len(asked), len(completions))
+    remaining = iter(completions)
+    return [
+        Refinement(prompt, None, "", None, prompt.rejection)
+        if prompt.token_ids is None
+        else _judge_one(prompt, next(remaining), tokenizer, verify)
+        for prompt in prompts
+    ]
+
+
+def _judge_one(
+    request: RefinementPrompt, completion: Completion, tokenizer: Any, verify: Verifier
+) -> Refinement:
+    text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    rejection: Rejection | None = None
+    if completion.finish_reason == "abort":
+        rejection = "aborted"
+    elif completion.finish_reason == "length":
+        rejection = "truncated"
+    elif not text.strip():
+        rejection = "empty"
+    verdict = _verdict(text, request.rollout.prompt, verify) if rejection is None else None
+    return Refinement(request, completion, text, verdict, rejection)
+
+
+def _verdict(text: str, prompt: Prompt, verify: Verifier) -> bool | None:
+    return None if prompt.answer is None else verify(text, prompt.answer)
+
+
+def refinement_counts(refinements: Sequence[Refinement]) -> dict[str, int]:
+    """What became of the rollouts of a step; every key is always there, so that ranks can add.
+
+    `rollouts` = `accepted` + all `rejected_*`; `accepted` = the four `*_to_*` + `undecided`.
+    """
+    changes = [f"{a}_to_{b}" for a in ("wrong", "right") for b in ("wrong", "right")]
+    counts = dict.fromkeys(
+        [
+            *("rollouts", "accepted", *(f"rejected_{reason}" for reason in get_args(Rejection))),
+            *(*changes, "undecided", "shortened_rollout", "shortened_reference_solution"),
+        ],
+        0,
+    )
+    says = {True: "right", False: "wrong"}
+    for refinement in refinements:
+        counts["rollouts"] += 1
+        for name in refinement.request.shortened:
+            counts[f"shortened_{name}"] += 1
+        if refinement.rejection is not None:
+            counts[f"rejected_{refinement.rejection}"] += 1
+            continue
+        counts["accepted"] += 1
+        before, after = refinement.request.rollout.correct, refinement.correct
+        if before is None or after is None:
+            counts["undecided"] += 1
+        else:
+            counts[f"{says[before]}_to_{says[after]}"] += 1
+    return counts

@@ -73,7 +73,7 @@ class RefinementPrompt:
 
     rollout: Rollout
     token_ids: TokenIds | None  # None exactly when `rejection` is set
-    rejection: Rejection | None = None  # "subset" or "context_overflow"
+    rejection: Rejection | None = None  # "subset", "context_overflow" or "aborted" (y_o itself)
     shortened: tuple[str, ...] = ()  # which of "rollout", "reference_solution" was cut to fit
 
 

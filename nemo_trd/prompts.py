@@ -1,0 +1,302 @@
+"""Prompt datasets: reading, checking and ordering the problems that a run trains on.
+
+Imports neither torch nor transformers; `tokenizer` is always a Hugging Face tokenizer.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from typing import Any
+
+from jinja2 import TemplateError
+
+from nemo_trd.config import ConfigError, Data, Dataset, rule_broken
+from nemo_trd.rows import read_rows
+from nemo_trd.types import Prompt, TokenIds
+
+log = logging.getLogger(__name__)
+
+Message = dict[str, Any]  # {"role": ..., "content": ...}
+ROLES = ("system", "user", "assistant")
+RESERVED_TEMPLATE_KWARGS = {"tokenize", "add_generation_prompt", "conversation", "chat_template"}
+
+
+@dataclass(frozen=True)
+class LoadedPrompts:
+    """What a dataset has to train on, and what was left out of it and why."""
+
+    prompts: list[Prompt]
+    skipped: dict[str, int]  # reason -> rows; the only reason is "too_long"
+
+
+def load_prompts(dataset: Dataset, field: str, data: Data, tokenizer: Any) -> LoadedPrompts:
+    """Read and check every row of a dataset and put it through the student's chat template.
+
+    Args:
+        field: where `dataset` stands in the configuration, as in "data.train".
+
+    Prompts of more than `data.max_prompt_tokens` tokens are left out, counted, and reported
+    with one warning.
+
+    Raises:
+        ConfigError: a row that breaks a rule (file and line), a dataset or column that does not
+            exist, a tokenizer without a chat template, or nothing left to train on.
+    """
+    check_chat_template(tokenizer, data.chat_template_kwargs)
+    _check_answer_pattern(dataset, field)
+    prompts: list[Prompt] = []
+    skipped: Counter[str] = Counter()
+    for index, (where, row) in enumerate(islice(read_rows(dataset, field), dataset.limit)):
+        prompt = _prompt(index, where, row, dataset, field, data, tokenizer)
+        if len(prompt.token_ids) > data.max_prompt_tokens:
+            skipped["too_long"] += 1
+        else:
+            prompts.append(prompt)
+    if not prompts:
+        raise rule_broken(
+            f"{field}.path",
+            dataset.path,
+            f"no prompts left: {skipped['too_long']} rows read, {skipped['too_long']} of them "
+            f"longer than data.max_prompt_tokens = {data.max_prompt_tokens}",
+            "raise data.max_prompt_tokens" if skipped else "give a dataset with rows",
+        )
+    if skipped:
+        log.warning(
+            "%s: left out %d of %d prompts, longer than data.max_prompt_tokens = %d",
+            field,
+            skipped["too_long"],
+            skipped["too_long"] + len(prompts),
+            data.max_prompt_tokens,
+        )
+    return LoadedPrompts(prompts, dict(skipped))
+
+
+def prompts_of_step(
+    prompts: Sequence[Prompt], step: int, prompts_per_step: int, seed: int
+) -> list[Prompt]:
+    """The prompts of one step: a function of its arguments, so resuming needs only `step`.
+
+    Steps walk through the prompts in a new order in each epoch, every prompt once an epoch. A
+    step may cross the border of two epochs and still holds no prompt twice, unless there are
+    fewer prompts than `prompts_per_step`.
+    """
+    count = len(prompts)
+    positions = range(step * prompts_per_step, (step + 1) * prompts_per_step)
+    return [
+        prompts[_epoch_order(count, prompts_per_step, seed, position // count)[position % count]]
+        for position in positions
+    ]
+
+
+@lru_cache(maxsize=8)
+def _epoch_order(count: int, per_step: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """A shuffle of range(count) that starts with nothing that its first step already has."""
+    if count < per_step:
+        return _shuffled(count, seed, epoch)
+    first = epoch  # the last epoch that starts with a step depends on none before it
+    while first * count % per_step:
+        first -= 1
+    order = _shuffled(count, seed, first)
+    for later in range(first + 1, epoch + 1):
+        taken = later * count % per_step  # of the step on the border, by the epoch before
+        before = set(order[count - taken :]) if taken else set()
+        shuffled = _shuffled(count, seed, later)
+        head = [i for i in shuffled if i not in before][: (per_step - taken) % per_step]
+        chosen = set(head)
+        order = (*head, *(i for i in shuffled if i not in chosen))
+    return order
+
+
+def _shuffled(count: int, seed: int, epoch: int) -> tuple[int, ...]:
+    order = list(range(count))
+    random.Random(f"prompt order {seed} {epoch}").shuffle(order)
+    return tuple(order)
+
+
+# --- chat templates ---
+
+
+def check_chat_template(tokenizer: Any, chat_template_kwargs: dict[str, Any]) -> None:
+    """Raises ConfigError when the tokenizer has no chat template or an argument is ours."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise rule_broken(
+            "tokenizer",
+            getattr(tokenizer, "name_or_path", ""),
+            "it has no chat template, which turns a problem into a prompt",
+            "use the directory of an instruct model, or put a chat_template.jinja into this one",
+        )
+    reserved = RESERVED_TEMPLATE_KWARGS & set(chat_template_kwargs)
+    if reserved:
+        raise rule_broken(
+            "data.chat_template_kwargs",
+            sorted(reserved),
+            "these arguments are set by the program",
+            "remove them",
+        )
+
+
+def render_chat(
+    messages: Sequence[Message], tokenizer: Any, chat_template_kwargs: dict[str, Any]
+) -> TokenIds:
+    """The conversation as token ids, ending where the assistant's turn begins.
+
+    Raises:
+        jinja2.TemplateError: the template does not take such a conversation.
+    """
+    text = tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=True, **chat_template_kwargs
+    )
+    # The template has written the special tokens; the tokenizer must not add a second BOS.
+    # `verbose` off: the caller checks lengths and reports them with numbers.
+    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def conversation(system: str | None, user: str) -> list[Message]:
+    """A user's turn, after a system prompt where there is one."""
+    opening = [{"role": "system", "content": system}] if system else []
+    return [*opening, {"role": "user", "content": user}]
+
+
+# --- one row ---
+
+
+def _check_answer_pattern(dataset: Dataset, field: str) -> None:
+    if dataset.answer_pattern is None:
+        return
+    try:
+        groups = re.compile(dataset.answer_pattern).groups
+    except re.error as error:
+        raise rule_broken(
+            f"{field}.answer_pattern",
+            dataset.answer_pattern,
+            f"it is not a regular expression ({error})",
+            "correct it",
+        ) from error
+    if groups < 1:
+        raise rule_broken(
+            f"{field}.answer_pattern",
+            dataset.answer_pattern,
+            "group 1 of its last match is the answer, and it has no group",
+            "put parentheses around the answer",
+        )
+
+
+def _prompt(
+    index: int,
+    where: str,
+    row: dict[str, Any],
+    dataset: Dataset,
+    field: str,
+    data: Data,
+    tokenizer: Any,
+) -> Prompt:
+    columns = dataset.columns
+    reader = _RowReader(where, row, field)
+    if columns.messages is not None:
+        messages = reader.messages(columns.messages)
+        problem = messages[-1]["content"]
+        if messages[0]["role"] != "system" and data.system_prompt:
+            messages = [{"role": "system", "content": data.system_prompt}, *messages]
+    else:
+        assert columns.problem is not None  # config.check_consistent
+        problem = reader.text("problem", columns.problem)
+        messages = conversation(data.system_prompt, problem)
+    reference = None
+    if columns.reference_solution is not None:
+        reference = reader.text("reference_solution", columns.reference_solution)
+    answer = reader.number_or_text("answer", columns.answer) if columns.answer else None
+    if dataset.answer_pattern is not None:
+        searched = answer if answer is not None else reference
+        assert searched is not None  # config.check_consistent
+        answer = reader.search(dataset.answer_pattern, searched)
+    try:
+        token_ids = render_chat(messages, tokenizer, data.chat_template_kwargs)
+    except TemplateError as error:
+        raise ConfigError(
+            f"{where}: the chat template of {tokenizer.name_or_path!r} refuses this "
+            f"conversation: {error}. Fix: correct the row, or data.system_prompt=null for "
+            "a template without system messages."
+        ) from error
+    return Prompt(index, problem, token_ids, reference, answer)
+
+
+@dataclass(frozen=True)
+class _RowReader:
+    """Takes values out of one row. Every method raises ConfigError that names the place."""
+
+    where: str
+    row: dict[str, Any]
+    field: str  # of the dataset, as in "data.train"
+
+    def value(self, key: str, column: str) -> Any:
+        if column not in self.row:
+            raise ConfigError(
+                f"{self.where}: no column {column!r}, which {self.field}.columns.{key} names. "
+                f"Fix: name one of {', '.join(map(repr, self.row))}, or correct the row."
+            )
+        return self.row[column]
+
+    def text(self, key: str, column: str) -> str:
+        value = self.value(key, column)
+        if not isinstance(value, str) or not value.strip():
+            raise self.broken(column, value, "it must be a text that is not empty")
+        return value
+
+    def number_or_text(self, key: str, column: str) -> str:
+        value = self.value(key, column)
+        if isinstance(value, str) and value.strip():
+            return value
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
+            raise self.broken(column, value, "it must be a number or a text that is not empty")
+        return str(value)
+
+    def search(self, pattern: str, text: str) -> str:
+        matches = list(re.finditer(pattern, text))
+        answer = matches[-1][1] if matches else None
+        if answer is None or not answer.strip():
+            raise ConfigError(
+                f"{self.where}: {self.field}.answer_pattern = {pattern!r} finds no answer in "
+                f"{_shown(text)}. Fix: correct the pattern, or the row."
+            )
+        return answer.strip()
+
+    def messages(self, column: str) -> list[Message]:
+        value = self.value("messages", column)
+        if not isinstance(value, list) or not value:
+            raise self.broken(column, value, "it must be a list of messages that is not empty")
+        messages = []
+        for position, message in enumerate(value):
+            if not isinstance(message, dict) or message.get("role") not in ROLES:
+                rule = f"message {position} must be an object whose role is one of {ROLES}"
+                raise self.broken(column, value, rule)
+            if message["role"] == "system" and position > 0:
+                raise self.broken(column, value, "only the first message may be from the system")
+            content = message.get("content")
+            if not isinstance(content, str) or not content.strip():
+                rule = f"the content of message {position} must be a text that is not empty"
+                raise self.broken(column, value, rule)
+            # Parquet gives every message every key; a null stands for a key that is not there.
+            messages.append({key: item for key, item in message.items() if item is not None})
+        if messages[-1]["role"] != "user":
+            raise self.broken(column, value, "the last message must be from the user")
+        return messages
+
+    def broken(self, column: str, value: object, rule: str) -> ConfigError:
+        return ConfigError(
+            f"{self.where}, column {column!r} = {_shown(value)}: {rule}. "
+            "Fix: correct the row, or leave it out."
+        )
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
