@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -18,7 +19,18 @@ from typing import Any
 import torch
 
 _CPU = torch.device("cpu")
-_FACTORIES = ("empty", "empty_like", "full", "ones", "tensor", "zeros", "zeros_like")
+# Modules of megatron-core in which device="cuda" is a literal, and what they create there.
+_MODULES = (
+    "dist_checkpointing.exchange_utils",
+    "dist_checkpointing.strategies.state_dict_saver",
+    "optimizer.clip_grads",
+    "optimizer.grad_scaler",
+    "optimizer.optimizer",
+    "pipeline_parallel.schedules",
+    "transformer.utils",
+    "utils",
+)
+_FACTORIES = ("empty", "empty_like", "ones", "tensor", "zeros")
 _installed = False
 
 
@@ -28,9 +40,9 @@ def install() -> None:
     if _installed or torch.cuda.is_available():
         return
     _installed = True
-    _patch_devices()
     _patch_cuda_runtime()
     _stub_paged_stash()
+    _patch_devices()
     _patch_random_state()
     _patch_distributed_optimizer()
 
@@ -45,24 +57,39 @@ class _NoStream:
         return lambda *args, **kwargs: self
 
 
-def _patch_devices() -> None:
-    # device="cuda" is a literal in the schedules, the optimizer and the attention mask.
-    for name in _FACTORIES:
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
-    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[assignment, method-assign]
-    # The optimizers sort parameters by `param.type()` and know only the names of CUDA types.
-    torch.Tensor.type = _cuda_type_for_megatron(torch.Tensor.type)  # type: ignore[assignment, method-assign]
+class _TorchOnCpu(ModuleType):
+    """The torch module, except that some functions take device="cuda" to mean the CPU.
+
+    Each module of `_MODULES` gets it as its own `torch`. Patching torch itself would break
+    `with torch.device(...)`, by which transformers loads models: it knows functions by identity.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        for name in _FACTORIES:
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @functools.wraps(factory)
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
-        device = kwargs.get("device")
-        if device is not None and str(device).startswith("cuda"):
+        if kwargs.get("device") == "cuda":
             kwargs["device"] = _CPU
         return factory(*args, **kwargs)
 
     return create
+
+
+def _patch_devices() -> None:
+    torch_on_cpu = _TorchOnCpu()
+    for name in _MODULES:
+        importlib.import_module(f"megatron.core.{name}").torch = torch_on_cpu  # type: ignore[attr-defined]
+    torch.Tensor.cuda = lambda tensor, *args, **kwargs: tensor  # type: ignore[assignment, method-assign]
+    # The optimizers sort parameters by `param.type()` and know only the names of CUDA types.
+    torch.Tensor.type = _cuda_type_for_megatron(torch.Tensor.type)  # type: ignore[assignment, method-assign]
 
 
 def _cuda_type_for_megatron(original: Callable[..., Any]) -> Callable[..., Any]:
