@@ -1,0 +1,367 @@
+"""Loading prompts: what is refused and with which words, what is skipped, and in which order."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_tokenizers import NO_SYSTEM_TEMPLATE, byte_level_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from nemo_trd.config import Columns, ConfigError, Data, Dataset
+from nemo_trd.prompts import LoadedPrompts, load_prompts, prompts_of_step
+from nemo_trd.types import Prompt
+
+GSM8K = Path(__file__).parents[3] / "shared/data/gsm8k_test.jsonl"
+TOKENIZER = byte_level_tokenizer()
+
+
+def load(
+    path: Path | str,
+    tokenizer: PreTrainedTokenizerFast = TOKENIZER,
+    columns: dict[str, str] | None = None,
+    dataset: dict[str, Any] | None = None,
+    **data: Any,
+) -> LoadedPrompts:
+    names = {"problem": None, "messages": None, "reference_solution": None, "answer": None}
+    names |= columns or {"problem": "problem"}
+    split = Dataset(
+        **{
+            "path": str(path),
+            "name": None,
+            "split": "train",
+            "columns": Columns(**names),
+            "answer_pattern": None,
+            "limit": None,
+            **(dataset or {}),
+        }
+    )
+    section = {
+        "train": split,
+        "validation": None,
+        "system_prompt": None,
+        "chat_template_kwargs": {},
+        "max_prompt_tokens": 1000,
+        "verifier": "none",
+        **data,
+    }
+    return load_prompts(split, "data.train", Data(**section), tokenizer)
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def refused(*arguments: Any, **options: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        load(*arguments, **options)
+    assert "Fix: " in str(error.value)
+    return str(error.value)
+
+
+def rendered(loaded: LoadedPrompts) -> list[str]:
+    return [TOKENIZER.decode(prompt.token_ids) for prompt in loaded.prompts]
+
+
+# --- rendering ---
+
+
+def test_a_problem_goes_through_the_chat_template_with_one_bos_and_the_generation_prompt(
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path / "a.jsonl", {"problem": " 1 + 1?\u2028Ünï "})
+    assert rendered(load(path)) == ["<s><|user|> 1 + 1?\u2028Ünï <|end|><|assistant|>"]
+    assert rendered(load(path, system_prompt="Be brief.")) == [
+        "<s><|system|>Be brief.<|end|><|user|> 1 + 1?\u2028Ünï <|end|><|assistant|>"
+    ]
+    assert rendered(load(path, chat_template_kwargs={"think": False}))[0].endswith(
+        "<think></think>"
+    )
+
+
+def test_a_conversation_is_rendered_whole_and_its_last_user_message_is_the_problem(
+    tmp_path: Path,
+) -> None:
+    turns = [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "times 3?"},
+    ]
+    own_system = [{"role": "system", "content": "own"}, *turns]
+    path = write(tmp_path / "a.jsonl", {"chat": turns}, {"chat": own_system})
+    loaded = load(path, columns={"messages": "chat"}, system_prompt="ours")
+    assert [prompt.problem for prompt in loaded.prompts] == ["times 3?"] * 2
+    middle = "<|user|>1 + 1?<|end|><|assistant|>2<|end|><|user|>times 3?<|end|><|assistant|>"
+    assert rendered(loaded) == [
+        f"<s><|system|>ours<|end|>{middle}",
+        f"<s><|system|>own<|end|>{middle}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("messages", "rule"),
+    [
+        ([], "not empty"),
+        ("hello", "must be a list"),
+        ([{"role": "robot", "content": "x"}], "message 0 must be an object whose role"),
+        ([{"content": "x"}], "message 0 must be an object whose role"),
+        ([{"role": "user", "content": " "}], "content of message 0"),
+        ([{"role": "user", "content": ["x"]}], "content of message 0"),
+        (
+            [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
+            "last message must be from the user",
+        ),
+        (
+            [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}],
+            "only the first message may be from the system",
+        ),
+    ],
+)
+def test_a_bad_conversation_is_refused_with_its_line(
+    tmp_path: Path, messages: Any, rule: str
+) -> None:
+    good = [{"role": "user", "content": "x"}]
+    path = write(tmp_path / "a.jsonl", {"chat": good}, {"chat": messages})
+    message = refused(path, columns={"messages": "chat"})
+    assert f"{path} line 2" in message and "'chat'" in message and rule in message
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"problem": "x"})
+    message = refused(path, tokenizer=byte_level_tokenizer(chat_template=None))
+    assert "tiny byte-level BPE" in message and "no chat template" in message
+
+
+def test_a_conversation_that_the_chat_template_refuses_is_an_error_with_its_line(
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path / "a.jsonl", {"problem": "x"})
+    tokenizer = byte_level_tokenizer(NO_SYSTEM_TEMPLATE)
+    assert len(load(path, tokenizer=tokenizer).prompts) == 1
+    message = refused(path, tokenizer=tokenizer, system_prompt="s")
+    assert f"{path} line 1" in message and "no system role" in message
+
+
+def test_template_arguments_that_the_program_sets_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"problem": "x"})
+    message = refused(path, chat_template_kwargs={"add_generation_prompt": False})
+    assert "data.chat_template_kwargs" in message and "add_generation_prompt" in message
+
+
+# --- bad lines ---
+
+
+@pytest.mark.parametrize(
+    ("line", "rule"),
+    [
+        (b'{"problem": "x"', "not valid JSON"),
+        (b"{'problem': 'x'}", "not valid JSON"),
+        (b'{"problem": "\xff"}', "not valid JSON"),
+        (b'["x"]', "a JSON list, not an object"),
+        (b'"x"', "a JSON str, not an object"),
+        (b'{"question": "x"}', "no column 'problem', which data.train.columns.problem names"),
+        (b'{"problem": null}', "column 'problem' = None: it must be a text that is not empty"),
+        (b'{"problem": ""}', "must be a text that is not empty"),
+        (b'{"problem": " \\n"}', "must be a text that is not empty"),
+        (b'{"problem": 3}', "column 'problem' = 3: it must be a text"),
+    ],
+)
+def test_a_bad_line_is_refused_with_file_and_line_number(
+    tmp_path: Path, line: bytes, rule: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"problem": "ok"}\n\n' + line + b"\n")
+    message = refused(path)
+    assert f"{path} line 3" in message and rule in message
+
+
+def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"problem": "a\u2028b\u0085c"}\n{"problem": "d"}', encoding="utf-8")
+    assert [p.problem for p in load(path).prompts] == ["a\u2028b\u0085c", "d"]
+
+
+def test_rows_after_the_limit_are_not_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"problem": "x"}, {"problem": "y"}, {"problem": None})
+    assert [p.problem for p in load(path, dataset={"limit": 2}).prompts] == ["x", "y"]
+
+
+def test_missing_files_and_other_formats_are_refused(tmp_path: Path) -> None:
+    assert "there is no such file" in refused(tmp_path / "none.jsonl")
+    (tmp_path / "a.csv").write_text("problem\nx\n")
+    assert ".jsonl" in refused(tmp_path / "a.csv")
+    (tmp_path / "a.parquet").write_text("no Parquet")
+    assert "cannot be read as Parquet" in refused(tmp_path / "a.parquet")
+    assert "`datasets` cannot load it" in refused("no/such-dataset")
+    assert "no prompts left: 0 rows" in refused(write(tmp_path / "empty.jsonl"))
+
+
+# --- answers and reference solutions ---
+
+
+@pytest.mark.parametrize(
+    ("value", "answer"), [("3/4", "3/4"), (42, "42"), (-1.5, "-1.5"), (0, "0")]
+)
+def test_answers_are_texts_or_numbers(tmp_path: Path, value: object, answer: str) -> None:
+    path = write(tmp_path / "a.jsonl", {"problem": "x", "answer": value})
+    columns = {"problem": "problem", "answer": "answer"}
+    assert load(path, columns=columns).prompts[0].answer == answer
+
+
+@pytest.mark.parametrize("value", [None, "", "  ", True, [1], float("nan")])
+def test_other_answers_are_refused(tmp_path: Path, value: object) -> None:
+    path = write(tmp_path / "a.jsonl", {"problem": "x", "answer": value})
+    message = refused(path, columns={"problem": "problem", "answer": "answer"})
+    assert f"{path} line 1" in message and "number or a text" in message
+
+
+def test_the_answer_is_group_1_of_the_last_match_in_the_solution(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"problem": "x", "solution": "#### 1\nno:\n#### 1,234 \n"})
+    columns = {"problem": "problem", "reference_solution": "solution"}
+    prompt = load(path, columns=columns, dataset={"answer_pattern": r"####\s*(.+)"}).prompts[0]
+    assert (prompt.answer, prompt.reference_solution) == ("1,234", "#### 1\nno:\n#### 1,234 \n")
+
+
+def test_a_solution_without_a_match_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"problem": "x", "solution": "12"})
+    columns = {"problem": "problem", "reference_solution": "solution"}
+    message = refused(path, columns=columns, dataset={"answer_pattern": r"####\s*(.+)"})
+    assert f"{path} line 1" in message and "data.train.answer_pattern" in message
+    for pattern in ("(", "####"):
+        message = refused(path, columns=columns, dataset={"answer_pattern": pattern})
+        assert message.startswith("data.train.answer_pattern")
+
+
+def test_an_empty_reference_solution_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"problem": "x", "solution": None})
+    message = refused(path, columns={"problem": "problem", "reference_solution": "solution"})
+    assert f"{path} line 1" in message and "'solution'" in message
+
+
+# --- length ---
+
+
+def test_prompts_that_are_too_long_are_left_out_counted_and_reported_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    problems = ["short", "long " * 50, "also", "longer " * 50]
+    path = write(tmp_path / "a.jsonl", *({"problem": problem} for problem in problems))
+    longest = max(len(p.token_ids) for p in load(path, dataset={"limit": 1}).prompts)
+    with caplog.at_level(logging.WARNING):
+        loaded = load(path, max_prompt_tokens=longest)
+    assert [(p.index, p.problem) for p in loaded.prompts] == [(0, "short"), (2, "also")]
+    assert loaded.skipped == {"too_long": 2}
+    warnings = [record for record in caplog.records if record.name == "nemo_trd.prompts"]
+    assert len(warnings) == 1 and "2 of 4" in warnings[0].getMessage()
+    message = refused(path, max_prompt_tokens=longest - 4)
+    assert "no prompts left: 4 rows read, 4 of them longer" in message
+
+
+# --- the other formats hold the same prompts ---
+
+
+def test_parquet_and_saved_datasets_give_the_same_prompts_as_json_lines(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [
+        {"problem": f"{n} + 1?", "answer": n + 1, "chat": [{"role": "user", "content": f"{n}?"}]}
+        for n in range(5)
+    ]
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    saved = datasets.Dataset.from_list(rows)
+    saved.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": saved}).save_to_disk(str(tmp_path / "dict"))
+    (tmp_path / "folder").mkdir()
+    pyarrow.parquet.write_table(table, tmp_path / "folder" / "train.parquet")
+    write(tmp_path / "a.jsonl", *rows)
+    for columns in ({"problem": "problem", "answer": "answer"}, {"messages": "chat"}):
+        expected = load(tmp_path / "a.jsonl", columns=columns)
+        assert len(expected.prompts) == 5
+        for other in ("a.parquet", "one", "dict", "folder"):
+            assert load(tmp_path / other, columns=columns) == expected
+    message = refused(tmp_path / "dict", dataset={"split": "test"})
+    assert message.startswith("data.train.split = 'test'") and "train" in message
+
+
+def test_a_bad_parquet_row_is_refused_with_its_number(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_pylist([{"problem": "x"}, {"problem": None}])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert f"{tmp_path / 'a.parquet'} row 2" in refused(tmp_path / "a.parquet")
+
+
+def test_gsm8k_loads_as_configured() -> None:
+    if not GSM8K.exists() and "CI" not in os.environ:
+        pytest.skip(f"{GSM8K} is not there")
+    loaded = load(
+        GSM8K,
+        columns={"problem": "question", "reference_solution": "answer"},
+        dataset={"answer_pattern": r"####\s*(.+)"},
+    )
+    assert len(loaded.prompts) == 1319 and loaded.skipped == {}
+    assert loaded.prompts[0].answer == "18"
+
+
+# --- order ---
+
+
+def numbered(count: int) -> list[Prompt]:
+    return [Prompt(index, str(index), (index,)) for index in range(count)]
+
+
+def order(count: int, per_step: int, steps: range, seed: int = 0) -> list[list[int]]:
+    prompts = numbered(count)
+    return [[p.index for p in prompts_of_step(prompts, s, per_step, seed)] for s in steps]
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 3))
+def test_every_epoch_holds_every_prompt_once_and_no_step_holds_one_twice(
+    count: int, per_step: int, seed: int
+) -> None:
+    steps = order(count, per_step, range(2 * count), seed)
+    assert all(len(step) == per_step for step in steps)
+    if count >= per_step:
+        assert all(len(set(step)) == per_step for step in steps)
+    flat = [index for step in steps for index in step]
+    for start in range(0, len(flat) - count + 1, count):
+        assert sorted(flat[start : start + count]) == list(range(count))
+
+
+def test_a_step_larger_than_the_dataset_repeats_prompts_evenly() -> None:
+    for step in order(3, 7, range(6)):
+        assert set(Counter(step)) == {0, 1, 2} and max(Counter(step).values()) <= 4
+
+
+def test_a_step_depends_on_nothing_but_step_and_seed() -> None:
+    """In another process, without the steps before it."""
+    script = (
+        "from nemo_trd.prompts import prompts_of_step as p; from nemo_trd.types import Prompt;"
+        "print([x.index for x in p([Prompt(i, '', ()) for i in range(10)], 33, 4, 7)])"
+    )
+    alone = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert json.loads(alone.stdout) == order(10, 4, range(34), seed=7)[33]
+
+
+def test_epochs_and_seeds_have_different_orders() -> None:
+    first, second = order(50, 50, range(2), seed=1)
+    assert first != second and sorted(first) == sorted(second)
+    assert order(50, 50, range(1), seed=2)[0] != first
+
+
+def test_importing_prompts_and_refinement_does_not_import_torch() -> None:
+    script = (
+        "import sys; import nemo_trd.prompts, nemo_trd.refinement, nemo_trd.verifiers;"
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
