@@ -85,6 +85,10 @@ class _Shard:
         dist.all_reduce(stacked, group=self.group)
         return stacked.unbind()
 
+    def logsumexp(self, logits: Tensor) -> Tensor:
+        """[n, v] on this shard -> [n] over the vocabulary."""
+        return self.gather(logits.logsumexp(-1)).logsumexp(0)
+
 
 def _shard(rows: int, vocab_size: int, group: dist.ProcessGroup | None) -> _Shard:
     if group is not None and dist.get_world_size(group) == 1:
@@ -123,8 +127,8 @@ def divergence(
     Raises:
         ValueError: a label outside the vocabulary.
     """
-    if loss.top_k is not None:
-        raise rule_broken("loss.top_k", loss.top_k, "not built", "set it to null")
+    if loss.top_k is not None and loss.top_k >= vocab_size:
+        loss = loss.model_copy(update={"top_k": None})
     n = labels.numel()
     assert student_hidden.shape[0] == teacher_hidden.shape[0] == n
     shard = _shard(student_weight.shape[0], vocab_size, group)
@@ -248,8 +252,11 @@ def _tokens(student: Tensor, teacher: Tensor, labels: Tensor, loss: Loss, shard:
         -(s * log_s).sum(-1),
         -(t * log_t).sum(-1),
     )
-    value, gradient = _closed_form(loss)(log_s, log_t, s, t, shard.total)
-    tail_mass = torch.zeros_like(value)
+    if loss.top_k is None:
+        value, gradient = _closed_form(loss)(log_s, log_t, s, t, shard.total)
+        tail_mass = torch.zeros_like(value)
+    else:
+        value, gradient, tail_mass = _on_top_k(z_s, z_t, loss, shard)
     if loss.token_clip is None:
         clipped_value, clipped = value, torch.zeros_like(value)
     else:
@@ -301,6 +308,65 @@ def _pick(log_probs: Tensor, ids: Tensor, shard: _Shard) -> Tensor:
     own = (local >= 0) & (local < shard.columns)
     picked = log_probs.gather(-1, local.clamp(0, shard.columns - 1)[:, None])[:, 0]
     return torch.where(own, picked, 0)
+
+
+def _on_top_k(z_s: Tensor, z_t: Tensor, loss: Loss, shard: _Shard) -> tuple[Tensor, Tensor, Tensor]:
+    """The divergence of two smaller distributions: over the teacher's k most likely ids, and,
+    with `top_k_tail: bucket`, one category more that holds all other ids.
+
+    A category is a sum of probabilities, so the bucket only loses information: what comes out is
+    a lower bound of the full divergence. Its log-mass is a log-sum-exp over the other ids and not
+    log(1 - rest), which is exact however little is left.
+
+    Returns: divergence [n], gradient in the student's tempered logits [n, v] on this shard, and
+        the teacher's probability outside its top k [n].
+    """
+    assert loss.top_k is not None
+    k, held = loss.top_k, min(loss.top_k, shard.columns)
+    ids = _largest(z_t, held)
+    own = torch.stack([z_t.gather(-1, ids), z_s.gather(-1, ids)])
+    padded = F.pad(own, (0, k - held), value=-math.inf)
+    candidates = torch.cat(shard.gather(padded).unbind(), -1)  # [2, n, ranks * k]
+    # Candidates lie in the order of their ids wherever teacher logits are equal.
+    best = candidates[0].sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    mine = slice(shard.rank * k, shard.rank * k + held)
+    chosen = torch.zeros_like(candidates[0], dtype=torch.bool).scatter_(-1, best, True)[:, mine]
+
+    top_t, top_s = candidates.gather(-1, best.expand(2, -1, -1))
+    others_t = z_t.scatter(-1, ids, own[0].masked_fill(chosen, -math.inf))
+    others_s = z_s.scatter(-1, ids, own[1].masked_fill(chosen, -math.inf))
+    tail_t = shard.logsumexp(others_t)[:, None]
+    tail_mass = torch.sigmoid(tail_t - top_t.logsumexp(-1, keepdim=True))[:, 0]
+    bucket = loss.top_k_tail == "bucket"
+    if bucket:
+        tail_s = shard.logsumexp(others_s)[:, None]
+        top_s, top_t = torch.cat([top_s, tail_s], -1), torch.cat([top_t, tail_t], -1)
+    log_s, log_t = torch.log_softmax(top_s, -1), torch.log_softmax(top_t, -1)
+    value, d_top = _closed_form(loss)(log_s, log_t, log_s.exp(), log_t.exp(), lambda *sums: sums)
+
+    # d tail_s / d z is the student's distribution inside the bucket, zero on the top k.
+    gradient = (others_s - tail_s).exp_().mul_(d_top[:, -1:]) if bucket else torch.zeros_like(z_s)
+    spread = torch.zeros_like(candidates[0]).scatter_(-1, best, d_top[:, :k])
+    return value, gradient.scatter_add_(-1, ids, spread[:, mine]), tail_mass
+
+
+def _largest(z: Tensor, k: int) -> Tensor:
+    """[n, v] -> [n, k] columns of the largest entries, largest first, equal ones by column.
+
+    `torch.topk` leaves open which of several equal entries it takes, and equal logits are common
+    in half precision: the support would depend on the sharding.
+    """
+    if k == 0:
+        return torch.zeros(z.shape[0], 0, dtype=torch.int64, device=z.device)
+    values, columns = z.topk(k)
+    least = values[:, -1:]
+    by_column = torch.arange(z.shape[-1], 0, -1, dtype=z.dtype, device=z.device)
+    tied = torch.where(z == least, by_column, 0).topk(k).indices
+    place, above = torch.arange(k, device=z.device), (values > least).sum(-1, keepdim=True)
+    columns = torch.where(place < above, columns, tied.gather(-1, (place - above).clamp(min=0)))
+    columns = columns.sort(-1).values
+    order = z.gather(-1, columns).sort(dim=-1, descending=True, stable=True).indices
+    return columns.gather(-1, order)
 
 
 # Closed forms. Arguments: log-probabilities and probabilities [n, v] of student and teacher, and
@@ -364,8 +430,16 @@ def _jsd(
 
 def dense_divergence(student_logits: Tensor, teacher_logits: Tensor, loss: Loss) -> Tensor:
     """The reference: [n, V] logits of both models -> [n], in plain differentiable PyTorch."""
-    log_s = F.log_softmax(student_logits / loss.temperature, -1)
-    log_t = F.log_softmax(teacher_logits / loss.temperature, -1)
+    z_s, z_t = student_logits / loss.temperature, teacher_logits / loss.temperature
+    if loss.top_k is not None and loss.top_k < z_s.shape[-1]:
+        top = z_t.sort(dim=-1, descending=True, stable=True).indices[:, : loss.top_k]
+        parts = [[z.gather(-1, top), z.scatter(-1, top, -math.inf)] for z in (z_s, z_t)]
+        if loss.top_k_tail == "bucket":
+            parts = [[chosen, rest.logsumexp(-1, keepdim=True)] for chosen, rest in parts]
+        else:
+            parts = [[chosen] for chosen, _ in parts]
+        z_s, z_t = (torch.cat(part, -1) for part in parts)
+    log_s, log_t = F.log_softmax(z_s, -1), F.log_softmax(z_t, -1)
     s, t = log_s.exp(), log_t.exp()
     beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": loss.beta}[loss.divergence]
     if beta == 0:
