@@ -1,0 +1,400 @@
+"""Refinement prompts, their context budget, and which rewrites are accepted."""
+
+import re
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_tokenizers import NO_SYSTEM_TEMPLATE, byte_level_tokenizer
+
+from nemo_trd.config import Config, ConfigError, compose, conf_dir
+from nemo_trd.prompts import LoadedPrompts
+from nemo_trd.refinement import (
+    ContextOverflow,
+    check_templates,
+    fill_template,
+    fitting_prompts,
+    judge,
+    privileged_context,
+    read_rollout,
+    refinement_counts,
+    refinement_prompts,
+)
+from nemo_trd.types import Completion, Prompt, Refinement, RefinementPrompt, Rollout
+from nemo_trd.verifiers import verifier
+
+TOKENIZER = byte_level_tokenizer()
+END = TOKENIZER.eos_token_id
+NOTICE = re.compile(r"\[\.\.\. \d+ tokens left out \.\.\.\]")
+
+
+@cache
+def composed(mode: str, group: str) -> Config:
+    overrides = [f"refinement={group}", f"algorithm.mode={mode}"]
+    return compose([*overrides, "model.teacher=null"] if mode == "opsd" else overrides)
+
+
+def configured(mode: str = "opd", group: str = "math", **refinement: Any) -> Config:
+    config = composed(mode, group)
+    changed = config.refinement.model_copy(update={"max_context_tokens": 5000} | refinement)
+    return config.model_copy(update={"refinement": changed})
+
+
+def rollout(
+    text: str = "1 + 1 = 3",
+    problem: str = "1 + 1?",
+    reference: str | None = "1 + 1 = 2 # 2",
+    correct: bool | None = None,
+    finish_reason: Any = "stop",
+    answer: str | None = "2",
+) -> Rollout:
+    prompt = Prompt(0, problem, (5, 6, 7), reference, answer)
+    return Rollout(prompt, 0, Completion((1, END), finish_reason, 3), text, correct)
+
+
+def built(rollout: Rollout, config: Config) -> RefinementPrompt:
+    return refinement_prompts([rollout], config, TOKENIZER)[0]
+
+
+def text_of(request: RefinementPrompt) -> str:
+    return TOKENIZER.decode(request.token_ids)
+
+
+# --- filling ---
+
+
+@given(st.text(alphabet="ab{}_probleutsn", max_size=40), st.text(alphabet="{problem}", max_size=30))
+def test_what_is_filled_in_is_never_expanded(problem: str, attempt: str) -> None:
+    problem, attempt = problem + "{rollout}{problem}", attempt + "{problem}"
+    filled = fill_template("P{problem}R{rollout}E", problem=problem, rollout=attempt)
+    assert filled == "P" + problem + "R" + attempt + "E"
+
+
+@pytest.mark.parametrize("mode", ["opd", "opsd"])
+def test_texts_with_placeholders_braces_and_backslashes_reach_the_teacher_unharmed(
+    mode: str,
+) -> None:
+    problem, attempt = r"what is {rollout} {problem} \boxed{x}? \1 {0}", r"\g<0> {problem} \n"
+    reference = "{rollout} {reference_solution}"
+    text = text_of(built(rollout(attempt, problem, reference), configured(mode)))
+    for part in (problem, attempt, *([reference] if mode == "opsd" else [])):
+        assert text.count(part) == 1
+
+
+def test_an_unknown_placeholder_is_refused_when_filling() -> None:
+    with pytest.raises(ValueError, match=r"no value for \{solution\}; known: \{problem\}"):
+        fill_template("{problem} {solution}", problem="x")
+    assert fill_template(r"\boxed{} {X} {a b}") == r"\boxed{} {X} {a b}"
+
+
+# --- templates ---
+
+
+def with_template(config: Config, **templates: str | None) -> Config:
+    changed = config.refinement.templates.model_copy(update=templates)
+    refinement = config.refinement.model_copy(update={"templates": changed})
+    return config.model_copy(update={"refinement": refinement})
+
+
+@pytest.mark.parametrize("mode", ["opd", "opsd"])
+@pytest.mark.parametrize(
+    "group", sorted(p.stem for p in (conf_dir() / "refinement").glob("*.yaml"))
+)
+def test_every_shipped_template_is_complete(mode: str, group: str) -> None:
+    check_templates(configured(mode, group), TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "rule"),
+    [
+        ("opd", "{problem} {rollout} {reference_solution}", "no value for {reference_solution}"),
+        ("opd", "{problem} {attempt} {rollout}", "no value for {attempt}"),
+        ("opd", "{problem}", "{rollout} must appear in it"),
+        ("opsd", "{problem} {rollout}", "{reference_solution} must appear in it"),
+        ("privileged_prompt", "{reference_solution}", "{problem} must appear in it"),
+        ("system", "You solve {problem}", "no value for {problem}"),
+    ],
+)
+def test_a_wrong_placeholder_is_refused_by_name(name: str, template: str, rule: str) -> None:
+    config = with_template(configured(), **{name: template})
+    with pytest.raises(ConfigError) as error:
+        check_templates(config, TOKENIZER)
+    assert str(error.value).startswith(f"refinement.templates.{name}")
+    assert rule in str(error.value) and "Fix: " in str(error.value)
+
+
+def test_templates_that_cannot_be_rendered_are_refused() -> None:
+    config = with_template(configured(), system="Be careful.")
+    check_templates(config, TOKENIZER)
+    with pytest.raises(ConfigError, match="no system role"):
+        check_templates(config, byte_level_tokenizer(NO_SYSTEM_TEMPLATE))
+    with pytest.raises(ConfigError, match="no chat template"):
+        check_templates(config, byte_level_tokenizer(None))
+    with pytest.raises(ConfigError, match="max_context_tokens = 50"):
+        check_templates(configured(max_context_tokens=50), TOKENIZER)
+
+
+def test_the_prompt_is_the_filled_template_through_the_chat_template() -> None:
+    config = with_template(configured(), system="S", opd="A {problem} B {rollout} C")
+    data = config.data.model_copy(update={"chat_template_kwargs": {"think": False}})
+    request = built(rollout(), config.model_copy(update={"data": data}))
+    assert text_of(request) == (
+        "<s><|system|>S<|end|><|user|>A 1 + 1? B 1 + 1 = 3 C<|end|><|assistant|><think></think>"
+    )
+    assert request.rejection is None and request.shortened == ()
+
+
+# --- which rollouts are asked for ---
+
+
+@pytest.mark.parametrize(
+    ("subset", "asked"),
+    [("all", [True, False, None]), ("wrong", [False]), ("right", [True])],
+)
+def test_the_subset_goes_by_the_verdict_and_no_verdict_is_neither(
+    subset: str, asked: list[bool | None]
+) -> None:
+    rollouts = [rollout(correct=correct) for correct in (True, False, None)]
+    requests = refinement_prompts(rollouts, configured(subset=subset), TOKENIZER)
+    assert [r.rollout.correct for r in requests if r.token_ids is not None] == asked
+    assert {r.rejection for r in requests if r.token_ids is None} <= {"subset"}
+
+
+def test_vanilla_distillation_asks_for_no_rewrite() -> None:
+    config = configured()
+    algorithm = config.algorithm.model_copy(update={"trajectory": "rollout"})
+    assert built(rollout(), config.model_copy(update={"algorithm": algorithm})).rejection == (
+        "subset"
+    )
+
+
+def test_an_aborted_rollout_is_not_rewritten() -> None:
+    request = built(rollout(finish_reason="abort"), configured())
+    assert (request.token_ids, request.rejection) == (None, "aborted")
+    assert built(rollout(finish_reason="length"), configured()).rejection is None
+
+
+# --- the budget ---
+
+words = st.lists(
+    st.sampled_from(["Tom", "has", "12", "ünï", "水", "\n", ";", "= 3.5", "[...]", "{rollout}"])
+)
+texts = st.one_of(st.text(max_size=120), words.map(" ".join), words.map("".join))
+
+
+@settings(deadline=None, max_examples=150)
+@given(texts, texts, texts, st.sampled_from(["opd", "opsd"]), st.integers(10, 400))
+def test_the_rendered_prompt_never_exceeds_the_budget_and_never_loses_the_problem(
+    problem: str, attempt: str, reference: str, mode: str, budget: int
+) -> None:
+    config = configured(mode, max_context_tokens=budget)
+    config = with_template(
+        config,
+        opd="A {problem} B {rollout} C",
+        opsd="A {problem} B {rollout} C {reference_solution} D",
+    )
+    sample = rollout(attempt, problem, reference)
+    whole = built(sample, with_budget(config, 10**6))
+    request = built(sample, config)
+    assert whole.token_ids is not None and whole.shortened == ()
+    if len(whole.token_ids) <= budget:
+        assert request == whole
+    elif request.token_ids is None:
+        assert request.rejection == "context_overflow" and request.shortened == ()
+        rest = {"opd": "A {problem} B {rollout} C", "opsd": "A {problem} B {rollout} C  D"}[mode]
+        empty = built(
+            rollout("", problem), with_template(with_budget(config, 10**6), **{mode: rest})
+        )
+        assert empty.token_ids is not None
+        # a notice takes 6 tokens here, up to two more for its number, a new line on each side
+        assert len(empty.token_ids) + (24 if mode == "opsd" else 12) > budget
+    else:
+        assert len(request.token_ids) <= budget
+        text = text_of(request)
+        assert f"<|user|>A {problem} B " in text and text.endswith(
+            (" C" if mode == "opd" else " D") + "<|end|><|assistant|>"
+        )
+        notices = NOTICE.findall(text.replace(attempt, "").replace(reference, ""))
+        assert request.shortened and len(notices) == len(request.shortened)
+        if request.shortened == ("rollout",) and mode == "opsd":
+            assert f" C {reference} D" in text
+
+
+def with_budget(config: Config, tokens: int) -> Config:
+    refinement = config.refinement.model_copy(update={"max_context_tokens": tokens})
+    return config.model_copy(update={"refinement": refinement})
+
+
+def lines(name: str, count: int) -> str:
+    return "\n".join(f"{name} {number}: 3 + 12 = 15." for number in range(count))
+
+
+def test_the_rollout_gives_way_first_and_keeps_its_beginning() -> None:
+    sample = rollout(lines("step", 100), "How many?", lines("reference", 10))
+    config = configured("opsd")
+    whole = built(sample, with_budget(config, 10**6)).token_ids
+    assert whole is not None
+    request = built(sample, with_budget(config, len(whole) - 500))
+    text = text_of(request)
+    assert request.shortened == ("rollout",)
+    assert "How many?" in text and lines("reference", 10) in text
+    assert "step 0: 3 + 12 = 15.\n" in text and "step 99" not in text
+    assert request.token_ids is not None
+    assert len(whole) - 540 < len(request.token_ids) <= len(whole) - 500  # no more than needed
+    missing = int(re.findall(r"\[\.\.\. (\d+) tokens left out", text)[0])
+    assert 500 < missing < 540
+
+
+def test_the_reference_gives_way_next_and_keeps_its_beginning_and_its_answer() -> None:
+    sample = rollout(lines("step", 50), "How many?", lines("reference", 100) + "\n#### 42")
+    config = configured("opsd")
+    frame = built(rollout("", "How many?", ""), config).token_ids
+    assert frame is not None
+    request = built(sample, with_budget(config, len(frame) + 300))
+    text = text_of(request)
+    assert request.shortened == ("rollout", "reference_solution")
+    assert not re.search(r"step \d", text)
+    assert "reference 0: 3 + 12 = 15." in text and "#### 42" in text
+    assert "reference 60:" not in text
+    assert len(NOTICE.findall(text)) == 2
+
+
+def test_a_number_is_not_cut_in_two() -> None:
+    sample = rollout("the sum is " + "123456789 " * 200, "How many?")
+    config = configured()
+    for budget in range(600, 640):
+        text = text_of(built(sample, with_budget(config, budget)))
+        kept = text[text.index("the sum is") : text.index("[...")]
+        assert set(kept.split()[3:]) == {"123456789"}
+
+
+def test_refuse_never_shortens() -> None:
+    sample = rollout(lines("step", 100))
+    config = configured(on_overflow="refuse", max_context_tokens=600)
+    assert built(sample, config).rejection == "context_overflow"
+    assert built(rollout(), config).rejection is None
+
+
+def test_a_problem_that_does_not_fit_is_refused_not_cut() -> None:
+    sample = rollout("short", lines("problem", 100))
+    request = built(sample, configured(max_context_tokens=600))
+    assert (request.token_ids, request.rejection) == (None, "context_overflow")
+
+
+# --- the teacher's context without a rollout ---
+
+
+def test_privileged_context_is_x_in_opd_and_shows_the_reference_in_opsd() -> None:
+    sample = rollout()
+    assert privileged_context(sample.prompt, configured(), TOKENIZER) == sample.prompt.token_ids
+    config = configured("opsd")
+    data = config.data.model_copy(update={"system_prompt": "the student's"})
+    config = with_template(config.model_copy(update={"data": data}), system="the editor's")
+    text = TOKENIZER.decode(privileged_context(sample.prompt, config, TOKENIZER))
+    assert text.startswith("<s><|system|>the student's<|end|><|user|>1 + 1?\n")
+    assert "1 + 1 = 2 # 2" in text and text.endswith("<|end|><|assistant|>")
+
+
+def test_prompts_that_the_teacher_cannot_be_shown_are_left_out_and_counted() -> None:
+    prompts = [
+        Prompt(0, "1 + 1?", (5,), "2"),
+        Prompt(1, lines("problem", 50), (5,), "2"),
+        Prompt(2, "2 + 2?", (5,), lines("reference", 100)),
+    ]
+    loaded = LoadedPrompts(prompts, {"too_long": 3})
+    config = configured("opsd", max_context_tokens=400)
+    fitting = fitting_prompts(loaded, config, TOKENIZER)
+    assert [prompt.index for prompt in fitting.prompts] == [0, 2]
+    assert fitting.skipped == {"too_long": 3, "context_overflow": 1}
+    for prompt in fitting.prompts:
+        assert len(privileged_context(prompt, config, TOKENIZER)) <= 400
+    with pytest.raises(ContextOverflow, match="prompt 1"):
+        privileged_context(prompts[1], config, TOKENIZER)
+    refusing = configured("opsd", max_context_tokens=400, on_overflow="refuse")
+    assert [p.index for p in fitting_prompts(loaded, refusing, TOKENIZER).prompts] == [0]
+    with pytest.raises(ConfigError, match="no prompts left: all 3"):
+        fitting_prompts(loaded, with_budget(refusing, 20), TOKENIZER)
+    assert fitting_prompts(loaded, configured(max_context_tokens=20), TOKENIZER) is loaded  # opd
+
+
+# --- acceptance ---
+
+
+def completion(text: str, finish_reason: Any = "stop") -> Completion:
+    ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    return Completion((*ids, *([END] if finish_reason == "stop" else [])), finish_reason, 0)
+
+
+@pytest.mark.parametrize(
+    ("completed", "rejection", "correct"),
+    [
+        (completion("1 + 1 = 2 # 2"), None, True),
+        (completion("1 + 1 = 3 # 3"), None, False),  # wrong, but a rewrite: only counted
+        (completion(""), "empty", None),
+        (completion(" \n"), "empty", None),
+        (completion("1 + 1", "length"), "truncated", None),
+        (completion("1 + 1", "abort"), "aborted", None),
+        (Completion((), "abort", 0), "aborted", None),
+    ],
+)
+def test_rewrites_that_did_not_end_or_say_nothing_are_rejected(
+    completed: Completion, rejection: str | None, correct: bool | None
+) -> None:
+    request = built(rollout(), configured())
+    [refinement] = judge([request], [completed], configured(), TOKENIZER, verifier("exact"))
+    assert (refinement.rejection, refinement.correct) == (rejection, correct)
+    assert refinement.completion is completed and refinement.request is request
+    assert "<|end|>" not in refinement.text
+
+
+def test_completions_belong_to_the_prompts_that_were_asked() -> None:
+    config = configured(subset="wrong")
+    rollouts = [rollout(correct=c) for c in (True, False, True, False)]
+    requests = refinement_prompts(rollouts, config, TOKENIZER)
+    answers = [completion("first # 2"), completion("second # 3")]
+    refinements = judge(requests, answers, config, TOKENIZER, verifier("exact"))
+    assert [r.rejection for r in refinements] == ["subset", None, "subset", None]
+    assert [r.text for r in refinements] == ["", "first # 2", "", "second # 3"]
+    assert [r.correct for r in refinements] == [None, True, None, False]
+    with pytest.raises(AssertionError):
+        judge(requests, answers[:1], config, TOKENIZER, verifier("exact"))
+
+
+def test_without_an_answer_there_is_no_verdict() -> None:
+    request = built(rollout(answer=None), configured())
+    [refinement] = judge([request], [completion("# 2")], configured(), TOKENIZER, verifier("exact"))
+    assert refinement.rejection is None and refinement.correct is None
+
+
+def test_a_rollout_is_read_with_its_verdict() -> None:
+    prompt = rollout().prompt
+    read = read_rollout(prompt, 4, completion("so # 2"), TOKENIZER, verifier("exact"))
+    assert (read.text, read.correct, read.sample_index) == ("so # 2", True, 4)
+
+
+def test_counts_add_up_and_always_have_the_same_keys() -> None:
+    def refined(before: bool | None, after: bool | None, rejection: Any = None) -> Refinement:
+        request = RefinementPrompt(rollout(correct=before), (1,), shortened=("rollout",))
+        return Refinement(request, completion("x"), "x", after, rejection)
+
+    refinements = [
+        *[refined(False, True)] * 4,
+        *[refined(False, False)] * 3,
+        *[refined(True, True)] * 2,
+        refined(True, False),
+        refined(None, True),
+        refined(True, None),
+        *[refined(True, None, "empty")] * 2,
+        refined(False, None, "nll_gap"),
+    ]
+    counts = refinement_counts(refinements)
+    assert (counts["wrong_to_right"], counts["wrong_to_wrong"]) == (4, 3)
+    assert (counts["right_to_right"], counts["right_to_wrong"], counts["undecided"]) == (2, 1, 2)
+    assert (counts["accepted"], counts["rejected_empty"], counts["rejected_nll_gap"]) == (12, 2, 1)
+    assert counts["rollouts"] == 15 == counts["shortened_rollout"]
+    rejected = sum(n for key, n in counts.items() if key.startswith("rejected_"))
+    assert counts["accepted"] + rejected == counts["rollouts"]
+    assert refinement_counts([]).keys() == counts.keys()
+    assert set(refinement_counts([]).values()) == {0}
