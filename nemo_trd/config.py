@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -338,6 +339,17 @@ def check_consistent(config: Config) -> None:
             "exactly one of train.micro_batch_size and train.max_tokens_per_micro_batch is set",
             "set the other one to null",
         )
+    evaluation = config.evaluation
+    wanted = evaluation.at_start or evaluation.at_end or evaluation.interval is not None
+    if wanted and (config.data.validation is None or config.data.verifier == "none"):
+        missing = "validation" if config.data.validation is None else "verifier"
+        raise rule_broken(
+            f"data.{missing}",
+            getattr(config.data, missing),
+            "evaluation.at_start, at_end and interval need problems to solve and a verifier",
+            f"set data.{missing}, or switch evaluation off (at_start=false, at_end=false, "
+            "interval=null)",
+        )
     if config.optimizer.min_lr > config.optimizer.lr:
         raise rule_broken(
             "optimizer.min_lr",
@@ -451,21 +463,32 @@ def _explain(detail: Any) -> str:
     if isinstance(cause, ConfigError):
         return str(cause)
     if detail["type"] == "extra_forbidden":
-        known = _keys_of(detail["loc"][:-1])
-        close = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
-        fix = f"did you mean {close[0]}?" if close else f"known keys here: {', '.join(known)}"
-        return f"{field} = {detail['input']!r}: unknown key. Fix: {fix}"
+        return _explain_unknown_key(field, detail["input"])
     if detail["type"] == "missing":
         return f"{field}: missing. Fix: set {field}=..."
     return f"{field} = {detail['input']!r}: {detail['msg']}. Fix: give a value that obeys this."
 
 
-def _keys_of(path: tuple[str | int, ...]) -> list[str]:
+def _explain_unknown_key(field: str, value: object) -> str:
+    path = field.split(".")
+    depth = next(d for d, key in enumerate(path) if key not in _keys_of(path[:d]))
+    known = _keys_of(path[:depth])
+    close = difflib.get_close_matches(path[depth], known, n=1)
+    guess = ".".join([*path[:depth], *close, *path[depth + 1 :]])
+    fix = f"did you mean {guess}?" if close else f"known keys here: {', '.join(known) or 'none'}"
+    return f"{field} = {value!r}: unknown key. Fix: {fix}"
+
+
+def _keys_of(path: list[str]) -> list[str]:
+    """Names of the settings in the section at `path`; none where there is no such section."""
     section: type[BaseModel] = Config
     for part in path:
-        annotation = section.model_fields[str(part)].annotation
+        annotation = section.model_fields[part].annotation if part in section.model_fields else None
         options = (annotation, *get_args(annotation))
-        section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+        inner = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        if not inner:
+            return []
+        section = inner[0]
     return sorted(section.model_fields)
 
 
@@ -483,5 +506,17 @@ def compose(overrides: list[str], config_name: str = "config") -> Config:
         try:
             composed = hydra_compose(config_name, overrides)
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(str(error)) from error
+            raise ConfigError(_explain_refused_override(str(error), overrides)) from error
     return validate(composed)
+
+
+def _explain_refused_override(message: str, overrides: list[str]) -> str:
+    """Hydra's message, except that it suggests to append a key that nothing would read."""
+    refused = re.match(r"Could not override '([\w.]+)'", message)
+    if not refused:
+        return message
+    field = refused[1]
+    value = next((o.split("=", 1)[1] for o in overrides if o.startswith(f"{field}=")), None)
+    if value is None or field.split(".")[-1] in _keys_of(field.split(".")[:-1]):
+        return message
+    return _explain_unknown_key(field, value)
