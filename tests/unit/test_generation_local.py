@@ -1,0 +1,363 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import make_model
+from transformers import (
+    AutoModelForCausalLM,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from nemo_trd.config import ConfigError, LocalGeneration, Sampling
+from nemo_trd.generation import request_seed
+from nemo_trd.generation.local import LocalGenerator
+from nemo_trd.generation.sampling import gumbel_noise, sample, seed_tensor
+from nemo_trd.types import GenerationRequest
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+GREEDY = Sampling(temperature=0, top_p=1, top_k=0, max_tokens=12)
+PLAIN = Sampling(temperature=1.0, top_p=1, top_k=0, max_tokens=12)
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"), "qwen3", eos_token_id=None, **SMALL)
+
+
+def generator(path: Path, batch_size: int = 64, progress: bool = False) -> LocalGenerator:
+    local = LocalGeneration(batch_size=batch_size, dtype="fp32")
+    return LocalGenerator(str(path), local, trust_remote_code=False, progress=progress)
+
+
+def requests(count: int, seed: int = 0) -> list[GenerationRequest]:
+    """Prompts of very different lengths."""
+    return [
+        GenerationRequest(
+            tuple((7 * i + 5 * j + 1) % 40 for j in range(1 + (i * 5) % 17)), seed + i
+        )
+        for i in range(count)
+    ]
+
+
+def expected_probs(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """The distribution that transformers' own warpers define, [v]."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    return warpers(torch.zeros(1, 1, dtype=torch.long), logits[None].clone()).softmax(1)[0]
+
+
+def chi_square_is_ordinary(counts: torch.Tensor, probs: torch.Tensor) -> bool:
+    """Within 5 standard deviations of its mean; cells are merged up to 5 expected draws."""
+    total = counts.sum()
+    assert counts[probs == 0].sum() == 0
+    order = probs.argsort(descending=True)
+    expected, observed = (probs[order] * total).double(), counts[order].double()
+    large = expected >= 5
+    cells = [(e, o) for e, o in zip(expected[large], observed[large], strict=True)]
+    if expected[~large].sum() >= 5:
+        cells.append((expected[~large].sum(), observed[~large].sum()))
+    statistic = sum((o - e) ** 2 / e for e, o in cells)
+    degrees = len(cells) - 1
+    return bool(abs(statistic - degrees) <= 5 * (2 * degrees) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"),
+    [(1, 1, 0), (0.6, 1, 0), (1, 1, 5), (1, 0.7, 0), (0.8, 0.9, 12), (1.5, 0.3, 3)],
+)
+def test_samples_follow_the_warped_softmax(temperature: float, top_p: float, top_k: int) -> None:
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=1)
+    logits = torch.randn(30, generator=torch.Generator().manual_seed(3)) * 2
+    draws = 40_000
+    seeds = seed_tensor([request_seed("chi", i) for i in range(draws)], CPU)
+    drawn = sample(logits.expand(draws, -1), seeds, 7, sampling)
+    assert chi_square_is_ordinary(drawn.bincount(minlength=30), expected_probs(logits, sampling))
+
+
+def test_positions_of_one_seed_are_independent_draws() -> None:
+    logits = torch.randn(20, generator=torch.Generator().manual_seed(4))
+    seed = seed_tensor([99], CPU)
+    drawn = torch.cat([sample(logits[None], seed, position, PLAIN) for position in range(5000)])
+    probs = logits.softmax(0)
+    assert chi_square_is_ordinary(drawn.bincount(minlength=20), probs)
+    pairs = (drawn[:-1] * 20 + drawn[1:]).bincount(minlength=400)
+    assert chi_square_is_ordinary(pairs, torch.outer(probs, probs).flatten())
+
+
+def test_neighbouring_seeds_are_independent() -> None:
+    noise = gumbel_noise(seed_tensor(list(range(200)), CPU), 0, torch.arange(500))
+    assert abs(noise.mean() - 0.57722) < 0.02 and abs(noise.var() - torch.pi**2 / 6) < 0.03
+    off_diagonal = torch.corrcoef(noise).fill_diagonal_(0).abs().max()
+    assert off_diagonal < 6 / 500**0.5
+    assert torch.isfinite(noise).all()
+
+
+def test_improbable_tokens_of_a_large_vocabulary_keep_their_share() -> None:
+    """Half of the mass lies in 60,000 tokens: a truncated Gumbel tail would lose some of it."""
+    logits = torch.zeros(60_001)
+    logits[0] = torch.log(torch.tensor(60_000.0))
+    draws = 800
+    seeds = seed_tensor([request_seed(i) for i in range(draws)], CPU)
+    drawn = sample(logits.expand(draws, -1), seeds, 0, PLAIN)
+    assert abs(int((drawn == 0).sum()) - draws / 2) < 5 * (draws / 4) ** 0.5
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9999])
+def test_nucleus_of_a_large_vocabulary_is_right(top_p: float) -> None:
+    """0.3 is found among the first candidates, 0.9999 needs the whole sort."""
+    logits = torch.randn(5000, generator=torch.Generator().manual_seed(5)) * 3
+    sampling = Sampling(temperature=1, top_p=top_p, top_k=0, max_tokens=1)
+    draws = 1000
+    seeds = seed_tensor(list(range(draws)), CPU)
+    drawn = sample(logits.expand(draws, -1), seeds, 0, sampling)
+    assert chi_square_is_ordinary(drawn.bincount(minlength=5000), expected_probs(logits, sampling))
+
+
+def test_large_and_negative_seeds_are_accepted() -> None:
+    seeds = seed_tensor([2**63, 2**64 - 1, -5, 2**80 + 7], CPU)
+    assert len(set(seeds.tolist())) == 4
+
+
+@pytest.mark.parametrize("sampling", [PLAIN, PLAIN.model_copy(update={"top_k": 8, "top_p": 0.9})])
+def test_a_sample_does_not_depend_on_its_batch(model_dir: Path, sampling: Sampling) -> None:
+    wanted = requests(20)
+    together = generator(model_dir).generate(wanted, sampling, "rollouts")
+    assert generator(model_dir, batch_size=3).generate(wanted, sampling, "rollouts") == together
+    reverse = generator(model_dir, batch_size=7).generate(wanted[::-1], sampling, "rollouts")
+    assert reverse[::-1] == together
+    alone = [generator(model_dir).generate([w], sampling, "rollouts")[0] for w in wanted[:5]]
+    assert alone == together[:5]
+
+
+def test_equal_prompts_with_different_seeds_differ(model_dir: Path) -> None:
+    wanted = [GenerationRequest((1, 2, 3), seed) for seed in range(16)]
+    completions = generator(model_dir).generate(wanted, PLAIN, "rollouts")
+    assert len({c.token_ids for c in completions}) == 16
+    again = generator(model_dir).generate(wanted, PLAIN, "rollouts")
+    assert again == completions
+
+
+def test_first_tokens_follow_the_model(model_dir: Path) -> None:
+    draws = 4000
+    one = PLAIN.model_copy(update={"max_tokens": 1})
+    wanted = [GenerationRequest((5, 6, 7), request_seed(i)) for i in range(draws)]
+    completions = generator(model_dir, batch_size=1000).generate(wanted, one, "rollouts")
+    counts = Counter(c.token_ids[0] for c in completions)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    with torch.no_grad():
+        probs = model(torch.tensor([[5, 6, 7]])).logits[0, -1].softmax(0)
+    assert chi_square_is_ordinary(torch.tensor([counts[i] for i in range(40)]), probs)
+
+
+def test_greedy_in_batches_equals_row_by_row_and_transformers(model_dir: Path) -> None:
+    wanted = requests(17)
+    batched = generator(model_dir, batch_size=5).generate(wanted, GREEDY, "rollouts")
+    rows = [generator(model_dir).generate([w], GREEDY, "rollouts")[0] for w in wanted]
+    assert batched == rows
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    for request, completion in zip(wanted, batched, strict=True):
+        prompt = torch.tensor([request.prompt_token_ids])
+        own = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=12,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        assert tuple(own[0, prompt.shape[1] :].tolist()) == completion.token_ids
+
+
+def test_greedy_ignores_top_k_top_p_and_seed(model_dir: Path) -> None:
+    odd = GREEDY.model_copy(update={"top_k": 3, "top_p": 0.5})
+    first = generator(model_dir).generate(requests(6, seed=0), GREEDY, "rollouts")
+    assert generator(model_dir).generate(requests(6, seed=50), odd, "rollouts") == first
+
+
+def test_generation_leaves_the_global_random_state_alone(model_dir: Path) -> None:
+    local = generator(model_dir)
+    before = torch.get_rng_state()
+    local.generate(requests(4), PLAIN, "rollouts")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def unbounded(model_dir: Path, count: int = 24) -> list[tuple[int, ...]]:
+    """Greedy completions of the model without an EOS, all cut by length."""
+    completions = generator(model_dir).generate(requests(count), GREEDY, "rollouts")
+    assert {(len(c.token_ids), c.finish_reason) for c in completions} == {(12, "length")}
+    return [c.token_ids for c in completions]
+
+
+def cut_at(token_ids: tuple[int, ...], eos: set[int]) -> tuple[tuple[int, ...], str]:
+    for i, token_id in enumerate(token_ids):
+        if token_id in eos:
+            return token_ids[: i + 1], "stop"
+    return token_ids, "length"
+
+
+@pytest.mark.parametrize("pad", ["none", "eos", "ordinary"])
+@pytest.mark.parametrize("number_of_eos", [1, 3])
+def test_completions_end_with_their_eos(
+    model_dir: Path, tmp_path: Path, pad: str, number_of_eos: int
+) -> None:
+    """The ends of the free-running completions tell where the EOS must cut them."""
+    free = unbounded(model_dir)
+    by_frequency = [token for token, _ in Counter(sum(free, ())).most_common()]
+    eos = [free[0][0], *by_frequency[-2:]][:number_of_eos]
+    pads = {"none": None, "eos": eos[0], "ordinary": free[0][0]}
+    settings = {"eos_token_id": eos if number_of_eos > 1 else eos[0], "pad_token_id": pads[pad]}
+    path = make_model(tmp_path / "m", "qwen3", **(SMALL | settings))
+    completions = generator(path, batch_size=7).generate(requests(24), GREEDY, "rollouts")
+    expected = [cut_at(t, set(eos)) for t in free]
+    assert [(c.token_ids, c.finish_reason) for c in completions] == expected
+    assert any(len(t) == 1 for t, _ in expected)  # an EOS at once
+    assert {"stop", "length"} == {reason for _, reason in expected}
+
+
+def test_eos_at_the_length_limit_is_a_stop(model_dir: Path, tmp_path: Path) -> None:
+    free = unbounded(model_dir, 1)[0]
+    limit = next(i for i in range(1, 12) if free[i] not in free[:i]) + 1
+    path = make_model(tmp_path / "m", "qwen3", **(SMALL | {"eos_token_id": free[limit - 1]}))
+    tight = GREEDY.model_copy(update={"max_tokens": limit})
+    (completion,) = generator(path).generate(requests(1), tight, "rollouts")
+    assert (completion.token_ids, completion.finish_reason) == (free[:limit], "stop")
+
+
+def test_tokenizer_eos_counts_beside_the_generation_config(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m", "qwen3", tokenizer=True, eos_token_id=7)
+    tokenizer_eos = 3
+    assert generator(path).eos_token_ids == {tokenizer_eos, 7}
+
+
+def test_sampling_defaults_of_the_model_have_no_effect(model_dir: Path, tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m", "qwen3", **(SMALL | {"eos_token_id": None}))
+    odd = {"do_sample": True, "temperature": 9.0, "top_k": 1, "repetition_penalty": 5.0}
+    (path / "generation_config.json").write_text(json.dumps(odd | {"max_length": 3}))
+    wanted = requests(8)
+    expected = generator(model_dir).generate(wanted, PLAIN, "rollouts")
+    assert generator(path).generate(wanted, PLAIN, "rollouts") == expected
+
+
+def test_too_long_request_is_refused_before_anything_is_generated(model_dir: Path) -> None:
+    local = generator(model_dir)
+    local.model.generate = None  # calling it would be a TypeError
+    long = [GenerationRequest((1,) * 53, 0)]
+    with pytest.raises(ConfigError, match=r"max_tokens of rollouts = 12.*53.*= 64.*11 or less"):
+        local.generate(requests(4) + long, GREEDY, "rollouts")
+    with pytest.raises(ValueError, match="request 0 is empty"):
+        local.generate([GenerationRequest((), 0)], GREEDY, "rollouts")
+    with pytest.raises(ValueError, match="vocabulary of .* has 40"):
+        local.generate([GenerationRequest((40,), 0)], GREEDY, "rollouts")
+
+
+def test_longest_request_that_fits_is_generated(model_dir: Path) -> None:
+    (completion,) = generator(model_dir).generate(
+        [GenerationRequest((1,) * 52, 0)], GREEDY, "rollouts"
+    )
+    assert len(completion.token_ids) == 12
+
+
+def test_no_requests_give_no_completions(model_dir: Path) -> None:
+    assert generator(model_dir).generate([], PLAIN, "rollouts") == []
+
+
+def test_load_weights_changes_samples_and_version(model_dir: Path, tmp_path: Path) -> None:
+    other = make_model(tmp_path / "m", "qwen3", seed=1, **(SMALL | {"eos_token_id": None}))
+    local = generator(model_dir)
+    before = local.generate(requests(4), PLAIN, "rollouts")
+    assert {c.weight_version for c in before} == {0}
+    local.load_weights(load_file(other / "model.safetensors").items(), version=3)
+    after = local.generate(requests(4), PLAIN, "rollouts")
+    assert {c.weight_version for c in after} == {3}
+    fresh = generator(other).generate(requests(4), PLAIN, "rollouts")
+    assert [c.token_ids for c in after] == [c.token_ids for c in fresh]
+    assert [c.token_ids for c in after] != [c.token_ids for c in before]
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_tied_weights_may_come_under_either_name(tmp_path: Path, name: str) -> None:
+    tied = SMALL | {"eos_token_id": None, "tie_word_embeddings": True}
+    first = make_model(tmp_path / "a", "llama", seed=0, **tied)
+    second = make_model(tmp_path / "b", "llama", seed=1, **tied)
+    tensors = load_file(second / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    tensors[name] = tensors.pop("model.embed_tokens.weight")
+    local = generator(first)
+    local.load_weights(tensors.items(), version=1)
+    got = local.generate(requests(4), GREEDY, "rollouts")
+    expected = generator(second).generate(requests(4), GREEDY, "rollouts")
+    assert [c.token_ids for c in got] == [c.token_ids for c in expected]
+    both = tensors | {
+        "model.embed_tokens.weight": tensors[name],
+        "lm_head.weight": tensors[name] + 1,
+    }
+    with pytest.raises(ValueError, match="tied"):
+        local.load_weights(both.items(), version=2)
+
+
+def test_wrong_weights_are_refused(model_dir: Path) -> None:
+    local = generator(model_dir)
+    tensors = load_file(model_dir / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(ValueError, match="'unknown.weight' does not exist"):
+        local.load_weights([*tensors.items(), ("unknown.weight", torch.zeros(1))], 1)
+    with pytest.raises(ValueError, match=rf"'{name}' has shape \(48, 31\).*\(48, 32\)"):
+        local.load_weights((tensors | {name: tensors[name][:, :-1]}).items(), 1)
+    with pytest.raises(ValueError, match=rf"1 weights .* did not come.*{name}"):
+        local.load_weights([t for t in tensors.items() if t[0] != name], 1)
+    assert local.weight_version == 0
+
+
+def test_a_directory_without_some_weights_is_refused(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m", "qwen3", **SMALL)
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="lack 1 weights, model.layers.1.mlp.up_proj.weight"):
+        generator(path)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, PLAIN])
+def test_logits_that_are_not_numbers_stop_the_run(model_dir: Path, sampling: Sampling) -> None:
+    local = generator(model_dir)
+    tensors = load_file(model_dir / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.nan
+    local.load_weights(tensors.items(), version=5)
+    with pytest.raises(RuntimeError, match="weight version 5"):
+        local.generate(requests(2), sampling, "rollouts")
+
+
+def test_progress_shows_requests_and_tokens_per_second(
+    model_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    eos = unbounded(model_dir)[0][0]
+    path = make_model(tmp_path / "m", "qwen3", **(SMALL | {"eos_token_id": eos}))
+    quiet = generator(path, batch_size=8)
+    long = PLAIN.model_copy(update={"max_tokens": 40})
+    capfd.readouterr()
+    expected = quiet.generate(requests(24), long, "rollouts")
+    assert capfd.readouterr().err == ""
+    shown = generator(path, batch_size=8, progress=True)
+    assert shown.generate(requests(24), long, "rollouts") == expected
+    err = capfd.readouterr().err
+    assert "rollouts" in err and "/24" in err and "tok/s" in err
