@@ -1,0 +1,90 @@
+"""What the warm start trains on, in exactly the texts that a run makes of the templates."""
+
+from __future__ import annotations
+
+import random
+from typing import cast
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from nemo_trd.config import RefinementTemplates, rule_broken
+from nemo_trd.refinement import fill_template
+from nemo_trd.toy import task
+from nemo_trd.toy.tokenizer import unknown_words
+
+IGNORED = -100  # a position without a label
+KINDS = ("solve", "rewrite", "follow", "follow_attempt")
+Row = tuple[list[int], list[int]]  # context, labels
+
+
+def check_templates(templates: RefinementTemplates) -> None:
+    """Refuse templates that the tokenizer cannot spell.
+
+    Raises:
+        ConfigError: naming the template and its unknown words.
+    """
+    nothing = {"problem": "", "rollout": "", "reference_solution": ""}
+    for name, template in templates.model_dump().items():
+        if template is not None and (unknown := unknown_words(fill_template(template, **nothing))):
+            raise rule_broken(
+                f"refinement.templates.{name}",
+                template,
+                f"the toy's vocabulary has no {', '.join(unknown)}",
+                "use other words, or add these to INSTRUCTIONS in nemo_trd/toy/tokenizer.py",
+            )
+
+
+class RowMaker:
+    """Makes training rows of each kind from warm-start problems.
+
+    solve: problem -> solution. rewrite: problem and attempt -> solution. follow: problem and
+    reference solution -> solution. follow_attempt: all three -> solution.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, templates: RefinementTemplates) -> None:
+        check_templates(templates)
+        self.tokenizer = tokenizer
+        self.system = templates.system
+        self.templates = {
+            "rewrite": templates.opd,
+            "follow": templates.privileged_prompt,
+            "follow_attempt": templates.opsd,
+        }
+
+    def row(self, kind: str, rng: random.Random) -> Row:
+        """One row; the attempt that is shown has 0 to 3 errors."""
+        factors = task.draw_problem(rng, "warm_start")
+        problem, solution = task.problem_text(factors), task.solution(factors)
+        errors = rng.choices((0, 1, 2, 3), weights=(30, 30, 25, 15))[0]
+        rollout = task.corrupted(factors, rng, errors)
+        return self.context(kind, problem, rollout, solution), self.labels(solution)
+
+    def context(self, kind: str, problem: str, rollout: str, solution: str) -> list[int]:
+        """What stands before the labels, the generation prompt included."""
+        messages = [{"role": "user", "content": problem}]
+        if kind != "solve":
+            fields = {"problem": problem, "rollout": rollout, "reference_solution": solution}
+            messages[0]["content"] = fill_template(self.templates[kind], **fields)
+            if self.system is not None:
+                messages.insert(0, {"role": "system", "content": self.system})
+        ids = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+        return cast(list[int], ids)
+
+    def labels(self, solution: str) -> list[int]:
+        """The solution and the EOS token."""
+        return [*self.tokenizer(solution).input_ids, self.tokenizer.eos_token_id]
+
+
+def as_tensors(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded token ids and next-token labels, both int64 [rows, longest - 1]."""
+    length = max(len(context) + len(labels) for context, labels in rows)
+    tokens = torch.zeros(len(rows), length, dtype=torch.int64)
+    targets = torch.full((len(rows), length), IGNORED, dtype=torch.int64)
+    for i, (context, labels) in enumerate(rows):
+        end = len(context) + len(labels)
+        tokens[i, :end] = torch.tensor(context + labels)
+        targets[i, len(context) : end] = torch.tensor(labels)
+    return tokens[:, :-1], targets[:, 1:]

@@ -1,0 +1,146 @@
+"""The toy task: a sum of three products modulo 13, worked out step by step.
+
+    problem   p 3 * 9 q 8 * 2 r 5 * 9 ?
+    solution  p 3 * 9 = 1 ; q 8 * 2 = 3 ; r 5 * 9 = 6 ; s 1 + 3 = 4 ; t 4 + 6 = 10 ; #### 10
+
+p, q and r are the products, s = p + q and t = s + r. Everything is text: words separated by one
+space, numbers are the words 0 .. 12. A problem has exactly one right solution.
+
+Every problem has a number (its six factors as digits in base 13), and its number modulo 8 says
+which split it belongs to, so that warm-start, training and validation problems never overlap,
+whatever the seeds are.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Literal, get_args
+
+MODULUS = 13
+PRODUCTS = ("p", "q", "r")
+SUMS = (("s", "p", "q"), ("t", "s", "r"))  # label, labels of the two terms
+NUMBERS = tuple(str(number) for number in range(MODULUS))
+MARKS = (*PRODUCTS, "s", "t", "*", "+", "=", ";", "?", "####")
+
+Factors = tuple[tuple[int, int], ...]  # one pair per product
+Split = Literal["warm_start", "train", "validation"]
+ErrorKind = Literal["result", "operand", "skip", "repeat", "answer", "cut"]
+RESIDUES: dict[Split, tuple[int, ...]] = {
+    "validation": (0,),
+    "train": (1, 2, 3),
+    "warm_start": (4, 5, 6, 7),
+}
+
+
+def split_of(factors: Factors) -> Split:
+    """The only split that may use this problem."""
+    number = 0
+    for factor in (factor for pair in factors for factor in pair):
+        number = number * MODULUS + factor
+    return next(split for split, residues in RESIDUES.items() if number % 8 in residues)
+
+
+def draw_problem(rng: random.Random, split: Split) -> Factors:
+    """A problem of this split, uniform over the split."""
+    while True:
+        factors = tuple((rng.randrange(MODULUS), rng.randrange(MODULUS)) for _ in PRODUCTS)
+        if split_of(factors) == split:
+            return factors
+
+
+def problem_text(factors: Factors) -> str:
+    """What the student is asked."""
+    terms = (f"{label} {a} * {b}" for label, (a, b) in zip(PRODUCTS, factors, strict=True))
+    return f"{' '.join(terms)} ?"
+
+
+def answer(factors: Factors) -> str:
+    """The number that a right solution ends with."""
+    return str(sum(a * b for a, b in factors) % MODULUS)
+
+
+def solution(factors: Factors) -> str:
+    """The one right worked solution."""
+    return attempt(factors, {}, random.Random(0))
+
+
+def corrupted(factors: Factors, rng: random.Random, errors: int) -> str:
+    """An attempt with so many errors of random kinds, carried on in the steps that follow."""
+    kinds = rng.choices(get_args(ErrorKind), weights=(12, 3, 1, 1, 1, 1), k=errors)
+    steps = rng.sample(range(len(PRODUCTS) + len(SUMS)), errors)
+    return attempt(factors, dict(zip(steps, kinds, strict=True)), rng)
+
+
+def attempt(factors: Factors, errors: dict[int, ErrorKind], rng: random.Random) -> str:
+    """A worked solution in which step i goes wrong as `errors[i]` says.
+
+    result: a wrong number after "="; operand: another number is combined; skip: the step is
+    missing and its value is a guess; repeat: the step is written twice; answer: the last number
+    is not the result of the last step; cut: the attempt ends in this step.
+    """
+    values: dict[str, int] = {}
+    steps: list[str] = []
+    for index, label in enumerate((*PRODUCTS, *(label for label, _, _ in SUMS))):
+        if index < len(PRODUCTS):
+            sign, (a, b) = "*", factors[index]
+        else:
+            _, left, right = SUMS[index - len(PRODUCTS)]
+            sign, a, b = "+", values[left], values[right]
+        kind = errors.get(index)
+        if kind == "operand":
+            a, b = (_other(a, rng), b) if rng.random() < 0.5 else (a, _other(b, rng))
+        value = (a * b if sign == "*" else a + b) % MODULUS
+        if kind in ("result", "skip"):
+            value = _other(value, rng)
+        values[label] = value
+        words = [label, str(a), sign, str(b), "=", str(value), ";"]
+        if kind == "cut":
+            return " ".join([*steps, *words[: rng.randrange(1, len(words) - 1)]])
+        steps += [] if kind == "skip" else [" ".join(words)] * (2 if kind == "repeat" else 1)
+    last = values[SUMS[-1][0]]
+    if "answer" in errors.values():
+        last = _other(last, rng)
+    return " ".join([*steps, "####", str(last)])
+
+
+def _other(number: int, rng: random.Random) -> int:
+    return (number + rng.randrange(1, MODULUS)) % MODULUS
+
+
+def extract_answer(text: str) -> str | None:
+    """The number after the last "####", or None where there is none."""
+    words = text.split()
+    found = [b for a, b in zip(words, words[1:], strict=False) if a == "####" and b in NUMBERS]
+    return found[-1] if found else None
+
+
+def first_wrong_step(factors: Factors, text: str) -> int | None:
+    """Where an attempt leaves the right solution, as an index into its steps.
+
+    Steps end with ";", the answer is the last one (5). None: the attempt is right.
+    """
+    right, tried = _steps(solution(factors)), _steps(text)
+    for index, step in enumerate(right):
+        if index >= len(tried) or tried[index] != step:
+            return index
+    return None if len(tried) == len(right) else len(right)
+
+
+def _steps(text: str) -> list[str]:
+    return [step.strip() for step in text.split(";")]
+
+
+def examples(split: Split, count: int, seed: int) -> list[dict[str, str]]:
+    """Different problems of one split with their solutions and answers."""
+    rng = random.Random(f"{split} {seed}")
+    drawn: dict[Factors, None] = {}
+    while len(drawn) < count:
+        drawn[draw_problem(rng, split)] = None
+    return [
+        {
+            "problem": problem_text(factors),
+            "solution": solution(factors),
+            "answer": answer(factors),
+        }
+        for factors in drawn
+    ]

@@ -1,0 +1,249 @@
+"""Make the toy's models and data: a weak student, a stronger teacher, prompts.
+
+    python -m nemo_trd.toy.warm_start --out runs/toy --seed 1234
+
+Both models are trained from scratch on the warm-start problems, until their gates are passed on
+held-out problems. The teacher learns to solve and to rewrite attempts. The student learns to
+solve a little, and to follow a reference solution that it is shown (for algorithm.mode=opsd).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import shutil
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from nemo_trd.config import RefinementTemplates, conf_dir
+from nemo_trd.toy import task
+from nemo_trd.toy.rows import IGNORED, Row, RowMaker, as_tensors
+from nemo_trd.toy.tokenizer import build_tokenizer
+
+HEAD_DIM = 32
+TRAIN_PROBLEMS, VALIDATION_PROBLEMS = 4000, 250
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model is made. `shares` and `gates` are keyed by the kind of row."""
+
+    layers: int
+    hidden: int
+    feed_forward: int
+    max_steps: int
+    constant_steps: int  # at the full learning rate; then it falls linearly to a tenth
+    shares: dict[str, int]  # rows in a batch
+    gates: dict[str, float]  # training ends when these accuracies are reached
+    held_out: int = 128  # rows of each kind that the gates look at
+    check_interval: int = 10
+    warmup_steps: int = 20
+    matrix_lr: float = 0.02  # Muon
+    other_lr: float = 3e-3  # AdamW: embedding and norms
+
+
+STUDENT = Recipe(
+    layers=2,
+    hidden=64,
+    feed_forward=192,
+    max_steps=800,
+    constant_steps=800,
+    shares={"solve": 16, "follow": 8, "follow_attempt": 12},
+    gates={"solve": 0.4},
+    check_interval=5,
+)
+TEACHER = Recipe(
+    layers=4,
+    hidden=128,
+    feed_forward=384,
+    max_steps=500,
+    constant_steps=250,
+    shares={"solve": 16, "rewrite": 16},
+    gates={"solve": 0.97, "rewrite": 0.97},
+)
+
+
+def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
+    """An untrained Qwen3; the global random state is left as it was."""
+    heads = recipe.hidden // HEAD_DIM
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden,
+        intermediate_size=recipe.feed_forward,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(config)
+
+
+def token_losses(model: Qwen3ForCausalLM, rows: list[Row]) -> torch.Tensor:
+    """Negative log-likelihood of each label, [rows, longest - 1], 0 where there is no label."""
+    tokens, targets = as_tensors(rows)
+    logits = model(input_ids=tokens, use_cache=False).logits
+    return F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+
+
+@torch.no_grad()
+def accuracy(model: Qwen3ForCausalLM, rows: list[Row]) -> float:
+    """The probability that a sample at temperature 1 is exactly the right solution."""
+    return (-token_losses(model, rows).sum(dim=1)).exp().mean().item()
+
+
+def train(
+    recipe: Recipe, rows: RowMaker, seed: int, name: str
+) -> tuple[Qwen3ForCausalLM, dict[str, float]]:
+    """Train until the gates are passed or `max_steps` is reached.
+
+    Returns:
+        the model and its accuracy for every kind of row in `shares`.
+    """
+    rng = random.Random(f"{name} {seed}")
+    held_out = {k: [rows.row(k, rng) for _ in range(recipe.held_out)] for k in recipe.shares}
+    model = new_model(recipe, rows.tokenizer, seed)
+    optimizers = _optimizers(model, recipe)
+    reached: dict[str, float] = {}
+    progress = tqdm(range(1, recipe.max_steps + 1), desc=f"warm start of the {name}", unit="step")
+    for step in progress:
+        # One group per kind: rows of a kind are equally long, so little is padded.
+        groups = [[rows.row(kind, rng) for _ in range(n)] for kind, n in recipe.shares.items()]
+        labels = sum(len(row[1]) for group in groups for row in group)
+        for group in groups:
+            (token_losses(model, group).sum() / labels).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, lr in optimizers:
+            optimizer.param_groups[0]["lr"] = lr * _lr_factor(recipe, step)
+            optimizer.step()
+            optimizer.zero_grad()
+        if step % recipe.check_interval == 0 or step == recipe.max_steps:
+            reached = {kind: accuracy(model, held_out[kind]) for kind in recipe.shares}
+            progress.set_postfix({kind: f"{value:.2f}" for kind, value in reached.items()})
+            if all(reached[kind] >= gate for kind, gate in recipe.gates.items()):
+                break
+    progress.close()
+    return model, reached
+
+
+def _optimizers(
+    model: Qwen3ForCausalLM, recipe: Recipe
+) -> list[tuple[torch.optim.Optimizer, float]]:
+    # Muon leaves the plateau before the multiplication table within 200 steps, for every seed
+    # tried; AdamW alone needs a thousand or never does.
+    layers = dict(model.model.layers.named_parameters())
+    matrices = [parameter for parameter in layers.values() if parameter.ndim == 2]
+    of_muon = {id(parameter) for parameter in matrices}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in of_muon]
+    return [
+        (torch.optim.Muon(matrices, weight_decay=0.01), recipe.matrix_lr),
+        (torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0), recipe.other_lr),
+    ]
+
+
+def _lr_factor(recipe: Recipe, step: int) -> float:
+    if step <= recipe.constant_steps:
+        return min(1.0, step / recipe.warmup_steps)
+    left = (recipe.max_steps - step) / (recipe.max_steps - recipe.constant_steps)
+    return 0.1 + 0.9 * left
+
+
+def toy_templates() -> RefinementTemplates:
+    """The templates of conf/refinement/toy.yaml."""
+    loaded = OmegaConf.to_container(OmegaConf.load(conf_dir() / "refinement" / "toy.yaml"))
+    assert isinstance(loaded, dict)
+    return RefinementTemplates.model_validate(loaded["templates"])
+
+
+def digest(seed: int, recipes: dict[str, Recipe], templates: RefinementTemplates) -> str:
+    """Identifies what the warm start makes: settings, this package, torch."""
+    sha = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        sha.update(source.read_bytes())
+    settings = {name: asdict(recipe) for name, recipe in recipes.items()}
+    used = [seed, settings, templates.model_dump(), torch.__version__, torch.get_num_threads()]
+    sha.update(json.dumps(used, sort_keys=True).encode())
+    return sha.hexdigest()[:16]
+
+
+def make(out: Path, seed: int, student: Recipe = STUDENT, teacher: Recipe = TEACHER) -> dict:
+    """Write student, teacher, train.jsonl and validation.jsonl into `out`.
+
+    What `out` holds already from equal settings is kept.
+
+    Returns:
+        what warm_start.json holds: digest, seed, and per model accuracy and seconds.
+
+    Raises:
+        RuntimeError: a model did not pass its gates.
+    """
+    templates = toy_templates()
+    recipes = {"student": student, "teacher": teacher}
+    report_path = out / "warm_start.json"
+    wanted = digest(seed, recipes, templates)
+    if report_path.exists():
+        report = json.loads(report_path.read_text())
+        if report["digest"] == wanted:
+            return report
+        report_path.unlink()
+    out.mkdir(parents=True, exist_ok=True)
+    write_jsonl(out / "train.jsonl", task.examples("train", TRAIN_PROBLEMS, seed))
+    # The validation problems are the same for every seed, so that runs can be compared.
+    write_jsonl(out / "validation.jsonl", task.examples("validation", VALIDATION_PROBLEMS, 0))
+    report = {"digest": wanted, "seed": seed}
+    rows = RowMaker(build_tokenizer(), templates)
+    for name, recipe in recipes.items():
+        started = time.monotonic()
+        model, reached = train(recipe, rows, seed, name)
+        missed = {
+            kind: reached[kind] for kind, gate in recipe.gates.items() if reached[kind] < gate
+        }
+        if missed:
+            raise RuntimeError(
+                f"warm start of the {name}, seed {seed}: accuracy {missed} after "
+                f"{recipe.max_steps} steps, gates {recipe.gates}. Fix: another --seed."
+            )
+        shutil.rmtree(out / name, ignore_errors=True)
+        model.save_pretrained(out / name)
+        rows.tokenizer.save_pretrained(out / name)
+        report[name] = {"accuracy": reached, "seconds": round(time.monotonic() - started, 1)}
+    report_path.write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def write_jsonl(path: Path, records: Iterable[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/toy"))
+    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--threads", type=int, default=2, help="part of what is reproducible")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    report = make(arguments.out, arguments.seed)
+    json.dump(report, sys.stdout, indent=2)
+    print()
+
+
+if __name__ == "__main__":
+    main()
