@@ -1,0 +1,287 @@
+"""Settings: every shipped file is valid, every contradiction is refused, the digest is stable."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel
+
+from nemo_trd.config import Config, ConfigError, compose, conf_dir, validate
+
+OPSD = ["algorithm.mode=opsd", "model.teacher=null"]
+SHIPPED = sorted(str(file.relative_to(conf_dir())) for file in conf_dir().rglob("*.yaml"))
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+        return hydra_compose("config", list(overrides))
+
+
+def with_placeholders(settings: DictConfig) -> DictConfig:
+    """Fill what a shipped file leaves to the user: paths, and nothing else, marked ???."""
+    for key in OmegaConf.missing_keys(settings):
+        assert key.endswith(".path"), key
+        OmegaConf.update(settings, key, "some/path")
+    return settings
+
+
+@pytest.mark.parametrize("file", SHIPPED)
+def test_every_shipped_file_composes_and_validates(file: str) -> None:
+    group, _, name = file.removesuffix(".yaml").rpartition("/")
+    config = validate(with_placeholders(composed(*([f"{group}={name}"] if group else []))))
+    assert isinstance(config, Config)
+
+
+def test_shipped_files_are_found() -> None:
+    assert {"config.yaml", "model/local.yaml", "experiment/quickstart.yaml"} <= set(SHIPPED)
+
+
+def absent_settings(schema: type[BaseModel], settings: dict[str, Any], where: str) -> list[str]:
+    """Settings of the schema that the composed files do not mention."""
+    absent = []
+    for name, field in schema.model_fields.items():
+        if name not in settings:
+            absent.append(f"{where}{name}")
+        for inner in (field.annotation, *get_args(field.annotation)):
+            is_section = isinstance(inner, type) and issubclass(inner, BaseModel)
+            if is_section and isinstance(settings.get(name), dict):
+                absent += absent_settings(inner, settings[name], f"{where}{name}.")
+    return absent
+
+
+def test_every_setting_is_visible_in_conf() -> None:
+    settings = OmegaConf.to_container(composed(), resolve=True)
+    assert isinstance(settings, dict)
+    assert absent_settings(Config, settings, "") == []  # type: ignore[arg-type]
+
+
+def test_value_left_open_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"data\.train\.path has no value.*Fix: set"):
+        compose(["data=gsm8k"])
+
+
+def test_module_imports_without_torch() -> None:
+    code = "import sys, nemo_trd.config as c; c.compose([]); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_configuration_is_found_from_any_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert compose([]).run.seed == 1234
+
+
+REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    # overrides -> what the message says: field, value, rule, fix
+    "unknown key": (
+        ["train.num_step=3"],
+        ("train.num_step = '3'", "unknown key", "did you mean train.num_steps?"),
+    ),
+    "unknown key appended": (
+        ["+loss.divergense=jsd"],
+        ("loss.divergense = 'jsd'", "unknown key", "did you mean loss.divergence?"),
+    ),
+    "unknown section": (
+        ["trian.num_steps=3"],
+        ("trian.num_steps = '3'", "unknown key", "did you mean train.num_steps?"),
+    ),
+    "unknown key like no other": (
+        ["+teacher.x=1"],
+        ("teacher.x = 1", "known keys here: offload_states, offload_weights"),
+    ),
+    "unknown file": (["model=nope"], ("model/nope", "local", "toy")),
+    "override without a value": (["train.num_steps"], ("train.num_steps", "missing EQUAL")),
+    "text for a number": (
+        ["train.num_steps=many"],
+        ("train.num_steps = 'many'", "valid integer", "Fix: "),
+    ),
+    "fraction for a count": (
+        ["train.num_steps=1.5"],
+        ("train.num_steps = 1.5", "valid integer", "Fix: "),
+    ),
+    "number for a switch": (
+        ["optimizer.distributed=1"],
+        ("optimizer.distributed = 1", "valid boolean", "Fix: "),
+    ),
+    "count below one": (
+        ["train.prompts_per_step=0"],
+        ("train.prompts_per_step = 0", "greater than or equal to 1", "Fix: "),
+    ),
+    "learning rate of zero": (
+        ["optimizer.lr=0"],
+        ("optimizer.lr = 0", "greater than 0", "Fix: "),
+    ),
+    "unknown choice": (
+        ["loss.divergence=kl"],
+        ("loss.divergence = 'kl'", "'forward_kl'", "'jsd'", "Fix: "),
+    ),
+    "opd without a teacher": (
+        ["model.teacher=null"],
+        ("model.teacher = None", "distils a separate teacher", "set model.teacher.path"),
+    ),
+    "opsd with a teacher": (
+        ["algorithm.mode=opsd"],
+        ("model.teacher.path = 'runs/toy/teacher'", "frozen step-0", "model.teacher=null"),
+    ),
+    "opsd without reference solutions": (
+        [*OPSD, "data.train.columns.reference_solution=null"],
+        ("data.train.columns.reference_solution = None", "shows the reference", "name the column"),
+    ),
+    "two columns for the problem": (
+        ["data.train.columns.messages=m"],
+        ("data.train.columns.problem = 'problem'", "exactly one", "to null"),
+    ),
+    "no column for the problem": (
+        ["data.validation.columns.problem=null"],
+        ("data.validation.columns.problem = None", "exactly one", "to null"),
+    ),
+    "verifier without an answer": (
+        ["data.train.columns.answer=null"],
+        ("data.train.columns.answer = None", "verifier=exact", "answer_pattern"),
+    ),
+    "pattern without a text to search": (
+        [
+            "data.train.answer_pattern='####(.+)'",
+            "data.train.columns.answer=null",
+            "data.train.columns.reference_solution=null",
+        ],
+        ("data.train.answer_pattern = '####(.+)'", "searched in", "name one of these columns"),
+    ),
+    "subset without a verifier": (
+        ["refinement.subset=wrong", "data.verifier=none"],
+        ("refinement.subset = 'wrong'", "needs a verifier", "data.verifier=math"),
+    ),
+    "subset of nothing": (
+        ["refinement.subset=right", "algorithm.trajectory=rollout"],
+        ("refinement.subset = 'right'", "refines nothing", "subset=all"),
+    ),
+    "evaluation without problems": (
+        ["evaluation.at_end=true", "data.validation=null"],
+        ("data.validation = None", "problems to solve", "at_end=false"),
+    ),
+    "evaluation without a verifier": (
+        ["evaluation.interval=5", "data.verifier=none"],
+        ("data.verifier = 'none'", "a verifier", "interval=null"),
+    ),
+    "two sizes of a micro-batch": (
+        ["train.micro_batch_size=4"],
+        ("train.micro_batch_size = 4", "exactly one", "to null"),
+    ),
+    "no size of a micro-batch": (
+        ["train.max_tokens_per_micro_batch=null"],
+        ("train.micro_batch_size = None", "exactly one", "to null"),
+    ),
+    "rising learning rate": (
+        ["optimizer.min_lr=1.0"],
+        ("optimizer.min_lr = 1.0", "not exceed optimizer.lr = 5e-06", "lower it"),
+    ),
+    "beta that is not used": (
+        ["loss.beta=0.1"],
+        ("loss.beta = 0.1", "does not use it", "loss.divergence=jsd"),
+    ),
+    "interleaved teacher": (
+        [
+            "parallel.teacher.pipeline_model_parallel_size=4",
+            "parallel.teacher.virtual_pipeline_model_parallel_size=2",
+        ],
+        ("parallel.teacher.virtual_pipeline_model_parallel_size = 2", "forward only", "to null"),
+    ),
+    "interleaving one stage": (
+        ["parallel.student.virtual_pipeline_model_parallel_size=2"],
+        ("parallel.student.virtual_pipeline_model_parallel_size = 2", "2 or more", "raise"),
+    ),
+    "two interleaved stages with batched p2p": (
+        [
+            "parallel.student.pipeline_model_parallel_size=2",
+            "parallel.student.virtual_pipeline_model_parallel_size=2",
+            "parallel.student.batch_p2p_comm=true",
+        ],
+        ("parallel.student.batch_p2p_comm = True", "silently wrong", "set it to false"),
+    ),
+    "sequence parallelism of one rank": (
+        ["parallel.teacher.sequence_parallel=true"],
+        ("parallel.teacher.sequence_parallel = True", "there is one", "raise tensor_model"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_setting_that_breaks_a_rule_is_refused(case: str) -> None:
+    overrides, parts = REFUSED[case]
+    with pytest.raises(ConfigError) as refused:
+        compose(overrides)
+    for part in parts:
+        assert part in str(refused.value)
+
+
+def test_all_wrong_values_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as refused:
+        compose(["train.num_steps=0", "loss.temperature=-1.0", "+run.sead=1"])
+    assert [line.split(" = ")[0] for line in str(refused.value).splitlines()] == [
+        "run.sead",
+        "loss.temperature",
+        "train.num_steps",
+    ]
+
+
+def test_config_cannot_be_changed_after_validation() -> None:
+    config = compose([])
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.num_steps = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "parallel.student.tensor_model_parallel_size=2",
+        "parallel.teacher.pipeline_model_parallel_size=2",
+        "teacher.offload_states=true",
+        "train.max_tokens_per_micro_batch=512",
+        "train.recompute=full",
+        "train.num_steps=7",
+        "checkpoint.save_interval=1",
+        "logging.progress=false",
+        "evaluation.at_end=true",
+        "generation.local.batch_size=1",
+        "run.dir=elsewhere",
+    ],
+)
+def test_digest_does_not_depend_on_where_and_how_a_run_is_computed(override: str) -> None:
+    assert compose([override]).digest() == compose([]).digest()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.seed=2",
+        "algorithm.trajectory=rollout",
+        "algorithm.teacher_context=prompt",
+        "model.student.path=another",
+        "loss.divergence=reverse_kl",
+        "loss.top_k=8",
+        "loss.temperature=2.0",
+        "refinement.on_failure=rollout",
+        "refinement.max_context_tokens=99",
+        "data.max_prompt_tokens=32",
+        "generation.rollout.temperature=1.0",
+        "optimizer.lr=1.0",
+        "train.prompts_per_step=8",
+        "precision.dtype=fp32",
+    ],
+)
+def test_digest_changes_with_what_changes_the_numbers(override: str) -> None:
+    assert compose([override]).digest() != compose([]).digest()
+
+
+def test_digest_is_the_same_in_another_process() -> None:
+    code = "from nemo_trd.config import compose; print(compose([]).digest())"
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert output.stdout.decode().strip() == compose([]).digest()
