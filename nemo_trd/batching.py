@@ -187,9 +187,11 @@ def make_micro_batch(
     student_alignment: int = 1,
     teacher_alignment: int = 1,
     packed: bool = False,
+    student_shape: tuple[int, int] | None = None,
 ) -> Microbatch:
     """Build the tensors of one micro-batch; without trajectories a filler without labels.
 
+    `student_shape`, (rows, length), pads the student's side to a shape that is given.
     They stay on the host: every rank holds the plan of all ranks, and runs a part of it.
     """
     labels = [token for t in trajectories for token in t.labels]
@@ -197,7 +199,7 @@ def make_micro_batch(
     students = [(t.student_context, t.labels) for t in trajectories]
     teachers = [(t.teacher_context, t.labels) for t in trajectories]
     return Microbatch(
-        student=_context_batch(students, student_alignment, packed),
+        student=_context_batch(students, student_alignment, packed, student_shape),
         teacher=_context_batch(teachers, teacher_alignment, packed),
         labels=torch.tensor(labels, dtype=torch.long),
         trajectory_index=torch.tensor(owners, dtype=torch.long),
@@ -209,27 +211,32 @@ def _context_batch(
     sequences: Sequence[tuple[TokenIds, TokenIds]],
     alignment: int,
     packed: bool,
+    shape: tuple[int, int] | None = None,
 ) -> ContextBatch:
     """Lay out (context, labels) pairs; label i is predicted at the position before it."""
     # The last label is predicted, never read: its own position would be computed for nothing.
     inputs = [(*context, *labels[:-1]) for context, labels in sequences] or [(PAD_TOKEN,)]
     lengths = [-(-len(ids) // alignment) * alignment for ids in inputs]
-    if not packed:
-        lengths = [max(lengths)] * len(lengths)
+    rows, length = shape or (len(inputs), 0)
+    if packed and sum(lengths) < length:
+        inputs, lengths = [*inputs, (PAD_TOKEN,)], [*lengths, length - sum(lengths)]
+    elif not packed:
+        inputs = [*inputs, *[(PAD_TOKEN,)] * (rows - len(inputs))]
+        lengths = [max(*lengths, length)] * len(inputs)
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    rows = [[*ids, *[PAD_TOKEN] * (n - len(ids))] for ids, n in zip(inputs, lengths, strict=True)]
+    padded = [[*ids, *[PAD_TOKEN] * (n - len(ids))] for ids, n in zip(inputs, lengths, strict=True)]
     positions = [
         start + len(context) - 1 + i
         for start, (context, labels) in zip(starts, sequences, strict=False)
         for i in range(len(labels))
     ]
-    tokens = torch.tensor([token for row in rows for token in row], dtype=torch.long)
+    tokens = torch.tensor([token for row in padded for token in row], dtype=torch.long)
     position_ids = torch.cat([torch.arange(n) for n in lengths])
-    shape = (1, -1) if packed else (len(rows), -1)
+    view = (1, -1) if packed else (len(inputs), -1)
     borders = torch.tensor([*starts, sum(lengths)], dtype=torch.int32)
     return ContextBatch(
-        tokens=tokens.view(shape),
-        position_ids=position_ids.view(shape),
+        tokens=tokens.view(view),
+        position_ids=position_ids.view(view),
         label_positions=torch.tensor(positions, dtype=torch.long),
         cu_seqlens=borders if packed else None,
     )

@@ -7,7 +7,6 @@ by `check_supported`, never ignored.
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,8 +30,8 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nemo_trd.config import Config, ConfigError, Layout, Precision, rule_broken
+from nemo_trd.hf_directory import SUPPORTED_MODEL_TYPES, check_model_type
 
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
 # Frequencies that do not depend on the sequence length and leave attention scores unscaled.
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
 VOCABULARY_MULTIPLE = 128
@@ -45,16 +44,7 @@ def load_hf_config(path: str, trust_remote_code: bool = False) -> PretrainedConf
     Raises:
         ConfigError: no readable config.json, or a model that `check_supported` refuses.
     """
-    file = Path(path) / "config.json"
-    try:
-        model_type = json.loads(file.read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(
-            f"{file} cannot be read: {error}. "
-            "Fix: give a Hugging Face model directory with config.json, tokenizer and safetensors."
-        ) from error
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise _unsupported(file, "model_type", model_type, _one_of(SUPPORTED_MODEL_TYPES))
+    check_model_type(Path(path), "path")
     hf = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     check_supported(hf)
     return hf
@@ -258,7 +248,9 @@ def transformer_config(
         context_parallel_size=layout.context_parallel_size,
         sequence_parallel=layout.sequence_parallel,
         batch_p2p_comm=layout.batch_p2p_comm,
-        variable_seq_lengths=pipelined,
+        # Off where stages interleave: at two stages the exchange of shapes mixes both directions.
+        variable_seq_lengths=pipelined and not layout.virtual_pipeline_model_parallel_size,
+        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths even here
         deallocate_pipeline_outputs=pipelined,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -267,7 +259,11 @@ def transformer_config(
         fp8_recipe=precision.fp8_recipe,
         recompute_granularity=None if recompute == "none" else recompute,
         calculate_per_token_loss=True,  # gradients are sums; the caller divides by one count
-        perform_initialization=False,  # every weight is loaded
+        # Every weight is loaded, so nothing is drawn. Initialisation itself must not be off: it
+        # is where the local layers mark which parameters are split over tensor parallel ranks.
+        init_method=_keep,
+        output_layer_init_method=_keep,
+        embedding_init_method=_keep,
         bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
         masked_softmax_fusion=False,
@@ -275,6 +271,10 @@ def transformer_config(
         transformer_impl="transformer_engine" if fused else "local",
         **(full_recompute if recompute == "full" else {}),
     )
+
+
+def _keep(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 class HiddenStatesModel(GPTModel):

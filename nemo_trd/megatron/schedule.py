@@ -34,12 +34,13 @@ def run_schedule(
     *,
     forward_only: bool,
     collect: bool = False,
+    shape: tuple[int, int] = (1, 1),
 ) -> list[Any]:
     """What the loss function reported for each micro-batch; on the last stage only.
 
     `chunks` are this rank's virtual stages. `collect` calls the loss function with
-    `non_loss_data=True` and returns what it returns. Sequence lengths may differ between
-    micro-batches: stages tell each other the shapes.
+    `non_loss_data=True` and returns what it returns. Stages tell each other the shapes of
+    micro-batches; only with several chunks they must all be `shape`, (rows, length).
     """
     config = chunks[0].config
     arguments: dict[str, Any] = {
@@ -47,8 +48,8 @@ def run_schedule(
         "model": list(chunks),
         "data_iterator": [iter(micro_batches) for _ in chunks],
         "num_microbatches": len(micro_batches),
-        "seq_length": 1,  # ignored: variable_seq_lengths
-        "micro_batch_size": 1,
+        "micro_batch_size": shape[0],  # ignored with variable_seq_lengths
+        "seq_length": shape[1],
         "forward_only": forward_only,
         "collect_non_loss_data": collect,
         "pg_collection": groups,
@@ -98,6 +99,6 @@ def label_rows(
         hidden = gather_from_sequence_parallel_region(
             hidden, tensor_parallel_output_grad=True, group=groups.tp
         )
-    else:
-        hidden = copy_to_tensor_model_parallel_region(hidden, group=groups.tp)
-    return hidden.transpose(0, 1).flatten(0, 1)[batch.label_positions.to(hidden.device)]
+    rows = hidden.transpose(0, 1).flatten(0, 1)[batch.label_positions.to(hidden.device)]
+    # On the rows, not on `hidden`: megatron's sum over ranks is lost on strided gradients.
+    return rows if sequence_parallel else copy_to_tensor_model_parallel_region(rows, groups.tp)

@@ -26,7 +26,6 @@ from nemo_trd.megatron.model import (
     build_model,
     has_transformer_engine,
     load_hf_config,
-    padded_vocab_size,
 )
 from nemo_trd.megatron.parallel import process_groups
 from nemo_trd.megatron.runtime import device
@@ -95,36 +94,34 @@ class Student:
                 self.groups.tp.size(),
                 dtype=self.models[-1].config.params_dtype,
                 device=device(),
-                padded_vocab_size=padded_vocab_size(self.hf.vocab_size, self.groups.tp.size()),
+                rows=self.models[-1].output_weight().shape[0],
             )
 
     def pack(self, trajectories: Sequence[Trajectory]) -> list[list[Microbatch]]:
         """The micro-batches of every data parallel rank: `plan[rank][position]`."""
         parallel, precision = self._config.parallel, self._config.precision
         packed = has_transformer_engine()
+        interleaved = len(self.models) > 1
         plan = plan_micro_batches(
             trajectories,
             self._config.train,
             data_parallel_size=self.groups.dp.size(),
-            multiple=self.groups.pp.size() if len(self.models) > 1 else 1,
+            multiple=self.groups.pp.size() if interleaved else 1,
             packed=packed,
         )
-        return [
-            [
-                make_micro_batch(
-                    batch,
-                    student_alignment=sequence_alignment(
-                        parallel.student, precision.fp8 is not None
-                    ),
-                    teacher_alignment=sequence_alignment(
-                        parallel.teacher, precision.teacher_fp8 is not None
-                    ),
-                    packed=packed,
-                )
-                for batch in batches
-            ]
-            for batches in plan
-        ]
+        make = partial(
+            make_micro_batch,
+            student_alignment=sequence_alignment(parallel.student, precision.fp8 is not None),
+            teacher_alignment=sequence_alignment(
+                parallel.teacher, precision.teacher_fp8 is not None
+            ),
+            packed=packed,
+        )
+        batches = [[make(batch) for batch in rank] for rank in plan]
+        if interleaved:  # this schedule wants one shape for all
+            shape = _common_shape(batches)
+            batches = [[make(batch, student_shape=shape) for batch in rank] for rank in plan]
+        return batches
 
     def train_step(
         self,
@@ -152,6 +149,7 @@ class Student:
             list(zip(plan[self.groups.dp.rank()], teacher_states, strict=True)),
             self.groups,
             forward_only=False,
+            shape=_common_shape(plan),
         )
         self.scheduler.step(increment=1)
         updated, grad_norm, _ = self.optimizer.step()
@@ -170,13 +168,15 @@ class Student:
         """Mean negative log-likelihood per label token, in nats, by trajectory name."""
         for chunk in self.chunks:
             chunk.eval()
+        plan = self.pack(trajectories)
         reports = run_schedule(
             self.chunks,
             self._forward_step(self._nll),
-            [(micro_batch, None) for micro_batch in self.pack(trajectories)[self.groups.dp.rank()]],
+            [(micro_batch, None) for micro_batch in plan[self.groups.dp.rank()]],
             self.groups,
             forward_only=True,
             collect=True,
+            shape=_common_shape(plan),
         )
         for chunk in self.chunks:
             chunk.train()
@@ -259,6 +259,12 @@ class Student:
                 sums[name] = sums.get(name, 0.0) + value
             kept |= report["token_divergence"]
         return sums, kept
+
+
+def _common_shape(plan: Sequence[Sequence[Microbatch]]) -> tuple[int, int]:
+    """(rows, length) that holds the student's side of every micro-batch."""
+    shapes = [batch.student.tokens.shape for rank in plan for batch in rank]
+    return max(s[0] for s in shapes), max(s[1] for s in shapes)
 
 
 def _check_finite(micro_batch: Microbatch, token_divergence: Tensor) -> None:

@@ -77,6 +77,19 @@ def test_a_filler_has_no_labels_and_one_sequence() -> None:
     assert batch.teacher.tokens.shape == (1, 1)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_given_shape_is_filled_up_and_moves_no_label(packed: bool) -> None:
+    trajectories = [trajectory(0, 3, 3, 4), trajectory(1, 1, 1, 2)]
+    shape = (1, 20) if packed else (4, 9)
+    plain = make_micro_batch(trajectories, packed=packed).student
+    filled = make_micro_batch(trajectories, packed=packed, student_shape=shape).student
+    assert filled.tokens.shape == shape
+    predictors = [side.tokens.flatten()[side.label_positions].tolist() for side in (plain, filled)]
+    assert predictors[0] == predictors[1]
+    if packed:
+        assert filled.cu_seqlens is not None and filled.cu_seqlens.tolist() == [0, 6, 8, 20]
+
+
 def test_packed_borders_enclose_each_padded_sequence() -> None:
     batch = make_micro_batch(
         [trajectory(0, 3, 3, 4), trajectory(1, 1, 1, 2)], student_alignment=4, packed=True
