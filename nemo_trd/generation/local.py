@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from nemo_trd.config import LocalGeneration, Sampling, rule_broken
-from nemo_trd.generation.sampling import SeededSampler, seed_tensor
+from nemo_trd.generation.gumbel import SeededSampler, seed_tensor
 from nemo_trd.types import Completion, GenerationRequest
 
 logger = logging.getLogger(__name__)

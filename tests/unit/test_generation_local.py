@@ -18,8 +18,8 @@ from transformers import (
 
 from nemo_trd.config import ConfigError, LocalGeneration, Sampling
 from nemo_trd.generation import request_seed
+from nemo_trd.generation.gumbel import gumbel_noise, sample, seed_tensor
 from nemo_trd.generation.local import LocalGenerator
-from nemo_trd.generation.sampling import gumbel_noise, sample, seed_tensor
 from nemo_trd.types import GenerationRequest
 
 torch.set_num_threads(1)
