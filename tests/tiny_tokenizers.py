@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
@@ -40,6 +40,10 @@ def byte_level_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS * 3, trainer)
+    # As Llama's: encoding adds a BOS of its own, unless it is told not to.
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",

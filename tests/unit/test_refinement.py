@@ -178,9 +178,8 @@ def test_an_aborted_rollout_is_not_rewritten() -> None:
 
 # --- the budget ---
 
-words = st.lists(
-    st.sampled_from(["Tom", "has", "12", "ünï", "水", "\n", ";", "= 3.5", "[...]", "{rollout}"])
-)
+pieces = ["Tom", "has", "12", "ünï", "水", "\n", ";", "= 3.5", "[...]", "{rollout}"]
+words = st.lists(st.sampled_from(pieces))
 texts = st.one_of(st.text(max_size=120), words.map(" ".join), words.map("".join))
 
 
