@@ -217,8 +217,10 @@ def expected_shapes(hf: Any) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_weights(directory: Path, hf: Any, field: str) -> None:
+def check_weights(directory: Path, hf: Any, field: str) -> dict[str, StoredTensor]:
     """The directory holds exactly the tensors of the configuration, complete and in shape.
+
+    Returns all that it holds, by name; besides those, a tied model may hold a lm_head.
 
     Raises:
         ConfigError: see `stored_tensors`; a tensor that is missing, of another shape, or that the
@@ -230,7 +232,9 @@ def check_weights(directory: Path, hf: Any, field: str) -> None:
         raise rule_broken(
             field, str(directory), f"its safetensors lack {_some(missing)}", COPY_AGAIN
         )
-    for name, shape in expected.items():
+    derived = {"lm_head.weight"} if hf.tie_word_embeddings else set()
+    for name in sorted(expected.keys() | (derived & stored.keys())):
+        shape = expected.get(name, (hf.vocab_size, hf.hidden_size))
         if stored[name].shape != shape:
             raise rule_broken(
                 field,
@@ -238,7 +242,6 @@ def check_weights(directory: Path, hf: Any, field: str) -> None:
                 f"config.json describes the shape {list(shape)}",
                 "give weights and config.json of the same model",
             )
-    derived = {"lm_head.weight"} if hf.tie_word_embeddings else set()
     unknown = sorted(
         name
         for name in stored.keys() - expected.keys() - derived
@@ -251,6 +254,7 @@ def check_weights(directory: Path, hf: Any, field: str) -> None:
             f"the {hf.model_type} architecture has no place for {_some(unknown)}",
             "give a plain model of this architecture, adapters merged",
         )
+    return stored
 
 
 def _some(names: list[str]) -> str:
