@@ -187,22 +187,25 @@ class _Divergence(torch.autograd.Function):
         if not weight.is_cuda:
             row_bytes = student_weight.shape[0] * exact.itemsize  # the same on all ranks
             block = max(1, CPU_BLOCK_BYTES // row_bytes)
+        longest = min(loss.chunk_size, labels.numel())
+        student_buffer = weight.new_empty(longest, shard.columns)
+        teacher_buffer = other_weight.new_empty(longest, shard.columns)
         for start in range(0, labels.numel(), loss.chunk_size):
             chunk = slice(start, start + loss.chunk_size)
             hidden = student_hidden[chunk].to(weight.dtype)
-            logits = hidden @ weight.t()
-            others = teacher_hidden[chunk].to(other_weight.dtype) @ other_weight.t()
-            for i in range(0, logits.shape[0], block):
+            other_hidden = teacher_hidden[chunk].to(other_weight.dtype)
+            logits, others = student_buffer[: len(hidden)], teacher_buffer[: len(hidden)]
+            torch.mm(hidden, weight.t(), out=logits)
+            torch.mm(other_hidden, other_weight.t(), out=others)
+            for i in range(0, len(hidden), block):
                 rows = slice(i, i + block)
                 statistics[:, chunk][:, rows] = _tokens(
                     logits[rows], others[rows], labels[chunk][rows], loss, shard
                 )
-            del others
             if d_hidden is not None:
                 d_hidden[chunk] = logits @ weight
             if d_weight is not None:
                 _add_outer(d_weight[: shard.columns], logits, hidden)
-            del logits
         ctx.gradients = d_hidden, d_weight
         ctx.weight_dtype = student_weight.dtype
         ctx.mark_non_differentiable(statistics)
@@ -244,13 +247,14 @@ def _tokens(student: Tensor, teacher: Tensor, labels: Tensor, loss: Loss, shard:
     z_s, z_t = student.to(exact), teacher.to(exact)
     if loss.temperature != 1:
         z_s, z_t = z_s / loss.temperature, z_t / loss.temperature
-    (log_s, log_t), (top_s, top_t) = _log_softmax([z_s, z_t], shard)
+    (log_s, log_t), agreement = _log_softmax([z_s, z_t], shard)
     s, t = log_s.exp(), log_t.exp()
+    product = s * log_s
+    entropy_s = -product.sum(-1)
+    entropy_t = -torch.mul(t, log_t, out=product).sum(-1)
+    del product
     nll_s, nll_t, entropy_s, entropy_t = shard.total(
-        -_pick(log_s, labels, shard),
-        -_pick(log_t, labels, shard),
-        -(s * log_s).sum(-1),
-        -(t * log_t).sum(-1),
+        -_pick(log_s, labels, shard), -_pick(log_t, labels, shard), entropy_s, entropy_t
     )
     if loss.top_k is None:
         value, gradient = _closed_form(loss)(log_s, log_t, s, t, shard.total)
@@ -265,13 +269,13 @@ def _tokens(student: Tensor, teacher: Tensor, labels: Tensor, loss: Loss, shard:
     if loss.temperature != 1:
         gradient.div_(loss.temperature)
     student.copy_(gradient)
-    agreement = top_s == top_t
     rows = (clipped_value, nll_s, nll_t, entropy_s, entropy_t, agreement, clipped, tail_mass, value)
     return torch.stack([row.to(exact) for row in rows])
 
 
-def _log_softmax(logits: list[Tensor], shard: _Shard) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
-    """Log-probabilities [n, v] on this shard and most likely ids [n], of both models.
+def _log_softmax(logits: list[Tensor], shard: _Shard) -> tuple[list[Tensor], Tensor]:
+    """Log-probabilities [n, v] on this shard, and whether the last model's most likely id is the
+    first one's too [n].
 
     A shard's own log-softmax is shifted to the whole vocabulary's: with m the largest logit and
     c = log sum exp(z - m), of this shard and of all, it is (m' - m) + (c' - c). Differences of
@@ -279,8 +283,9 @@ def _log_softmax(logits: list[Tensor], shard: _Shard) -> tuple[list[Tensor], tup
     """
     log_probs = [torch.log_softmax(z, -1) for z in logits]
     if shard.group is None:
-        first, second = (p.argmax(-1) for p in log_probs)
-        return log_probs, (first, second)
+        first, last = log_probs[0], log_probs[-1]
+        best = last.argmax(-1, keepdim=True)
+        return log_probs, first.gather(-1, best)[:, 0] == first.amax(-1)
     peaks = []  # of each model: m, c and the id of the largest logit, exact in fp32 up to 2^24
     for z, p in zip(logits, log_probs, strict=True):
         if shard.columns:
@@ -290,14 +295,14 @@ def _log_softmax(logits: list[Tensor], shard: _Shard) -> tuple[list[Tensor], tup
             nothing, zero = z.new_full((z.shape[0], 1), -math.inf), z.new_zeros(z.shape[0], 1)
             rows = (nothing, zero, zero)
         peaks.append(torch.cat(rows, -1))
-    maxima, normalisers, ids = shard.gather(torch.stack(peaks)).unbind(-1)  # [ranks, 2, n]
+    maxima, normalisers, ids = shard.gather(torch.stack(peaks)).unbind(-1)  # [ranks, models, n]
     maximum, winner = maxima.max(0, keepdim=True)
     shifts = maxima - maximum + normalisers
     normaliser = shifts.logsumexp(0)
     for p, shift in zip(log_probs, shifts[shard.rank] - normaliser, strict=True):
         p.add_(shift[:, None])
     top = ids.gather(0, winner)[0]
-    return log_probs, (top[0], top[1])
+    return log_probs, top[0] == top[-1]
 
 
 def _pick(log_probs: Tensor, ids: Tensor, shard: _Shard) -> Tensor:
@@ -371,13 +376,18 @@ def _largest(z: Tensor, k: int) -> Tensor:
 
 # Closed forms. Arguments: log-probabilities and probabilities [n, v] of student and teacher, and
 # the function that turns sums over columns into sums over the vocabulary. They return the
-# divergence [n] and its gradient [n, v] in the student's tempered logits.
+# divergence [n] and its gradient [n, v] in the student's tempered logits, and overwrite their
+# arguments.
 Total = Callable[..., tuple[Tensor, ...]]
 ClosedForm = Callable[[Tensor, Tensor, Tensor, Tensor, Total], tuple[Tensor, Tensor]]
 
 
+def _beta(loss: Loss) -> float:
+    return {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": loss.beta}[loss.divergence]
+
+
 def _closed_form(loss: Loss) -> ClosedForm:
-    beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": loss.beta}[loss.divergence]
+    beta = _beta(loss)
     if beta == 0:
         return _forward_kl
     if beta == 1:
@@ -393,8 +403,9 @@ def _forward_kl(
     The sum adds s - t to each term. That is zero in all, and makes each term at least zero and
     flat in the rounding of the normalisers, which would otherwise drown small divergences.
     """
-    gradient = s - t
-    (value,) = total(log_t.sub_(log_s).mul_(t).add_(gradient).sum(-1))
+    weighted = log_t.sub_(log_s).mul_(t)
+    gradient = s.sub_(t)
+    (value,) = total(weighted.sum(-1) + gradient.sum(-1))
     return value, gradient
 
 
@@ -406,9 +417,8 @@ def _reverse_kl(
     The value adds t - s to each term, as in `_forward_kl`.
     """
     ratio = log_s.sub_(log_t)
-    weighted = s * ratio
-    mean, missing = total(weighted.sum(-1), (t - s).sum(-1))
-    return mean + missing, weighted.sub_(s.mul_(mean[:, None]))
+    mean, missing = total(torch.mul(s, ratio, out=log_t).sum(-1), t.sub_(s).sum(-1))
+    return mean + missing, ratio.sub_(mean[:, None]).mul_(s)
 
 
 def _jsd(
@@ -440,15 +450,14 @@ def dense_divergence(student_logits: Tensor, teacher_logits: Tensor, loss: Loss)
             parts = [[chosen] for chosen, _ in parts]
         z_s, z_t = (torch.cat(part, -1) for part in parts)
     log_s, log_t = F.log_softmax(z_s, -1), F.log_softmax(z_t, -1)
-    s, t = log_s.exp(), log_t.exp()
-    beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": loss.beta}[loss.divergence]
+    beta = _beta(loss)
     if beta == 0:
-        value = (t * (log_t - log_s)).sum(-1)
+        value = (log_t.exp() * (log_t - log_s)).sum(-1)
     elif beta == 1:
-        value = (s * (log_s - log_t)).sum(-1)
+        value = (log_s.exp() * (log_s - log_t)).sum(-1)
     else:
         log_m = torch.logaddexp(log_s + math.log1p(-beta), log_t + math.log(beta))
-        kl_t, kl_s = (t * (log_t - log_m)).sum(-1), (s * (log_s - log_m)).sum(-1)
+        kl_t, kl_s = ((p.exp() * (p - log_m)).sum(-1) for p in (log_t, log_s))
         value = beta * kl_t + (1 - beta) * kl_s
     return value if loss.token_clip is None else value.clamp(max=loss.token_clip)
 
