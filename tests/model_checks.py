@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from megatron.core.process_groups_config import ProcessGroupCollection
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from nemo_trd.config import Precision
 from nemo_trd.megatron.model import HiddenStatesModel
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
 FP32 = Precision(dtype="fp32", fp8=None, teacher_fp8=None, fp8_recipe="delayed")
 BF16 = Precision(dtype="bf16", fp8=None, teacher_fp8=None, fp8_recipe="delayed")

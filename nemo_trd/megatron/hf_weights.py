@@ -310,7 +310,7 @@ def _write_shards(
     if len(shards) == 1:
         os.rename(directory / "0.part", directory / SINGLE_NAME)
         return dtype
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         os.rename(directory / f"{number}.part", directory / file)

@@ -307,7 +307,7 @@ class RMSNorm(torch.nn.RMSNorm):
         device = torch.cuda.current_device()
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
         # Each rank sees its own part of the sequence: gradients are summed over the ranks.
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def build_model(

@@ -55,7 +55,6 @@ def check_layouts(directory: str, layouts: list[dict[str, Any]]) -> None:
     import torch.distributed as dist
     from model_checks import FP32, logits, reference_logits, stored_tensors
 
-    import nemo_trd.megatron  # noqa: F401
     from nemo_trd.config import Layout
     from nemo_trd.megatron.hf_weights import (
         export_hf_weights,

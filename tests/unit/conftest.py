@@ -13,7 +13,6 @@ def one_rank() -> Iterator[Any]:
     """Process groups of a world of one rank, in this process."""
     import torch.distributed as dist
 
-    import nemo_trd.megatron  # noqa: F401
     from nemo_trd.config import Layout
     from nemo_trd.megatron.parallel import process_groups
 

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import nemo_trd.megatron  # noqa: F401  (first: it makes megatron importable)
 from nemo_trd.config import ConfigError, Layout, Precision
 from nemo_trd.megatron.hf_weights import (
     export_hf_weights,

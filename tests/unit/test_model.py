@@ -9,13 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from model_checks import BF16, FP32, logits, reference_logits
 from tiny_models import LLAMA3_ROPE, make_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-import nemo_trd.megatron  # noqa: F401  (first: it makes megatron importable)
 from nemo_trd.config import ConfigError, Layout, Precision, compose
 from nemo_trd.megatron.hf_weights import load_hf_weights
 from nemo_trd.megatron.model import (
@@ -112,6 +109,9 @@ def test_bf16_models_compute_in_bf16_close_to_fp32(tmp_path: Path, one_rank: Any
 def test_megatron_optimizers_train_without_cuda(
     tmp_path: Path, one_rank: Any, precision: Precision, distributed: bool
 ) -> None:
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
     (model,) = load(make_model(tmp_path, "llama", num_hidden_layers=1), one_rank, precision)
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=distributed, grad_reduce_in_fp32=True
