@@ -166,6 +166,8 @@ class MLflowTracker:
     def __init__(
         self, settings: MLflow, run_dir: Path, run_settings: dict[str, Any], ids: _Ids
     ) -> None:
+        # Without a server the client can only write files: mlflow-skinny has no database.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow import MlflowClient
 
         in_run_dir = (run_dir / "mlruns").resolve().as_uri()
