@@ -1,0 +1,458 @@
+"""The fused divergence on one process: values, gradients, metrics, memory and hard inputs."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import oracles
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import DIVERGENCES, TAILS, make_loss
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nemo_trd import losses
+from nemo_trd.config import ConfigError, Loss
+from nemo_trd.losses import DivergenceOutput, dense_divergence, divergence, token_nll
+
+VOCAB, PADDED = 50, 64
+every_divergence = pytest.mark.parametrize("name", DIVERGENCES)
+every_tail = pytest.mark.parametrize("tail", TAILS)
+
+
+class Inputs(NamedTuple):
+    student_hidden: Tensor
+    student_weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    labels: Tensor
+
+
+def make_inputs(
+    n: int = 10, dtype: torch.dtype = torch.float32, vocab: int = VOCAB, padded: int = PADDED
+) -> Inputs:
+    g = torch.Generator().manual_seed(n)
+    shapes = ((n, 8), (padded, 8), (n, 6), (padded, 6))
+    tensors = [torch.randn(shape, generator=g).to(dtype) for shape in shapes]
+    for x in tensors[:2]:
+        x.requires_grad_()
+    return Inputs(*tensors, torch.randint(vocab, (n,), generator=g))
+
+
+def run(inputs: Inputs, loss: Loss, vocab: int = VOCAB, upstream: float = 0.5) -> DivergenceOutput:
+    for x in inputs[:2]:
+        x.grad = None
+    out = divergence(*inputs, loss, vocab)
+    (upstream * out.loss_sum).backward()
+    return out
+
+
+def reference(
+    inputs: Inputs,
+    loss: Loss,
+    vocab: int = VOCAB,
+    upstream: float = 0.5,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-token values and both gradients, by autograd on full logits in `dtype`, whose
+    log-softmax is taken in fp32 or better."""
+    hs, ws, ht, wt = (x.detach().to(dtype) for x in inputs[:4])
+    exact = torch.promote_types(dtype, torch.float32)
+    hs.requires_grad_()
+    ws.requires_grad_()
+    value = dense_divergence((hs @ ws[:vocab].t()).to(exact), (ht @ wt[:vocab].t()).to(exact), loss)
+    d_hidden, d_weight = torch.autograd.grad(upstream * value.sum(), (hs, ws))
+    return value.detach(), d_hidden, d_weight
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Relative to the norm of b."""
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+@every_divergence
+@every_tail
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("chunk_size", [1, 4, 5, 64])
+def test_value_and_gradients_are_those_of_float64_dense_autograd(
+    name: str, tail: str, temperature: float, chunk_size: int
+) -> None:
+    loss = make_loss(name, tail, temperature=temperature, chunk_size=chunk_size)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        inputs = make_inputs(dtype=dtype)
+        out = run(inputs, loss)
+        value, d_hidden, d_weight = reference(inputs, loss)
+        torch.testing.assert_close(
+            out.token_divergence.double(), value, rtol=tolerance, atol=tolerance * 0.01
+        )
+        assert out.loss_sum.item() == pytest.approx(value.sum().item(), rel=tolerance)
+        assert distance(inputs.student_hidden.grad, d_hidden) < tolerance
+        assert distance(inputs.student_weight.grad, d_weight) < tolerance
+        assert out.count == len(inputs.labels)
+
+
+@every_divergence
+@every_tail
+def test_gradient_is_the_slope_of_the_value(name: str, tail: str) -> None:
+    """Central differences in float64: no autograd on either side."""
+    inputs, loss = make_inputs(3, torch.float64), make_loss(name, tail, temperature=1.3)
+    run(inputs, loss, upstream=1)
+    for x in inputs[:2]:
+        assert x.grad is not None
+        direction = torch.randn_like(x)
+        values = []
+        for step in (1e-6, -1e-6):
+            with torch.no_grad():
+                x.add_(direction, alpha=step)
+                values.append(divergence(*inputs, loss, VOCAB).loss_sum.item())
+                x.sub_(direction, alpha=step)
+        slope = (values[0] - values[1]) / 2e-6
+        assert slope == pytest.approx((x.grad * direction).sum().item(), rel=1e-6)
+
+
+@every_divergence
+@every_tail
+@pytest.mark.parametrize("chunk_size", [8, 64])
+def test_bf16_is_no_worse_than_dense_bf16_with_fp32_softmax(
+    name: str, tail: str, chunk_size: int
+) -> None:
+    inputs, loss = make_inputs(64, torch.bfloat16), make_loss(name, tail, chunk_size=chunk_size)
+    out = run(inputs, loss)
+    exact = reference(inputs, loss)
+    dense = reference(inputs, loss, dtype=torch.bfloat16)
+    ours = (out.token_divergence, inputs.student_hidden.grad, inputs.student_weight.grad)
+    assert inputs.student_hidden.grad.dtype == inputs.student_weight.grad.dtype == torch.bfloat16
+    for mine, theirs, true in zip(ours, dense, exact, strict=True):
+        assert distance(mine, true) <= 1.02 * distance(theirs, true)
+
+
+@every_divergence
+def test_dense_reference_is_the_definition(name: str) -> None:
+    student, teacher = torch.randn(2, 10, VOCAB, dtype=torch.float64)
+    value = dense_divergence(student, teacher, make_loss(name))
+    torch.testing.assert_close(value, oracles.by_definition(student, teacher, name))
+
+
+@every_divergence
+def test_dense_reference_agrees_with_trl(name: str) -> None:
+    pytest.importorskip("trl.experimental.gkd", exc_type=ImportError)
+    student, teacher = torch.randn(2, 10, VOCAB, dtype=torch.float64)
+    loss = make_loss(name, temperature=1.7)
+    value = dense_divergence(student, teacher, loss).sum()
+    torch.testing.assert_close(value, oracles.trl(student, teacher, loss))
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("tail", ["full", "renormalize"])
+def test_dense_reference_agrees_with_modelopt(name: str, tail: str) -> None:
+    pytest.importorskip("modelopt.torch.distill.plugins.megatron", exc_type=ImportError)
+    student, teacher = torch.randn(2, 10, VOCAB)
+    loss = make_loss(name, tail, temperature=1.7)
+    value = dense_divergence(student, teacher, loss)
+    torch.testing.assert_close(value, oracles.modelopt(student, teacher, loss))
+
+
+@every_tail
+def test_jsd_ends_are_forward_and_reverse_kl(tail: str) -> None:
+    for beta, name in ((0.0, "forward_kl"), (1.0, "reverse_kl")):
+        inputs = make_inputs()
+        results = []
+        for loss in (make_loss(name, tail), make_loss("jsd", tail, beta=beta)):
+            value = run(inputs, loss).loss_sum
+            results.append((value, inputs.student_hidden.grad, inputs.student_weight.grad))
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+
+
+@every_divergence
+@every_tail
+def test_equal_models_have_no_divergence_and_no_gradient(name: str, tail: str) -> None:
+    student_hidden, student_weight, *_, labels = make_inputs()
+    same = Inputs(
+        student_hidden, student_weight, student_hidden.detach(), student_weight.detach(), labels
+    )
+    out = run(same, make_loss(name, tail))
+    assert out.token_divergence.abs().max() < 1e-7
+    assert same.student_hidden.grad.abs().max() < 1e-6
+    assert same.student_weight.grad.abs().max() < 1e-6
+    assert out.metrics["top1_agreement"] == out.count
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(list(DIVERGENCES)),
+    st.sampled_from(list(TAILS)),
+    st.floats(-6, 2),
+    st.integers(0, 10**6),
+)
+def test_divergences_are_never_negative(name: str, tail: str, exponent: float, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    hidden, weight = torch.randn(4, 6, generator=g), torch.randn(PADDED, 6, generator=g) * 2
+    other = hidden + 10**exponent * torch.randn(4, 6, generator=g)
+    labels = torch.zeros(4, dtype=torch.int64)
+    out = divergence(hidden, weight, other, weight, labels, make_loss(name, tail), VOCAB)
+    assert (out.token_divergence >= -2e-7).all()
+
+
+@settings(deadline=None)
+@given(st.sampled_from(list(DIVERGENCES)), st.integers(1, VOCAB + 5), st.integers(0, 10**6))
+def test_bucket_is_a_lower_bound_of_the_full_divergence(name: str, k: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    inputs = Inputs(
+        torch.randn(4, 8, generator=g),
+        torch.randn(PADDED, 8, generator=g),
+        torch.randn(4, 6, generator=g),
+        torch.randn(PADDED, 6, generator=g),
+        torch.zeros(4, dtype=torch.int64),
+    )
+    bucket = divergence(*inputs, make_loss(name, "bucket", top_k=k), VOCAB).token_divergence
+    full = divergence(*inputs, make_loss(name), VOCAB).token_divergence
+    assert (bucket <= full * (1 + 1e-5) + 1e-6).all()
+    if k >= VOCAB:
+        assert torch.equal(bucket, full)
+
+
+def as_inputs(student_logits: Tensor, teacher_logits: Tensor) -> Inputs:
+    """Inputs that produce exactly these logits: hidden states are the logits."""
+    eye = torch.eye(student_logits.shape[1], dtype=student_logits.dtype)
+    return Inputs(
+        student_logits.clone().requires_grad_(),
+        eye.clone().requires_grad_(),
+        teacher_logits,
+        eye,
+        torch.zeros(len(student_logits), dtype=torch.int64),
+    )
+
+
+@every_divergence
+@pytest.mark.parametrize("tail", ["full", "bucket"])
+@pytest.mark.parametrize("missing", [1e-7, 1e-12, 1e-30])
+def test_peaked_teachers_keep_value_and_gradient(name: str, tail: str, missing: float) -> None:
+    """One id has probability 1 - missing; the student still finds it unlikely, or agrees."""
+    teacher = torch.full((2, VOCAB), math.log(missing / (VOCAB - 1)))
+    teacher[:, 3] = 0
+    student = torch.stack([torch.linspace(-4, 4, VOCAB), teacher[0] * 0.9])
+    inputs = as_inputs(student, teacher)
+    loss = make_loss(name, tail, **({"top_k": 1} if tail == "bucket" else {}))
+    out = run(inputs, loss, upstream=1)
+    value, d_hidden, _ = reference(inputs, loss, upstream=1)
+    torch.testing.assert_close(out.token_divergence.double(), value, rtol=1e-5, atol=1e-7)
+    # Here fp32 itself runs out of bits: s - t of an id that both find certain, and reverse KL
+    # where log s - log t is nearly constant. Nobody does better there than dense fp32.
+    _, dense, _ = reference(inputs, loss, upstream=1, dtype=torch.float32)
+    gradient = inputs.student_hidden.grad
+    for mine, theirs, true in zip(gradient, dense, d_hidden, strict=True):
+        allowed = max(1e-5 * true.norm(), 3 * (theirs - true).norm(), torch.tensor(1.2e-7))
+        assert (mine - true).norm() < allowed
+    unlikely = torch.arange(VOCAB) != 3
+    assert (gradient[0, unlikely] != 0).all() and gradient[0, 3] != 0
+
+
+@pytest.mark.parametrize("junk", [1e30, math.inf, math.nan])
+@every_tail
+def test_junk_in_padding_rows_changes_nothing(junk: float, tail: str) -> None:
+    loss = make_loss("jsd", tail)
+    results = []
+    for fill in (0.0, junk):
+        inputs = make_inputs()
+        with torch.no_grad():
+            inputs.student_weight[VOCAB:] = fill
+            inputs.teacher_weight[VOCAB:] = fill
+        out = run(inputs, loss)
+        assert (inputs.student_weight.grad[VOCAB:] == 0).all()
+        results.append([out.loss_sum, *out.metrics.values(), *(x.grad for x in inputs[:2])])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_student_and_teacher_may_be_padded_differently() -> None:
+    inputs = make_inputs()
+    longer = torch.cat([inputs.teacher_weight, torch.ones(64, 6)])
+    loss = make_loss()
+    a, b = (divergence(*x, loss, VOCAB) for x in (inputs, inputs._replace(teacher_weight=longer)))
+    assert torch.equal(a.token_divergence, b.token_divergence)
+
+
+def test_one_token() -> None:
+    inputs, loss = make_inputs(1), make_loss()
+    out = run(inputs, loss)
+    value, d_hidden, _ = reference(inputs, loss)
+    assert out.loss_sum.item() == pytest.approx(value.item(), rel=1e-5)
+    assert distance(inputs.student_hidden.grad, d_hidden) < 1e-5
+
+
+@every_tail
+def test_no_token_is_an_exact_zero_with_zero_gradients(tail: str) -> None:
+    inputs = make_inputs(0)
+    out = run(inputs, make_loss("jsd", tail, token_clip=0.1))
+    assert out.loss_sum == 0 and out.count == 0
+    assert set(out.metrics) == set(losses.METRICS)
+    assert all(value == 0 for value in out.metrics.values())
+    assert inputs.student_hidden.grad.shape == (0, 8)
+    assert torch.equal(inputs.student_weight.grad, torch.zeros(PADDED, 8))
+
+
+def test_a_batch_is_the_sum_of_its_parts() -> None:
+    inputs, loss = make_inputs(), make_loss("reverse_kl")
+    whole = run(inputs, loss)
+    gradient = inputs.student_weight.grad
+    parts = [
+        inputs._replace(
+            student_hidden=inputs.student_hidden.detach()[rows].requires_grad_(),
+            teacher_hidden=inputs.teacher_hidden[rows],
+            labels=inputs.labels[rows],
+        )
+        for rows in (slice(0, 3), slice(3, 3), slice(3, 10))
+    ]
+    inputs.student_weight.grad = None
+    outs = [divergence(*part, loss, VOCAB) for part in parts]
+    for out in outs:
+        (0.5 * out.loss_sum).backward()  # gradients accumulate, as over micro-batches
+    assert sum(out.loss_sum.item() for out in outs) == pytest.approx(whole.loss_sum.item())
+    assert distance(inputs.student_weight.grad, gradient) < 1e-6
+
+
+def test_tied_embedding_gets_the_gradient_of_both_uses() -> None:
+    inputs, loss = make_inputs(), make_loss(chunk_size=3)
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        weight = inputs.student_weight.detach().to(dtype).requires_grad_()
+        hidden = weight[inputs.labels].tanh()
+        teacher = (inputs.teacher_hidden.to(dtype), inputs.teacher_weight.to(dtype))
+        if dtype == torch.float32:
+            divergence(hidden, weight, *teacher, inputs.labels, loss, VOCAB).loss_sum.backward()
+        else:
+            logits = (hidden @ weight[:VOCAB].t(), (teacher[0] @ teacher[1].t())[:, :VOCAB])
+            dense_divergence(*logits, loss).sum().backward()
+        gradients.append(weight.grad)
+    assert distance(*gradients) < 1e-5
+
+
+@every_divergence
+def test_clip_caps_tokens_and_their_gradient(name: str) -> None:
+    inputs = make_inputs()
+    unclipped = run(inputs, make_loss(name)).token_divergence
+    cap = unclipped.sort().values[4:6].mean().item()
+    loss = make_loss(name, token_clip=cap, chunk_size=3)
+    out = run(inputs, loss)
+    value, d_hidden, d_weight = reference(inputs, loss)
+    assert out.loss_sum.item() == pytest.approx(value.sum().item(), rel=1e-5)
+    assert out.metrics["clipped"] == (unclipped > cap).sum() == 5
+    torch.testing.assert_close(out.token_divergence, unclipped)
+    assert (inputs.student_hidden.grad[unclipped > cap] == 0).all()
+    assert distance(inputs.student_hidden.grad, d_hidden) < 1e-5
+    assert distance(inputs.student_weight.grad, d_weight) < 1e-5
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", ["student_hidden", "teacher_hidden"])
+@every_divergence
+@every_tail
+def test_non_finite_states_show_in_their_token(bad: float, side: str, name: str, tail: str) -> None:
+    inputs = make_inputs()
+    with torch.no_grad():
+        getattr(inputs, side)[6, 2] = bad
+    out = run(inputs, make_loss(name, tail, token_clip=1.0))
+    finite = out.token_divergence.isfinite()
+    assert not finite[6] and finite.sum() == 9
+
+
+@every_tail
+def test_metrics_are_those_of_the_full_distributions(tail: str) -> None:
+    inputs, temperature = make_inputs(), 1.7
+    out = run(inputs, make_loss(tail=tail, temperature=temperature, chunk_size=3))
+    hs, ws, ht, wt = (x.detach().double() for x in inputs[:4])
+    z_s, z_t = hs @ ws[:VOCAB].t() / temperature, ht @ wt[:VOCAB].t() / temperature
+    log_s, log_t = z_s.log_softmax(-1), z_t.log_softmax(-1)
+    top = log_t.exp().sort(descending=True).values
+    expected = {
+        "divergence": out.token_divergence.sum(),
+        "student_nll": -log_s.gather(-1, inputs.labels[:, None]).sum(),
+        "teacher_nll": -log_t.gather(-1, inputs.labels[:, None]).sum(),
+        "student_entropy": -(log_s.exp() * log_s).sum(),
+        "teacher_entropy": -(log_t.exp() * log_t).sum(),
+        "top1_agreement": (log_s.argmax(-1) == log_t.argmax(-1)).sum(),
+        "clipped": 0,
+        "teacher_tail_mass": 0 if tail == "full" else top[:, 7:].sum(),
+    }
+    assert set(out.metrics) == set(expected)
+    for key, value in expected.items():
+        assert out.metrics[key].item() == pytest.approx(float(value), rel=1e-5), key
+        assert not out.metrics[key].requires_grad
+
+
+def test_equal_teacher_logits_enter_the_top_k_by_id() -> None:
+    teacher = torch.zeros(2, VOCAB)
+    teacher[0, [40, 10, 30]] = 2  # two above, then ties
+    teacher[1, 7:] = 1
+    inputs = as_inputs(torch.randn(2, VOCAB), teacher)
+    loss = make_loss("forward_kl", "renormalize", top_k=5)
+    run(inputs, loss)
+    support = [set(row.nonzero()[:, 0].tolist()) for row in inputs.student_hidden.grad]
+    assert support == [{40, 10, 30, 0, 1}, {7, 8, 9, 10, 11}]
+
+
+def test_no_gradient_work_is_done_for_what_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, loss = make_inputs(), make_loss()
+    full = run(inputs, loss)
+    monkeypatch.setattr(losses, "_add_outer", lambda *_: pytest.fail("formed a gradient"))
+    with torch.no_grad():
+        out = divergence(*inputs, loss, VOCAB)
+    assert torch.equal(out.loss_sum, full.loss_sum) and not out.loss_sum.requires_grad
+    frozen = inputs._replace(student_weight=inputs.student_weight.detach())
+    gradient = inputs.student_hidden.grad
+    run(frozen, loss)
+    assert torch.equal(frozen.student_hidden.grad, gradient)
+    fixed = frozen._replace(student_hidden=inputs.student_hidden.detach())
+    assert not divergence(*fixed, loss, VOCAB).loss_sum.requires_grad
+
+
+def test_gradients_are_handed_out_once() -> None:
+    inputs = make_inputs()
+    loss_sum = divergence(*inputs, make_loss(), VOCAB).loss_sum
+    loss_sum.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        loss_sum.backward()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that an operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor):
+                self.largest = max(self.largest, x.numel())
+        return out
+
+
+@every_divergence
+@every_tail
+def test_no_tensor_is_larger_than_a_chunk_of_logits(name: str, tail: str) -> None:
+    inputs = make_inputs(150)
+    with LargestTensor() as watch:
+        run(inputs, make_loss(name, tail, chunk_size=33))
+    assert watch.largest == 33 * VOCAB
+
+
+def test_label_outside_the_vocabulary_is_refused() -> None:
+    for label in (-1, VOCAB):
+        inputs = make_inputs()
+        inputs.labels[4] = label
+        with pytest.raises(ConfigError, match=f"labels = {label}.*vocabulary of {VOCAB}"):
+            divergence(*inputs, make_loss(), VOCAB)
+
+
+@pytest.mark.parametrize("n", [0, 1, 10])
+def test_token_nll_is_cross_entropy(n: int) -> None:
+    hidden, weight, *_, labels = make_inputs(n)
+    nll = token_nll(hidden, weight, labels, temperature=0.6, vocab_size=VOCAB, chunk_size=3)
+    logits = hidden.double() @ weight.double()[:VOCAB].t() / 0.6
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(nll.double(), expected.detach(), rtol=1e-5, atol=1e-6)
+    assert not nll.requires_grad
