@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -40,6 +41,8 @@ def install() -> None:
     if _installed or torch.cuda.is_available():
         return
     _installed = True
+    # It warns, module by module, that CUDA packages are not there.
+    warnings.filterwarnings("ignore", module=r"megatron\.core\.")
     _patch_cuda_runtime()
     _stub_paged_stash()
     _patch_devices()

@@ -42,12 +42,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_ranks_agree_with_transformers_and_round_trip_exactly(directory: Path) -> None:
     layouts = [layout(), layout(tp=2), layout(tp=2, sp=True), layout(pp=2), layout(pp=2, virtual=2)]
-    launch(2, check_layouts, str(directory), layouts)
+    launch(2, check_layouts, str(directory), layouts, timeout=300)
 
 
 def test_four_ranks_agree_with_transformers_and_round_trip_exactly(directory: Path) -> None:
     layouts = [layout(tp=4), layout(tp=4, sp=True), layout(tp=2, pp=2), layout(pp=4)]
-    launch(4, check_layouts, str(directory), [*layouts, layout(tp=2, pp=2, virtual=2, sp=True)])
+    layouts.append(layout(tp=2, pp=2, virtual=2, sp=True))
+    launch(4, check_layouts, str(directory), layouts, timeout=300)
 
 
 def check_layouts(directory: str, layouts: list[dict[str, Any]]) -> None:
