@@ -29,8 +29,8 @@ class Model:
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
 
 
-def check(config: Config, world_size: int) -> None:
-    """Refuse a run that cannot work on `world_size` ranks.
+def check(config: Config, world_size: int) -> tuple[Model, Model]:
+    """Refuse a run that cannot work on `world_size` ranks. Returns student and teacher.
 
     Raises:
         ConfigError: every broken rule that was found, one a line: field, value, rule, fix.
@@ -53,6 +53,8 @@ def check(config: Config, world_size: int) -> None:
         problems += _loss_problems(config, student, teacher)
     if problems:
         raise ConfigError("\n".join(str(problem) for problem in problems))
+    assert student is not None and teacher is not None
+    return student, teacher
 
 
 def shared_vocab_size(student_hf: Any, teacher_hf: Any) -> int:

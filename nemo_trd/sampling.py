@@ -13,7 +13,7 @@ from nemo_trd.batching import refinement_trajectory, rollout_trajectory
 from nemo_trd.config import Config, Sampling
 from nemo_trd.generation import Generator, request_seed
 from nemo_trd.megatron.parallel import merge_shares, own_share
-from nemo_trd.refinement import judge, refinement_prompts
+from nemo_trd.refinement import judge, read_rollout, refinement_prompts
 from nemo_trd.types import (
     Completion,
     GenerationRequest,
@@ -58,11 +58,10 @@ class Sampler:
             for prompt, sample in wanted
         ]
         completions = self._student.generate(requests, config.generation.rollout, "rollouts")
-        share = []
-        for (prompt, sample), completion in zip(wanted, completions, strict=True):
-            text = self._student_tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-            correct = None if prompt.answer is None else self._verify(text, prompt.answer)
-            share.append(Rollout(prompt, sample, completion, text, correct))
+        share = [
+            read_rollout(prompt, sample, completion, self._student_tokenizer, self._verify)
+            for (prompt, sample), completion in zip(wanted, completions, strict=True)
+        ]
         return merge_shares(share)
 
     def refinements(self, rollouts: Sequence[Rollout], step: int) -> list[Refinement]:

@@ -96,14 +96,15 @@ class Checkpointer:
         dist.barrier()
 
     def _state_dict(self, *, is_loading: bool) -> dict[str, Any]:
+        metadata = {**SHARDING, "dp_cp_group": self._student.groups.dp_cp}
         models = {
-            f"chunk{index}": model.sharded_state_dict(metadata=SHARDING)
+            f"chunk{index}": model.sharded_state_dict(metadata=metadata)
             for index, model in enumerate(self._student.models)
         }
         return {
             "model": models,
             "optimizer": self._student.optimizer.sharded_state_dict(
-                models, is_loading=is_loading, metadata=SHARDING
+                models, is_loading=is_loading, metadata=metadata
             ),
             "scheduler": self._student.scheduler.state_dict(),
         }
@@ -116,7 +117,7 @@ def _rng_file() -> str:
 def _rng_state() -> dict[str, torch.Tensor]:
     """Every generator of this rank as tensors. A cached normal of `random.gauss` is dropped."""
     version, words, _ = random.getstate()
-    numpy_state = numpy.random.get_state(legacy=True)
+    numpy_state: Any = numpy.random.get_state(legacy=True)
     state = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor([version, *words], dtype=torch.int64),

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from nemo_trd.config import Layout
+from nemo_trd.config import ConfigError, Layout
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def process_groups(layout: Layout) -> ProcessGroupCollection:
     """The groups of one model over all ranks, in Megatron's rank order tp, cp, dp, pp.
 
-    Student and teacher each have their own: nothing here is global. Collective: every rank
-    calls it with the same layouts in the same order.
+    Student and teacher each have their own, unless they are split alike: then they share them,
+    since they never compute at the same time. Collective: every rank calls it with the same
+    layouts in the same order.
     """
-    ts = range(layout.tensor_model_parallel_size)
-    cs = range(layout.context_parallel_size)
-    ps = range(layout.pipeline_model_parallel_size)
-    ds = range(dist.get_world_size() // layout.model_parallel_size)
+    return _process_groups(
+        dist.group.WORLD,
+        layout.tensor_model_parallel_size,
+        layout.context_parallel_size,
+        layout.pipeline_model_parallel_size,
+    )
+
+
+@lru_cache(maxsize=None)
+def _process_groups(world: dist.ProcessGroup, tp: int, cp: int, pp: int) -> ProcessGroupCollection:
+    ts, cs, ps = range(tp), range(cp), range(pp)
+    ds = range(dist.get_world_size(world) // (tp * cp * pp))
 
     def rank(t: int, c: int, d: int, p: int) -> int:
         return t + len(ts) * (c + len(cs) * (d + len(ds) * p))
@@ -73,3 +84,31 @@ def merge_shares(share: Sequence[Item]) -> list[Item]:
     for position in range(max(len(s) for s in shares)):
         merged += [s[position] for s in shares if position < len(s)]
     return merged
+
+
+def raise_together(check: Callable[[], Result]) -> Result:
+    """Run a check on every rank; when it fails on some, raise on all. Collective.
+
+    Raises:
+        ConfigError: the messages of all ranks, equal ones once, with the ranks they came from.
+    """
+    message, result = None, None
+    try:
+        result = check()
+    except ConfigError as error:
+        message = str(error)
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    ranks: dict[str, list[int]] = {}
+    for rank, text in enumerate(messages):
+        if text is not None:
+            ranks.setdefault(text, []).append(rank)
+    if not ranks:
+        return cast(Result, result)
+    everywhere = [list(range(dist.get_world_size()))]
+    raise ConfigError(
+        "\n".join(
+            text if [where] == everywhere else f"on ranks {where}: {text}"
+            for text, where in ranks.items()
+        )
+    )

@@ -82,7 +82,8 @@ class FailureWatch:
             self._thread.start()
 
     def _watch(self) -> None:
-        store = self._store.clone()  # the main thread may block on its own connection
+        # The main thread may block on its own connection. (The type stubs lack this method.)
+        store: dist.Store = getattr(self._store, "clone")()  # noqa: B009
         while not self._done.wait(POLL_SECONDS):
             try:
                 failed = store.check([FAILURE_KEY])

@@ -233,9 +233,10 @@ class Student:
             self._rows(hidden, micro_batch),
             self.models[-1].output_weight(),
             micro_batch.labels.to(device()),
-            self._vocab_size,
-            self._config.loss.chunk_size,
-            self.groups.tp,
+            temperature=1.0,
+            vocab_size=self._vocab_size,
+            chunk_size=self._config.loss.chunk_size,
+            group=self.groups.tp,
         )
         return {
             t.name: float(nll.cpu()[micro_batch.trajectory_index == i].mean())

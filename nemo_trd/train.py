@@ -1,0 +1,91 @@
+"""Trajectory-Refined Distillation (arXiv 2606.08432): the loop, and its command line.
+
+python -m nemo_trd.train experiment=quickstart train.num_steps=50
+torchrun --nproc-per-node 4 -m nemo_trd.train parallel.student.pipeline_model_parallel_size=2 ...
+"""
+
+from __future__ import annotations
+
+import sys
+
+import hydra
+import torch.distributed as dist
+from omegaconf import DictConfig
+
+from nemo_trd.batching import pair
+from nemo_trd.config import Config, ConfigError, conf_dir, validate
+from nemo_trd.megatron.parallel import raise_together
+from nemo_trd.megatron.runtime import StopRequest, end_process, init_distributed
+from nemo_trd.run import Run, load_inputs
+
+
+def train(run: Run) -> int:
+    """Distil the teacher along its own rewrites of the student's rollouts.
+
+    Returns the exit code: 0 when all steps are done or a stop file was found.
+    """
+    student, teacher, sampler, timers = run.student, run.teacher, run.sampler, run.timers
+    run.start()
+    while run.step < run.config.train.num_steps:
+        with timers("rollout"):  # y_o ~ pi_theta(. | x)
+            rollouts = sampler.rollouts(run.prompts(), run.step)
+        with timers("refinement"):  # y_r ~ pi_T(. | x, y_o), in OPSD pi_T(. | x, y*, y_o)
+            refinements = run.within_support(sampler.refinements(rollouts, run.step))
+        trajectories = pair(refinements, run.config, run.teacher_prompt)  # x + y_r | c_T + y_r
+        result = None
+        if trajectories:
+            micro_batches = student.pack(trajectories)
+            with timers("teacher"):
+                teacher_states = teacher.hidden_states(micro_batches)
+            with timers("student"):  # one step on sum_t D(pi_T, pi_theta)(t) / number of t
+                watched = run.watched(trajectories)
+                result = student.train_step(micro_batches, teacher_states, watched)
+            with timers("weight_sync"):
+                run.sync_weights(version=run.step + 1)
+        exit_code = run.finish_step(refinements, trajectories, result)
+        if exit_code is not None:
+            return exit_code
+    run.finish()
+    return 0
+
+
+def launch(config: Config) -> int:
+    """Join the other ranks, check everything, and train. Returns the exit code.
+
+    An exception on any rank ends the processes of all of them, with its cause.
+
+    Raises:
+        ConfigError: on every rank, before any model is built.
+    """
+    watch = init_distributed(config.parallel.timeout_minutes)
+    try:
+        inputs = raise_together(lambda: load_inputs(config, dist.get_world_size()))
+        stop = StopRequest(config.run_dir)
+        run = Run(config, inputs, stop)
+        try:
+            exit_code = train(run)
+        except BaseException:
+            run.close(succeeded=False)
+            raise
+        run.close(succeeded=exit_code == 0)
+        stop.close()
+    except ConfigError:
+        watch.close()
+        raise
+    except BaseException as error:
+        watch.fail(error)
+        raise
+    watch.close()
+    return exit_code
+
+
+@hydra.main(config_path=str(conf_dir().resolve()), config_name="config", version_base="1.3")
+def main(composed: DictConfig) -> None:
+    try:
+        sys.exit(launch(validate(composed)))
+    except ConfigError as error:
+        end_process(f"nemo_trd: {error}", 2)
+
+
+if __name__ == "__main__":
+    main()
