@@ -197,6 +197,18 @@ def test_divergences_are_never_negative(name: str, tail: str, exponent: float, s
     assert (out.token_divergence >= -2e-7).all()
 
 
+@every_divergence
+@every_tail
+def test_tiny_divergences_do_not_drown_in_the_rounding_of_normalisers(name: str, tail: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    student = 12 * torch.randn(20, VOCAB, generator=g)
+    teacher = student + 1e-3 * torch.randn(20, VOCAB, generator=g)
+    loss = make_loss(name, tail)
+    value = run(as_inputs(student, teacher), loss).token_divergence
+    exact = dense_divergence(student.double(), teacher.double(), loss)
+    assert (value - exact).abs().max() < 7e-8  # the last bit of a probability near 1
+
+
 @settings(deadline=None)
 @given(st.sampled_from(list(DIVERGENCES)), st.integers(1, VOCAB + 5), st.integers(0, 10**6))
 def test_bucket_is_a_lower_bound_of_the_full_divergence(name: str, k: int, seed: int) -> None:
