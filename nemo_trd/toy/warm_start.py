@@ -42,12 +42,13 @@ class Recipe:
     hidden: int
     feed_forward: int
     max_steps: int
-    constant_steps: int  # at the full learning rate; then it falls linearly to a tenth
     shares: dict[str, int]  # rows in a batch
     gates: dict[str, float]  # training ends when these accuracies are reached
     held_out: int = 128  # rows of each kind that the gates look at
     check_interval: int = 20
     warmup_steps: int = 20
+    cooling_from: float = 0.8  # at this accuracy the learning rates start to fall to a tenth
+    cooling_steps: int = 150
     matrix_lr: float = 0.02  # Muon
     other_lr: float = 3e-3  # AdamW: embedding and norms
 
@@ -57,7 +58,6 @@ STUDENT = Recipe(
     hidden=64,
     feed_forward=192,
     max_steps=1000,
-    constant_steps=1000,
     shares={"solve": 32},
     gates={"solve": 0.4},
     check_interval=5,
@@ -67,8 +67,7 @@ TEACHER = Recipe(
     layers=4,
     hidden=128,
     feed_forward=384,
-    max_steps=500,
-    constant_steps=250,
+    max_steps=800,
     shares={"solve": 16, "rewrite": 16},
     gates={"solve": 0.97, "rewrite": 0.97},
 )
@@ -123,6 +122,7 @@ def train(
     model = new_model(recipe, rows.tokenizer, seed)
     optimizers = _optimizers(model, recipe)
     reached: dict[str, float] = {}
+    cooling_since = recipe.max_steps
 
     def passed(kind: str) -> bool:
         reached[kind] = accuracy(model, held_out[kind])
@@ -137,12 +137,14 @@ def train(
             (token_losses(model, group).sum() / labels).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, lr in optimizers:
-            optimizer.param_groups[0]["lr"] = lr * _lr_factor(recipe, step)
+            optimizer.param_groups[0]["lr"] = lr * _lr_factor(recipe, step, cooling_since)
             optimizer.step()
             optimizer.zero_grad()
         if step % recipe.check_interval == 0:
             if all(passed(kind) for kind in recipe.gates):
                 break
+            if min(reached.values()) >= recipe.cooling_from:
+                cooling_since = min(cooling_since, step)
             progress.set_postfix({kind: f"{value:.2f}" for kind, value in reached.items()})
     progress.close()
     return model, {kind: accuracy(model, held_out[kind]) for kind in recipe.shares}
@@ -163,11 +165,10 @@ def _optimizers(
     ]
 
 
-def _lr_factor(recipe: Recipe, step: int) -> float:
-    if step <= recipe.constant_steps:
-        return min(1.0, step / recipe.warmup_steps)
-    left = (recipe.max_steps - step) / (recipe.max_steps - recipe.constant_steps)
-    return 0.1 + 0.9 * left
+def _lr_factor(recipe: Recipe, step: int, cooling_since: int) -> float:
+    # How long a seed stays on the plateau differs, so cooling starts by accuracy, not by step.
+    cooled = max(0.0, (step - cooling_since) / recipe.cooling_steps)
+    return min(1.0, step / recipe.warmup_steps) * max(0.1, 1.0 - 0.9 * cooled)
 
 
 def toy_templates() -> RefinementTemplates:

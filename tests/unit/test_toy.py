@@ -170,7 +170,7 @@ def test_rows_show_the_attempt_but_never_train_on_it(tokenizer):
 
 def few_steps(recipe: warm_start.Recipe) -> warm_start.Recipe:
     few_rows = dict.fromkeys(recipe.shares, 2)
-    return replace(recipe, max_steps=2, constant_steps=1, shares=few_rows, gates={}, held_out=2)
+    return replace(recipe, max_steps=2, shares=few_rows, gates={}, held_out=2)
 
 
 def files_of(directory):
