@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import TypeVar, cast
 
 import torch.distributed as dist
@@ -30,7 +30,7 @@ def process_groups(layout: Layout) -> ProcessGroupCollection:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _process_groups(world: dist.ProcessGroup, tp: int, cp: int, pp: int) -> ProcessGroupCollection:
     ts, cs, ps = range(tp), range(cp), range(pp)
     ds = range(dist.get_world_size(world) // (tp * cp * pp))

@@ -1,0 +1,57 @@
+"""One whole TRD run on the toy arithmetic task: warm starts, distillation, figures.
+
+python -m nemo_trd.quickstart [key=value ...]     settings of conf/experiment/quickstart.yaml
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_trd.config import Config, ConfigError, compose
+from nemo_trd.megatron.runtime import end_process
+from nemo_trd.toy import warm_start
+from nemo_trd.train import launch
+
+
+def main(overrides: list[str]) -> int:
+    config = compose(["experiment=quickstart", *overrides])
+    toy = Path(config.model.student.path).parent
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    warm_start.make(toy, config.run.seed)
+    torch.set_num_threads(1)  # tiny models run faster so; see nemo_trd/generation/local.py
+    exit_code = launch(config)
+    if exit_code == 0:
+        print(report(config, json.loads((config.run_dir / "summary.json").read_text())))
+    return exit_code
+
+
+def report(config: Config, summary: dict[str, Any]) -> str:
+    """What the run achieved, and where everything is."""
+    k = config.evaluation.samples_per_problem
+    lines = ["", f"Held-out accuracy after {summary['steps']} steps of TRD"]
+    for moment in ("before", "after"):
+        score = summary[moment]
+        lines.append(
+            f"  {moment:<7} avg@{k} {score[f'avg@{k}']:.3f} ± {score['stderr']:.3f}   "
+            f"pass@{k} {score[f'pass@{k}']:.3f}   ({score['problems']} problems)"
+        )
+    counts = summary["refinement"]
+    for old, new, verb in (("wrong", "right", "repaired"), ("right", "wrong", "spoiled")):
+        changed = counts[f"{old}_to_{new}"]
+        whole = changed + counts[f"{old}_to_{old}"]
+        share = changed / whole if whole else 0.0
+        lines.append(f"The teacher {verb} {changed} of {whole} {old} rollouts ({share:.1%})")
+    lines += [f"  {name:<12} {path}" for name, path in summary["paths"].items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ConfigError as error:
+        end_process(f"nemo_trd: {error}", 2)
