@@ -258,9 +258,9 @@ class Config(Section):
     evaluation: Evaluation
 
     @property
-    def teacher_path(self) -> str:
-        """Directory of the teacher's weights; in opsd those are the student's at step 0."""
-        return self.model.teacher.path if self.model.teacher else self.model.student.path
+    def teacher_source(self) -> ModelSource:
+        """Where the teacher's weights are; in opsd those are the student's at step 0."""
+        return self.model.teacher or self.model.student
 
     @property
     def run_dir(self) -> Path:

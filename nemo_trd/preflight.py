@@ -153,6 +153,10 @@ def _transformer_engine_problems(config: Config, gpus: int) -> Iterator[ConfigEr
                 "it needs TransformerEngine, which is not installed",
                 f"run in an image that has it, or set {field}={off}",
             )
+        elif field.endswith("context_parallel_size"):
+            yield rule_broken(
+                field, value, "sequences are not split over ranks", f"set {field}={off}"
+            )
 
 
 def _layouts(config: Config) -> list[tuple[str, Layout]]:

@@ -18,7 +18,7 @@ from nemo_trd.checkpoint_dir import (
     find_checkpoint,
     model_identity,
 )
-from nemo_trd.config import Config, rule_broken
+from nemo_trd.config import Config
 from nemo_trd.evaluate import evaluate
 from nemo_trd.generation.local import LocalGenerator
 from nemo_trd.megatron.checkpoint import Checkpointer
@@ -63,17 +63,6 @@ def load_inputs(config: Config, world_size: int) -> Inputs:
     """
     student, teacher = preflight.check(config, world_size)
     student_tokenizer, teacher_tokenizer = student.tokenizer, teacher.tokenizer
-    for role, layout in (
-        ("student", config.parallel.student),
-        ("teacher", config.parallel.teacher),
-    ):
-        if layout.context_parallel_size > 1:
-            raise rule_broken(
-                f"parallel.{role}.context_parallel_size",
-                layout.context_parallel_size,
-                "sequences are not split over ranks",
-                "set it to 1",
-            )
     trackers.check_packages(config.logging)
     check_templates(config, teacher_tokenizer)
     prompts = load_prompts(config.data.train, "data.train", config.data, student_tokenizer)
@@ -325,4 +314,4 @@ def _generators(config: Config) -> tuple[LocalGenerator, LocalGenerator]:
     student = generator(config.model.student)
     if config.algorithm.trajectory == "rollout":
         return student, student  # no rewrite is ever asked for: a second model would idle
-    return student, generator(config.model.teacher or config.model.student)
+    return student, generator(config.teacher_source)

@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from nemo_trd.config import Config, ConfigError, Layout, Precision, rule_broken
+from nemo_trd.config import ConfigError, Layout, Precision, rule_broken
 from nemo_trd.hf_directory import SUPPORTED_MODEL_TYPES, check_model_type
 
 # Frequencies that do not depend on the sequence length and leave attention scores unscaled.
@@ -169,26 +169,6 @@ def check_layout(hf: PretrainedConfig, layout: Layout, field: str) -> None:
 def has_transformer_engine() -> bool:
     """Whether models are built from TransformerEngine's layers."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-
-
-def require_transformer_engine(config: Config) -> None:
-    """Refuse settings that megatron-core ignores, or fails on, without TransformerEngine.
-
-    Raises:
-        ConfigError: naming the setting.
-    """
-    if has_transformer_engine():
-        return
-    settings = {
-        "precision.fp8": config.precision.fp8,
-        "precision.teacher_fp8": config.precision.teacher_fp8,
-    }
-    for role in ("student", "teacher"):
-        size = getattr(config.parallel, role).context_parallel_size
-        settings[f"parallel.{role}.context_parallel_size"] = size if size > 1 else None
-    for field, value in settings.items():
-        if value is not None:
-            raise _needs_transformer_engine(field, value)
 
 
 def _needs_transformer_engine(field: str, value: object) -> ConfigError:

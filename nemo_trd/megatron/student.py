@@ -30,6 +30,7 @@ from nemo_trd.megatron.model import (
 from nemo_trd.megatron.parallel import process_groups
 from nemo_trd.megatron.runtime import device
 from nemo_trd.megatron.schedule import is_last_stage, label_rows, run_model, run_schedule
+from nemo_trd.preflight import shared_vocab_size
 from nemo_trd.types import Microbatch, Trajectory
 
 
@@ -83,9 +84,9 @@ class Student:
 
     def _load_teacher_head(self) -> None:
         """Copy the teacher's frozen output weight to the last stage, in this model's sharding."""
-        source = self._config.model.teacher or self._config.model.student
+        source = self._config.teacher_source
         teacher = load_hf_config(source.path, source.trust_remote_code)
-        self._vocab_size = min(self.hf.vocab_size, teacher.vocab_size)
+        self._vocab_size = shared_vocab_size(self.hf, teacher)
         if is_last_stage(self.groups):
             self._teacher_head = read_output_weight(
                 teacher,

@@ -32,7 +32,7 @@ class Teacher:
     """
 
     def __init__(self, config: Config, student_groups: ProcessGroupCollection) -> None:
-        source = config.model.teacher or config.model.student
+        source = config.teacher_source
         self._layout = config.parallel.teacher
         self._offload_weights = config.teacher.offload_weights
         self._offload_states = config.teacher.offload_states

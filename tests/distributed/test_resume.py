@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from launch import launch
-from test_parallel_layouts import trajectories
+from test_parallel_layouts import DISTRIBUTED, PP2, TP2, trajectories
 from tiny_models import make_model
 
 pytestmark = pytest.mark.distributed
@@ -74,3 +74,14 @@ def test_resuming_on_one_layout_is_bitwise_past_cut_and_damaged_saves(tmp_path: 
     damaged.mkdir()
     (damaged / "trainer_state.json").write_text('{"step": 8, "files": {"x.distcp": 10}}')
     assert steps(broken, 1, [], HALF, 2 * HALF) == whole[HALF:]
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(4, TP2 + PP2), (2, DISTRIBUTED)])
+def test_resuming_on_another_layout_agrees(ranks: int, layout: list[str], tmp_path: Path) -> None:
+    optimizer = layout if layout == DISTRIBUTED else []
+    whole = steps(models(tmp_path / "whole"), 1, optimizer, 0, 2 * HALF)
+    broken = models(tmp_path / "broken")
+    steps(broken, 1, optimizer, 0, HALF)
+    resumed = steps(broken, ranks, layout, HALF, 2 * HALF)
+    for step, expected in zip(resumed, whole[HALF:], strict=True):
+        assert step == pytest.approx(expected, rel=1e-5)

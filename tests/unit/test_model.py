@@ -12,7 +12,7 @@ from model_checks import BF16, FP32, logits, reference_logits
 from tiny_models import LLAMA3_ROPE, make_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from nemo_trd.config import ConfigError, Layout, Precision, compose
+from nemo_trd.config import ConfigError, Layout, Precision
 from nemo_trd.megatron.hf_weights import load_hf_weights
 from nemo_trd.megatron.model import (
     build_model,
@@ -22,7 +22,6 @@ from nemo_trd.megatron.model import (
     inverse_frequencies,
     load_hf_config,
     padded_vocab_size,
-    require_transformer_engine,
     rope_parameters,
     transformer_config,
 )
@@ -187,24 +186,6 @@ def test_a_layout_that_does_not_divide_the_model_is_refused(sizes: Any, field: s
     )
     with pytest.raises(ConfigError, match=rf"parallel\.student\.{field}.* Fix: "):
         check_layout(hf, layout, "parallel.student")
-
-
-@without_transformer_engine
-@pytest.mark.parametrize(
-    ("override", "field"),
-    [
-        ("precision.fp8=hybrid", "precision.fp8 = 'hybrid'"),
-        ("precision.teacher_fp8=e4m3", "precision.teacher_fp8 = 'e4m3'"),
-        (
-            "parallel.student.context_parallel_size=2",
-            "parallel.student.context_parallel_size = 2",
-        ),
-    ],
-)
-def test_what_needs_transformer_engine_is_refused_without_it(override: str, field: str) -> None:
-    config = compose([override])
-    with pytest.raises(ConfigError, match=f"{field}.*TransformerEngine"):
-        require_transformer_engine(config)
 
 
 @without_transformer_engine

@@ -467,3 +467,12 @@ def test_module_imports_without_torch() -> None:
         "import sys, nemo_trd.preflight, nemo_trd.hf_directory; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.usefixtures("models")
+def test_context_parallelism_is_refused_with_transformer_engine_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(preflight, "importable", lambda package: True)
+    message = refusal(settings("parallel.student.context_parallel_size=2"), 2)
+    assert "parallel.student.context_parallel_size = 2: sequences are not split" in message
