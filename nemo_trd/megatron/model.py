@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -276,6 +277,27 @@ class HiddenStatesModel(GPTModel):
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
+
+    def tie_embeddings_and_output_weights_state_dict(
+        self,
+        sharded_state_dict: dict[str, Any],
+        output_layer_weight_key: str,
+        first_stage_word_emb_key: str,
+        metadata: dict[str, Any],
+    ) -> None:
+        """In checkpoints the last stage's copy of a tied embedding is a replica of the first's.
+
+        megatron-core says so too, but asks its global state for the data parallel rank.
+        """
+        if self.post_process and not self.pre_process:
+            sharded_state_dict[output_layer_weight_key] = make_tp_sharded_tensor_for_checkpoint(
+                self.output_weight(),
+                first_stage_word_emb_key,
+                replica_id=(1, 0, metadata["dp_cp_group"].rank()),
+                allow_shape_mismatch=True,  # other layouts pad the vocabulary differently
+                tp_group=self.pg_collection.tp,
+                dp_cp_group=metadata["dp_cp_group"],
+            )
 
 
 class RMSNorm(torch.nn.RMSNorm):

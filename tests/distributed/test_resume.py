@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from launch import launch
-from test_parallel_layouts import DISTRIBUTED, PP2, TP2, trajectories
+from test_parallel_layouts import DISTRIBUTED, PP2, TP2, VPP2, trajectories
 from tiny_models import make_model
 
 pytestmark = pytest.mark.distributed
@@ -76,12 +76,13 @@ def test_resuming_on_one_layout_is_bitwise_past_cut_and_damaged_saves(tmp_path: 
     assert steps(broken, 1, [], HALF, 2 * HALF) == whole[HALF:]
 
 
-@pytest.mark.parametrize(("ranks", "layout"), [(4, TP2 + PP2), (2, DISTRIBUTED)])
+@pytest.mark.parametrize(("ranks", "layout"), [(4, TP2 + PP2), (2, PP2 + VPP2), (2, DISTRIBUTED)])
 def test_resuming_on_another_layout_agrees(ranks: int, layout: list[str], tmp_path: Path) -> None:
     optimizer = layout if layout == DISTRIBUTED else []
     whole = steps(models(tmp_path / "whole"), 1, optimizer, 0, 2 * HALF)
     broken = models(tmp_path / "broken")
     steps(broken, 1, optimizer, 0, HALF)
-    resumed = steps(broken, ranks, layout, HALF, 2 * HALF)
+    resumed = steps(broken, ranks, layout, HALF, HALF + 1)
+    resumed += steps(broken, 1, optimizer, HALF + 1, 2 * HALF)  # and back again
     for step, expected in zip(resumed, whole[HALF:], strict=True):
         assert step == pytest.approx(expected, rel=1e-5)
