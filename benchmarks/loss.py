@@ -40,7 +40,8 @@ import torch
 from torch import Tensor
 
 from nemo_trd.config import Loss
-from nemo_trd.losses import dense_divergence, divergence
+from nemo_trd.divergences import dense_divergence
+from nemo_trd.losses import divergence
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SLICE_TOKENS, SLICE_VOCAB = 64, 4096

@@ -13,7 +13,8 @@ from launch import launch
 from oracles import DIVERGENCES, TAILS, make_loss
 from torch import Tensor
 
-from nemo_trd.losses import dense_divergence, divergence, token_nll
+from nemo_trd.divergences import dense_divergence
+from nemo_trd.losses import divergence, token_nll
 
 pytestmark = pytest.mark.distributed
 PADDED, TOKENS = 64, 10

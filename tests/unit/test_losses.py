@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_trd import losses
 from nemo_trd.config import ConfigError, Loss
-from nemo_trd.losses import DivergenceOutput, dense_divergence, divergence, token_nll
+from nemo_trd.divergences import dense_divergence
+from nemo_trd.losses import DivergenceOutput, divergence, token_nll
 
 VOCAB, PADDED = 50, 64
 every_divergence = pytest.mark.parametrize("name", DIVERGENCES)

@@ -1,0 +1,168 @@
+"""The formulas of the divergences: closed forms with gradients, on one shard of the vocabulary.
+
+Notation: s and t are student and teacher probabilities of one position over the real vocabulary,
+both at `loss.temperature`; z are the student's tempered logits.
+
+`dense_divergence` says the same in plain PyTorch on full logits, for tests and small uses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nemo_trd.config import Loss
+from nemo_trd.vocab_shard import VocabShard
+
+# Closed forms. Arguments: log-probabilities and probabilities [n, v] of student and teacher, and
+# the function that turns sums over columns into sums over the vocabulary. They return the
+# divergence [n] and its gradient [n, v] in the student's tempered logits, and overwrite their
+# arguments.
+Total = Callable[..., tuple[Tensor, ...]]
+ClosedForm = Callable[[Tensor, Tensor, Tensor, Tensor, Total], tuple[Tensor, Tensor]]
+
+
+def _beta(loss: Loss) -> float:
+    return {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": loss.beta}[loss.divergence]
+
+
+def closed_form(loss: Loss) -> ClosedForm:
+    beta = _beta(loss)
+    if beta == 0:
+        return _forward_kl
+    if beta == 1:
+        return _reverse_kl
+    return partial(_jsd, beta)
+
+
+def _forward_kl(
+    log_s: Tensor, log_t: Tensor, s: Tensor, t: Tensor, total: Total
+) -> tuple[Tensor, Tensor]:
+    """KL(t || s) = sum t (log t - log s);  d/dz = s - t.
+
+    The sum adds s - t to each term. That is zero in all, and makes each term at least zero and
+    flat in the rounding of the normalisers, which would otherwise drown small divergences.
+    """
+    weighted = log_t.sub_(log_s).mul_(t)
+    gradient = s.sub_(t)
+    (value,) = total(weighted.sum(-1) + gradient.sum(-1))
+    return value, gradient
+
+
+def _reverse_kl(
+    log_s: Tensor, log_t: Tensor, s: Tensor, t: Tensor, total: Total
+) -> tuple[Tensor, Tensor]:
+    """KL(s || t) = sum s (log s - log t);  d/dz = s (log s - log t - KL).
+
+    The value adds t - s to each term, as in `_forward_kl`.
+    """
+    ratio = log_s.sub_(log_t)
+    mean, missing = total(torch.mul(s, ratio, out=log_t).sum(-1), t.sub_(s).sum(-1))
+    return mean + missing, ratio.sub_(mean[:, None]).mul_(s)
+
+
+def _jsd(
+    beta: float, log_s: Tensor, log_t: Tensor, s: Tensor, t: Tensor, total: Total
+) -> tuple[Tensor, Tensor]:
+    """beta KL(t || m) + (1 - beta) KL(s || m), m = beta t + (1 - beta) s, 0 < beta < 1.
+
+    With r = log s - log m:  d/dz = (1 - beta) s (r - sum s r).
+
+    The generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649). It vanishes as beta goes
+    to 0 or 1, where by definition forward and reverse KL take its place.
+    """
+    ratio = log_t.sub_(log_s)  # log t/s; r = -log(1 + beta (t/s - 1)), linear where t/s overflows
+    r = ratio.clamp(max=80).expm1_().mul_(beta).log1p_().neg_().sub_((ratio - 80).relu_())
+    mean_s, mean_t = total((s * r).sum(-1), ratio.add_(r).mul_(t).sum(-1))
+    gradient = r.sub_(mean_s[:, None]).mul_(s).mul_(1 - beta)
+    return beta * mean_t + (1 - beta) * mean_s, gradient
+
+
+def on_top_k(
+    z_s: Tensor, z_t: Tensor, loss: Loss, shard: VocabShard
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The divergence of two smaller distributions: over the teacher's k most likely ids, and,
+    with `top_k_tail: bucket`, one category more that holds all other ids.
+
+    A category is a sum of probabilities, so the bucket only loses information: what comes out is
+    a lower bound of the full divergence. Its log-mass is a log-sum-exp over the other ids and not
+    log(1 - rest), which is exact however little is left.
+
+    Returns: divergence [n], gradient in the student's tempered logits [n, v] on this shard, and
+        the teacher's probability outside its top k [n].
+    """
+    assert loss.top_k is not None
+    k, held = loss.top_k, min(loss.top_k, shard.columns)
+    ids = _largest(z_t, held)
+    own = torch.stack([z_t.gather(-1, ids), z_s.gather(-1, ids)])
+    padded = F.pad(own, (0, k - held), value=-math.inf)
+    candidates = torch.cat(shard.gather(padded).unbind(), -1)  # [2, n, ranks * k]
+    # Candidates lie in the order of their ids wherever teacher logits are equal.
+    best = candidates[0].sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    mine = slice(shard.rank * k, shard.rank * k + held)
+    chosen = torch.zeros_like(candidates[0], dtype=torch.bool).scatter_(-1, best, True)[:, mine]
+
+    top_t, top_s = candidates.gather(-1, best.expand(2, -1, -1))
+    others_t = z_t.scatter(-1, ids, own[0].masked_fill(chosen, -math.inf))
+    others_s = z_s.scatter(-1, ids, own[1].masked_fill(chosen, -math.inf))
+    tail_t = shard.logsumexp(others_t)[:, None]
+    tail_mass = torch.sigmoid(tail_t - top_t.logsumexp(-1, keepdim=True))[:, 0]
+    bucket = loss.top_k_tail == "bucket"
+    if bucket:
+        tail_s = shard.logsumexp(others_s)[:, None]
+        top_s, top_t = torch.cat([top_s, tail_s], -1), torch.cat([top_t, tail_t], -1)
+    log_s, log_t = torch.log_softmax(top_s, -1), torch.log_softmax(top_t, -1)
+    value, d_top = closed_form(loss)(log_s, log_t, log_s.exp(), log_t.exp(), lambda *sums: sums)
+
+    # d tail_s / d z is the student's distribution inside the bucket, zero on the top k.
+    gradient = (others_s - tail_s).exp_().mul_(d_top[:, -1:]) if bucket else torch.zeros_like(z_s)
+    spread = torch.zeros_like(candidates[0]).scatter_(-1, best, d_top[:, :k])
+    return value, gradient.scatter_add_(-1, ids, spread[:, mine]), tail_mass
+
+
+def _largest(z: Tensor, k: int) -> Tensor:
+    """[n, v] -> [n, k] columns of the largest entries, largest first, equal ones by column.
+
+    `torch.topk` leaves open which of several equal entries it takes, and equal logits are common
+    in half precision: the support would depend on the sharding.
+    """
+    if k == 0:
+        return torch.zeros(z.shape[0], 0, dtype=torch.int64, device=z.device)
+    values, columns = z.topk(k)
+    least = values[:, -1:]
+    by_column = torch.arange(z.shape[-1], 0, -1, dtype=z.dtype, device=z.device)
+    tied = torch.where(z == least, by_column, 0).topk(k).indices
+    place, above = torch.arange(k, device=z.device), (values > least).sum(-1, keepdim=True)
+    columns = torch.where(place < above, columns, tied.gather(-1, (place - above).clamp(min=0)))
+    columns = columns.sort(-1).values
+    order = z.gather(-1, columns).sort(dim=-1, descending=True, stable=True).indices
+    return columns.gather(-1, order)
+
+
+def dense_divergence(student_logits: Tensor, teacher_logits: Tensor, loss: Loss) -> Tensor:
+    """The reference: [n, V] logits of both models -> [n], in plain differentiable PyTorch."""
+    z_s, z_t = student_logits / loss.temperature, teacher_logits / loss.temperature
+    if loss.top_k is not None and loss.top_k < z_s.shape[-1]:
+        top = z_t.sort(dim=-1, descending=True, stable=True).indices[:, : loss.top_k]
+        parts = [[z.gather(-1, top), z.scatter(-1, top, -math.inf)] for z in (z_s, z_t)]
+        if loss.top_k_tail == "bucket":
+            parts = [[chosen, rest.logsumexp(-1, keepdim=True)] for chosen, rest in parts]
+        else:
+            parts = [[chosen] for chosen, _ in parts]
+        z_s, z_t = (torch.cat(part, -1) for part in parts)
+    log_s, log_t = F.log_softmax(z_s, -1), F.log_softmax(z_t, -1)
+    beta = _beta(loss)
+    if beta == 0:
+        value = (log_t.exp() * (log_t - log_s)).sum(-1)
+    elif beta == 1:
+        value = (log_s.exp() * (log_s - log_t)).sum(-1)
+    else:
+        log_m = torch.logaddexp(log_s + math.log1p(-beta), log_t + math.log(beta))
+        kl_t, kl_s = ((p.exp() * (p - log_m)).sum(-1) for p in (log_t, log_s))
+        value = beta * kl_t + (1 - beta) * kl_s
+    return value if loss.token_clip is None else value.clamp(max=loss.token_clip)

@@ -1,0 +1,95 @@
+"""The columns of the vocabulary that a rank holds, and sums and maxima over those of all ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """The columns of the vocabulary that this rank holds, and how ranks put theirs together."""
+
+    first: int  # id of the first column
+    columns: int  # real ones: padding lies behind them and is never computed
+    group: dist.ProcessGroup | None  # None: this rank holds all columns
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    def gather(self, own: Tensor) -> Tensor:
+        """[...] of every rank -> [ranks, ...]"""
+        if self.group is None:
+            return own[None]
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, own.contiguous(), group=self.group)
+        return torch.stack(parts)
+
+    def total(self, *sums: Tensor) -> tuple[Tensor, ...]:
+        """Sums over this rank's columns -> sums over the vocabulary."""
+        if self.group is None:
+            return sums
+        stacked = torch.stack(sums)
+        dist.all_reduce(stacked, group=self.group)
+        return stacked.unbind()
+
+    def logsumexp(self, logits: Tensor) -> Tensor:
+        """[n, v] on this shard -> [n] over the vocabulary."""
+        return self.gather(logits.logsumexp(-1)).logsumexp(0)
+
+
+def own_shard(rows: int, vocab_size: int, group: dist.ProcessGroup | None) -> VocabShard:
+    """What this rank of `group` holds, where each has `rows` rows of the output weight."""
+    if group is not None and dist.get_world_size(group) == 1:
+        group = None
+    first = 0 if group is None else dist.get_rank(group) * rows
+    held = rows * (1 if group is None else dist.get_world_size(group))
+    assert held >= vocab_size, f"{held} output rows for a vocabulary of {vocab_size}"
+    return VocabShard(first, min(max(vocab_size - first, 0), rows), group)
+
+
+def log_softmax(logits: list[Tensor], shard: VocabShard) -> tuple[list[Tensor], Tensor]:
+    """Log-probabilities [n, v] on this shard, and whether the last model's most likely id is the
+    first one's too [n].
+
+    A shard's own log-softmax is shifted to the whole vocabulary's: with m the largest logit and
+    c = log sum exp(z - m), of this shard and of all, it is (m' - m) + (c' - c). Differences of
+    maxima stay exact where log-normalisers of large logits would be rounded.
+    """
+    log_probs = [torch.log_softmax(z, -1) for z in logits]
+    if shard.group is None:
+        first, last = log_probs[0], log_probs[-1]
+        best = last.argmax(-1, keepdim=True)
+        return log_probs, first.gather(-1, best)[:, 0] == first.amax(-1)
+    peaks = []  # of each model: m, c and the id of the largest logit, exact in fp32 up to 2^24
+    for z, p in zip(logits, log_probs, strict=True):
+        if shard.columns:
+            best = z.argmax(-1, keepdim=True)
+            rows = (z.gather(-1, best), -p.gather(-1, best), (best + shard.first).to(z.dtype))
+        else:  # nothing but padding here
+            nothing, zero = z.new_full((z.shape[0], 1), -math.inf), z.new_zeros(z.shape[0], 1)
+            rows = (nothing, zero, zero)
+        peaks.append(torch.cat(rows, -1))
+    maxima, normalisers, ids = shard.gather(torch.stack(peaks)).unbind(-1)  # [ranks, models, n]
+    maximum, winner = maxima.max(0, keepdim=True)
+    shifts = maxima - maximum + normalisers
+    normaliser = shifts.logsumexp(0)
+    for p, shift in zip(log_probs, shifts[shard.rank] - normaliser, strict=True):
+        p.add_(shift[:, None])
+    top = ids.gather(0, winner)[0]
+    return log_probs, top[0] == top[-1]
+
+
+def pick(log_probs: Tensor, ids: Tensor, shard: VocabShard) -> Tensor:
+    """[n]: log-probability of each row's id, zero where another rank holds it."""
+    if not shard.columns:
+        return log_probs.new_zeros(ids.shape)
+    local = ids - shard.first
+    own = (local >= 0) & (local < shard.columns)
+    picked = log_probs.gather(-1, local.clamp(0, shard.columns - 1)[:, None])[:, 0]
+    return torch.where(own, picked, 0)
