@@ -15,6 +15,7 @@ from typing import Any
 
 from nemo_trd.config import Config, ConfigError, Layout, ModelSource, rule_broken
 from nemo_trd.hf_directory import check_model_type, check_weights
+from nemo_trd.model_rules import check_layout, check_supported
 
 STUDENT, TEACHER = "model.student.path", "model.teacher.path"
 
@@ -35,26 +36,37 @@ def check(config: Config, world_size: int) -> tuple[Model, Model]:
     Raises:
         ConfigError: every broken rule that was found, one a line: field, value, rule, fix.
     """
-    problems = [*_machine_problems(config), *_batch_problems(config, world_size)]
+    problems = [*_machine_problems(config), *batch_problems(config, world_size)]
     student = _load(config.model.student, STUDENT, problems)
     teacher = student
     if config.model.teacher is not None:
         teacher = _load(config.model.teacher, TEACHER, problems)
     if student is not None:
-        problems += _layout_problems("parallel.student", config.parallel.student, student)
         problems += _tokenizer_problems(student)
-    if teacher is not None:
-        problems += _layout_problems("parallel.teacher", config.parallel.teacher, teacher)
-    if student is not None and teacher is not None:
-        if teacher is not student:
-            problems += _tokenizer_problems(teacher)
-            problems += _different_tokenizers(student, teacher)
-        problems += _length_problems(config, student, teacher)
-        problems += _loss_problems(config, student, teacher)
+    if student is not None and teacher is not None and teacher is not student:
+        problems += _tokenizer_problems(teacher)
+        problems += _different_tokenizers(student, teacher)
+    problems += model_problems(config, student, teacher)
     if problems:
         raise ConfigError("\n".join(str(problem) for problem in problems))
     assert student is not None and teacher is not None
     return student, teacher
+
+
+def model_problems(
+    config: Config, student: Model | None, teacher: Model | None
+) -> Iterator[ConfigError]:
+    """What config.json of the two models tells: layouts, lengths, the loss. Needs no tokenizer.
+
+    A model that could not be read is None; what needs it is left out.
+    """
+    if student is not None:
+        yield from _layout_problems("parallel.student", config.parallel.student, student)
+    if teacher is not None:
+        yield from _layout_problems("parallel.teacher", config.parallel.teacher, teacher)
+    if student is not None and teacher is not None:
+        yield from _length_problems(config, student, teacher)
+        yield from _loss_problems(config, student, teacher)
 
 
 def shared_vocab_size(student_hf: Any, teacher_hf: Any) -> int:
@@ -68,10 +80,10 @@ def shared_vocab_size(student_hf: Any, teacher_hf: Any) -> int:
 
 def longest_trajectory(config: Config) -> int:
     """Tokens of the longest sequence, context and labels, that either model can meet."""
-    return max(context for _, context in _longest_contexts(config)) + _longest_answer(config)
+    return max(context for _, context in _longest_contexts(config)) + longest_answer(config)
 
 
-def _longest_answer(config: Config) -> int:
+def longest_answer(config: Config) -> int:
     """Tokens of the longest rollout or refinement."""
     longest = config.generation.rollout.max_tokens
     if config.algorithm.trajectory == "refinement":
@@ -173,7 +185,7 @@ def gpu_count() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def _batch_problems(config: Config, world_size: int) -> Iterator[ConfigError]:
+def batch_problems(config: Config, world_size: int) -> Iterator[ConfigError]:
     """World size, global batch and micro-batches."""
     train = config.train
     for role, layout in _layouts(config):
@@ -215,8 +227,6 @@ def _load(source: ModelSource, field: str, problems: list[ConfigError]) -> Model
     """Read and check a model directory. What is wrong with it is added to `problems`."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from nemo_trd.megatron.model import check_supported
-
     directory = Path(source.path).absolute()
     try:
         check_model_type(directory, field)
@@ -245,8 +255,6 @@ def _read(reader: Any, directory: Path, field: str, options: dict[str, bool]) ->
 
 def _layout_problems(field: str, layout: Layout, model: Model) -> Iterator[ConfigError]:
     """Whether the layout divides the model; only the first size that it does not is told."""
-    from nemo_trd.megatron.model import check_layout
-
     try:
         check_layout(model.hf, layout, field)
     except ConfigError as error:
@@ -310,7 +318,7 @@ def _different_tokenizers(student: Model, teacher: Model) -> Iterator[ConfigErro
 
 def _length_problems(config: Config, student: Model, teacher: Model) -> Iterator[ConfigError]:
     """The longest sequences against the positions that the models know."""
-    answer = _longest_answer(config)
+    answer = longest_answer(config)
     contexts = _longest_contexts(config)
     for role, model, (field, context) in zip(
         ("student", "teacher"), (student, teacher), contexts, strict=True
