@@ -22,6 +22,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class ConfigError(ValueError):
@@ -232,6 +233,38 @@ class Logging(Section):
     progress: bool  # progress bars on stderr
 
 
+class Assumptions(Section):
+    """What `nemo_trd.plan` multiplies FLOPs and bytes with; a run does not read it."""
+
+    bf16_tflops: PositiveFloat  # peak of one GPU
+    fp8_tflops: PositiveFloat
+    mfu: Share  # share of the peak that training reaches, recomputation included
+    fp8_mfu: Share
+    memory_bandwidth_tb: PositiveFloat  # TB/s of one GPU
+    memory_utilization: Share  # share of the bandwidth that decoding reaches
+    mean_length: Share  # mean length of prompts and answers over the longest allowed
+    student_tokens_per_second: PositiveFloat | None  # measured, of one GPU; null: estimated
+    teacher_tokens_per_second: PositiveFloat | None
+
+
+class Cluster(Section):
+    """The machines that a run is meant for; a run does not read it."""
+
+    training_nodes: PositiveInt
+    student_server_nodes: NonNegativeInt
+    teacher_server_nodes: NonNegativeInt
+    gpus_per_node: PositiveInt
+    gpu_memory_gib: PositiveFloat
+    reserved_gib: NonNegativeFloat  # of each GPU: CUDA context, NCCL buffers, fragmentation
+    disk_gib: PositiveFloat | None  # for run.dir; null: what is free there
+    assumptions: Assumptions
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the training job."""
+        return self.training_nodes * self.gpus_per_node
+
+
 class Evaluation(Section):
     at_start: bool
     at_end: bool
@@ -256,6 +289,7 @@ class Config(Section):
     checkpoint: Checkpoint
     logging: Logging
     evaluation: Evaluation
+    cluster: Cluster
 
     @property
     def teacher_source(self) -> ModelSource:
@@ -269,7 +303,7 @@ class Config(Section):
     def digest(self) -> str:
         """Identifies what a checkpoint belongs to: the settings that change the numbers."""
         settings = self.model_dump(mode="json")
-        for section in ("parallel", "checkpoint", "logging", "evaluation", "teacher"):
+        for section in ("parallel", "checkpoint", "logging", "evaluation", "teacher", "cluster"):
             del settings[section]
         del settings["run"]["dir"], settings["train"]["num_steps"]
         del settings["generation"]["local"]
