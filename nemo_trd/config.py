@@ -157,11 +157,83 @@ class LocalGeneration(Section):
     dtype: Literal["fp32", "bf16"]
 
 
+class WeightSync(Section):
+    """How the student's weights reach its servers; see generation/weight_sync.py."""
+
+    backend: Literal["nccl", "gloo", "file"]
+    # What happens to requests that a server is working on. finish: it finishes them with the old
+    # weights first. keep: they go on afterwards with the new weights. abort: they end at once with
+    # what they have, finish reason "abort".
+    in_flight: Literal["finish", "keep", "abort"]
+    directory: str  # of `file`: trainer and servers see it under this path
+    bucket_bytes: PositiveInt  # tensors that the sending rank holds at one time
+    pause_timeout_seconds: PositiveFloat  # until requests in flight have ended, per server
+    call_timeout_seconds: PositiveFloat  # of every other call to a server
+    timeout_seconds: PositiveFloat  # of a whole sync; the other ranks wait no longer either
+
+
+class VllmPool(Section):
+    """The servers of one model. Exactly one of `urls` and `replicas` is given."""
+
+    urls: list[str]  # http://HOST:PORT of servers that run already
+    replicas: NonNegativeInt  # servers that the run starts, on the host of its first rank
+    devices: list[NonNegativeInt]  # GPUs of those, tensor_parallel_size each; empty: all visible
+
+
+class VllmServer(Section):
+    """How a server is started; see generation/serve.py."""
+
+    python: str | None  # an interpreter that has vLLM; null: $NEMO_TRD_VLLM_PYTHON or .venv-vllm
+    dtype: Literal["auto", "fp32", "bf16"]  # auto: as the model is stored
+    tensor_parallel_size: PositiveInt
+    max_model_len: PositiveInt | None  # null: what the model allows
+    max_num_seqs: PositiveInt  # sequences that a server works on at one time
+    arguments: list[str]  # further ones of vLLM's API server
+    start_timeout_seconds: PositiveFloat
+    stop_timeout_seconds: PositiveFloat  # afterwards it is killed
+
+
+class VllmClient(Section):
+    """How servers are asked; see generation/vllm.py."""
+
+    max_concurrency: PositiveInt  # requests of one rank at one server at one time
+    request_timeout_seconds: PositiveFloat  # of one attempt
+    max_attempts: PositiveInt  # of one request, over all servers
+    backoff_seconds: PositiveFloat  # before the second attempt; doubles, with jitter
+    max_backoff_seconds: PositiveFloat
+    recovery_timeout_seconds: NonNegativeFloat  # without any usable server for so long: give up
+    stale_weights: Literal["retry", "keep", "error"]  # completions of other than current weights
+
+
+class Vllm(Section):
+    """Generation on vLLM servers."""
+
+    student: VllmPool
+    teacher: VllmPool
+    server: VllmServer
+    client: VllmClient
+    weight_sync: WeightSync
+    api_key_env: str  # the environment variable that holds the servers' key
+    api_key_file: str | None  # or a file that does
+
+
 class Generation(Section):
-    backend: Literal["local"]
+    backend: Literal["local", "vllm"]
     rollout: Sampling
     refinement: Sampling
     local: LocalGeneration
+    vllm: Vllm | None  # of backend vllm
+
+    @model_validator(mode="after")
+    def _settings_of_backend(self) -> Generation:
+        if (self.backend == "vllm") != (self.vllm is not None):
+            raise rule_broken(
+                "generation.backend",
+                self.backend,
+                "backend vllm, and only that one, has settings in generation.vllm",
+                f"choose the whole group: generation={self.backend}",
+            )
+        return self
 
 
 class Optimizer(Section):
@@ -306,7 +378,7 @@ class Config(Section):
         for section in ("parallel", "checkpoint", "logging", "evaluation", "teacher", "cluster"):
             del settings[section]
         del settings["run"]["dir"], settings["train"]["num_steps"]
-        del settings["generation"]["local"]
+        del settings["generation"]["local"], settings["generation"]["vllm"]
         for knob in ("micro_batch_size", "max_tokens_per_micro_batch", "recompute"):
             del settings["train"][knob]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
@@ -400,6 +472,8 @@ def check_consistent(config: Config) -> None:
         )
     for role in get_args(Literal["student", "teacher"]):
         _check_layout(f"parallel.{role}", getattr(config.parallel, role), role)
+        if config.generation.vllm is not None:
+            _check_pool(f"generation.vllm.{role}", getattr(config.generation.vllm, role))
 
 
 def _check_dataset(field: str, dataset: Dataset, config: Config) -> None:
@@ -459,6 +533,24 @@ def _check_layout(field: str, layout: Layout, role: str) -> None:
             "it splits sequences over tensor parallel ranks and there is one",
             "set it to false, or raise tensor_model_parallel_size",
         )
+
+
+def _check_pool(field: str, pool: VllmPool) -> None:
+    if bool(pool.urls) == bool(pool.replicas):
+        raise rule_broken(
+            f"{field}.urls",
+            pool.urls,
+            f"exactly one of urls and replicas (= {pool.replicas}) names the servers",
+            f"set {field}.replicas=0 beside URLs of running servers, or urls=[]",
+        )
+    for url in pool.urls:
+        if not re.fullmatch(r"https?://[^/@\s]+", url) or pool.urls.count(url) > 1:
+            raise rule_broken(
+                f"{field}.urls",
+                url,
+                "each server is given once, as http://HOST:PORT without a path or a password",
+                "correct the list",
+            )
 
 
 def conf_dir() -> Path:

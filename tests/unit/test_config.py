@@ -57,7 +57,7 @@ def absent_settings(schema: type[BaseModel], settings: dict[str, Any], where: st
 
 
 def test_every_setting_is_visible_in_conf() -> None:
-    settings = OmegaConf.to_container(composed(), resolve=True)
+    settings = OmegaConf.to_container(composed("generation=vllm"), resolve=True)
     assert isinstance(settings, dict)
     assert absent_settings(Config, settings, "") == []  # type: ignore[arg-type]
 
@@ -206,6 +206,26 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ],
         ("parallel.student.batch_p2p_comm = True", "silently wrong", "set it to false"),
     ),
+    "servers without their settings": (
+        ["generation.backend=vllm"],
+        ("generation.backend = 'vllm'", "settings in generation.vllm", "generation=vllm"),
+    ),
+    "two sources of servers": (
+        ["generation=vllm", "generation.vllm.student.urls=[http://a:1]"],
+        ("generation.vllm.student.urls = ['http://a:1']", "exactly one", "replicas=0"),
+    ),
+    "no server": (
+        ["generation=vllm", "generation.vllm.teacher.replicas=0"],
+        ("generation.vllm.teacher.urls = []", "exactly one", "replicas=0"),
+    ),
+    "one server twice": (
+        [
+            "generation=vllm",
+            "generation.vllm.teacher.replicas=0",
+            "generation.vllm.teacher.urls=[http://a:1,http://a:1]",
+        ],
+        ("generation.vllm.teacher.urls = 'http://a:1'", "given once", "correct the list"),
+    ),
     "sequence parallelism of one rank": (
         ["parallel.teacher.sequence_parallel=true"],
         ("parallel.teacher.sequence_parallel = True", "there is one", "raise tensor_model"),
@@ -279,6 +299,12 @@ def test_digest_does_not_depend_on_where_and_how_a_run_is_computed(override: str
 )
 def test_digest_changes_with_what_changes_the_numbers(override: str) -> None:
     assert compose([override]).digest() != compose([]).digest()
+
+
+def test_digest_does_not_depend_on_the_servers() -> None:
+    servers = compose(["generation=vllm"])
+    others = compose(["generation=vllm", "generation.vllm.student.replicas=2"])
+    assert servers.digest() == others.digest() != compose([]).digest()
 
 
 def test_digest_is_the_same_in_another_process() -> None:
