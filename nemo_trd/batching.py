@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from nemo_trd.config import Config, Layout, Train
+from nemo_trd.config import Config, Train
 from nemo_trd.types import (
     ContextBatch,
     Microbatch,
@@ -100,16 +100,6 @@ def rollout_trajectory(rollout: Rollout, teacher_context: TokenIds) -> Trajector
         labels=rollout.completion.token_ids,
         weight_version=rollout.completion.weight_version,
     )
-
-
-def sequence_alignment(layout: Layout, fp8: bool) -> int:
-    """What the length of a sequence must be a multiple of."""
-    alignment = 16 if fp8 else 1
-    if layout.sequence_parallel:
-        alignment *= layout.tensor_model_parallel_size
-    if layout.context_parallel_size > 1:
-        alignment *= 2 * layout.context_parallel_size
-    return alignment
 
 
 def trajectory_length(trajectory: Trajectory) -> int:

@@ -92,6 +92,16 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
+def sequence_alignment(layout: Layout, fp8: bool) -> int:
+    """What the length of a sequence must be a multiple of."""
+    alignment = 16 if fp8 else 1
+    if layout.sequence_parallel:
+        alignment *= layout.tensor_model_parallel_size
+    if layout.context_parallel_size > 1:
+        alignment *= 2 * layout.context_parallel_size
+    return alignment
+
+
 def check_layout(hf: Any, layout: Layout, field: str) -> None:
     """Refuse a layout that does not divide the model. `field` is e.g. "parallel.student".
 

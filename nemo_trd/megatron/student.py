@@ -18,7 +18,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from nemo_trd.batching import make_micro_batch, plan_micro_batches, sequence_alignment
+from nemo_trd.batching import make_micro_batch, plan_micro_batches
 from nemo_trd.config import Config
 from nemo_trd.losses import divergence, token_nll
 from nemo_trd.megatron.hf_weights import export_hf_weights, load_hf_weights, read_output_weight
@@ -30,6 +30,7 @@ from nemo_trd.megatron.model import (
 from nemo_trd.megatron.parallel import process_groups
 from nemo_trd.megatron.runtime import device
 from nemo_trd.megatron.schedule import is_last_stage, label_rows, run_model, run_schedule
+from nemo_trd.model_rules import sequence_alignment
 from nemo_trd.preflight import shared_vocab_size
 from nemo_trd.types import Microbatch, Trajectory
 

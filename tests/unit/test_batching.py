@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from nemo_trd.batching import (
     make_micro_batch,
     plan_micro_batches,
-    sequence_alignment,
     trajectory_length,
 )
 from nemo_trd.config import Layout, compose
+from nemo_trd.model_rules import sequence_alignment
 from nemo_trd.types import Trajectory
 
 
