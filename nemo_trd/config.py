@@ -58,6 +58,15 @@ class Models(Section):
     student: ModelSource
     teacher: ModelSource | None  # null in opsd: the teacher is the frozen step-0 student
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_path_is_no_teacher(cls, values: Any) -> Any:
+        """So that `model.teacher.path=...` can be set where the default is no teacher."""
+        if isinstance(values, dict) and isinstance(values.get("teacher"), dict):
+            teacher = values["teacher"]
+            return values | {"teacher": None if teacher.get("path", "") is None else teacher}
+        return values
+
 
 class Layout(Section):
     """How one model is split. Data parallelism takes the ranks that are left over."""
@@ -632,11 +641,11 @@ def compose(overrides: list[str], config_name: str = "config") -> Config:
         try:
             composed = hydra_compose(config_name, overrides)
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(_explain_refused_override(str(error), overrides)) from error
+            raise ConfigError(explain_refused_override(str(error), overrides)) from error
     return validate(composed)
 
 
-def _explain_refused_override(message: str, overrides: list[str]) -> str:
+def explain_refused_override(message: str, overrides: list[str]) -> str:
     """Hydra's message, except that it suggests to append a key that nothing would read."""
     refused = re.match(r"Could not override '([\w.]+)'", message)
     if not refused:

@@ -165,6 +165,13 @@ def conversation(system: str | None, user: str) -> list[Message]:
     return [*opening, {"role": "user", "content": user}]
 
 
+def _transcript(messages: list[Message]) -> str:
+    """What a refinement template shows as the problem: all that the student was told."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
 # --- one row ---
 
 
@@ -202,7 +209,7 @@ def _prompt(
     reader = _RowReader(where, row, field)
     if columns.messages is not None:
         messages = reader.messages(columns.messages)
-        problem = messages[-1]["content"]
+        problem = _transcript(messages)
         if messages[0]["role"] != "system" and data.system_prompt:
             messages = [{"role": "system", "content": data.system_prompt}, *messages]
     else:

@@ -6,14 +6,23 @@ torchrun --nproc-per-node 4 -m nemo_trd.train parallel.student.pipeline_model_pa
 
 from __future__ import annotations
 
+import os
 import sys
 
 import hydra
 import torch.distributed as dist
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from nemo_trd.batching import pair
-from nemo_trd.config import Config, ConfigError, conf_dir, validate
+from nemo_trd.config import (
+    Config,
+    ConfigError,
+    conf_dir,
+    explain_refused_override,
+    validate,
+)
 from nemo_trd.megatron.parallel import raise_together
 from nemo_trd.megatron.runtime import StopRequest, end_process, init_distributed
 from nemo_trd.run import Run, load_inputs
@@ -88,4 +97,8 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # or Hydra prints its own advice and exits
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as refused:
+        end_process(f"nemo_trd: {explain_refused_override(str(refused), sys.argv[1:])}", 2)

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteria,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from nemo_trd.config import LocalGeneration, Sampling, rule_broken
 from nemo_trd.generation.gumbel import SeededSampler, seed_tensor
@@ -47,6 +48,8 @@ class LocalGenerator:
         self.path = path
         self.batch_size = local.batch_size
         self.progress = progress
+        if not progress:
+            disable_progress_bar()  # transformers' own, of loading weights
         self.weight_version = 0
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = _load_model(path, _DTYPES[local.dtype], trust_remote_code)
@@ -215,6 +218,8 @@ class _Watch(StoppingCriteria):
 
     def __init__(self, progress: _Progress, prompt_width: int) -> None:
         self.progress = progress
+        if not progress:
+            disable_progress_bar()  # transformers' own, of loading weights
         self.prompt_width = prompt_width
 
     def __call__(

@@ -48,15 +48,16 @@ class Checkpointer:
         if dist.get_rank() == 0:
             for leftover in self._root.glob(f"step_*{PARTIAL}"):
                 shutil.rmtree(leftover)
-            (partial_dir / "rng").mkdir(parents=True)
+            partial_dir.mkdir(parents=True)
         dist.barrier()
-        save_file(_rng_state(), partial_dir / "rng" / _rng_file())
         request = dist_checkpointing.save(
             self._state_dict(is_loading=False),
             str(partial_dir),
             async_sharded_save=self._settings.async_save,
             content_metadata=SHARDING,
         )
+        (partial_dir / "rng").mkdir(exist_ok=True)  # megatron-core takes what was there for debris
+        save_file(_rng_state(), partial_dir / "rng" / _rng_file())
         if request is None:
             self._commit(partial_dir, state)
         else:

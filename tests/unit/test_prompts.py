@@ -89,9 +89,7 @@ def test_a_problem_goes_through_the_chat_template_with_one_bos_and_the_generatio
     )
 
 
-def test_a_conversation_is_rendered_whole_and_its_last_user_message_is_the_problem(
-    tmp_path: Path,
-) -> None:
+def test_a_conversation_is_rendered_whole_and_all_of_it_is_the_problem(tmp_path: Path) -> None:
     turns = [
         {"role": "user", "content": "1 + 1?"},
         {"role": "assistant", "content": "2"},
@@ -100,7 +98,11 @@ def test_a_conversation_is_rendered_whole_and_its_last_user_message_is_the_probl
     own_system = [{"role": "system", "content": "own"}, *turns]
     path = write(tmp_path / "a.jsonl", {"chat": turns}, {"chat": own_system})
     loaded = load(path, columns={"messages": "chat"}, system_prompt="ours")
-    assert [prompt.problem for prompt in loaded.prompts] == ["times 3?"] * 2
+    transcript = "user: 1 + 1?\n\nassistant: 2\n\nuser: times 3?"
+    assert [prompt.problem for prompt in loaded.prompts] == [
+        transcript,
+        f"system: own\n\n{transcript}",
+    ]
     middle = "<|user|>1 + 1?<|end|><|assistant|>2<|end|><|user|>times 3?<|end|><|assistant|>"
     assert rendered(loaded) == [
         f"<s><|system|>ours<|end|>{middle}",

