@@ -1,0 +1,273 @@
+"""Ways for full tensors to get from the rank that sends them into the workers of vLLM servers.
+
+`WeightFiles` writes safetensors that the servers read. `GlooLink` and `NcclLink` connect the
+sender, rank 0 of a group, with all workers of one server, ranks 1 and up: one group a server, so
+that the loss of one disturbs no other. Each bucket is announced by POST /update_weights and then
+broadcast, tensor by tensor. The other ends are in vllm_worker/nemo_trd_worker.py and, for NCCL,
+in vLLM itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+Bucket = list[tuple[str, Tensor]]
+Call = Callable[[str, dict[str, Any]], object]  # POST this body to this path of a server
+
+
+def buckets(
+    tensors: Iterable[tuple[str, Tensor]], max_bytes: int, to_host: bool
+) -> Iterator[Bucket]:
+    """Group tensors into lists of at most `max_bytes`; one that is larger comes alone.
+
+    Each list is emptied when the next one is asked for, so that never more than one list and one
+    tensor exist.
+    """
+    bucket: Bucket = []
+    size = 0
+    for name, tensor in tensors:
+        if bucket and size + tensor.nbytes > max_bytes:
+            yield bucket
+            bucket.clear()
+            size = 0
+        own = tensor.detach().cpu() if to_host else tensor.detach()
+        bucket.append((name, own.contiguous()))
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+        bucket.clear()
+
+
+class WeightFiles:
+    """One directory of safetensors per version, below a path that trainer and servers share."""
+
+    def __init__(self, directory: str) -> None:
+        self._root = Path(directory).absolute()
+        self.version: int | None = None  # that `paths` are of
+        self.paths: list[str] = []
+
+    def write(self, version: int, content: Iterator[Bucket]) -> None:
+        """Write one file a bucket. The files appear under their names when all are complete.
+
+        Raises:
+            OSError: the directory cannot be written.
+        """
+        target = self._root / f"version-{version}"
+        temporary = self._root / f".{target.name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        names = []
+        for number, bucket in enumerate(content):
+            names.append(f"{number:05d}.safetensors")
+            save_file(dict(bucket), temporary / names[-1])
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(temporary, target)
+        self.version, self.paths = version, [str(target / name) for name in names]
+
+    def delete_others(self) -> None:
+        """Delete all versions but the last one written, with what a killed run left."""
+        for pattern in ("version-*", ".version-*.tmp"):
+            for directory in self._root.glob(pattern):
+                if directory.name != f"version-{self.version}":
+                    shutil.rmtree(directory, ignore_errors=True)
+
+    def delete(self) -> None:
+        self.version, self.paths = None, []
+        self.delete_others()
+
+
+class Link(Protocol):
+    """Connected on construction; carries any number of buckets."""
+
+    def send(self, bucket: Bucket) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class GlooLink:
+    """Broadcasts of CPU tensors over TCP. As everywhere in gloo, GLOO_SOCKET_IFNAME is obeyed.
+
+    Raises:
+        Exception: what the server answered, or that it did not join within `timeout` seconds.
+    """
+
+    def __init__(self, call: Call, url: str, workers: int, timeout: float) -> None:
+        self._call, self._timeout = call, timeout
+        self._threads = ThreadPoolExecutor(2, "gloo-link")
+        address = local_address(url)
+        limit = timedelta(seconds=timeout)
+        store = dist.TCPStore(
+            address, 0, 1 + workers, is_master=True, timeout=limit, wait_for_workers=False
+        )
+        init = {
+            "master_address": address,
+            "master_port": store.port,
+            "world_size": 1 + workers,
+            "timeout_seconds": timeout,
+        }
+
+        def join() -> None:
+            self._group: Any = dist.ProcessGroupGloo(store, 0, 1 + workers, limit)
+
+        both(
+            self._threads,
+            lambda: call("/init_weight_transfer_engine", {"init_info": init}),
+            join,
+            timeout,
+        )
+
+    def send(self, bucket: Bucket) -> None:
+        """Raises: Exception, as the constructor; the link is of no use then."""
+        group = self._group
+        info = {
+            "names": [name for name, _ in bucket],
+            "dtypes": [dtype_name(tensor) for _, tensor in bucket],
+            "shapes": [list(tensor.shape) for _, tensor in bucket],
+        }
+
+        def broadcast() -> None:
+            for _, tensor in bucket:
+                group.broadcast(tensor, 0).wait()
+
+        both(
+            self._threads,
+            lambda: self._call("/update_weights", {"update_info": info}),
+            broadcast,
+            self._timeout,
+        )
+
+    def close(self) -> None:
+        self._group = None
+        self._threads.shutdown(wait=False)
+
+
+class NcclLink:
+    """Broadcasts of GPU tensors to vLLM's own NCCL engine. Needs no vLLM in this process.
+
+    It has never run: it was written without a GPU at hand, against the source of vLLM 0.32 (the
+    rendezvous by unique id of `nccl_common.py`, meant for trainers without vLLM). A server that
+    stops answering within a broadcast blocks this process's GPU stream; the sync then fails after
+    `timeout`, and both sides must be started again, since neither can abort the communicator.
+
+    Raises:
+        Exception: what the server answered, or that it did not join within `timeout` seconds.
+    """
+
+    def __init__(self, call: Call, url: str, workers: int, timeout: float) -> None:
+        from torch.cuda import nccl
+
+        self._call, self._timeout = call, timeout
+        self._threads = ThreadPoolExecutor(2, "nccl-link")
+        self._device = torch.device("cuda", torch.cuda.current_device())
+        unique_id = nccl.unique_id()
+        init = {
+            "nccl_unique_id_b64": base64.b64encode(unique_id).decode(),
+            "rank_offset": 1,
+            "world_size": 1 + workers,
+        }
+
+        def join() -> None:
+            with torch.cuda.device(self._device):
+                self._communicator = nccl.init_rank(1 + workers, unique_id, 0)
+                # vLLM's side sums one element as soon as it has joined.
+                one = torch.zeros(1, device=self._device)
+                nccl.all_reduce([one], comms=[self._communicator])
+                self._wait()
+
+        both(
+            self._threads,
+            lambda: call("/init_weight_transfer_engine", {"init_info": init}),
+            join,
+            timeout,
+        )
+
+    def send(self, bucket: Bucket) -> None:
+        """Raises: Exception, as the constructor; the link is of no use then."""
+        from torch.cuda import nccl
+
+        # The tensors were made on the stream of the thread that calls the sync.
+        torch.cuda.synchronize(self._device)
+        info = {
+            "names": [name for name, _ in bucket],
+            "dtype_names": [dtype_name(tensor) for _, tensor in bucket],
+            "shapes": [list(tensor.shape) for _, tensor in bucket],
+        }
+
+        def broadcast() -> None:
+            with torch.cuda.device(self._device):
+                for _, tensor in bucket:
+                    nccl.broadcast([tensor], comms=[self._communicator])
+                self._wait()
+
+        both(
+            self._threads,
+            lambda: self._call("/update_weights", {"update_info": info}),
+            broadcast,
+            self._timeout,
+        )
+
+    def _wait(self) -> None:
+        done = torch.cuda.Event()
+        done.record()
+        deadline = time.monotonic() + self._timeout
+        while not done.query():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no end of an NCCL call within {self._timeout:g} s")
+            time.sleep(0.001)
+
+    def close(self) -> None:
+        self._communicator = None
+        self._threads.shutdown(wait=False)
+
+
+def both(
+    threads: ThreadPoolExecutor,
+    call: Callable[[], object],
+    collective: Callable[[], None],
+    timeout: float,
+) -> None:
+    """Run a call to a server beside our end of what it takes part in.
+
+    Raises:
+        Exception: that of the call, which says more, or else that of our end; TimeoutError.
+    """
+    tasks: list[Future[Any]] = [threads.submit(call), threads.submit(collective)]
+    finished, _ = wait(tasks, timeout, FIRST_EXCEPTION)
+    if len(finished) < len(tasks):
+        # When our end breaks first, the server is about to say why.
+        wait(tasks[:1], min(timeout, 5.0))
+    for task in tasks:
+        if task.done():
+            task.result()
+    if not all(task.done() for task in tasks):
+        raise TimeoutError(f"no end within {timeout:g} s")
+
+
+def dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def local_address(url: str) -> str:
+    """This machine's address as the server at `url` sees it."""
+    parts = urlsplit(url)
+    family, _, _, _, address = socket.getaddrinfo(
+        parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM
+    )[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # chooses a route; sends nothing
+        return probe.getsockname()[0]
