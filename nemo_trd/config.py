@@ -334,6 +334,8 @@ class Cluster(Section):
     training_nodes: PositiveInt
     student_server_nodes: NonNegativeInt
     teacher_server_nodes: NonNegativeInt
+    student_server_tp: PositiveInt  # GPUs of one server
+    teacher_server_tp: PositiveInt
     gpus_per_node: PositiveInt
     gpu_memory_gib: PositiveFloat
     reserved_gib: NonNegativeFloat  # of each GPU: CUDA context, NCCL buffers, fragmentation

@@ -1,0 +1,123 @@
+"""What to change so that a run fits: each change is tried, not guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_trd.config import Config, ConfigError, Layout
+from nemo_trd.model_rules import check_layout
+from nemo_trd.planning.memory import GIB, GpuMemory, replicas, training_memory
+from nemo_trd.preflight import batch_problems
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Overrides that were tried together, and the fullest GPU with them."""
+
+    overrides: tuple[str, ...]
+    peak: int
+    fits: bool
+
+
+def peak(memory: list[GpuMemory]) -> GpuMemory:
+    """The fullest kind of GPU."""
+    return max(memory, key=lambda gpu: gpu.total)
+
+
+def capacity(config: Config) -> int:
+    return round(config.cluster.gpu_memory_gib * GIB)
+
+
+def advise(config: Config, student: Any, teacher: Any) -> Advice | None:
+    """The first single change that makes the run fit, else the changes that help most, together.
+
+    None: no change that is known here helps.
+    """
+    limit = capacity(config)
+
+    def tried(start: Config) -> list[tuple[int, str, Config]]:
+        return [
+            (peak(training_memory(changed, student, teacher)).total, override, changed)
+            for override, changed in changes(start, student, teacher)
+        ]
+
+    for needed, override, _ in tried(config):
+        if needed <= limit:
+            return Advice((override,), needed, True)
+    now = peak(training_memory(config, student, teacher)).total
+    taken: list[str] = []
+    while now > limit:
+        needed, override, changed = min(tried(config), key=lambda option: option[0])
+        if needed >= now:
+            break
+        now, config = needed, changed
+        taken.append(override)
+    return Advice(tuple(taken), now, now <= limit) if taken else None
+
+
+def on_fewer_gpus(config: Config) -> Config | None:
+    """Both layouts with pipeline, then tensor parallelism halved until they fill the GPUs.
+
+    None when that takes nothing, or does not help.
+    """
+    world, fitted = config.cluster.world_size, config
+    for role in ("student", "teacher"):
+        layout: Layout = getattr(config.parallel, role)
+        for key in ("pipeline_model_parallel_size", "tensor_model_parallel_size"):
+            while world % layout.model_parallel_size and getattr(layout, key) % 2 == 0:
+                layout = layout.model_copy(update={key: getattr(layout, key) // 2})
+        if world % layout.model_parallel_size:
+            return None
+        fitted = _with(fitted, "parallel", **{role: layout})
+    return None if fitted == config else fitted
+
+
+def changes(config: Config, student: Any, teacher: Any) -> Iterator[tuple[str, Config]]:
+    """Single changes that need less memory on a GPU, cheapest in time first."""
+    layout = config.parallel.student
+    if not config.optimizer.distributed and replicas(config, layout) > 1:
+        yield "optimizer.distributed=true", _with(config, "optimizer", distributed=True)
+    for role in ("student", "teacher"):
+        own = getattr(config.parallel, role)
+        if own.tensor_model_parallel_size > 1 and not own.sequence_parallel:
+            changed = own.model_copy(update={"sequence_parallel": True})
+            yield (
+                f"parallel.{role}.sequence_parallel=true",
+                _with(config, "parallel", **{role: changed}),
+            )
+    if not config.teacher.offload_states:
+        yield "teacher.offload_states=true", _with(config, "teacher", offload_states=True)
+    if not config.teacher.offload_weights:
+        yield "teacher.offload_weights=true", _with(config, "teacher", offload_weights=True)
+    if config.train.recompute != "full":
+        yield "train.recompute=full", _with(config, "train", recompute="full")
+    if config.loss.chunk_size > 128:
+        half = config.loss.chunk_size // 2
+        yield f"loss.chunk_size={half}", _with(config, "loss", chunk_size=half)
+    yield from _larger_layouts(config, student, teacher)
+    nodes = 2 * config.cluster.training_nodes
+    yield f"cluster.training_nodes={nodes}", _with(config, "cluster", training_nodes=nodes)
+
+
+def _larger_layouts(config: Config, student: Any, teacher: Any) -> Iterator[tuple[str, Config]]:
+    """Twice as many tensor parallel ranks in a node, or pipeline stages, on the same GPUs."""
+    for role, hf in (("student", student), ("teacher", teacher)):
+        own: Layout = getattr(config.parallel, role)
+        for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            size = 2 * getattr(own, key)
+            if key.startswith("tensor") and size > config.cluster.gpus_per_node:
+                continue
+            changed = own.model_copy(update={key: size})
+            other = _with(config, "parallel", **{role: changed})
+            try:
+                check_layout(hf, changed, role)
+            except ConfigError:
+                continue
+            if not any(batch_problems(other, config.cluster.world_size)):
+                yield f"parallel.{role}.{key}={size}", other
+
+
+def _with(config: Config, section: str, **values: Any) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
