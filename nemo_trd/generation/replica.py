@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import httpx
+from pydantic import SecretStr
 
 from nemo_trd import config
 from nemo_trd.generation.weight_transport import Bucket, GlooLink, Link, NcclLink
 
 log = logging.getLogger(__name__)
 
+AS_STARTED = "default"  # the version of a server that has only loaded its model
 INCOMPLETE = "incomplete"  # the version of weights that are neither the old nor the new ones
 PAUSE_MODES = {"finish": "wait", "keep": "keep", "abort": "abort"}
 CHECK_SECONDS = 10.0  # for a question about its state, to a server that can work
@@ -29,19 +31,19 @@ class ReplicaError(RuntimeError):
 class Replica:
     """The endpoints of one server that a weight sync needs."""
 
-    def __init__(self, url: str, settings: config.WeightSync, api_key: str | None) -> None:
+    def __init__(self, url: str, settings: config.WeightSync, api_key: SecretStr | None) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.deadline = 0.0  # of the sync under way
         self.phase = ""  # the last endpoint called
         self._settings = settings
         self._link: Link | None = None
         self._linked_version = ""  # that a complete sync stamped through that link
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        headers = {"Authorization": f"Bearer {api_key.get_secret_value()}"} if api_key else {}
         # No proxy from the environment: servers are inside the cluster.
         self._client = httpx.Client(base_url=self.url, headers=headers, trust_env=False)
 
     def version(self) -> str:
-        """Of its weights; "default" for a server that has only loaded its model."""
+        """Of its weights; `AS_STARTED` until the first update."""
         return self._call("GET", "/weight_info", CHECK_SECONDS)["weight_version"]
 
     def is_paused(self) -> bool:
@@ -113,7 +115,7 @@ class Replica:
         """So many seconds, or as many as the sync has left."""
         left = self.deadline - time.monotonic()
         if left <= 0:
-            raise ReplicaError(self.url, self.phase, "timeout_seconds of the sync are over")
+            raise ReplicaError(self.url, self.phase, "the sync takes too long (timeout_seconds)")
         return min(seconds, left)
 
     def _call(

@@ -21,13 +21,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from functools import partial
-from typing import Any
 
 import torch.distributed as dist
+from pydantic import SecretStr
 from torch import Tensor
 
 from nemo_trd import config
-from nemo_trd.generation.replica import Replica, ReplicaError
+from nemo_trd.generation.replica import AS_STARTED, Replica, ReplicaError
 from nemo_trd.generation.weight_transport import Bucket, WeightFiles, buckets
 
 log = logging.getLogger(__name__)
@@ -41,16 +41,17 @@ class WeightSyncError(RuntimeError):
 
 
 class WeightSync:
-    """Keeps the servers at `urls` at the student's weights. Every training rank makes one.
+    """Keeps the servers at `urls` at the student's weights. Each training rank makes one.
 
     Rank 0 sends. It holds one bucket of `bucket_bytes` and one tensor at a time.
 
     `version` is what a server must have to be given work: that of the last `load_weights`,
-    whether that succeeded or not; None before the first.
+    whether that succeeded or not. None before the first: the model that the servers loaded when
+    they started.
     """
 
     def __init__(
-        self, urls: Sequence[str], settings: config.WeightSync, api_key: str | None
+        self, urls: Sequence[str], settings: config.WeightSync, api_key: SecretStr | None
     ) -> None:
         self._settings = settings
         self._replicas = {url: Replica(url, settings, api_key) for url in urls}
@@ -76,11 +77,13 @@ class WeightSync:
         key = f"nemo_trd/weight_sync/{next(_sync_numbers)}"
         stream = (item for item in tensors)  # once broken, it has ended: see _send_all
         if _rank() == 0:
-            self._send_all(stream, version, key)
+            with self._lock:
+                self._send_all(stream, version, key)
             return
+        self._hear(f"{key}/ready")
         for _ in stream:
             pass
-        outcome = self._outcome(key)
+        outcome = json.loads(self._hear(f"{key}/done"))
         self.failures = outcome["failures"]
         if outcome["error"] is not None:
             raise WeightSyncError(outcome["error"])
@@ -88,8 +91,9 @@ class WeightSync:
     def is_current(self, url: str) -> bool:
         """Whether the server has the weights of the last sync, all of them, and serves them."""
         replica = self._replicas[url]
+        expected = AS_STARTED if self.version is None else str(self.version)
         try:
-            return replica.version() == str(self.version) and not replica.is_paused()
+            return replica.version() == expected and not replica.is_paused()
         except ReplicaError:
             return False
 
@@ -131,26 +135,27 @@ class WeightSync:
 
     def _send_all(self, stream: Iterator[tuple[str, Tensor]], version: int, key: str) -> None:
         """Rank 0's part: send, and tell the other ranks how it went."""
+        self._set_deadline()
+        self.failures.clear()
+        live = list(self._replicas)
+        if self._files is None:
+            live = self._on_each(live, Replica.begin)
+        _tell(f"{key}/ready", "")  # pausing may take longer than the others may wait in `stream`
         error: BaseException | None = None
-        with self._lock:
-            self._set_deadline()
-            try:
-                self._send(stream, version)
-            except BaseException as raised:
-                error = raised
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            text = None if error is None else f"rank 0: {type(error).__name__}: {error}"
-            _store().set(key, json.dumps({"error": text, "failures": self.failures}))
+        try:
+            self._send(stream, version, live)
+        except BaseException as raised:
+            error = raised
+        text = None if error is None else f"rank 0: {type(error).__name__}: {error}"
+        _tell(f"{key}/done", json.dumps({"error": text, "failures": self.failures}))
         if error is not None:
             # The others still take part in the exchanges that make the tensors.
             for _ in stream:
                 pass
             raise error
 
-    def _send(self, stream: Iterator[tuple[str, Tensor]], version: int) -> None:
+    def _send(self, stream: Iterator[tuple[str, Tensor]], version: int, live: list[str]) -> None:
         settings = self._settings
-        self.failures.clear()
-        live = list(self._replicas)
         content = buckets(stream, settings.bucket_bytes, to_host=settings.backend != "nccl")
         if self._files is not None:
             self._files.write(version, content)  # the servers generate meanwhile
@@ -159,7 +164,6 @@ class WeightSync:
             live = self._on_each(live, lambda replica: replica.load_files(paths, version))
             self._files.delete_others()
         else:
-            live = self._on_each(live, Replica.begin)
             live = self._broadcast(content, live)
             live = self._on_each(live, lambda replica: replica.finish(version))
         if not live:
@@ -203,20 +207,24 @@ class WeightSync:
         return [url for url in urls if url not in self.failures]
 
     def _set_deadline(self) -> None:
-        self._deadline = time.monotonic() + self._settings.timeout_seconds
+        limits = self._settings.pause_timeout_seconds + self._settings.timeout_seconds
+        self._deadline = time.monotonic() + limits
         for replica in self._replicas.values():
             replica.deadline = self._deadline
 
-    def _outcome(self, key: str) -> dict[str, Any]:
-        """What rank 0 says about the sync, on the other ranks."""
-        limit = 2 * self._settings.timeout_seconds + GRACE_SECONDS
+    def _hear(self, key: str) -> str:
+        """What rank 0 tells the other ranks.
+
+        Raises:
+            WeightSyncError: it told nothing for longer than a sync may take.
+        """
+        limit = self._settings.pause_timeout_seconds + self._settings.timeout_seconds
+        limit += 2 * GRACE_SECONDS
         try:
             _store().wait([key], timedelta(seconds=limit))
-        except RuntimeError:
-            raise WeightSyncError(
-                f"rank 0 did not end the weight sync within {limit:g} s"
-            ) from None
-        return json.loads(_store().get(key))
+        except RuntimeError as error:
+            raise WeightSyncError(f"no word of rank 0 within {limit:g} s: {error}") from error
+        return _store().get(key).decode()
 
 
 def _attempt(replica: Replica, action: Callable[[Replica], None]) -> None:
@@ -232,6 +240,11 @@ def _attempt(replica: Replica, action: Callable[[Replica], None]) -> None:
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _tell(key: str, message: str) -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        _store().set(key, message)
 
 
 def _store() -> dist.Store:

@@ -13,12 +13,16 @@ WORKER_DIRECTORY = Path(__file__).parent
 
 
 def worker_arguments(backend: str) -> list[str]:
-    """What to add to the command line of a server whose weights come through `backend`."""
+    """What to add to the command line of a server whose weights come through `backend`.
+
+    That is nccl, gloo or file. The last two are one to the server.
+    """
+    transfer = "nccl" if backend == "nccl" else "host"
     return [
         "--worker-extension-cls",
         "nemo_trd_worker.WorkerExtension",
         "--weight-transfer-config",
-        json.dumps({"backend": backend}),
+        json.dumps({"backend": transfer}),
     ]
 
 
