@@ -21,6 +21,7 @@ from torch import Tensor
 from nemo_trd.batching import make_micro_batch, plan_micro_batches
 from nemo_trd.config import Config
 from nemo_trd.losses import divergence, token_nll
+from nemo_trd.megatron.finite import check_divergence, check_hidden_states
 from nemo_trd.megatron.hf_weights import export_hf_weights, load_hf_weights, read_output_weight
 from nemo_trd.megatron.model import (
     build_model,
@@ -33,10 +34,6 @@ from nemo_trd.megatron.schedule import is_last_stage, label_rows, run_model, run
 from nemo_trd.model_rules import sequence_alignment
 from nemo_trd.preflight import shared_vocab_size
 from nemo_trd.types import Microbatch, Trajectory
-
-
-class NonFiniteLossError(RuntimeError):
-    """The divergence of some token is not finite; raised before the optimizer has moved."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +64,7 @@ class Student:
         load_hf_weights(self.models, self.hf, source.path, self.groups)
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
+            check_for_nan_in_grad=True,
             use_distributed_optimizer=config.optimizer.distributed,
             overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
         )
@@ -140,7 +138,7 @@ class Student:
             watch: names of the trajectories whose per-token divergence is wanted.
 
         Raises:
-            NonFiniteLossError: naming the trajectory.
+            NonFiniteError: naming the trajectory. No weight has changed.
         """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -207,17 +205,20 @@ class Student:
         *,
         watch: frozenset[str],
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        sharded = self.layout.sequence_parallel
+        check_hidden_states(micro_batch, hidden, sharded * self.groups.tp.rank() * len(hidden))
+        teacher_hidden = teacher_hidden.to(device())
         result = divergence(
             self._rows(hidden, micro_batch),
             self.models[-1].output_weight(),
-            teacher_hidden.to(device()),
+            teacher_hidden,
             self._teacher_head,
             micro_batch.labels.to(device()),
             self._config.loss,
             self._vocab_size,
             self.groups.tp,
         )
-        _check_finite(micro_batch, result.token_divergence)
+        check_divergence(micro_batch, result.token_divergence, teacher_hidden)
         tokens = torch.tensor(len(micro_batch.labels), dtype=torch.int, device=device())
         sums = {name: float(value) for name, value in result.metrics.items()}
         kept = {
@@ -268,21 +269,6 @@ def _common_shape(plan: Sequence[Sequence[Microbatch]]) -> tuple[int, int]:
     """(rows, length) that holds the student's side of every micro-batch."""
     shapes = [batch.student.tokens.shape for rank in plan for batch in rank]
     return max(s[0] for s in shapes), max(s[1] for s in shapes)
-
-
-def _check_finite(micro_batch: Microbatch, token_divergence: Tensor) -> None:
-    bad = ~torch.isfinite(token_divergence).cpu()
-    if bad.any():
-        first = int(bad.nonzero()[0])
-        owner = int(micro_batch.trajectory_index[first])
-        trajectory = micro_batch.trajectories[owner]
-        place = first - int((micro_batch.trajectory_index < owner).sum())
-        raise NonFiniteLossError(
-            f"{trajectory.name}: the divergence of label {place} is "
-            f"{float(token_divergence[first])} ({int(bad.sum())} such tokens in the micro-batch). "
-            "No weight was changed. Fix: look for overflow or corrupt weights in student and "
-            "teacher; try precision.dtype=fp32."
-        )
 
 
 def _optimizer(config: Config, chunks: list[Any], groups: Any) -> Any:
