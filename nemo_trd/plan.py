@@ -19,7 +19,15 @@ from nemo_trd.config import Config, ConfigError, compose
 from nemo_trd.planning import show
 from nemo_trd.planning.advice import Advice, advise, capacity, on_fewer_gpus, peak
 from nemo_trd.planning.checks import Findings, check, disk_needed
-from nemo_trd.planning.cost import Split, StepFlops, possible_splits, split_of, step_flops
+from nemo_trd.planning.cost import (
+    Evening,
+    Split,
+    StepFlops,
+    evening_servers,
+    possible_splits,
+    split_of,
+    step_flops,
+)
 from nemo_trd.planning.memory import GpuMemory, training_memory
 from nemo_trd.preflight import Model
 
@@ -39,6 +47,7 @@ class Plan:
     split: Split | None = None
     fastest: Split | None = None  # of the same nodes, while generation and training take turns
     evenest: Split | None = None  # of the same nodes, were they to overlap
+    evening: Evening | None = None  # server nodes that even out the training nodes
     disk: int = 0
 
     @property
@@ -75,6 +84,8 @@ def make_plan(config: Config) -> Plan:
         plan.evenest = min(
             splits, key=lambda split: max(split.time.generation, split.time.training)
         )
+    if config.generation.vllm is not None:
+        plan.evening = evening_servers(config, student.hf, teacher.hf)
     plan.disk = disk_needed(config, student)
     return plan
 

@@ -273,3 +273,42 @@ def possible_splits(config: Config) -> Iterator[Config]:
                 for role, nodes in roles
             ):
                 yield other
+
+
+MOST_NODES = 64
+
+
+@dataclass(frozen=True)
+class Evening:
+    """The fewest server nodes with which generation takes no longer than training."""
+
+    student_servers: int
+    teacher_servers: int
+    possible: bool  # False: not even with these, `MOST_NODES` for each
+    generation: float  # seconds with them
+
+
+def evening_servers(config: Config, student: Any, teacher: Any) -> Evening:
+    """How many server nodes even out the training nodes that are there."""
+    cluster = config.cluster
+    training = step_time(config, student, teacher).training
+    options: dict[str, list[tuple[int, float]]] = {"refinement": [(0, 0.0)]}
+    for role, hf, context, answer in generations(config, student, teacher):
+        options[role] = [
+            (
+                n,
+                generation_seconds(
+                    with_nodes(config, cluster.training_nodes, n, n), role, hf, context, answer
+                ),
+            )
+            for n in range(1, MOST_NODES + 1)
+        ]
+    pairs = [
+        Evening(n, m, rollout + refinement <= training, rollout + refinement)
+        for n, rollout in options["rollout"]
+        for m, refinement in options["refinement"]
+    ]
+    enough = [pair for pair in pairs if pair.possible]
+    if not enough:
+        return min(pairs, key=lambda pair: pair.generation)
+    return min(enough, key=lambda p: (p.student_servers + p.teacher_servers, p.generation))

@@ -179,6 +179,8 @@ def _time(plan: Plan) -> str:
     for name, split in (("fastest", plan.fastest), ("evenest", plan.evenest)):
         if split is not None:
             lines.append(f"  {name} split of these nodes: {_split(split)}")
+    if plan.evening is not None:
+        lines.append(f"  {_evening(plan)}")
     lines.append(
         f"  Assumed: MFU {assumed.mfu:g} of {assumed.bf16_tflops:g} TFLOP/s (FP8 "
         f"{assumed.fp8_mfu:g} of {assumed.fp8_tflops:g}); mean lengths {assumed.mean_length:g} of "
@@ -190,6 +192,20 @@ def _time(plan: Plan) -> str:
         if measured is not None:
             lines.append(f"  Measured: {measured:g} tokens/s a GPU of the {role}'s servers")
     return "\n".join(lines)
+
+
+def _evening(plan: Plan) -> str:
+    assert plan.evening is not None
+    evening, nodes = plan.evening, plan.config.cluster.training_nodes
+    if evening.possible:
+        return (
+            f"generation would take no longer than training with {nodes} + "
+            f"{evening.student_servers} + {evening.teacher_servers} nodes"
+        )
+    return (
+        f"no number of servers evens this out: decoding the longest answers takes "
+        f"{_seconds(evening.generation)}; a larger step does (train.prompts_per_step)"
+    )
 
 
 def _split(split: Split) -> str:
@@ -245,6 +261,7 @@ def figures(plan: Plan) -> dict[str, Any]:
         "step": _split_figures(plan.split),
         "fastest_split": _split_figures(plan.fastest) if plan.fastest else None,
         "evenest_split": _split_figures(plan.evenest) if plan.evenest else None,
+        "evening": vars(plan.evening) if plan.evening else None,
         "disk": plan.disk,
     }
 
