@@ -105,7 +105,9 @@ def evaluate(
     if not any(prompt.answer is not None for prompt in prompts):
         raise ValueError(f"none of the {len(prompts)} problems to evaluate on has an answer")
     requests = [
-        GenerationRequest(p.token_ids, request_seed(seed, "evaluation", p.index, sample))
+        GenerationRequest(
+            p.token_ids, request_seed(seed, "evaluation", p.index, sample), affinity=p.index
+        )
         for p, sample in wanted
     ]
     completions = generate(requests, evaluation.sampling, "evaluation")

@@ -54,6 +54,7 @@ class Sampler:
             GenerationRequest(
                 prompt.token_ids,
                 request_seed(config.run.seed, "rollout", step, prompt.index, sample),
+                affinity=prompt.index,
             )
             for prompt, sample in wanted
         ]
@@ -69,7 +70,11 @@ class Sampler:
         config = self._config
         share = refinement_prompts(own_share(rollouts), config, self._teacher_tokenizer)
         requests = [
-            GenerationRequest(prompt.token_ids, self._refinement_seed(prompt, step))
+            GenerationRequest(
+                prompt.token_ids,
+                self._refinement_seed(prompt, step),
+                affinity=prompt.rollout.prompt.index,
+            )
             for prompt in share
             if prompt.token_ids is not None
         ]

@@ -6,7 +6,7 @@ ranks, written as JSON and compared in tests. Only `Microbatch` holds tensors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ class GenerationRequest:
 
     prompt_token_ids: TokenIds
     seed: int
+    # Requests of equal affinity share a long prefix (a problem); servers cache it. No other effect.
+    affinity: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,17 @@ class Completion:
     """What a generator returns for one request.
 
     `token_ids` ends with the EOS token exactly when `finish_reason` is "stop".
-    `weight_version` is the version of the weights that sampled it (0 for a frozen teacher).
+    `weight_version` is the version of the weights that sampled it (0 for a frozen teacher); where
+    several did, the oldest.
+    `logprobs`, where the generator was asked for them, are natural log-probabilities of the tokens
+    under the generator's own model and arithmetic: at temperature 1, over the whole vocabulary,
+    before top-k and top-p, each token given those before it.
     """
 
     token_ids: TokenIds
     finish_reason: FinishReason
     weight_version: int
+    logprobs: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
-    PreTrainedModel,
     StoppingCriteria,
 )
 from transformers.utils.logging import disable_progress_bar
 
 from nemo_trd.config import LocalGeneration, Sampling, rule_broken
+from nemo_trd.generation.eos import eos_token_ids
 from nemo_trd.generation.gumbel import SeededSampler, seed_tensor
 from nemo_trd.types import Completion, GenerationRequest
-
-logger = logging.getLogger(__name__)
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Stands in the left padding, which the attention mask hides, and after a row's EOS, where it is
@@ -54,7 +49,7 @@ class LocalGenerator:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = _load_model(path, _DTYPES[local.dtype], trust_remote_code)
         self.model.to(self.device)
-        self.eos_token_ids = _eos_token_ids(self.model, path, trust_remote_code)
+        self.eos_token_ids = eos_token_ids(path, trust_remote_code)
         # Sampling defaults that come with a model (Qwen3: temperature 0.6, top-k 20) would
         # otherwise join in wherever a call leaves a value open.
         self.model.generation_config = GenerationConfig()
@@ -218,8 +213,6 @@ class _Watch(StoppingCriteria):
 
     def __init__(self, progress: _Progress, prompt_width: int) -> None:
         self.progress = progress
-        if not progress:
-            disable_progress_bar()  # transformers' own, of loading weights
         self.prompt_width = prompt_width
 
     def __call__(
@@ -255,18 +248,3 @@ def _load_model(path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
             "copy the directory again",
         )
     return model.eval().requires_grad_(False)
-
-
-def _eos_token_ids(model: PreTrainedModel, path: str, trust_remote_code: bool) -> frozenset[int]:
-    """Every id that ends a completion: the generation config's and the tokenizer's."""
-    configured = model.generation_config.eos_token_id
-    ids = {configured} if isinstance(configured, int) else set(configured or ())
-    if any((Path(path) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-        if tokenizer.eos_token_id is not None:
-            ids.add(tokenizer.eos_token_id)
-    if not ids:
-        logger.warning("%s names no EOS token: completions end at max_tokens only", path)
-    return frozenset(ids)

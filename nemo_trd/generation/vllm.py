@@ -1,0 +1,331 @@
+"""Generation on vLLM servers: tokens in, tokens out, over HTTP, from a pool of equal replicas."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from pydantic import SecretStr
+from tenacity import (
+    AsyncRetrying,
+    RetryError,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_random_exponential,
+)
+from tqdm import tqdm
+
+from nemo_trd.config import Sampling, VllmClient, rule_broken
+from nemo_trd.generation.pool import Dispatcher, Member
+from nemo_trd.generation.vllm_api import (
+    GENERATE,
+    AttemptFailed,
+    Connection,
+    StaleWeights,
+    TokenScores,
+    field_of,
+    generation_body,
+    read_answer,
+    read_scores,
+    scoring_body,
+    version_number,
+)
+from nemo_trd.types import Completion, GenerationRequest, TokenIds
+
+if TYPE_CHECKING:
+    import torch
+
+    from nemo_trd.generation.weight_sync import WeightSync
+
+Result = TypeVar("Result")
+
+
+class RequestFailed(RuntimeError):
+    """All attempts at one request failed. Names every server that was asked, and its cause."""
+
+
+@dataclass(frozen=True)
+class _Job(Generic[Result]):
+    """One request, and how to read its answer: (result, how many tokens it is worth)."""
+
+    body: dict[str, Any]
+    affinity: int | None
+    read: Callable[[Any, str], tuple[Result, int]]
+
+
+class VllmGenerator:
+    """Samples on the servers at `urls`, which serve one model. Implements `Generator`.
+
+    `sync` brings new weights to the servers; without it they keep those they have loaded
+    themselves, version 0. With `logprobs`, completions carry those of their tokens.
+
+    A request is idempotent, by its seed: one that fails goes to another replica. A replica that
+    fails is asked again when it is healthy, unpaused and has the current weights.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        eos_token_ids: frozenset[int],
+        settings: VllmClient,
+        *,
+        api_key: SecretStr | None = None,
+        sync: WeightSync | None = None,
+        logprobs: bool = False,
+        progress: bool = False,
+    ) -> None:
+        self.weight_version = 0
+        self._members = [Member(url) for url in urls]
+        self._eos_token_ids = eos_token_ids
+        self._settings = settings
+        self._api_key = api_key
+        self._sync = sync
+        self._logprobs = logprobs
+        self._progress = progress
+        self._lock = threading.Lock()  # of the members' loads: one batch at a time
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], sampling: Sampling, description: str
+    ) -> list[Completion]:
+        """Completions in the order of `requests`; see `Generator`.
+
+        Raises:
+            ConfigError: a prompt with `sampling.max_tokens` exceeds what the servers take.
+            Refused: the servers refuse a request, or all of ours.
+            RequestFailed: `max_attempts` at one request failed.
+            AllReplicasDown: no server was usable for `recovery_timeout_seconds`.
+        """
+        for number, request in enumerate(requests):
+            if not request.prompt_token_ids:
+                raise ValueError(f"{description}: the prompt of request {number} is empty")
+
+        def read(content: Any, url: str) -> tuple[Completion, int]:
+            answer = read_answer(content, url, sampling, self._eos_token_ids, self._logprobs)
+            version = self._accept(answer.weight_versions, url)
+            completion = Completion(
+                answer.token_ids, answer.finish_reason, version, answer.logprobs
+            )
+            return completion, len(answer.token_ids)
+
+        jobs = [
+            _Job(
+                generation_body(request, sampling, self._eos_token_ids, self._logprobs),
+                request.affinity,
+                read,
+            )
+            for request in requests
+        ]
+        lengths = [len(request.prompt_token_ids) for request in requests]
+        return self._run(jobs, lengths, sampling.max_tokens, description)
+
+    def score(
+        self, sequences: Sequence[tuple[TokenIds, int]], top_k: int, description: str
+    ) -> list[TokenScores]:
+        """What the model thinks of the tokens from `label_start` on, given all before each.
+
+        `sequences` are (token ids, label_start) with label_start of 1 or more; one token of the
+        servers' context must be left. Raises as `generate`.
+        """
+        jobs = []
+        for number, (token_ids, label_start) in enumerate(sequences):
+            if not 1 <= label_start <= len(token_ids):
+                raise ValueError(
+                    f"{description}: labels of sequence {number} start at {label_start}, "
+                    f"it has {len(token_ids)} tokens and the first one has no distribution"
+                )
+
+            def read(
+                content: Any, url: str, ids: TokenIds = token_ids, start: int = label_start
+            ) -> tuple[TokenScores, int]:
+                scores, versions = read_scores(content, url, ids, start, top_k)
+                self._accept(versions, url)
+                return scores, len(scores.label_logprobs)
+
+            jobs.append(_Job(scoring_body(token_ids, top_k), None, read))
+        return self._run(jobs, [len(ids) for ids, _ in sequences], 1, description)
+
+    def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Bring these weights to all replicas; see `WeightSync.load_weights`. Collective."""
+        assert self._sync is not None, "these servers keep the weights that they have loaded"
+        self._sync.load_weights(tensors, version)
+        self.weight_version = version
+
+    def _run(
+        self, jobs: list[_Job[Result]], lengths: list[int], max_tokens: int, description: str
+    ) -> list[Result]:
+        if not jobs:
+            return []
+        with self._lock:
+            try:
+                return asyncio.run(self._run_all(jobs, lengths, max_tokens, description))
+            except BaseExceptionGroup as group:
+                # The first failure cancelled the rest; what else failed meanwhile adds nothing.
+                raise group.exceptions[0] from None
+
+    async def _run_all(
+        self, jobs: list[_Job[Result]], lengths: list[int], max_tokens: int, description: str
+    ) -> list[Result]:
+        limit = len(self._members) * (self._settings.max_concurrency + 1)
+        secure = any(member.url.startswith("https:") for member in self._members)
+        connection = Connection(self._api_key, limit, secure)
+        dispatcher = Dispatcher(
+            self._members, self._settings, lambda member: self._probe(connection, member)
+        )
+        hide = not self._progress
+        try:
+            await dispatcher.check_all()
+            with tqdm(
+                total=len(jobs), desc=description, unit="seq", leave=False, disable=hide
+            ) as bar:
+                async with asyncio.TaskGroup() as group:
+                    watch = group.create_task(dispatcher.watch())
+                    await self._first_in_service(dispatcher)
+                    self._check_lengths(lengths, max_tokens, description)
+                    shown = _Progress(bar)
+                    tasks = [
+                        group.create_task(
+                            self._finish(job, dispatcher, connection, shown, f"{description} {i}")
+                        )
+                        for i, job in enumerate(jobs)
+                    ]
+                    results = [await task for task in tasks]
+                    watch.cancel()
+                return results
+        finally:
+            dispatcher.close()
+            await connection.close()
+
+    async def _first_in_service(self, dispatcher: Dispatcher) -> None:
+        async with dispatcher.lease(None, ()):
+            pass
+
+    async def _finish(
+        self,
+        job: _Job[Result],
+        dispatcher: Dispatcher,
+        connection: Connection,
+        progress: _Progress,
+        name: str,
+    ) -> Result:
+        """The result of one request, after as many attempts as it takes."""
+        settings = self._settings
+        failures: list[AttemptFailed] = []
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(AttemptFailed),
+            stop=stop_after_attempt(settings.max_attempts),
+            wait=wait_random_exponential(settings.backoff_seconds, settings.max_backoff_seconds),
+        )
+        try:
+            async for attempt in retrying:
+                with attempt:
+                    avoid = {failure.url for failure in failures}
+                    async with dispatcher.lease(job.affinity, avoid) as member:
+                        try:
+                            content = await connection.call(
+                                "POST",
+                                member.url,
+                                GENERATE,
+                                job.body,
+                                settings.request_timeout_seconds,
+                            )
+                            result, tokens = job.read(content, member.url)
+                        except AttemptFailed as failure:
+                            failures.append(failure)
+                            dispatcher.take_out(member, failure)
+                            raise
+                        member.failures = 0
+                        progress.add(tokens)
+                        return result
+        except RetryError:
+            pass
+        raise RequestFailed(
+            f"{name} failed {len(failures)} times (generation.vllm.client.max_attempts):"
+            + "".join(f"\n  {failure}" for failure in failures)
+        ) from None
+
+    async def _probe(self, connection: Connection, member: Member) -> None:
+        """Return when the replica can be given work.
+
+        Raises:
+            AttemptFailed: it does not answer, is paused, or has other weights than the current.
+            Refused: it has not the endpoints that we need, or refuses our key.
+        """
+        url = member.url
+        label = await self._version_label(connection, url)
+        if self._sync is not None and version_number(label) != self.weight_version:
+            await asyncio.to_thread(self._sync.update_replica, url)
+            label = await self._version_label(connection, url)
+        if self._settings.stale_weights != "keep":
+            self._check_version((label,), url)
+        if field_of(await connection.call("GET", url, "/is_paused"), "is_paused", url):
+            raise AttemptFailed(url, "it is paused")
+        models = field_of(await connection.call("GET", url, "/v1/models"), "data", url)
+        member.max_model_len = models[0].get("max_model_len") if models else None
+
+    async def _version_label(self, connection: Connection, url: str) -> str:
+        answer = await connection.call("GET", url, "/weight_info")
+        return str(field_of(answer, "weight_version", url))
+
+    def _accept(self, labels: tuple[str, ...], url: str) -> int:
+        """The version of weights of a completion, if `stale_weights` lets it pass.
+
+        Raises:
+            StaleWeights: another attempt is to be made.
+            RuntimeError: `stale_weights` is "error".
+        """
+        policy = self._settings.stale_weights
+        try:
+            self._check_version(labels, url)
+        except StaleWeights as stale:
+            if policy == "retry":
+                raise
+            if policy == "error":
+                raise RuntimeError(
+                    f"{stale} (generation.vllm.client.stale_weights=error)"
+                ) from None
+        versions = [version_number(label) for label in labels]
+        known = [version for version in versions if version is not None]
+        if len(known) < len(versions):
+            raise AttemptFailed(url, f"its weights {labels} are none of ours")
+        return min(known)
+
+    def _check_version(self, labels: tuple[str, ...], url: str) -> None:
+        if any(version_number(label) != self.weight_version for label in labels):
+            raise StaleWeights(
+                url, f"its weights are {', '.join(labels)}, current is {self.weight_version}"
+            )
+
+    def _check_lengths(self, lengths: list[int], max_tokens: int, description: str) -> None:
+        """Servers shorten completions in silence where the context ends; we do not let them."""
+        known = [m.max_model_len for m in self._members if m.in_service and m.max_model_len]
+        limit, longest = min(known, default=None), max(lengths)
+        if limit is not None and longest + max_tokens > limit:
+            raise rule_broken(
+                f"max_tokens of {description}",
+                max_tokens,
+                f"with a prompt of {longest} tokens it exceeds max_model_len = {limit} of "
+                f"{', '.join(member.url for member in self._members)}",
+                f"set it to {limit - longest} or less, or shorten the prompts"
+                if longest < limit
+                else "shorten the prompts",
+            )
+
+
+class _Progress:
+    """Requests done, and tokens per second."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self._bar = bar
+        self._tokens = 0
+
+    def add(self, tokens: int) -> None:
+        self._tokens += tokens
+        if self._bar.disable:
+            return
+        seconds = self._bar.format_dict["elapsed"]
+        if seconds > 0:
+            self._bar.set_postfix_str(f"{self._tokens / seconds:,.0f} tok/s", refresh=False)
+        self._bar.update()
