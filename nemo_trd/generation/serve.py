@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import signal
 import sys
 import time
@@ -45,7 +46,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Server, Path | None]:
     parser.add_argument("--log-file", type=Path, default=Path("vllm.log"))
     parser.add_argument("--url-file", type=Path, help="written with the URL when it is healthy")
     parser.add_argument("--weight-backend", choices=("nccl", "gloo", "file"))
-    parser.add_argument("--devices", type=int, nargs="*", default=(), help="GPUs; default: all")
+    parser.add_argument("--devices", default="", metavar="0,1", help="GPUs; default: all visible")
     parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--api-key-env", default=defaults.api_key_env, metavar="NAME")
     parser.add_argument("--api-key-file", metavar="FILE")
@@ -54,6 +55,9 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Server, Path | None]:
         "settings", nargs="*", metavar="KEY=VALUE", help=f"one of {', '.join(defaults.server)}"
     )
     given = parser.parse_args(arguments)
+    if not re.fullmatch(r"(\d+(,\d+)*)?", given.devices):
+        parser.error(f"--devices {given.devices}: give numbers of GPUs, as 0,1")
+    devices = [int(number) for number in given.devices.split(",") if number]
     given_settings = OmegaConf.from_dotlist(list(given.settings))
     merged = OmegaConf.to_container(OmegaConf.merge(defaults.server, given_settings), resolve=True)
     try:
@@ -78,7 +82,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Server, Path | None]:
         host=given.host,
         port=given.port,
         api_key=api_key,
-        devices=given.devices,
+        devices=devices,
         weight_backend=given.weight_backend,
         trust_remote_code=given.trust_remote_code,
     )

@@ -160,12 +160,16 @@ class Server:
         assert self._process is not None
         return self._process.poll()
 
+    def ask_to_stop(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+
     def stop(self) -> None:
         """End every process of it: asked first, killed after `stop_timeout_seconds`."""
         self._release_address()
         if self._process is None:
             return
-        self._process.terminate()
+        self.ask_to_stop()
         try:
             self._process.wait(self.settings.stop_timeout_seconds + 5)
         except subprocess.TimeoutExpired:
@@ -304,9 +308,8 @@ def start_all(servers: Sequence[Server]) -> None:
 
 
 def stop_all(servers: Sequence[Server]) -> None:
-    for server in servers:  # told at once, so that they end at the same time
-        if server._process is not None:
-            server._process.terminate()
+    for server in servers:  # told first, so that they end at the same time
+        server.ask_to_stop()
     for server in servers:
         server.stop()
 

@@ -242,6 +242,9 @@ def test_command_line_refuses_what_cannot_work(
         with pytest.raises(SystemExit):
             main(["--model", "m", "--no-api-key", "max_num_seq=4"])
         assert "max_num_seq: " in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            main(["--model", "m", "--no-api-key", "--devices", "0;1"])
+        assert "--devices 0;1: " in capsys.readouterr().err
     finally:
         for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers, strict=True):
             signal.signal(number, handler)
