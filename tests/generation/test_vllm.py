@@ -1,0 +1,323 @@
+"""Generation on real vLLM servers: the samples, the faults, and what is left behind.
+
+The tests of this file run in order: the last ones kill the servers that the first ones share.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from pydantic import SecretStr
+from tiny_models import make_model
+from transformers import AutoModelForCausalLM
+
+from nemo_trd.config import LocalGeneration, Sampling, VllmClient, VllmServer
+from nemo_trd.generation.eos import eos_token_ids
+from nemo_trd.generation.guard import descendants
+from nemo_trd.generation.local import LocalGenerator
+from nemo_trd.generation.pool import AllReplicasDown
+from nemo_trd.generation.server import Server, ServerError, start_all, stop_all
+from nemo_trd.generation.vllm import VllmGenerator
+from nemo_trd.types import GenerationRequest
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(280)]
+
+KEY = "key-of-the-generation-tests"
+GREEDY = Sampling(temperature=0, top_p=1, top_k=0, max_tokens=40)
+SAMPLED = Sampling(temperature=0.8, top_p=0.95, top_k=50, max_tokens=40)
+SERVER = VllmServer(
+    python=None,
+    dtype="fp32",
+    tensor_parallel_size=1,
+    max_model_len=512,
+    max_num_seqs=16,
+    arguments=[],
+    start_timeout_seconds=200,
+    stop_timeout_seconds=10,
+)
+CLIENT = VllmClient(
+    max_concurrency=8,
+    request_timeout_seconds=60,
+    max_attempts=5,
+    backoff_seconds=0.1,
+    max_backoff_seconds=1,
+    recovery_timeout_seconds=60,
+    stale_weights="retry",
+)
+# A third token besides the tokenizer's and the model's EOS that must end a completion; and
+# defaults of a model, as Qwen3 has them, that must not join in.
+GENERATION_CONFIG = {"eos_token_id": [3, 54], "temperature": 0.01, "top_k": 1, "top_p": 0.1}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    made = {
+        "qwen3": make_model(root / "qwen3", "qwen3", tokenizer=True, head_dim=32, **shape),
+        "llama": make_model(root / "llama", "llama", tokenizer=True, head_dim=64, **shape),
+    }
+    for directory in made.values():
+        (directory / "generation_config.json").write_text(json.dumps(GENERATION_CONFIG))
+    return made
+
+
+@pytest.fixture(scope="module")
+def servers(
+    models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[Server]]:
+    """Two replicas of one model."""
+    logs = tmp_path_factory.mktemp("logs")
+    replicas = [
+        Server(
+            str(models["qwen3"]),
+            SERVER,
+            logs / f"{name}.log",
+            api_key=SecretStr(KEY),
+            weight_backend="file",
+        )
+        for name in ("one", "two")
+    ]
+    start_all(replicas)
+    yield replicas
+    stop_all(replicas)
+    for replica in replicas:
+        assert session(replica.pid) == []
+
+
+def generator(*urls: str, model: Path, logprobs: bool = False) -> VllmGenerator:
+    return VllmGenerator(
+        urls,
+        eos_token_ids(str(model), trust_remote_code=False),
+        CLIENT,
+        api_key=SecretStr(KEY),
+        logprobs=logprobs,
+    )
+
+
+def requests(count: int, seed: int = 0) -> list[GenerationRequest]:
+    """Prompts of different lengths."""
+    return [
+        GenerationRequest(
+            tuple((11 * i + 7 * j + seed) % 290 + 5 for j in range(3 + (i * 13) % 60)),
+            seed=2**62 + 1000 * seed + i,
+            affinity=i // 3,
+        )
+        for i in range(count)
+    ]
+
+
+def processes() -> dict[int, tuple[int, str]]:
+    """pid -> (session, command line) of all processes but zombies."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            if fields[0] != "Z":
+                command = (entry / "cmdline").read_bytes().decode(errors="replace")
+                found[int(entry.name)] = (int(fields[3]), command)
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def session(leader: int) -> list[int]:
+    return [pid for pid, (session_id, _) in processes().items() if session_id == leader]
+
+
+def wait_until_gone(leader: int, seconds: float) -> None:
+    limit = time.monotonic() + seconds
+    while left := session(leader):
+        assert time.monotonic() < limit, f"still running: {[processes().get(p) for p in left]}"
+        time.sleep(0.1)
+
+
+def assert_same_greedy_tokens(url: str, model: Path) -> None:
+    local = LocalGenerator(
+        str(model), LocalGeneration(batch_size=8, dtype="fp32"), trust_remote_code=False,
+        progress=False,
+    )  # fmt: skip
+    expected = local.generate(requests(16), GREEDY, "rollouts")
+    assert {c.finish_reason for c in expected} == {"stop", "length"}
+    assert generator(url, model=model).generate(requests(16), GREEDY, "rollouts") == expected
+
+
+def test_local_and_vllm_give_the_same_greedy_completions(
+    servers: list[Server], models: dict[str, Path]
+) -> None:
+    assert_same_greedy_tokens(servers[0].url, models["qwen3"])
+
+
+def test_seeded_samples_do_not_depend_on_what_else_is_asked(
+    servers: list[Server], models: dict[str, Path]
+) -> None:
+    few, more = requests(6), requests(40, seed=1)
+    one = generator(servers[0].url, model=models["qwen3"])
+    both = generator(*(server.url for server in servers), model=models["qwen3"])
+    alone = one.generate(few, SAMPLED, "rollouts")
+    assert one.generate(few, SAMPLED, "rollouts") == alone
+    assert both.generate([*more, *few], SAMPLED, "rollouts")[-6:] == alone
+    other_seeds = [GenerationRequest(r.prompt_token_ids, r.seed + 1) for r in few]
+    different = one.generate(other_seeds, SAMPLED, "rollouts")
+    assert all(a.token_ids != b.token_ids for a, b in zip(alone, different, strict=True))
+
+
+@torch.inference_mode()
+def reference_logprobs(model: Path, token_ids: tuple[int, ...]) -> torch.Tensor:
+    """log softmax of transformers' logits, [t - 1, v]: row i is the distribution of token i + 1."""
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return reference(torch.tensor([token_ids])).logits[0, :-1].double().log_softmax(-1)
+
+
+def test_logprobs_of_samples_are_the_models_own(
+    servers: list[Server], models: dict[str, Path]
+) -> None:
+    asked = requests(4)
+    pool = generator(servers[1].url, model=models["qwen3"], logprobs=True)
+    for request, completion in zip(asked, pool.generate(asked, SAMPLED, "rollouts"), strict=True):
+        sequence = request.prompt_token_ids + completion.token_ids
+        expected = reference_logprobs(models["qwen3"], sequence)[
+            len(request.prompt_token_ids) - 1 :
+        ]
+        sampled = expected.gather(1, torch.tensor(completion.token_ids)[:, None]).squeeze(1)
+        assert completion.logprobs is not None
+        assert (torch.tensor(completion.logprobs) - sampled).abs().max() < 1e-4
+
+
+def test_scores_of_a_server_are_the_log_probabilities_of_transformers(
+    servers: list[Server], models: dict[str, Path]
+) -> None:
+    sequences = [
+        (r.prompt_token_ids, 1 + 5 * i) for i, r in enumerate(requests(10)) if i in (0, 4, 9)
+    ]
+    sequences = [(ids, min(start, len(ids) - 1)) for ids, start in sequences]
+    pool = generator(*(server.url for server in servers), model=models["qwen3"])
+    for (ids, start), scores in zip(
+        sequences, pool.score(sequences, top_k=8, description="scores"), strict=True
+    ):
+        expected = reference_logprobs(models["qwen3"], ids)[start - 1 :]
+        labels = torch.tensor(ids[start:])
+        top = expected.topk(8)
+        assert scores.top_ids.tolist() == top.indices.tolist()
+        assert (torch.from_numpy(scores.top_logprobs) - top.values).abs().max() < 1e-4
+        label_logprobs = expected.gather(1, labels[:, None]).squeeze(1)
+        assert (torch.from_numpy(scores.label_logprobs) - label_logprobs).abs().max() < 1e-4
+
+
+def test_key_is_in_no_log_and_no_command_line(servers: list[Server]) -> None:
+    assert all(KEY not in command for _, command in processes().values())
+    for server in servers:
+        text = server.log_file.read_text(errors="replace")
+        assert "non-default args" in text and KEY not in text
+
+
+def test_server_that_does_not_start_tells_the_end_of_its_log(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = SERVER.model_copy(update={"arguments": ["--no-such-option"]})
+    with pytest.raises(ServerError) as failed:
+        Server(str(models["qwen3"]), settings, tmp_path / "log").__enter__()
+    assert "ended with status 2" in str(failed.value) and str(tmp_path / "log") in str(failed.value)
+    assert "--no-such-option" in str(failed.value)
+
+
+def test_server_that_takes_too_long_is_stopped(models: dict[str, Path], tmp_path: Path) -> None:
+    settings = SERVER.model_copy(update={"start_timeout_seconds": 2.0})
+    server = Server(str(models["qwen3"]), settings, tmp_path / "log")
+    with pytest.raises(ServerError, match=r"did not answer within 2 s"), server:
+        pass
+    assert session(server.pid) == []
+
+
+def kill_when_busy(pool: VllmGenerator, server: Server, killed: list[int]) -> None:
+    """SIGKILL to every process of a server once it works on some of our requests."""
+    member = next(member for member in pool._members if member.url == server.url)
+    limit = time.monotonic() + 30
+    while member.load < 4 and time.monotonic() < limit:
+        time.sleep(0.005)
+    time.sleep(0.2)
+    killed.append(member.load)
+    os.killpg(server.pid, signal.SIGKILL)
+
+
+def test_killed_replica_costs_no_sample_and_is_used_again_when_it_is_back(
+    servers: list[Server], models: dict[str, Path], tmp_path: Path
+) -> None:
+    long = SAMPLED.model_copy(update={"max_tokens": 150})
+    asked = requests(48, seed=2)
+    pool = generator(*(server.url for server in servers), model=models["qwen3"])
+    expected = pool.generate(asked, long, "rollouts")
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_when_busy, args=(pool, servers[1], killed))
+    killer.start()
+    assert pool.generate(asked, long, "rollouts") == expected
+    killer.join()
+    assert killed[0] >= 4 and servers[1].exit_status() is not None
+    wait_until_gone(servers[1].pid, 10)
+
+    process, leader = start_by_command_line(models["qwen3"], servers[1].port, tmp_path)
+    try:
+        assert all(KEY not in command for _, command in processes().values())
+        assert pool.generate(asked, long, "rollouts") == expected
+        shares = [count_requests(server.url) for server in servers]
+        assert shares[1] > 5, shares
+    finally:  # what it started ends with it, although it cannot clean up
+        process.kill()
+        process.wait()
+    wait_until_gone(leader, 20)
+    assert KEY not in (tmp_path / "server.log").read_text(errors="replace")
+
+    servers[0].stop()
+    wait_until_gone(servers[0].pid, 1)
+    pool._settings = CLIENT.model_copy(update={"recovery_timeout_seconds": 2.0})
+    with pytest.raises(AllReplicasDown) as down:
+        pool.generate(asked, long, "rollouts")
+    assert all(f"{server.url}: ConnectError" in str(down.value) for server in servers)
+
+
+def start_by_command_line(model: Path, port: int, directory: Path) -> tuple[subprocess.Popen, int]:
+    """`serve` as a process of its own, healthy; and who leads the session of its server."""
+    url_file = directory / "url"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nemo_trd.generation.serve", "--model", str(model)]
+        + ["--port", str(port), "--log-file", str(directory / "server.log")]
+        + ["--url-file", str(url_file), "--weight-backend", "file", "dtype=fp32"]
+        + ["max_model_len=512", "max_num_seqs=16", "start_timeout_seconds=200"],
+        env=os.environ | {"NEMO_TRD_API_KEY": KEY},
+    )
+    limit = time.monotonic() + 200
+    while not url_file.exists():
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.2)
+    leader = next(pid for pid in descendants(process.pid) if session(pid))
+    return process, leader
+
+
+def count_requests(url: str) -> int:
+    """How many requests the server has finished, by its own count."""
+    headers = {"Authorization": f"Bearer {KEY}"}
+    text = httpx.get(f"{url}/metrics", headers=headers, timeout=10, trust_env=False).text
+    counts = [line for line in text.splitlines() if line.startswith("vllm:request_success_total")]
+    return int(sum(float(line.split()[-1]) for line in counts))
+
+
+def test_llama_by_command_line_ends_on_sigterm(models: dict[str, Path], tmp_path: Path) -> None:
+    process, leader = start_by_command_line(models["llama"], 0, tmp_path)
+    try:
+        assert_same_greedy_tokens((tmp_path / "url").read_text().strip(), models["llama"])
+    finally:
+        process.terminate()
+        status = process.wait(30)
+    assert status == 0
+    assert session(leader) == []
