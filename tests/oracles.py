@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,6 +25,16 @@ TAILS = {
     "bucket": {"top_k": 7, "top_k_tail": "bucket"},
     "renormalize": {"top_k": 7, "top_k_tail": "renormalize"},
 }
+
+
+TRL, MODELOPT = "trl.experimental.gkd", "modelopt.torch.distill.plugins.megatron"
+
+
+def need(module: str) -> None:
+    """Skip the test where `module` is not installed. In CI that is a failure."""
+    if os.environ.get("CI"):
+        importlib.import_module(module)
+    pytest.importorskip(module, exc_type=ImportError)
 
 
 def make_loss(divergence: str = "forward_kl", tail: str = "full", **settings: Any) -> Loss:

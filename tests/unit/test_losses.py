@@ -139,7 +139,7 @@ def test_dense_reference_is_the_definition(name: str) -> None:
 
 @every_divergence
 def test_dense_reference_agrees_with_trl(name: str) -> None:
-    pytest.importorskip("trl.experimental.gkd", exc_type=ImportError)
+    oracles.need(oracles.TRL)
     student, teacher = torch.randn(2, 10, VOCAB, dtype=torch.float64)
     loss = make_loss(name, temperature=1.7)
     value = dense_divergence(student, teacher, loss).sum()
@@ -149,7 +149,7 @@ def test_dense_reference_agrees_with_trl(name: str) -> None:
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("tail", ["full", "renormalize"])
 def test_dense_reference_agrees_with_modelopt(name: str, tail: str) -> None:
-    pytest.importorskip("modelopt.torch.distill.plugins.megatron", exc_type=ImportError)
+    oracles.need(oracles.MODELOPT)
     student, teacher = torch.randn(2, 10, VOCAB)
     loss = make_loss(name, tail, temperature=1.7)
     value = dense_divergence(student, teacher, loss)
