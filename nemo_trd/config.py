@@ -222,6 +222,8 @@ class Vllm(Section):
     server: VllmServer
     client: VllmClient
     weight_sync: WeightSync
+    compared_rollouts: PositiveInt  # so many, at the start and in every step, are scored by both
+    host: str  # address that servers of the run bind; ranks on other hosts must reach it
     api_key_env: str  # the environment variable that holds the servers' key
     api_key_file: str | None  # or a file that does
 
@@ -484,7 +486,7 @@ def check_consistent(config: Config) -> None:
     for role in get_args(Literal["student", "teacher"]):
         _check_layout(f"parallel.{role}", getattr(config.parallel, role), role)
         if config.generation.vllm is not None:
-            _check_pool(f"generation.vllm.{role}", getattr(config.generation.vllm, role))
+            _check_pool(f"generation.vllm.{role}", role, config.generation.vllm)
 
 
 def _check_dataset(field: str, dataset: Dataset, config: Config) -> None:
@@ -546,7 +548,17 @@ def _check_layout(field: str, layout: Layout, role: str) -> None:
         )
 
 
-def _check_pool(field: str, pool: VllmPool) -> None:
+def _check_pool(field: str, role: str, vllm: Vllm) -> None:
+    pool: VllmPool = getattr(vllm, role)
+    wanted = pool.replicas * vllm.server.tensor_parallel_size
+    if pool.devices and len(set(pool.devices)) != wanted:
+        raise rule_broken(
+            f"{field}.devices",
+            pool.devices,
+            f"replicas x generation.vllm.server.tensor_parallel_size = {wanted} GPUs are needed, "
+            "each once",
+            "give that many, or [] for all visible ones",
+        )
     if bool(pool.urls) == bool(pool.replicas):
         raise rule_broken(
             f"{field}.urls",

@@ -22,7 +22,8 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from nemo_trd.config import ConfigError, VllmServer, conf_dir, rule_broken
-from nemo_trd.generation.server import Server, ServerError, read_api_key
+from nemo_trd.generation.api_key import read_api_key
+from nemo_trd.generation.server import Server, ServerError
 
 log = logging.getLogger(__name__)
 

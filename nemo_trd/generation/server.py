@@ -23,39 +23,20 @@ from types import TracebackType
 
 from pydantic import SecretStr
 
-from nemo_trd.config import VllmServer, conf_dir, rule_broken
+from nemo_trd.config import ModelSource, Vllm, VllmPool, VllmServer, rule_broken
 from nemo_trd.generation import guard
-from nemo_trd.generation.vllm_worker import (
-    worker_arguments,
-    worker_environment,
-)
+from nemo_trd.generation.vllm_environment import find_vllm, server_environment
+from nemo_trd.generation.vllm_worker import worker_arguments
 
 log = logging.getLogger(__name__)
 
 SERVED_NAME = "policy"
-PYTHON_VARIABLE = "NEMO_TRD_VLLM_PYTHON"
 REPORT_SECONDS = 10.0
 TAIL_LINES = 25
 DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
 # A seed per request kills the CPU engine when a prefill is chunked.
 CPU_ARGUMENTS = ("--enforce-eager", "--no-enable-chunked-prefill")
 CPU_BATCHED_TOKENS = 16384
-CPU_ENVIRONMENT = {  # unless the caller's environment says otherwise
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "TORCH_COMPILE_DISABLE": "1",
-}
-# Of the trainer's rank, its rendezvous and its Python: they would mislead a server.
-NOT_INHERITED = (
-    *("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
-    *("LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT"),
-)
-_PROBE = """
-import importlib.metadata, json
-found = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
-print(json.dumps([found.get("vllm") or found.get("vllm-cpu"), "vllm-cpu" in found]))
-"""
 
 
 class ServerError(RuntimeError):
@@ -125,7 +106,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=self._environment(is_cpu),
+                env=server_environment(is_cpu, self._api_key, self._devices),
                 start_new_session=True,
             )
         log.info("starting a server of %s at %s, log in %s", self.model, self.url, self.log_file)
@@ -224,24 +205,6 @@ class Server:
             arguments += [*CPU_ARGUMENTS, "--max-num-batched-tokens", str(longest)]
         return arguments + settings.arguments
 
-    def _environment(self, is_cpu: bool) -> dict[str, str]:
-        environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in NOT_INHERITED and not name.startswith("TORCHELASTIC_")
-        }
-        environment.pop("VLLM_API_KEY", None)
-        if self._api_key is not None:
-            environment["VLLM_API_KEY"] = self._api_key.get_secret_value()
-        if self._devices:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self._devices))
-        if is_cpu:
-            environment = {**CPU_ENVIRONMENT, **environment, "CUDA_VISIBLE_DEVICES": ""}
-        # Nothing is looked up or reported on the network.
-        environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-        environment |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-        return worker_environment(environment)
-
     def _reserve_address(self) -> None:
         """Bind the address, so that no other program is given the port while vLLM starts.
 
@@ -314,56 +277,32 @@ def stop_all(servers: Sequence[Server]) -> None:
         server.stop()
 
 
-def find_vllm(configured: str | None) -> tuple[str, bool]:
-    """The interpreter to run vLLM with, and whether its vLLM is a build for CPUs.
+def servers_of(
+    source: ModelSource,
+    pool: VllmPool,
+    vllm: Vllm,
+    log_files: Path,
+    api_key: SecretStr | None,
+    weight_backend: str | None,
+) -> list[Server]:
+    """The servers that a run starts itself, not started yet; none where `pool.urls` are given.
 
-    `configured`, else $NEMO_TRD_VLLM_PYTHON, else .venv-vllm of the checkout, else this one.
-
-    Raises:
-        ConfigError: there is no such interpreter, or no vLLM in it.
+    Logs go to `log_files`-0.log and so on. Without a `weight_backend` they keep their weights.
     """
-    checkout = conf_dir().parent / ".venv-vllm" / "bin" / "python"
-    python = configured or os.environ.get(PYTHON_VARIABLE)
-    if python is None:
-        python = str(checkout) if checkout.exists() else sys.executable
-    fix = f"`make vllm-env`, or name an interpreter that has vLLM here or in {PYTHON_VARIABLE}"
-    try:
-        answer = subprocess.run([python, "-I", "-c", _PROBE], capture_output=True, timeout=60)
-        version, is_cpu = json.loads(answer.stdout)
-    except (OSError, subprocess.TimeoutExpired, ValueError) as error:
-        raise rule_broken(
-            "generation.vllm.server.python", python, f"it does not run: {error}", fix
-        ) from error
-    if version is None:
-        raise rule_broken("generation.vllm.server.python", python, "it has no vLLM", fix)
-    return python, is_cpu or "cpu" in version
-
-
-def read_api_key(variable: str, file: str | None) -> SecretStr | None:
-    """The servers' key, from a file if one is given, else from the environment if it is there.
-
-    Raises:
-        ConfigError: the file cannot be read, or the key is empty or not printable ASCII.
-    """
-    if file is not None:
-        try:
-            key = Path(file).read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise rule_broken(
-                "generation.vllm.api_key_file", file, f"it cannot be read: {error}", "mend it"
-            ) from error
-    elif variable in os.environ:
-        key = os.environ[variable].strip()
-    else:
-        return None
-    if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise rule_broken(
-            "generation.vllm.api_key_file" if file else "generation.vllm.api_key_env",
-            file or variable,
-            "it holds no key: one word of printable ASCII characters",
-            "write one into it, `openssl rand -hex 32` makes one",
+    per_server = vllm.server.tensor_parallel_size
+    return [
+        Server(
+            source.path,
+            vllm.server,
+            log_files.with_name(f"{log_files.name}-{number}.log"),
+            host=vllm.host,
+            api_key=api_key,
+            devices=pool.devices[number * per_server : (number + 1) * per_server],
+            weight_backend=weight_backend,
+            trust_remote_code=source.trust_remote_code,
         )
-    return SecretStr(key)
+        for number in range(pool.replicas)
+    ]
 
 
 def _positions(model: str) -> int:

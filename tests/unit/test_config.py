@@ -214,6 +214,14 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["generation=vllm", "generation.vllm.student.urls=[http://a:1]"],
         ("generation.vllm.student.urls = ['http://a:1']", "exactly one", "replicas=0"),
     ),
+    "too few GPUs for the servers": (
+        [
+            "generation=vllm",
+            "generation.vllm.teacher.devices=[0,1,1]",
+            "generation.vllm.teacher.replicas=3",
+        ],
+        ("generation.vllm.teacher.devices = [0, 1, 1]", "= 3 GPUs", "all visible ones"),
+    ),
     "no server": (
         ["generation=vllm", "generation.vllm.teacher.replicas=0"],
         ("generation.vllm.teacher.urls = []", "exactly one", "replicas=0"),

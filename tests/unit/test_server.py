@@ -18,10 +18,12 @@ import psutil
 import pytest
 from pydantic import SecretStr
 
-from nemo_trd.config import ConfigError, VllmServer
+from nemo_trd.config import ConfigError, VllmServer, compose
 from nemo_trd.generation import guard
+from nemo_trd.generation.api_key import read_api_key
 from nemo_trd.generation.serve import main
-from nemo_trd.generation.server import Server, ServerError, find_vllm, read_api_key
+from nemo_trd.generation.server import Server, ServerError, servers_of
+from nemo_trd.generation.vllm_environment import find_vllm, server_environment
 from nemo_trd.generation.vllm_worker.nemo_trd_auth import RequireKey
 
 KEY = "a-secret-key-of-a-test"
@@ -216,6 +218,41 @@ def test_url_is_where_others_reach_it(tmp_path: Path) -> None:
     assert url("10.0.0.3") == "http://10.0.0.3:8000"
     assert url("::1") == "http://[::1]:8000"
     assert url("0.0.0.0") == f"http://{socket.gethostname()}:8000"
+
+
+def test_key_goes_by_the_environment_and_gpus_need_no_special_arguments(tmp_path: Path) -> None:
+    server = Server("m", SETTINGS, tmp_path / "log", api_key=SecretStr(KEY), weight_backend="nccl")
+    arguments = " ".join(server._arguments(is_cpu=False))
+    assert KEY not in arguments and KEY not in repr(vars(server))
+    assert "--enforce-eager" not in arguments and '{"backend": "nccl"}' in arguments
+    environment = server_environment(False, SecretStr(KEY), (4, 5))
+    assert environment["VLLM_API_KEY"] == KEY and environment["CUDA_VISIBLE_DEVICES"] == "4,5"
+    assert "VLLM_CPU_KVCACHE_SPACE" not in environment
+
+
+def test_server_does_not_take_itself_for_a_rank_of_the_trainer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "PYTHONHOME", "VLLM_API_KEY"):
+        monkeypatch.setenv(name, "1")
+    environment = server_environment(True, None, ())
+    assert not {"RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "PYTHONHOME"} & environment.keys()
+    assert "VLLM_API_KEY" not in environment
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+
+
+def test_servers_of_a_run_share_its_gpus_out(tmp_path: Path) -> None:
+    config = compose(
+        [
+            *("generation=vllm", "generation.vllm.server.tensor_parallel_size=2"),
+            *("generation.vllm.student.replicas=2", "generation.vllm.student.devices=[4,5,6,7]"),
+        ]
+    )
+    vllm = config.generation.vllm
+    assert vllm is not None
+    servers = servers_of(config.model.student, vllm.student, vllm, tmp_path / "student", None, None)
+    assert [list(server._devices) for server in servers] == [[4, 5], [6, 7]]
+    assert [server.log_file.name for server in servers] == ["student-0.log", "student-1.log"]
 
 
 def test_port_in_use_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
