@@ -178,7 +178,7 @@ class WeightSync(Section):
     bucket_bytes: PositiveInt  # tensors that the sending rank holds at one time
     pause_timeout_seconds: PositiveFloat  # until requests in flight have ended, per server
     call_timeout_seconds: PositiveFloat  # of every other call to a server
-    timeout_seconds: PositiveFloat  # of a whole sync; the other ranks wait no longer either
+    timeout_seconds: PositiveFloat  # of a whole sync, once the servers are paused
 
 
 class VllmPool(Section):
@@ -487,6 +487,16 @@ def check_consistent(config: Config) -> None:
         _check_layout(f"parallel.{role}", getattr(config.parallel, role), role)
         if config.generation.vllm is not None:
             _check_pool(f"generation.vllm.{role}", role, config.generation.vllm)
+    if config.generation.vllm is not None:
+        call_limit = config.generation.vllm.weight_sync.call_timeout_seconds
+        if call_limit >= 60 * config.parallel.timeout_minutes:
+            raise rule_broken(
+                "generation.vllm.weight_sync.call_timeout_seconds",
+                call_limit,
+                "the other ranks wait for a server in a collective, and that for no longer than "
+                f"parallel.timeout_minutes = {config.parallel.timeout_minutes:g}",
+                "lower it, or raise parallel.timeout_minutes",
+            )
 
 
 def _check_dataset(field: str, dataset: Dataset, config: Config) -> None:

@@ -234,6 +234,10 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ],
         ("generation.vllm.teacher.urls = 'http://a:1'", "given once", "correct the list"),
     ),
+    "a call to a server longer than a collective": (
+        ["generation=vllm", "parallel.timeout_minutes=2.0"],
+        ("weight_sync.call_timeout_seconds = 120.0", "timeout_minutes = 2", "lower it"),
+    ),
     "sequence parallelism of one rank": (
         ["parallel.teacher.sequence_parallel=true"],
         ("parallel.teacher.sequence_parallel = True", "there is one", "raise tensor_model"),

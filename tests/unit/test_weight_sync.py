@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import SecretStr
@@ -273,15 +274,18 @@ def test_the_key_is_sent_and_never_shown(
 
 @pytest.mark.parametrize("max_bytes", [1, 100, 10_000])
 def test_never_more_than_a_bucket_and_one_tensor_exist(max_bytes: int) -> None:
-    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    alive: dict[int, int] = {}  # number of a tensor whose memory exists: bytes
     sizes = [4, 40, 400, 8, 8, 8, 80, 1000, 12, 100]
     held = []  # bytes, beside the tensor that is made
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for number, size in enumerate(sizes):
-            held.append(sum(tensor.nbytes for tensor in alive))
-            tensor = torch.empty(size)
-            alive.add(tensor)
+            held.append(sum(alive.values()))
+            memory = np.zeros(size, dtype=np.float32)
+            alive[number] = memory.nbytes
+            weakref.finalize(memory, alive.pop, number)
+            tensor = torch.from_numpy(memory)
+            del memory
             yield str(number), tensor
             del tensor
 
