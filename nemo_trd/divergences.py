@@ -76,9 +76,13 @@ def _jsd(
     The generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649). It vanishes as beta goes
     to 0 or 1, where by definition forward and reverse KL take its place.
     """
-    ratio = log_t.sub_(log_s)  # log t/s; r = -log(1 + beta (t/s - 1)), linear where t/s overflows
-    r = ratio.clamp(max=80).expm1_().mul_(beta).log1p_().neg_().sub_((ratio - 80).relu_())
-    mean_s, mean_t = total((s * r).sum(-1), ratio.add_(r).mul_(t).sum(-1))
+    ratio = log_t.sub_(log_s)
+    # -log(1 + weight (exp(-|log t/s|) - 1)) is log t/m where t > s, log s/m elsewhere: it neither
+    # overflows nor subtracts large numbers. The other of the two is |log t/s| less.
+    weight = torch.where(ratio > 0, ratio.new_tensor(1 - beta), ratio.new_tensor(beta))
+    nearer = ratio.abs().neg_().expm1_().mul_(weight).log1p_().neg_()
+    r = torch.sub(nearer, ratio.clamp(min=0), out=log_s)
+    mean_s, mean_t = total((s * r).sum(-1), nearer.add_(ratio.clamp_(max=0)).mul_(t).sum(-1))
     gradient = r.sub_(mean_s[:, None]).mul_(s).mul_(1 - beta)
     return beta * mean_t + (1 - beta) * mean_s, gradient
 
