@@ -25,6 +25,7 @@ from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 
 @dataclass
@@ -107,9 +108,26 @@ class HostEngine(WeightTransferEngine):
         if self._missing:
             raise RuntimeError(f"no tensor came for {sorted(self._missing)[:5]}")
         finalize_layerwise_reload(self.model, self.model_config)
+        _repack_tied(self.model)
 
     def shutdown(self) -> None:
         self._group = None
+
+
+def _repack_tied(model: torch.nn.Module) -> None:
+    """Let modules that share a parameter derive again what they keep of it.
+
+    On a CPU an output layer works with a packed copy of its weight. When that is tied to the
+    embedding, no tensor comes under the output layer's own name, and vLLM leaves the copy alone.
+    """
+    owners: dict[int, list[Any]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+    for sharing in owners.values():
+        if len(sharing) > 1:
+            for module in sharing:
+                module.quant_method.process_weights_after_loading(module)
 
 
 if "host" not in WeightTransferEngineFactory._registry:
@@ -126,10 +144,14 @@ class WorkerExtension:
         """Make a worker ready for a new update, wherever the last one stopped.
 
         vLLM itself goes on with the half-loaded layers of an update that failed, and would take
-        old and new tensors for one layer. Afterwards the weights are a mixture, or not even
-        initialised: the server may not generate before an update has finished.
+        tensors of both for one layer. Afterwards the weights are a mixture of layers: the server
+        may not generate before an update has finished.
         """
         engine = self.weight_transfer_engine
+        for layer in engine.model.modules():
+            half_loaded = get_layerwise_info(layer)
+            half_loaded.loaded_weights = []
+            half_loaded.load_numel = 0  # then its old parameters are put back
         with set_current_vllm_config(self.vllm_config):
             finalize_layerwise_reload(engine.model, engine.model_config)
         engine.reset_weight_update_target()
