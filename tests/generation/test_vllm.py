@@ -13,22 +13,26 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 import torch
 from pydantic import SecretStr
+from safetensors.torch import load_file
 from tiny_models import make_model
 from transformers import AutoModelForCausalLM
 
 from nemo_trd.config import LocalGeneration, Sampling, VllmClient, VllmServer
+from nemo_trd.config import WeightSync as WeightSyncSettings
 from nemo_trd.generation.eos import eos_token_ids
 from nemo_trd.generation.guard import descendants
 from nemo_trd.generation.local import LocalGenerator
 from nemo_trd.generation.pool import AllReplicasDown
 from nemo_trd.generation.server import Server, ServerError, start_all, stop_all
 from nemo_trd.generation.vllm import VllmGenerator
+from nemo_trd.generation.weight_sync import WeightSync
 from nemo_trd.types import GenerationRequest
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(280)]
@@ -66,6 +70,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     made = {
         "qwen3": make_model(root / "qwen3", "qwen3", tokenizer=True, head_dim=32, **shape),
+        "trained": make_model(
+            root / "trained", "qwen3", tokenizer=True, head_dim=32, seed=1, **shape
+        ),
         "llama": make_model(root / "llama", "llama", tokenizer=True, head_dim=64, **shape),
     }
     for directory in made.values():
@@ -96,13 +103,16 @@ def servers(
         assert session(replica.pid) == []
 
 
-def generator(*urls: str, model: Path, logprobs: bool = False) -> VllmGenerator:
+def generator(
+    *urls: str, model: Path, logprobs: bool = False, sync: WeightSync | None = None
+) -> VllmGenerator:
     return VllmGenerator(
         urls,
         eos_token_ids(str(model), trust_remote_code=False),
         CLIENT,
         api_key=SecretStr(KEY),
         logprobs=logprobs,
+        sync=sync,
     )
 
 
@@ -143,20 +153,22 @@ def wait_until_gone(leader: int, seconds: float) -> None:
         time.sleep(0.1)
 
 
-def assert_same_greedy_tokens(url: str, model: Path) -> None:
-    local = LocalGenerator(
-        str(model), LocalGeneration(batch_size=8, dtype="fp32"), trust_remote_code=False,
-        progress=False,
-    )  # fmt: skip
+def assert_same_greedy_tokens(pool: VllmGenerator, model: Path) -> None:
+    settings = LocalGeneration(batch_size=8, dtype="fp32")
+    local = LocalGenerator(str(model), settings, trust_remote_code=False, progress=False)
     expected = local.generate(requests(16), GREEDY, "rollouts")
     assert {c.finish_reason for c in expected} == {"stop", "length"}
-    assert generator(url, model=model).generate(requests(16), GREEDY, "rollouts") == expected
+    version = pool.weight_version
+    assert pool.generate(requests(16), GREEDY, "rollouts") == [
+        replace(completion, weight_version=version) for completion in expected
+    ]
 
 
 def test_local_and_vllm_give_the_same_greedy_completions(
     servers: list[Server], models: dict[str, Path]
 ) -> None:
-    assert_same_greedy_tokens(servers[0].url, models["qwen3"])
+    pool = generator(servers[0].url, model=models["qwen3"])
+    assert_same_greedy_tokens(pool, models["qwen3"])
 
 
 def test_seeded_samples_do_not_depend_on_what_else_is_asked(
@@ -256,8 +268,14 @@ def test_killed_replica_costs_no_sample_and_is_used_again_when_it_is_back(
 ) -> None:
     long = SAMPLED.model_copy(update={"max_tokens": 150})
     asked = requests(48, seed=2)
-    pool = generator(*(server.url for server in servers), model=models["qwen3"])
+    urls = [server.url for server in servers]
+    sync = WeightSync(urls, sync_settings(tmp_path), SecretStr(KEY))
+    pool = generator(*urls, model=models["trained"], sync=sync)
+    pool.load_weights(load_file(models["trained"] / "model.safetensors").items(), version=7)
+    assert_same_greedy_tokens(pool, models["trained"])
     expected = pool.generate(asked, long, "rollouts")
+    assert {completion.weight_version for completion in expected} == {7}
+
     killed: list[int] = []
     killer = threading.Thread(target=kill_when_busy, args=(pool, servers[1], killed))
     killer.start()
@@ -269,7 +287,9 @@ def test_killed_replica_costs_no_sample_and_is_used_again_when_it_is_back(
     process, leader = start_by_command_line(models["qwen3"], servers[1].port, tmp_path)
     try:
         assert all(KEY not in command for _, command in processes().values())
+        assert sync.replica_version(servers[1].url) == "default"
         assert pool.generate(asked, long, "rollouts") == expected
+        assert sync.replica_version(servers[1].url) == "7"
         shares = [count_requests(server.url) for server in servers]
         assert shares[1] > 5, shares
     finally:  # what it started ends with it, although it cannot clean up
@@ -284,6 +304,18 @@ def test_killed_replica_costs_no_sample_and_is_used_again_when_it_is_back(
     with pytest.raises(AllReplicasDown) as down:
         pool.generate(asked, long, "rollouts")
     assert all(f"{server.url}: ConnectError" in str(down.value) for server in servers)
+
+
+def sync_settings(directory: Path) -> WeightSyncSettings:
+    return WeightSyncSettings(
+        backend="file",
+        in_flight="finish",
+        directory=str(directory / "weights"),
+        bucket_bytes=1 << 16,
+        pause_timeout_seconds=30,
+        call_timeout_seconds=30,
+        timeout_seconds=60,
+    )
 
 
 def start_by_command_line(model: Path, port: int, directory: Path) -> tuple[subprocess.Popen, int]:
@@ -315,7 +347,9 @@ def count_requests(url: str) -> int:
 def test_llama_by_command_line_ends_on_sigterm(models: dict[str, Path], tmp_path: Path) -> None:
     process, leader = start_by_command_line(models["llama"], 0, tmp_path)
     try:
-        assert_same_greedy_tokens((tmp_path / "url").read_text().strip(), models["llama"])
+        url = (tmp_path / "url").read_text().strip()
+        pool = generator(url, model=models["llama"])
+        assert_same_greedy_tokens(pool, models["llama"])
     finally:
         process.terminate()
         status = process.wait(30)
