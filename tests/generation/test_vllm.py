@@ -252,15 +252,40 @@ def test_server_that_takes_too_long_is_stopped(models: dict[str, Path], tmp_path
     assert session(server.pid) == []
 
 
-def kill_when_busy(pool: VllmGenerator, server: Server, killed: list[int]) -> None:
-    """SIGKILL to every process of a server once it works on some of our requests."""
+def signal_when_busy(
+    pool: VllmGenerator, server: Server, number: signal.Signals, loads: list[int]
+) -> None:
+    """Signal every process of a server once it works on some of our requests."""
     member = next(member for member in pool._members if member.url == server.url)
     limit = time.monotonic() + 30
     while member.load < 4 and time.monotonic() < limit:
         time.sleep(0.005)
     time.sleep(0.2)
-    killed.append(member.load)
-    os.killpg(server.pid, signal.SIGKILL)
+    loads.append(member.load)
+    os.killpg(server.pid, number)
+
+
+def test_hanging_replica_costs_no_sample_and_is_used_again_when_it_goes_on(
+    servers: list[Server], models: dict[str, Path]
+) -> None:
+    asked = requests(48, seed=3)
+    pool = generator(*(server.url for server in servers), model=models["qwen3"])
+    expected = pool.generate(asked, SAMPLED, "rollouts")
+    pool._settings = CLIENT.model_copy(update={"request_timeout_seconds": 5.0})
+    loads: list[int] = []
+    hang = (pool, servers[1], signal.SIGSTOP, loads)
+    stopper = threading.Thread(target=signal_when_busy, args=hang)
+    stopper.start()
+    try:
+        assert pool.generate(asked, SAMPLED, "rollouts") == expected
+        assert loads and loads[0] >= 4
+        assert "no answer within 5 s" in pool._members[1].cause
+    finally:
+        stopper.join()
+        os.killpg(servers[1].pid, signal.SIGCONT)
+    before = count_requests(servers[1].url)
+    assert pool.generate(asked, SAMPLED, "rollouts") == expected
+    assert count_requests(servers[1].url) > before + 5
 
 
 def test_killed_replica_costs_no_sample_and_is_used_again_when_it_is_back(
@@ -276,12 +301,13 @@ def test_killed_replica_costs_no_sample_and_is_used_again_when_it_is_back(
     expected = pool.generate(asked, long, "rollouts")
     assert {completion.weight_version for completion in expected} == {7}
 
-    killed: list[int] = []
-    killer = threading.Thread(target=kill_when_busy, args=(pool, servers[1], killed))
+    loads: list[int] = []
+    kill = (pool, servers[1], signal.SIGKILL, loads)
+    killer = threading.Thread(target=signal_when_busy, args=kill)
     killer.start()
     assert pool.generate(asked, long, "rollouts") == expected
     killer.join()
-    assert killed[0] >= 4 and servers[1].exit_status() is not None
+    assert loads[0] >= 4 and servers[1].exit_status() is not None
     wait_until_gone(servers[1].pid, 10)
 
     process, leader = start_by_command_line(models["qwen3"], servers[1].port, tmp_path)
