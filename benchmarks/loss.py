@@ -274,7 +274,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--beta", type=float, default=0.5, help="of jsd")
     parser.add_argument("--chunk-size", type=int, default=256, help="of liger and ours")
-    parser.add_argument("--repeats", type=int, default=1, help="the fastest counts; on a GPU take 3")
+    parser.add_argument("--repeats", type=int, default=1, help="the fastest counts (GPU: 3)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--only", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
     parser.add_argument("--json", type=Path, help="write the rows here")
