@@ -29,6 +29,7 @@ from nemo_trd.planning.cost import (
     step_flops,
 )
 from nemo_trd.planning.memory import GpuMemory, training_memory
+from nemo_trd.planning.plot import plot
 from nemo_trd.preflight import Model
 
 
@@ -109,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.json:
             given.json.write_text(json.dumps(show.figures(plan), indent=1) + "\n")
         if given.plot and plan.memory:
-            show.plot(plan, given.plot)
+            plot(plan.memory, plan.config.cluster.gpu_memory_gib, given.plot)
     except (OSError, ValueError) as error:  # no such directory; no such image format
         print(f"nemo_trd: {error}", file=sys.stderr)
         return 2

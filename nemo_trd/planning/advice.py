@@ -11,6 +11,8 @@ from nemo_trd.model_rules import check_layout
 from nemo_trd.planning.memory import GIB, GpuMemory, replicas, training_memory
 from nemo_trd.preflight import batch_problems
 
+LEAST_GAIN = 0.01  # of a further change, or more nodes would be advised without end
+
 
 @dataclass(frozen=True)
 class Advice:
@@ -50,7 +52,7 @@ def advise(config: Config, student: Any, teacher: Any) -> Advice | None:
     taken: list[str] = []
     while now > limit:
         needed, override, changed = min(tried(config), key=lambda option: option[0])
-        if needed >= now:
+        if needed > now * (1 - LEAST_GAIN):
             break
         now, config = needed, changed
         taken.append(override)

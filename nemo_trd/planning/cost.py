@@ -186,9 +186,8 @@ def server_nodes(cluster: Cluster, role: str) -> tuple[int, int]:
 
 def concurrent_sequences(hf: Any, made: Servers, length: float) -> int:
     """How many of `length` tokens one replica holds at one time; 0: not one."""
-    return int(
-        min(made.sequences, made.cache_bytes // (length * key_value_bytes(hf, made.element)))
-    )
+    fitting = made.cache_bytes / (length * key_value_bytes(hf, made.element))
+    return max(0, int(min(made.sequences, fitting)))
 
 
 def generation_seconds(config: Config, role: str, hf: Any, context: int, answer: int) -> float:

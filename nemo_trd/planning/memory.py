@@ -1,9 +1,7 @@
 """Bytes on each GPU of a training job, by part, in the phase of a step that needs most.
 
-Exact: parameters, gradients, main weights, Adam states. Formulas: activations (Korthikanti et al.
-2022, "Reducing Activation Recomputation in Large Transformer Models", with terms for grouped
-queries, gated MLPs and fused attention), hidden states, loss workspace, key-value caches. Lengths
-are the longest that the settings allow.
+Exact: parameters, gradients, main weights, Adam states. Formulas: activations (activations.py),
+hidden states, loss workspace, key-value caches. Lengths are the longest that the settings allow.
 """
 
 from __future__ import annotations
@@ -14,15 +12,20 @@ from typing import Any
 
 from nemo_trd.config import Config, Layout
 from nemo_trd.model_rules import padded_vocab_size, sequence_alignment
-from nemo_trd.planning.shapes import head_size, key_value_bytes, parameters, stage_parameters
+from nemo_trd.planning.activations import (
+    layer_activation_bytes,
+    micro_batches_in_flight,
+    working_set_bytes,
+)
+from nemo_trd.planning.shapes import key_value_bytes, parameters, stage_parameters
 from nemo_trd.preflight import longest_answer, longest_trajectory
 
 GIB = 2**30
 ELEMENT = {"bf16": 2, "fp32": 4}
-# Tensors [chunk, V/tp] in fp32 that losses hold at one time beside the logits: of both models the
-# tempered logits, log-probabilities and probabilities, and what their divergence needs.
-LOSS_TENSORS = {"forward_kl": 8, "reverse_kl": 8, "jsd": 10}
-TOP_K_TENSORS = 4
+# Tensors [chunk, V/tp] in fp32 that a divergence holds at one time beside the logits of both
+# models. Two of them are copies, which logits in fp32 do not need.
+LOSS_TENSORS = {"forward_kl": 7, "reverse_kl": 7, "jsd": 9}
+TOP_K_TENSORS = 9.25  # of any divergence on the teacher's top k
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def training_memory(config: Config, student: Any, teacher: Any) -> list[GpuMemor
 
 def longest_lengths(config: Config) -> Lengths:
     """The longest micro-batch: full, or of the longest sequences; padded as the layouts need."""
-    train, parallel, precision = config.train, config.parallel, config.precision
+    train, parallel = config.train, config.parallel
     answer = longest_answer(config)
     if train.micro_batch_size is not None:
         student_tokens = train.micro_batch_size * (config.data.max_prompt_tokens + answer)
@@ -104,14 +107,22 @@ def longest_lengths(config: Config) -> Lengths:
         assert train.max_tokens_per_micro_batch is not None
         student_tokens = teacher_tokens = train.max_tokens_per_micro_batch
         labels = min(student_tokens, train.trajectories_per_step * answer)
+    student_multiple, teacher_multiple = alignments(config)
     return Lengths(
-        _round_up(student_tokens, sequence_alignment(parallel.student, precision.fp8 is not None)),
-        _round_up(
-            teacher_tokens, sequence_alignment(parallel.teacher, precision.teacher_fp8 is not None)
-        ),
+        _round_up(student_tokens, student_multiple),
+        _round_up(teacher_tokens, teacher_multiple),
         labels,
         trajectories_per_rank(config, parallel.student) * answer,
         trajectories_per_rank(config, parallel.teacher) * answer,
+    )
+
+
+def alignments(config: Config) -> tuple[int, int]:
+    """What sequence lengths of student and teacher are padded to a multiple of."""
+    parallel, precision = config.parallel, config.precision
+    return (
+        sequence_alignment(parallel.student, precision.fp8 is not None),
+        sequence_alignment(parallel.teacher, precision.teacher_fp8 is not None),
     )
 
 
@@ -197,68 +208,6 @@ def _student_phase(
     return phase
 
 
-def layer_activation_bytes(
-    hf: Any,
-    tokens: int,
-    length: int,
-    layout: Layout,
-    element: int,
-    *,
-    gated: bool = True,
-    dropout: bool = False,
-    fused_attention: bool = True,
-    recompute: str = "none",
-) -> int:
-    """What one layer keeps for its backward pass, on one tensor parallel rank.
-
-    With gated=False, dropout=True, fused_attention=False, equal numbers of heads and a MLP of
-    4 h this is Korthikanti et al.'s s b h (34 + 5 a s / h), their equation 2, and with tensor and
-    sequence parallelism equation 4. "selective" drops what grows with the square of the length,
-    "full" all but the layer's input; fused attention never stores scores.
-
-    Args:
-        tokens: of the micro-batch, s b.
-        length: of one sequence, s.
-        element: bytes of an activation.
-    """
-    tp = layout.tensor_model_parallel_size
-    outside = tp if layout.sequence_parallel else 1
-    hidden = hf.hidden_size
-    if recompute == "full":
-        return tokens * hidden * element // outside
-    heads, head = hf.num_attention_heads, head_size(hf)
-    queries, keys = heads * head, hf.num_key_value_heads * head
-    # Inputs of both norms, of QKV and of the MLP; where there is dropout, its two masks.
-    replicated = 4 * hidden * element + (2 * hidden if dropout else 0)
-    split = (queries + 2 * keys) * element  # Q, K, V
-    split += queries * element  # the output projection's input
-    if hf.model_type == "qwen3":
-        split += (queries + keys) * element  # inputs of the norms of Q and K
-    if fused_attention:
-        split += 4 * heads  # log-sum-exp of the scores
-    elif recompute == "none":
-        scores = heads * length
-        split += scores * element + (scores * (element + 1) if dropout else 0)
-    split += hf.intermediate_size * element * (3 if gated else 2)
-    return tokens * replicated // outside + tokens * split // tp
-
-
-def working_set_bytes(hf: Any, tokens: int, layout: Layout, element: int) -> int:
-    """What a layer needs while it computes and nobody keeps: gathered input, output, MLP."""
-    mlp = 3 * hf.intermediate_size // layout.tensor_model_parallel_size
-    return tokens * (2 * hf.hidden_size + mlp) * element
-
-
-def micro_batches_in_flight(layout: Layout, stage: int) -> float:
-    """Whose activations a stage keeps at once, in units of its layers (Narayanan et al. 2021)."""
-    pp = layout.pipeline_model_parallel_size
-    virtual = layout.virtual_pipeline_model_parallel_size
-    if virtual is None:
-        return pp - stage
-    warm_up = 2 * (pp - stage - 1) + (virtual - 1) * pp
-    return (warm_up + 1) / virtual
-
-
 def activation_bytes(config: Config, hf: Any, stage: int, tokens: int) -> int:
     """Kept for the backward passes in flight, and the working set of the layer at work."""
     layout, element = config.parallel.student, ELEMENT[config.precision.dtype]
@@ -279,14 +228,17 @@ def loss_workspace_bytes(config: Config, student: Any, lengths: Lengths) -> int:
     layout, element = config.parallel.student, ELEMENT[config.precision.dtype]
     rows, hidden = _vocabulary_rows(student, layout), student.hidden_size
     chunk = min(config.loss.chunk_size, lengths.labels)
-    tensors = LOSS_TENSORS[config.loss.divergence]
-    if config.loss.top_k is not None:
-        tensors += TOP_K_TENSORS
-    logits = chunk * rows * (2 * element + 4 * tensors)
-    weight_gradient = rows * hidden * (4 + (element if element < 4 else 0))
+    limited = config.loss.top_k is not None
+    tensors = TOP_K_TENSORS if limited else LOSS_TENSORS[config.loss.divergence]
+    tensors -= 0 if element < 4 else 2
+    logits = round(chunk * rows * (2 * element + 4 * tensors))
+    logits += chunk * hidden * (element + 4) + lengths.labels * 80  # a chunk's rows; statistics
+    # Summed in fp32; when the logits are gone it is copied to the weight's dtype.
+    weight_gradient = rows * hidden * 4
+    copy = rows * hidden * element if element < 4 else 0
     gathered = 2 * lengths.student_tokens * hidden * element  # hidden states and their gradient
     label_rows = 2 * lengths.labels * hidden * element
-    return logits + weight_gradient + gathered + label_rows
+    return weight_gradient + max(logits, copy) + gathered + label_rows
 
 
 def _export_bytes(config: Config, student: Any) -> int:

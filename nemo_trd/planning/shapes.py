@@ -74,7 +74,7 @@ def as_namespace(settings: Mapping[str, Any], directory: Path, field: str) -> Si
     Raises:
         ConfigError: a size is missing or no positive integer.
     """
-    hf = SimpleNamespace(**(DEFAULTS | dict(settings)), name_or_path=str(directory))
+    hf = SimpleNamespace(**(DEFAULTS | dict(settings) | {"name_or_path": str(directory)}))
     if getattr(hf, "num_key_value_heads", None) is None:
         if hf.model_type != "llama":
             raise _bad_size(directory, field, "num_key_value_heads", None)

@@ -1,9 +1,8 @@
-"""A plan as text, as JSON and as a picture."""
+"""A plan as text and as JSON."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_trd.planning.advice import capacity, peak
@@ -11,6 +10,7 @@ from nemo_trd.planning.cost import Split, concurrent_sequences, micro_batches, s
 from nemo_trd.planning.memory import (
     GIB,
     GpuMemory,
+    alignments,
     checkpoint_bytes,
     generations,
     largest_part,
@@ -77,12 +77,14 @@ def _setup(plan: Plan) -> str:
             + (f" + FP8 {fp8}" if fp8 else "")
         )
     lengths = longest_lengths(config)
+    student_multiple, teacher_multiple = alignments(config)
     lines += [
         f"  nodes    {cluster.training_nodes} training, {cluster.student_server_nodes} student "
         f"servers, {cluster.teacher_server_nodes} teacher servers, {cluster.gpus_per_node} GPUs of "
         f"{cluster.gpu_memory_gib:g} GiB each",
         f"  step     {config.train.trajectories_per_step} trajectories; micro-batches of up to "
-        f"{max(lengths.student_tokens, lengths.teacher_tokens):,} tokens; recompute "
+        f"{max(lengths.student_tokens, lengths.teacher_tokens):,} tokens, lengths padded to "
+        f"multiples of {student_multiple} (teacher {teacher_multiple}); recompute "
         f"{config.train.recompute}",
     ]
     return "\n".join(lines)
@@ -288,33 +290,3 @@ def _split_figures(split: Split) -> dict[str, Any]:
         for part, seconds in vars(split.time).items()
     }
     return nodes | times
-
-
-def plot(plan: Plan, file: Path) -> None:
-    """Memory by part: one bar for each kind of GPU, and the line at which it is full.
-
-    Raises:
-        ValueError: a file name whose ending is no image format; OSError: it cannot be written.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    colors = matplotlib.colormaps["tab20"](range(len(PARTS)))
-    figure, axes = pyplot.subplots(figsize=(2.5 + 1.1 * max(4, len(plan.memory)), 5))
-    bottoms = [0.0] * len(plan.memory)
-    labels = [f"student {gpu.student_stage}\nteacher {gpu.teacher_stage}" for gpu in plan.memory]
-    for part, color in zip(PARTS, colors, strict=True):
-        sizes = [gpu.parts.get(part, 0) / GIB for gpu in plan.memory]
-        if any(sizes):
-            axes.bar(labels, sizes, bottom=bottoms, label=part, color=color)
-            bottoms = [low + size for low, size in zip(bottoms, sizes, strict=True)]
-    limit = plan.config.cluster.gpu_memory_gib
-    axes.axhline(limit, color="black", linestyle="--", label=f"{limit:g} GiB")
-    axes.set_ylabel("GiB of one GPU")
-    axes.set_xlabel("pipeline stage")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
-    figure.savefig(file)
-    pyplot.close(figure)
