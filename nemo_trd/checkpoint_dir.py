@@ -15,15 +15,20 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from nemo_trd.config import Checkpoint, ConfigError, rule_broken
+from nemo_trd.types import Refinement
 
 log = logging.getLogger(__name__)
 
-STATE_FILE = "trainer_state.json"
+STATE_FILE, SAMPLES_FILE = "trainer_state.json", "samples_ahead.json"
+SAMPLES = TypeAdapter(dict[int, list[Refinement]])
 PARTIAL = ".partial"
 
 
@@ -95,6 +100,17 @@ def defects(checkpoint: Path) -> str | None:
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
     return None
+
+
+def write_samples_ahead(directory: Path, samples: Mapping[int, list[Refinement]]) -> None:
+    """Keep what was sampled for steps to come: with newer weights it would not be the same."""
+    (directory / SAMPLES_FILE).write_bytes(SAMPLES.dump_json(dict(samples)))
+
+
+def read_samples_ahead(checkpoint: Path) -> dict[int, list[Refinement]]:
+    """By step; empty where nothing was sampled ahead."""
+    file = checkpoint / SAMPLES_FILE
+    return SAMPLES.validate_json(file.read_bytes()) if file.is_file() else {}
 
 
 def read_state(checkpoint: Path) -> TrainerState:

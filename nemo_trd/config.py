@@ -230,6 +230,8 @@ class Vllm(Section):
 
 class Generation(Section):
     backend: Literal["local", "vllm"]
+    # 0: strictly on-policy. 1: the samples of a step are drawn while the step before it trains.
+    max_staleness: Annotated[int, Field(ge=0, le=1)]
     rollout: Sampling
     refinement: Sampling
     local: LocalGeneration
@@ -243,6 +245,13 @@ class Generation(Section):
                 self.backend,
                 "backend vllm, and only that one, has settings in generation.vllm",
                 f"choose the whole group: generation={self.backend}",
+            )
+        if self.max_staleness and self.backend == "local":
+            raise rule_broken(
+                "generation.max_staleness",
+                self.max_staleness,
+                "backend local samples with the processors that train: nothing can overlap",
+                "set it to 0, or choose generation=vllm",
             )
         return self
 

@@ -54,11 +54,19 @@ class Timers:
         finally:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            elapsed = time.perf_counter() - start
+            self.add({phase: time.perf_counter() - start})
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Add what was measured elsewhere, by phase."""
+        for phase, elapsed in seconds.items():
             self._seconds[phase] = self._seconds.get(phase, 0.0) + elapsed
 
+    def phases(self) -> dict[str, float]:
+        """Seconds by phase since the last `take`, in order of first use."""
+        return dict(self._seconds)
+
     def take(self) -> dict[str, float]:
-        """Seconds by phase since the last call, in order of first use; "step" is all of it."""
+        """Begin a new step. Seconds by phase of the one that ends; "step" is all of it."""
         now = time.perf_counter()
         taken = {**self._seconds, "step": now - self._step_start}
         self._seconds, self._step_start = {}, now

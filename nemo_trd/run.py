@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from nemo_trd import preflight, trackers
+from nemo_trd import agreement, preflight, trackers
 from nemo_trd.checkpoint_dir import (
     TrainerState,
     check_matches,
     check_prompts,
     find_checkpoint,
     model_identity,
+    read_samples_ahead,
 )
 from nemo_trd.config import Config
 from nemo_trd.evaluate import evaluate
-from nemo_trd.generation.local import LocalGenerator
+from nemo_trd.generation import request_seed
+from nemo_trd.generators import Generators
 from nemo_trd.megatron.checkpoint import Checkpointer
 from nemo_trd.megatron.hf_weights import save_hf_directory
 from nemo_trd.megatron.runtime import StopRequest
@@ -36,7 +38,7 @@ from nemo_trd.refinement import (
 )
 from nemo_trd.samples import Sample
 from nemo_trd.sampling import Sampler, reject_outside_support
-from nemo_trd.types import Prompt, Refinement, TokenIds, Trajectory
+from nemo_trd.types import GenerationRequest, Prompt, Refinement, Rollout, TokenIds, Trajectory
 from nemo_trd.verifiers import verifier
 
 log = logging.getLogger(__name__)
@@ -92,11 +94,11 @@ class Run:
         self._verify = verifier(config.data.verifier)
         self.student = Student(config)
         self.teacher = Teacher(config, self.student.groups)
-        self._generator, teacher_generator = _generators(config)
+        self._generators = Generators(config)
         self.sampler = Sampler(
             config,
-            self._generator,
-            teacher_generator,
+            self._generators.student,
+            self._generators.teacher,
             inputs.student_tokenizer,
             inputs.teacher_tokenizer,
         )
@@ -112,12 +114,15 @@ class Run:
             model=model_identity(self.student.hf),
         )
         self._saved_step: int | None = None
+        self.samples_ahead: dict[int, list[Refinement]] = {}  # drawn before the run was cut off
         if inputs.checkpoint is not None:
             self._state = replace(
                 self._checkpointer.load(inputs.checkpoint), digest=config.digest()
             )
+            self.samples_ahead = read_samples_ahead(inputs.checkpoint)
             self._saved_step = self._state.step
-            self.sync_weights(self._state.weight_version)
+        if inputs.checkpoint is not None or config.generation.vllm is not None:
+            self.sync_weights()  # whatever a server has been given before
         self.timers = Timers()
         self._logger = RunLogger(config, dist.get_rank() == 0, self._state.step)
         self._announce()
@@ -144,16 +149,37 @@ class Run:
         return self._state.step
 
     def start(self) -> None:
-        """Evaluate the student that the run begins with."""
+        """Check the servers, and evaluate the student that the run begins with.
+
+        Raises:
+            Disagreement: the servers' log-probabilities are not the trainer's.
+        """
+        if self.config.generation.vllm is not None:
+            self._check_servers(self.config.generation.vllm.compared_rollouts)
         if self.config.evaluation.at_start and self.step == 0:
             self._evaluate()
         self.timers.take()
 
-    def prompts(self) -> list[Prompt]:
-        """x: the prompts of this step."""
+    def _check_servers(self, prompts: int) -> None:
+        """Compare the log-probabilities of short answers to a few prompts."""
+        asked = self._inputs.prompts.prompts[:prompts]
+        seed, rollout = self.config.run.seed, self.config.generation.rollout
+        sampling = rollout.model_copy(update={"max_tokens": min(64, rollout.max_tokens)})
+        completions = self.sampler.complete(
+            [GenerationRequest(p.token_ids, request_seed(seed, "check", p.index)) for p in asked],
+            sampling,
+            "log-probability check",
+        )
+        answers = zip(asked, completions, strict=True)
+        found = self._differences([Rollout(p, 0, answer, "", None) for p, answer in answers])
+        agreement.check(found, self.config.precision.dtype, self._inputs.student_tokenizer)
+        log.info("servers and trainer agree: %s", agreement.figures(found))
+
+    def prompts(self, step: int) -> list[Prompt]:
+        """x: the prompts of a step."""
         return prompts_of_step(
             self._inputs.prompts.prompts,
-            self.step,
+            step,
             self.config.train.prompts_per_step,
             self.config.run.seed,
         )
@@ -167,7 +193,21 @@ class Run:
         largest_gap = self.config.refinement.max_student_nll_gap
         if largest_gap is None or all(r.rejection for r in refinements):
             return refinements
-        return reject_outside_support(refinements, self.student.mean_nll, largest_gap)
+        return reject_outside_support(refinements, self.student.token_nll, largest_gap)
+
+    def measure(self, refinements: Sequence[Refinement]) -> dict[str, float]:
+        """What is known of a step's samples before the student moves: age, servers' accuracy."""
+        rollouts = [refinement.request.rollout for refinement in refinements]
+        versions = [rollout.completion.weight_version for rollout in rollouts]
+        return {
+            "staleness": self._state.weight_version - sum(versions) / len(versions),
+            **agreement.figures(self._differences(rollouts)),
+        }
+
+    def _differences(self, rollouts: Sequence[Rollout]) -> list[agreement.Difference]:
+        vllm = self.config.generation.vllm
+        compared = rollouts[: vllm.compared_rollouts] if vllm else []
+        return agreement.differences(compared, self.student.token_nll)
 
     def watched(self, trajectories: Sequence[Trajectory]) -> list[str]:
         """Names of the trajectories that the samples of this step show."""
@@ -175,17 +215,19 @@ class Run:
             return []
         return [t.name for t in trajectories[: self.config.logging.samples_count]]
 
-    def sync_weights(self, version: int) -> None:
+    def sync_weights(self) -> None:
         """Bring the student's weights to its generator."""
-        self._generator.load_weights(self.student.export_hf_weights(), version)
+        version = self._state.weight_version
+        self._generators.student.load_weights(self.student.export_hf_weights(), version)
 
-    def finish_step(
+    def record(
         self,
         refinements: Sequence[Refinement],
         trajectories: Sequence[Trajectory],
         result: StepResult | None,
-    ) -> int | None:
-        """Record, evaluate and save as configured. An exit code when the run is to stop now.
+        measured: Mapping[str, float],
+    ) -> None:
+        """Count the step, and write its line, metrics and samples.
 
         Raises:
             RuntimeError: `train.max_failed_steps` in a row had nothing to train on.
@@ -197,7 +239,7 @@ class Run:
             weight_version=self.step + 1 if result else self._state.weight_version,
             failed_steps=0 if result else self._state.failed_steps + 1,
         )
-        metrics = {**counts, **(result.metrics if result else {})}
+        metrics = {**counts, **measured, **(result.metrics if result else {})}
         self._logger.step(self.step, metrics, self.timers.take())
         if self._logger.wants_samples(self.step):
             self._write_samples(refinements, trajectories, result)
@@ -209,6 +251,9 @@ class Run:
                 f"{self.config.run_dir / 'samples'}; raise generation.refinement.max_tokens or "
                 "refinement.max_context_tokens, or set refinement.on_failure=rollout."
             )
+
+    def finish_step(self, samples_ahead: Mapping[int, list[Refinement]]) -> int | None:
+        """Evaluate and save as configured. An exit code when the run is to stop now."""
         interval = self.config.evaluation.interval
         if interval is not None and self.step % interval == 0:
             with self.timers("evaluation"):
@@ -217,7 +262,7 @@ class Run:
             self._checkpointer.poll()
             exit_code = self._stop.exit_code()
             if exit_code is not None or self.step % self.config.checkpoint.save_interval == 0:
-                self._save()
+                self.save(samples_ahead)
         if exit_code is not None:
             self._checkpointer.wait()
             log.info("stopped on request after step %d; the run can be resumed", self.step)
@@ -225,7 +270,7 @@ class Run:
 
     def finish(self) -> None:
         """The last evaluation, checkpoint, export and summary."""
-        self._save()
+        self.save()
         self._checkpointer.wait()
         if self.config.evaluation.at_end:
             self._evaluate()
@@ -239,10 +284,12 @@ class Run:
     def close(self, succeeded: bool) -> None:
         self._checkpointer.close()
         self._logger.close(succeeded)
+        self._generators.close()
 
-    def _save(self) -> None:
+    def save(self, samples_ahead: Mapping[int, list[Refinement]] | None = None) -> None:
+        """Write a checkpoint, unless there is one of this step; `samples_ahead` are kept in it."""
         if self._saved_step != self.step:
-            self._checkpointer.save(self._state)
+            self._checkpointer.save(self._state, samples_ahead)
             self._saved_step = self.step
 
     def _evaluate(self) -> None:
@@ -300,18 +347,3 @@ class Run:
                 },
             }
         )
-
-
-def _generators(config: Config) -> tuple[LocalGenerator, LocalGenerator]:
-    """Student's and teacher's."""
-    progress = config.logging.progress and dist.get_rank() == 0
-
-    def generator(source: Any) -> LocalGenerator:
-        return LocalGenerator(
-            source.path, config.generation.local, source.trust_remote_code, progress
-        )
-
-    student = generator(config.model.student)
-    if config.algorithm.trajectory == "rollout":
-        return student, student  # no rewrite is ever asked for: a second model would idle
-    return student, generator(config.teacher_source)

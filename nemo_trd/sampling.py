@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
+
+import torch.distributed as dist
 
 from nemo_trd.batching import refinement_trajectory, rollout_trajectory
 from nemo_trd.config import Config, Sampling
-from nemo_trd.generation import Generator, request_seed
+from nemo_trd.generation import GenerationFailed, Generator, request_seed
 from nemo_trd.megatron.parallel import merge_shares, own_share
 from nemo_trd.refinement import judge, read_rollout, refinement_prompts
 from nemo_trd.types import (
@@ -24,6 +26,8 @@ from nemo_trd.types import (
     Trajectory,
 )
 from nemo_trd.verifiers import verifier
+
+Item = TypeVar("Item")
 
 
 class Sampler:
@@ -43,6 +47,8 @@ class Sampler:
         self._student_tokenizer = student_tokenizer
         self._teacher_tokenizer = teacher_tokenizer
         self._verify = verifier(config.data.verifier)
+        # Samples may be drawn while the main thread exchanges something else.
+        self._group = dist.new_group(backend="gloo")
 
     def rollouts(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
         """y_o ~ pi_theta(. | x): `train.rollouts_per_prompt` for each prompt."""
@@ -58,12 +64,15 @@ class Sampler:
             )
             for prompt, sample in wanted
         ]
-        completions = self._student.generate(requests, config.generation.rollout, "rollouts")
-        share = [
-            read_rollout(prompt, sample, completion, self._student_tokenizer, self._verify)
-            for (prompt, sample), completion in zip(wanted, completions, strict=True)
-        ]
-        return merge_shares(share)
+
+        def share() -> list[Rollout]:
+            completions = self._student.generate(requests, config.generation.rollout, "rollouts")
+            return [
+                read_rollout(prompt, sample, completion, self._student_tokenizer, self._verify)
+                for (prompt, sample), completion in zip(wanted, completions, strict=True)
+            ]
+
+        return self._merge(share)
 
     def refinements(self, rollouts: Sequence[Rollout], step: int) -> list[Refinement]:
         """y_r ~ pi_T(. | x, y_o), in OPSD pi_T(. | x, y*, y_o); rejected ones say why."""
@@ -78,10 +87,13 @@ class Sampler:
             for prompt in share
             if prompt.token_ids is not None
         ]
-        completions = self._teacher.generate(requests, config.generation.refinement, "refinements")
-        return merge_shares(
-            judge(share, completions, config, self._teacher_tokenizer, self._verify)
-        )
+
+        def judged() -> list[Refinement]:
+            sampling = config.generation.refinement
+            completions = self._teacher.generate(requests, sampling, "refinements")
+            return judge(share, completions, config, self._teacher_tokenizer, self._verify)
+
+        return self._merge(judged)
 
     def _refinement_seed(self, request: RefinementPrompt, step: int) -> int:
         prompt, sample = request.rollout.prompt, request.rollout.sample_index
@@ -91,12 +103,30 @@ class Sampler:
         self, requests: Sequence[GenerationRequest], sampling: Sampling, description: str
     ) -> list[Completion]:
         """Continue any requests with the current student, as evaluation does."""
-        return merge_shares(self._student.generate(own_share(requests), sampling, description))
+        share = own_share(requests)
+        return self._merge(lambda: self._student.generate(share, sampling, description))
+
+    def _merge(self, make_share: Callable[[], list[Item]]) -> list[Item]:
+        """What all ranks make.
+
+        Raises:
+            GenerationFailed: on all ranks, when it is raised on some.
+        """
+        share: list[Item] = []
+        failure: str | None = None
+        try:
+            share = make_share()
+        except GenerationFailed as error:
+            failure = str(error)
+        failures = {text for text in merge_shares([failure], self._group) if text}
+        if failures:
+            raise GenerationFailed("\n".join(sorted(failures)))
+        return merge_shares(share, self._group)
 
 
 def reject_outside_support(
     refinements: Sequence[Refinement],
-    student_nll: Callable[[Sequence[Trajectory]], dict[str, float]],
+    student_nll: Callable[[Sequence[Trajectory]], dict[str, list[float]]],
     largest_gap: float,
 ) -> list[Refinement]:
     """Reject rewrites that are far less likely under the student than its own rollout.
@@ -114,7 +144,8 @@ def reject_outside_support(
         for position, refinement in enumerate(refinements)
         if refinement.rejection is None
     }
-    nll = student_nll([trajectory for pair in pairs.values() for trajectory in pair])
+    by_token = student_nll([trajectory for pair in pairs.values() for trajectory in pair])
+    nll = {name: sum(values) / len(values) for name, values in by_token.items()}
     kept = list(refinements)
     for position, (rewrite, rollout) in pairs.items():
         if nll[rewrite.name] - nll[rollout.name] > largest_gap:

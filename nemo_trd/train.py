@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 
 import hydra
 import torch.distributed as dist
@@ -23,9 +24,13 @@ from nemo_trd.config import (
     explain_refused_override,
     validate,
 )
+from nemo_trd.generation import GenerationFailed
+from nemo_trd.lookahead import Lookahead
 from nemo_trd.megatron.parallel import raise_together
 from nemo_trd.megatron.runtime import StopRequest, end_process, init_distributed
+from nemo_trd.metrics import Timers
 from nemo_trd.run import Run, load_inputs
+from nemo_trd.types import Refinement
 
 
 def train(run: Run) -> int:
@@ -33,13 +38,13 @@ def train(run: Run) -> int:
 
     Returns the exit code: 0 when all steps are done or a stop file was found.
     """
-    student, teacher, sampler, timers = run.student, run.teacher, run.sampler, run.timers
+    student, teacher, timers = run.student, run.teacher, run.timers
+    samples = Lookahead(partial(sample, run), run.config, timers, run.samples_ahead)
     run.start()
     while run.step < run.config.train.num_steps:
-        with timers("rollout"):  # y_o ~ pi_theta(. | x)
-            rollouts = sampler.rollouts(run.prompts(), run.step)
-        with timers("refinement"):  # y_r ~ pi_T(. | x, y_o), in OPSD pi_T(. | x, y*, y_o)
-            refinements = run.within_support(sampler.refinements(rollouts, run.step))
+        refinements = run.within_support(samples.take(run.step))
+        samples.start(run.step + 1)  # with max_staleness 1, beside what follows
+        measured = run.measure(refinements)
         trajectories = pair(refinements, run.config, run.teacher_prompt)  # x + y_r | c_T + y_r
         result = None
         if trajectories:
@@ -49,13 +54,24 @@ def train(run: Run) -> int:
             with timers("student"):  # one step on sum_t D(pi_T, pi_theta)(t) / number of t
                 watched = run.watched(trajectories)
                 result = student.train_step(micro_batches, teacher_states, watched)
+        run.record(refinements, trajectories, result, measured)
+        samples.settle()
+        if result:
             with timers("weight_sync"):
-                run.sync_weights(version=run.step + 1)
-        exit_code = run.finish_step(refinements, trajectories, result)
+                run.sync_weights()
+        exit_code = run.finish_step(samples.ready)
         if exit_code is not None:
             return exit_code
     run.finish()
     return 0
+
+
+def sample(run: Run, step: int, timers: Timers) -> list[Refinement]:
+    """What the student answers to the prompts of a step, and how the teacher rewrites it."""
+    with timers("rollout"):  # y_o ~ pi_theta(. | x)
+        rollouts = run.sampler.rollouts(run.prompts(step), step)
+    with timers("refinement"):  # y_r ~ pi_T(. | x, y_o), in OPSD pi_T(. | x, y*, y_o)
+        return run.sampler.refinements(rollouts, step)
 
 
 def launch(config: Config) -> int:
@@ -73,6 +89,10 @@ def launch(config: Config) -> int:
         run = Run(config, inputs, stop)
         try:
             exit_code = train(run)
+        except GenerationFailed:
+            run.save()
+            run.close(succeeded=False)
+            raise
         except BaseException:
             run.close(succeeded=False)
             raise

@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     import torch
 
 
+class GenerationFailed(RuntimeError):
+    """The generators cannot go on, for a reason that lies with them: servers are gone, or refuse.
+
+    What has been trained is whole and can be saved.
+    """
+
+
 class Generator(Protocol):
     """Samples continuations of token sequences."""
 

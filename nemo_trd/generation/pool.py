@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from nemo_trd.config import VllmClient
+from nemo_trd.generation import GenerationFailed
 from nemo_trd.generation.vllm_api import AttemptFailed, Refused
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 LOAD_BOUND = 1.25
 
 
-class AllReplicasDown(RuntimeError):
+class AllReplicasDown(GenerationFailed):
     """No replica of a pool can be used. Names each with the cause."""
 
 

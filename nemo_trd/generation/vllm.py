@@ -19,6 +19,7 @@ from tenacity import (
 from tqdm import tqdm
 
 from nemo_trd.config import Sampling, VllmClient, rule_broken
+from nemo_trd.generation import GenerationFailed
 from nemo_trd.generation.pool import Dispatcher, Member
 from nemo_trd.generation.vllm_api import (
     GENERATE,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
-class RequestFailed(RuntimeError):
+class RequestFailed(GenerationFailed):
     """All attempts at one request failed. Names every server that was asked, and its cause."""
 
 

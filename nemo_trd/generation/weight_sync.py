@@ -27,6 +27,7 @@ from pydantic import SecretStr
 from torch import Tensor
 
 from nemo_trd import config
+from nemo_trd.generation import GenerationFailed
 from nemo_trd.generation.replica import AS_STARTED, Replica, ReplicaError
 from nemo_trd.generation.weight_transport import Bucket, WeightFiles, buckets
 
@@ -36,7 +37,7 @@ GRACE_SECONDS = 5.0  # beyond a limit, for whoever ran into it to say so
 _sync_numbers = itertools.count()  # the same on all ranks: syncs are collective
 
 
-class WeightSyncError(RuntimeError):
+class WeightSyncError(GenerationFailed):
     """No server has the new weights. Names URL and phase of every failure."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import shutil
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from nemo_trd import checkpoint_dir
 from nemo_trd.checkpoint_dir import PARTIAL, TrainerState, checkpoint_name
 from nemo_trd.config import Checkpoint
 from nemo_trd.megatron.student import Student
+from nemo_trd.types import Refinement
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,9 @@ class Checkpointer:
         self._student = student
         self._queue = AsyncCallsQueue()
 
-    def save(self, state: TrainerState) -> None:
+    def save(
+        self, state: TrainerState, samples_ahead: Mapping[int, list[Refinement]] | None = None
+    ) -> None:
         """Write a checkpoint; with `async_save` return while it is still being written.
 
         The one before stays the newest until all files of this one are on the disk.
@@ -58,6 +62,8 @@ class Checkpointer:
         )
         (partial_dir / "rng").mkdir(exist_ok=True)  # megatron-core takes what was there for debris
         save_file(_rng_state(), partial_dir / "rng" / _rng_file())
+        if samples_ahead and dist.get_rank() == 0:
+            checkpoint_dir.write_samples_ahead(partial_dir, samples_ahead)
         if request is None:
             self._commit(partial_dir, state)
         else:

@@ -76,10 +76,13 @@ def own_share(items: Sequence[Item]) -> list[Item]:
     return list(items[dist.get_rank() :: dist.get_world_size()])
 
 
-def merge_shares(share: Sequence[Item]) -> list[Item]:
-    """Undo `own_share`: all ranks get all items in their first order. Collective."""
+def merge_shares(share: Sequence[Item], group: dist.ProcessGroup | None = None) -> list[Item]:
+    """Undo `own_share`: all ranks get all items in their first order. Collective.
+
+    `group` has all ranks; a thread that runs beside others brings one of its own.
+    """
     shares: list[list[Item]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(shares, list(share))
+    dist.all_gather_object(shares, list(share), group)
     merged: list[Item] = []
     for position in range(max(len(s) for s in shares)):
         merged += [s[position] for s in shares if position < len(s)]
@@ -112,3 +115,20 @@ def raise_together(check: Callable[[], Result]) -> Result:
             for text, where in ranks.items()
         )
     )
+
+
+def from_first_rank(make: Callable[[], Result]) -> Result:
+    """What rank 0 makes; the others get a copy of it. Collective.
+
+    Raises:
+        ConfigError: on all ranks, what `make` raised.
+    """
+    made: list[Result | None] = [None]
+
+    def on_first() -> None:
+        if dist.get_rank() == 0:
+            made[0] = make()
+
+    raise_together(on_first)
+    dist.broadcast_object_list(made, src=0)
+    return cast(Result, made[0])

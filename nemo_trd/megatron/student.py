@@ -164,8 +164,8 @@ class Student:
         return StepResult(metrics, token_divergence)
 
     @torch.no_grad()
-    def mean_nll(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-        """Mean negative log-likelihood per label token, in nats, by trajectory name."""
+    def token_nll(self, trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
+        """Negative log-likelihood of each label token, in nats, by trajectory name."""
         for chunk in self.chunks:
             chunk.eval()
         plan = self.pack(trajectories)
@@ -231,7 +231,7 @@ class Student:
 
     def _nll(
         self, micro_batch: Microbatch, _: None, hidden: Tensor, non_loss_data: bool
-    ) -> dict[str, float]:
+    ) -> dict[str, list[float]]:
         nll = token_nll(
             self._rows(hidden, micro_batch),
             self.models[-1].output_weight(),
@@ -242,7 +242,7 @@ class Student:
             group=self.groups.tp,
         )
         return {
-            t.name: float(nll.cpu()[micro_batch.trajectory_index == i].mean())
+            t.name: nll.cpu()[micro_batch.trajectory_index == i].tolist()
             for i, t in enumerate(micro_batch.trajectories)
         }
 

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 TESTS = Path(__file__).resolve().parent.parent
 
 
@@ -78,9 +80,15 @@ def run_ranks(
 
 
 def end_group(process: subprocess.Popen[Any]) -> None:
-    """SIGKILL a process that leads a session, and what it started in it."""
+    """SIGKILL a process that leads a session, and what it started, in sessions of their own too."""
+    started: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        started = psutil.Process(process.pid).children(recursive=True)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    for child in started:  # torchrun's ranks
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
     process.wait()
 
 

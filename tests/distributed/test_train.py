@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import run_ranks
+from launch import launch, run_ranks
 from tiny_models import make_model
+from transformers_oracle import mean_kl
 
 pytestmark = pytest.mark.distributed
 
 STEPS = 4
+SAVE_AT_HALF = [f"checkpoint.save_interval={STEPS // 2}"]
+EOS = 3
+ANSWERS = [([70, 71, EOS], "stop"), ([EOS], "stop"), ([72], "length"), ([73, EOS], "stop")]
 PP2 = ["parallel.student.pipeline_model_parallel_size=2"]
 
 
@@ -25,28 +31,72 @@ def run_training(overrides: list[str], fault: str) -> None:
 
     import torch.distributed as dist
 
+    from nemo_trd import checkpoint_dir
     from nemo_trd.config import compose
+    from nemo_trd.megatron.checkpoint import Checkpointer
     from nemo_trd.megatron.student import Student
     from nemo_trd.metrics import RunLogger
     from nemo_trd.train import launch
 
-    record, train_step = RunLogger.step, Student.train_step
+    record, train_step, save = RunLogger.step, Student.train_step, Checkpointer.save
 
-    def terminated(self: Any, step: int, *rest: Any) -> None:
+    def signalled(self: Any, step: int, *rest: Any) -> None:
         record(self, step, *rest)
         if step == STEPS // 2 and dist.get_rank() == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), getattr(signal, fault))
 
     def broken(self: Any, *arguments: Any) -> Any:
         if dist.get_rank() == dist.get_world_size() - 1:
             raise RuntimeError("broken on purpose")
         return train_step(self, *arguments)
 
-    if fault == "SIGTERM":
-        RunLogger.step = terminated  # type: ignore[method-assign]
+    rank_process = os.getpid()
+
+    def killed(*arguments: Any) -> None:
+        os.kill(rank_process, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)  # megatron-core writes shards in a forked process
+
+    def killed_in_save(self: Any, state: Any, *rest: Any) -> None:
+        if state.step == STEPS:
+            if fault == "killed before a shard is on the disk":
+                os.fsync = killed
+            else:
+                checkpoint_dir.os.rename = killed
+        save(self, state, *rest)
+
+    if fault.startswith("SIG"):
+        RunLogger.step = signalled  # type: ignore[method-assign]
     if fault == "exception":
         Student.train_step = broken  # type: ignore[method-assign]
+    if fault.startswith("killed"):
+        Checkpointer.save = killed_in_save  # type: ignore[method-assign]
     sys.exit(launch(compose(overrides)))
+
+
+def run_with_scripted_rollouts(directories: list[str], overrides: list[str], record: str) -> None:
+    """Vanilla distillation of known answers, once for each directory of models."""
+    from dataclasses import asdict
+
+    import nemo_trd.train as entry
+    from nemo_trd.config import compose
+    from nemo_trd.generation.local import LocalGenerator
+    from nemo_trd.types import Completion
+
+    script = [Completion(tuple(y), reason, 0) for y, reason in ANSWERS]  # type: ignore[arg-type]
+    LocalGenerator.generate = lambda _, requests, *__: script if requests else []  # type: ignore
+    pair, seen = entry.pair, []
+
+    def recorded(*arguments: Any) -> Any:
+        trajectories = pair(*arguments)
+        seen.append([asdict(trajectory) for trajectory in trajectories])
+        return trajectories
+
+    entry.pair = recorded
+    for number, directory in enumerate(directories):
+        models = [f"model.{role}.path={directory}/{role}" for role in ("student", "teacher")]
+        paths = [*models, f"run.dir={directory}/run"]
+        assert entry.launch(compose([*overrides, *paths])) == 0, number
+    Path(record).write_text(json.dumps(seen))
 
 
 @pytest.fixture(scope="module")
@@ -86,22 +136,112 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not k.startswith(clock)} for line in lines]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_terminated_run_saves_and_resumes_to_the_same_numbers(
-    ranks: int, inputs: Path, tmp_path: Path
+@pytest.fixture(scope="module")
+def whole_run(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run on one rank that nothing interrupted."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    assert run_ranks(1, run_training, settings(inputs, run_dir, *SAVE_AT_HALF), "")[0] == 0
+    return run_dir
+
+
+@pytest.mark.parametrize(("ranks", "signal"), [(1, "SIGTERM"), (2, "SIGUSR1")])
+def test_a_signalled_run_saves_and_resumes_to_the_same_numbers(
+    ranks: int, signal: str, inputs: Path, whole_run: Path, tmp_path: Path
 ) -> None:
     layout = PP2 if ranks == 2 else []
     whole, cut = (settings(inputs, tmp_path / name, *layout) for name in ("whole", "cut"))
-    assert run_ranks(ranks, run_training, whole, "")[0] == 0
-    code, output = run_ranks(ranks, run_training, cut, "SIGTERM")
+    if ranks == 2:
+        assert run_ranks(ranks, run_training, whole, "")[0] == 0
+        whole_run = tmp_path / "whole"
+    code, output = run_ranks(ranks, run_training, cut, signal)
     assert code != 0 and "stopped on request after step 2" in output
     assert "exitcode  : 75" in output  # of the rank; torchrun's own is another
     assert len(metrics(tmp_path / "cut")) == STEPS // 2
     assert run_ranks(ranks, run_training, cut, "")[0] == 0
-    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    assert metrics(tmp_path / "cut") == metrics(whole_run)
     assert len(metrics(tmp_path / "cut")) == STEPS
     files = {path.name for path in (tmp_path / "cut").iterdir()}
     assert files >= {"checkpoints", "export", "samples", "summary.json", "config.yaml"}
+
+
+@pytest.mark.parametrize("moment", ["before a shard is on the disk", "before the last rename"])
+def test_a_run_killed_while_it_saves_resumes_from_the_save_before(
+    moment: str, inputs: Path, whole_run: Path, tmp_path: Path
+) -> None:
+    run = settings(inputs, tmp_path / "run", *SAVE_AT_HALF)
+    code, output = run_ranks(1, run_training, run, f"killed {moment}")
+    assert code not in (0, -1) and "SIGKILL" in output, output[-3000:]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "latest",
+        "step_00000002",
+        "step_00000004.partial",
+    ]
+    assert (checkpoints / "latest").resolve().name == "step_00000002"
+    code, output = run_ranks(1, run_training, run, "")
+    assert code == 0 and f"resumed from {checkpoints / 'step_00000002'}" in output
+    assert metrics(tmp_path / "run") == metrics(whole_run)
+    assert weights(tmp_path / "run" / "export") == weights(whole_run / "export")
+    assert not (checkpoints / "step_00000004.partial").exists()
+
+
+def weights(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.glob("*.safetensors")}
+
+
+def test_a_checkpoint_of_a_different_model_is_refused_and_left_alone(
+    inputs: Path, whole_run: Path, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 48, "intermediate_size": 48, "num_attention_heads": 4}
+    other = make_model(tmp_path / "other", "qwen3", tokenizer=True, **sizes)
+    before = {path: path.stat().st_mtime_ns for path in whole_run.rglob("*")}
+    run = settings(inputs, whole_run, f"model.student.path={other}", "train.num_steps=6")
+    code, output = run_ranks(1, run_training, run, "")
+    assert code not in (0, -1)
+    assert "it holds a model with hidden_size = 32, and the student has 48" in output
+    assert {path: path.stat().st_mtime_ns for path in whole_run.rglob("*")} == before
+
+
+def test_a_rank_without_a_trajectory_takes_part_with_nothing(inputs: Path, tmp_path: Path) -> None:
+    one = ["train.prompts_per_step=1", "train.num_steps=2"]
+    losses = {}
+    for ranks in (1, 2):
+        run_dir = tmp_path / str(ranks)
+        assert run_ranks(ranks, run_training, settings(inputs, run_dir, *one), "")[0] == 0
+        losses[ranks] = [(m["loss"], m["grad_norm"], m["label_tokens"]) for m in metrics(run_dir)]
+    assert len(losses[1]) == 2
+    for step, expected in zip(losses[2], losses[1], strict=True):
+        assert step == pytest.approx(expected, rel=1e-5)
+
+
+def test_labels_are_y_with_its_eos_whatever_the_tokenizer_pads_with(
+    inputs: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    directories = []
+    for side, pad in product(("left", "right"), ("eos", "pad")):
+        directories.append(tmp_path / f"{side}-{pad}")
+        shutil.copytree(inputs, directories[-1])
+        for role in ("student", "teacher"):
+            tokenizer = AutoTokenizer.from_pretrained(inputs / role)
+            tokenizer.padding_side = side
+            tokenizer.pad_token = tokenizer.eos_token if pad == "eos" else tokenizer.pad_token
+            assert (tokenizer.pad_token_id == tokenizer.eos_token_id) == (pad == "eos")
+            tokenizer.save_pretrained(directories[-1] / role)
+    overrides = [
+        *(s for s in settings(inputs, tmp_path) if not s.startswith(("model.", "run.dir"))),
+        *("algorithm.trajectory=rollout", "train.num_steps=1"),
+    ]
+    record = tmp_path / "record.json"
+    launch(1, run_with_scripted_rollouts, [str(d) for d in directories], overrides, str(record))
+    runs = json.loads(record.read_text())
+    assert [[t["labels"] for t in run] for run in runs] == [[y for y, _ in ANSWERS]] * 4
+    results = [metrics(directory / "run") for directory in directories]
+    assert results[0][0]["label_tokens"] == sum(len(y) for y, _ in ANSWERS)
+    assert results == [results[0]] * 4
+    expected = mean_kl(inputs / "student", inputs / "teacher", runs[0])
+    assert results[0][0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_exception_on_one_rank_ends_all_ranks_with_its_cause(

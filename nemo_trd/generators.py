@@ -1,0 +1,103 @@
+"""The generators of a run, student's and teacher's, and the servers that it starts for them."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from itertools import chain
+
+import torch.distributed as dist
+from pydantic import SecretStr
+
+from nemo_trd.config import Config, ModelSource, Vllm, VllmPool
+from nemo_trd.generation import Generator
+from nemo_trd.megatron.parallel import from_first_rank
+
+
+class Generators:
+    """`student` and `teacher`, as `generation` says. Collective; `close` ends what was started.
+
+    With `algorithm.trajectory=rollout` no rewrite is ever asked for, and the teacher's is the
+    student's: a second model would idle.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._stack = ExitStack()
+        self._progress = config.logging.progress and dist.get_rank() == 0
+        make = self._local if config.generation.vllm is None else self._on_servers()
+        self.student = make(config.model.student, "student")
+        self.teacher = self.student
+        if config.algorithm.trajectory == "refinement":
+            self.teacher = make(config.teacher_source, "teacher")
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def _local(self, source: ModelSource, role: str) -> Generator:
+        from nemo_trd.generation.local import LocalGenerator
+
+        return LocalGenerator(
+            source.path, self._config.generation.local, source.trust_remote_code, self._progress
+        )
+
+    def _on_servers(self) -> Callable[[ModelSource, str], Generator]:
+        from nemo_trd.generation.api_key import read_api_key
+
+        vllm = self._config.generation.vllm
+        assert vllm is not None
+        given = from_first_rank(lambda: read_api_key(vllm.api_key_env, vllm.api_key_file))
+        # Servers of our own never stand open, whether or not anybody thought of a key.
+        key = given or from_first_rank(lambda: SecretStr(secrets.token_urlsafe(32)))
+        servers = from_first_rank(lambda: self._start(vllm, key))
+        return partial(self._vllm, vllm, given, key, servers)
+
+    def _vllm(
+        self,
+        vllm: Vllm,
+        given: SecretStr | None,
+        key: SecretStr,
+        started: dict[str, list[str]],
+        source: ModelSource,
+        role: str,
+    ) -> Generator:
+        from nemo_trd.generation.eos import eos_token_ids
+        from nemo_trd.generation.vllm import VllmGenerator
+        from nemo_trd.generation.weight_sync import WeightSync
+
+        pool: VllmPool = getattr(vllm, role)
+        urls = pool.urls or started[role]
+        api_key = given if pool.urls else key
+        sync = None
+        if role == "student":
+            sync = WeightSync(urls, vllm.weight_sync, api_key)
+            self._stack.callback(sync.close)
+        return VllmGenerator(
+            urls,
+            eos_token_ids(source.path, source.trust_remote_code),
+            vllm.client,
+            api_key=api_key,
+            sync=sync,
+            logprobs=role == "student",
+            progress=self._progress,
+        )
+
+    def _start(self, vllm: Vllm, key: SecretStr) -> dict[str, list[str]]:
+        """Start the servers that are not given by URL, all together; their URLs by role."""
+        from nemo_trd.generation.server import servers_of, start_all, stop_all
+
+        models = {"student": self._config.model.student}
+        if self._config.algorithm.trajectory == "refinement":
+            models["teacher"] = self._config.teacher_source
+        backends = {"student": vllm.weight_sync.backend, "teacher": None}
+        logs = self._config.run_dir / "servers"
+        servers = {
+            role: servers_of(source, getattr(vllm, role), vllm, logs / role, key, backends[role])
+            for role, source in models.items()
+        }
+        together = list(chain(*servers.values()))
+        start_all(together)
+        self._stack.callback(stop_all, together)
+        return {role: [server.url for server in started] for role, started in servers.items()}
