@@ -23,8 +23,8 @@ from nemo_trd.preflight import longest_answer, longest_trajectory
 GIB = 2**30
 ELEMENT = {"bf16": 2, "fp32": 4}
 # Tensors [chunk, V/tp] in fp32 that a divergence holds at one time beside the logits of both
-# models. Two of them are copies, which logits in fp32 do not need.
-LOSS_TENSORS = {"forward_kl": 7, "reverse_kl": 7, "jsd": 9}
+# models. Two of them are copies, which logits in fp32 at temperature 1 do not need.
+LOSS_TENSORS = {"forward_kl": 7, "reverse_kl": 7, "jsd": 8.25}
 TOP_K_TENSORS = 9.25  # of any divergence on the teacher's top k
 
 
@@ -230,7 +230,7 @@ def loss_workspace_bytes(config: Config, student: Any, lengths: Lengths) -> int:
     chunk = min(config.loss.chunk_size, lengths.labels)
     limited = config.loss.top_k is not None
     tensors = TOP_K_TENSORS if limited else LOSS_TENSORS[config.loss.divergence]
-    tensors -= 0 if element < 4 else 2
+    tensors -= 2 if element == 4 and config.loss.temperature == 1 else 0
     logits = round(chunk * rows * (2 * element + 4 * tensors))
     logits += chunk * hidden * (element + 4) + lengths.labels * 80  # a chunk's rows; statistics
     # Summed in fp32; when the logits are gone it is copied to the weight's dtype.

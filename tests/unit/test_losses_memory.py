@@ -91,6 +91,26 @@ def test_twice_the_tokens_add_no_more_than_hidden_states_and_their_gradient(
 
 @every_divergence
 @every_tail
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_logit_of_a_chunk_takes_28_to_44_bytes(
+    name: str, tail: str, temperature: float, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Of student and teacher together, and of all that is computed from it."""
+    vocab, chunk = 1000, 20
+
+    def peak(chunk_size: int) -> int:
+        inputs = make_inputs(2 * chunk, dtype, vocab=vocab, padded=vocab)
+        loss = make_loss(name, tail, temperature=temperature, chunk_size=chunk_size)
+        return allocations(lambda: run(inputs, loss, vocab=vocab), tmp_path)[0]
+
+    peak(chunk)
+    bytes_per_logit = (peak(2 * chunk) - peak(chunk)) / (chunk * vocab)
+    assert 28 <= bytes_per_logit < 45  # the top k and the statistics are what is beyond 44
+
+
+@every_divergence
+@every_tail
 def test_between_forward_and_backward_there_are_gradients_and_no_logits(
     name: str, tail: str, tmp_path: Path
 ) -> None:

@@ -232,9 +232,14 @@ def test_step_counts_the_loss_at_labels_only_and_recomputation() -> None:
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize("top_k", [None, 32])
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_loss_workspace_is_what_the_loss_allocates(
-    divergence: str, top_k: int | None, dtype: str, monkeypatch: pytest.MonkeyPatch
+    divergence: str,
+    top_k: int | None,
+    temperature: float,
+    dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The logits of a chunk in one block, as on a GPU; rows and vocabulary as in the formula."""
     import torch
@@ -248,6 +253,7 @@ def test_loss_workspace_is_what_the_loss_allocates(
             f"loss.divergence={divergence}",
             f"loss.top_k={'null' if top_k is None else top_k}",
             f"loss.chunk_size={chunk}",
+            f"loss.temperature={temperature}",
             f"precision.dtype={dtype}",
         ]
     )
