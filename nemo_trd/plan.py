@@ -46,8 +46,8 @@ class Plan:
     advice: Advice | None = None
     flops: StepFlops | None = None
     split: Split | None = None
-    fastest: Split | None = None  # of the same nodes, while generation and training take turns
-    evenest: Split | None = None  # of the same nodes, were they to overlap
+    fastest: Split | None = None  # of the same nodes
+    evenest: Split | None = None  # of the same nodes: the longer of generation and training least
     evening: Evening | None = None  # server nodes that even out the training nodes
     disk: int = 0
 

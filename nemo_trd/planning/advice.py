@@ -33,7 +33,8 @@ def capacity(config: Config) -> int:
 
 
 def advise(config: Config, student: Any, teacher: Any) -> Advice | None:
-    """The first single change that makes the run fit, else the changes that help most, together.
+    """The first single change that makes the run fit, else those that help most, together; more
+    nodes come last.
 
     None: no change that is known here helps.
     """
@@ -49,14 +50,18 @@ def advise(config: Config, student: Any, teacher: Any) -> Advice | None:
         if needed <= limit:
             return Advice((override,), needed, True)
     now = peak(training_memory(config, student, teacher)).total
-    taken: list[str] = []
+    taken: dict[str, str] = {}  # key -> value
     while now > limit:
-        needed, override, changed = min(tried(config), key=lambda option: option[0])
+        *changed_settings, more_nodes = tried(config)
+        helping = [option for option in changed_settings if option[0] <= now * (1 - LEAST_GAIN)]
+        needed, override, changed = min(helping, key=lambda o: o[0], default=more_nodes)
         if needed > now * (1 - LEAST_GAIN):
             break
         now, config = needed, changed
-        taken.append(override)
-    return Advice(tuple(taken), now, now <= limit) if taken else None
+        key, _, value = override.partition("=")
+        taken[key] = value
+    overrides = tuple(f"{key}={value}" for key, value in taken.items())
+    return Advice(overrides, now, now <= limit) if taken else None
 
 
 def on_fewer_gpus(config: Config) -> Config | None:

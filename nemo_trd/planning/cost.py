@@ -78,12 +78,13 @@ def step_flops(config: Config, student: Any, teacher: Any) -> StepFlops:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of each part of one step, one after the other."""
+    """Seconds of each part of one step."""
 
     rollout: float
     refinement: float
     teacher: float
     student: float  # with the loss
+    overlap: bool  # generation.max_staleness 1: generation beside the training of the last step
 
     @property
     def generation(self) -> float:
@@ -95,6 +96,8 @@ class StepTime:
 
     @property
     def total(self) -> float:
+        if self.overlap:
+            return max(self.generation, self.training)
         return self.generation + self.training
 
 
@@ -120,6 +123,7 @@ def step_time(config: Config, student: Any, teacher: Any) -> StepTime:
         refinement=made.get("refinement", 0.0),
         teacher=flops.teacher / (world * teacher_rate) * bubble(config, parallel.teacher),
         student=(flops.student / (world * rate) + loss) * bubble(config, parallel.student),
+        overlap=config.generation.max_staleness > 0,
     )
 
 

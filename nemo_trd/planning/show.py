@@ -176,11 +176,13 @@ def _time(plan: Plan) -> str:
         f"{_seconds(time.student)} in {micro_batches(plan.config, plan.config.parallel.student)} "
         "micro-batches a rank",
         f"  generation : training = {time.generation / time.training:.2f}; step "
-        f"{_seconds(time.total)}",
+        f"{_seconds(time.total)}, as they "
+        + ("overlap" if time.overlap else "take turns (generation.max_staleness=0)"),
     ]
-    for name, split in (("fastest", plan.fastest), ("evenest", plan.evenest)):
-        if split is not None:
-            lines.append(f"  {name} split of these nodes: {_split(split)}")
+    if plan.fastest is not None and plan.evenest is not None:
+        lines.append(f"  fastest split of these nodes: {_split(plan.fastest)}")
+        if plan.evenest != plan.fastest:
+            lines.append(f"  evenest split of these nodes: {_split(plan.evenest)}")
     if plan.evening is not None:
         lines.append(f"  {_evening(plan)}")
     lines.append(
@@ -288,5 +290,7 @@ def _split_figures(split: Split) -> dict[str, Any]:
     times = {
         f"{part}_seconds": seconds if math.isfinite(seconds) else None
         for part, seconds in vars(split.time).items()
+        if part != "overlap"
     }
-    return nodes | times
+    total = split.time.total if math.isfinite(split.time.total) else None
+    return nodes | times | {"step_seconds": total, "overlap": split.time.overlap}

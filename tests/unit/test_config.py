@@ -284,6 +284,7 @@ def test_config_cannot_be_changed_after_validation() -> None:
         "evaluation.at_end=true",
         "generation.local.batch_size=1",
         "run.dir=elsewhere",
+        "cluster.training_nodes=4",
     ],
 )
 def test_digest_does_not_depend_on_where_and_how_a_run_is_computed(override: str) -> None:
