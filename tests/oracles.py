@@ -25,13 +25,13 @@ TAILS = {
     "bucket": {"top_k": 7, "top_k_tail": "bucket"},
     "renormalize": {"top_k": 7, "top_k_tail": "renormalize"},
 }
-
-
 TRL, MODELOPT = "trl.experimental.gkd", "modelopt.torch.distill.plugins.megatron"
 
 
 def need(module: str) -> None:
     """Skip the test where `module` is not installed. In CI that is a failure."""
+    import nemo_trd.megatron  # noqa: F401  (ModelOpt imports megatron-core, which needs this first)
+
     if os.environ.get("CI"):
         importlib.import_module(module)
     pytest.importorskip(module, exc_type=ImportError)

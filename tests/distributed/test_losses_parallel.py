@@ -218,6 +218,7 @@ def check_plain_oracle(loss: Loss) -> None:
 
 def check_modelopt() -> None:
     """NVIDIA's vocabulary-parallel losses: values and gradients."""
+    oracles.need(oracles.MODELOPT)
     from megatron.core import parallel_state
 
     dist.init_process_group("gloo")
