@@ -214,6 +214,10 @@ def step_line(step: int, num_steps: int, figures: Figures, eta_seconds: float) -
         parts.append(f"grad norm {_g(figures['grad_norm'])}")
     if "lr" in figures:
         parts.append(f"lr {_g(figures['lr'], 3)}")
+    if figures.get("staleness"):
+        parts.append(f"staleness {_g(figures['staleness'], 2)}")
+    if "logprob_difference" in figures:
+        parts.append(f"log-probs off by {_g(figures['logprob_difference'], 2)}")
     parts.append(f"{figures['tokens_per_second'] or 0:,.0f} tok/s")
     phases = [
         f"{name.removeprefix('seconds/')} {value:.1f}"
