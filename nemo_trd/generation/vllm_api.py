@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import BaseModel, Field, SecretStr, ValidationError
 
 from nemo_trd.config import Sampling
+from nemo_trd.generation import GenerationFailed
 from nemo_trd.types import GenerationRequest, TokenIds
 
 GENERATE = "/inference/v1/generate"
@@ -37,7 +38,7 @@ class StaleWeights(AttemptFailed):
     """The answer comes from other weights than the current ones."""
 
 
-class Refused(ValueError):
+class Refused(GenerationFailed):
     """The server works and refuses the request: it would do so again."""
 
 
