@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import multiprocessing
+import queue
 import random
 import shutil
+import signal
 from collections.abc import Mapping
 from functools import partial
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,7 @@ import numpy
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from safetensors.torch import load_file, save_file
@@ -38,6 +44,7 @@ class Checkpointer:
         self._root = root
         self._student = student
         self._queue = AsyncCallsQueue()
+        filesystem_async._results_queue = _results_queue(settings.async_save)
 
     def save(
         self, state: TrainerState, samples_ahead: Mapping[int, list[Refinement]] | None = None
@@ -153,3 +160,20 @@ def _restore_rng_state(state: dict[str, torch.Tensor]) -> None:
     get_cuda_rng_tracker().set_states(tracked)
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _results_queue(async_save: bool) -> Any:
+    """Where megatron-core's writers put their results.
+
+    Its own is held by a process that stays behind when this one is killed, or ends at once.
+    """
+    if not async_save:
+        return queue.Queue()  # writers are threads and forked processes that report to this one
+    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    manager.start(_end_with_parent)
+    return manager.Queue()
+
+
+def _end_with_parent() -> None:
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

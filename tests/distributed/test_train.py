@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
@@ -9,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from launch import launch, run_ranks
 from tiny_models import make_model
@@ -169,7 +171,8 @@ def test_a_run_killed_while_it_saves_resumes_from_the_save_before(
     moment: str, inputs: Path, whole_run: Path, tmp_path: Path
 ) -> None:
     run = settings(inputs, tmp_path / "run", *SAVE_AT_HALF)
-    code, output = run_ranks(1, run_training, run, f"killed {moment}")
+    marked = {"TEST_DIRECTORY": str(tmp_path)}
+    code, output = run_ranks(1, run_training, run, f"killed {moment}", environment=marked)
     assert code not in (0, -1) and "SIGKILL" in output, output[-3000:]
     checkpoints = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == [
@@ -183,6 +186,17 @@ def test_a_run_killed_while_it_saves_resumes_from_the_save_before(
     assert metrics(tmp_path / "run") == metrics(whole_run)
     assert weights(tmp_path / "run" / "export") == weights(whole_run / "export")
     assert not (checkpoints / "step_00000004.partial").exists()
+    assert leftovers(tmp_path) == []
+
+
+def leftovers(directory: Path) -> list[list[str]]:
+    """Command lines of processes that were started with this directory as their mark."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("TEST_DIRECTORY") == str(directory):
+                found.append(process.cmdline())
+    return found
 
 
 def weights(directory: Path) -> dict[str, bytes]:
