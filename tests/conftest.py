@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -22,3 +24,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[Any]:
+    """Process groups of a world of one rank, in this process."""
+    import torch.distributed as dist
+
+    from nemo_trd.config import Layout
+    from nemo_trd.megatron.parallel import process_groups
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield process_groups(Layout(tensor_model_parallel_size=1, pipeline_model_parallel_size=1))
+    dist.destroy_process_group()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 from pydantic import SecretStr
@@ -57,7 +57,7 @@ class Replica:
         if self._link is not None and self.version() != self._linked_version:
             self._drop_link()  # it was started again since, or somebody else gave it weights
         self._post("/update_weight_version", {"new_version": INCOMPLETE})
-        self._post("/collective_rpc", {"method": "abandon_weight_update"})
+        self._on_workers("abandon_weight_update")
         if settings.backend != "file" and self._link is None:
             self._connect()
         self._post("/start_weight_update", {})
@@ -68,14 +68,34 @@ class Replica:
         workers = int(answer["world_size"])  # tensor x pipeline x data parallel
         timeout = self._within(self._settings.call_timeout_seconds)
         kind = GlooLink if self._settings.backend == "gloo" else NcclLink
-        self._link = kind(self._post, self.url, workers, timeout)
+        try:
+            self._link = kind(self._post, self.url, workers, timeout)
+        except Exception as error:
+            self._raise("init_weight_transfer_engine", error)
 
     def send(self, bucket: Bucket) -> None:
         assert self._link is not None
-        self._link.send(bucket)
+        try:
+            self._link.send(bucket)
+        except Exception as error:
+            self._raise("update_weights", error)
+
+    def _raise(self, phase: str, error: Exception) -> NoReturn:
+        """Raise what a worker says has gone wrong, or else the error as our end sees it."""
+        if isinstance(error, ReplicaError):
+            raise error
+        states = self._on_workers("weight_update_state")
+        causes = [state["failure"] for state in states if state["failure"]]
+        raise ReplicaError(self.url, phase, causes or f"{type(error).__name__}: {error}") from error
 
     def finish(self, version: int) -> None:
         """Stamp the new weights, forget what the old ones computed, and serve again."""
+        for state in self._on_workers("weight_update_state"):
+            if state["failure"]:
+                raise ReplicaError(self.url, "update_weights", state["failure"])
+            if state["missing"]:
+                text = f"not all tensors came for {state['missing']}"
+                raise ReplicaError(self.url, "finish_weight_update", text)
         self._post("/finish_weight_update", {"weight_version": str(version)})
         self._linked_version = str(version)
         # Kept requests hold blocks of the cache: these are computed again with the new weights.
@@ -111,6 +131,12 @@ class Replica:
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         return self._call("POST", path, self._within(self._settings.call_timeout_seconds), body)
 
+    def _on_workers(self, method: str) -> list[Any]:
+        """Call a method of `WorkerExtension`; what each worker returns."""
+        limit = self._within(self._settings.call_timeout_seconds)
+        answer = self._call("POST", "/collective_rpc", limit, {"method": method}, method)
+        return answer["results"]
+
     def _within(self, seconds: float) -> float:
         """So many seconds, or as many as the sync has left."""
         left = self.deadline - time.monotonic()
@@ -119,14 +145,19 @@ class Replica:
         return min(seconds, left)
 
     def _call(
-        self, method: str, path: str, timeout: float, body: dict[str, Any] | None = None
+        self,
+        method: str,
+        path: str,
+        timeout: float,
+        body: dict[str, Any] | None = None,
+        phase: str | None = None,
     ) -> Any:
         """What the server answers within `timeout` seconds.
 
         Raises:
             ReplicaError: no answer in time, or one that is not 200 with JSON.
         """
-        self.phase = phase = path.strip("/").partition("?")[0]
+        self.phase = phase = phase or path.strip("/").partition("?")[0]
         try:
             response = self._client.request(method, path, json=body, timeout=timeout)
             if response.status_code != 200:

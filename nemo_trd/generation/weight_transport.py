@@ -162,7 +162,9 @@ class NcclLink:
     It has never run: it was written without a GPU at hand, against the source of vLLM 0.32 (the
     rendezvous by unique id of `nccl_common.py`, meant for trainers without vLLM). A server that
     stops answering within a broadcast blocks this process's GPU stream; the sync then fails after
-    `timeout`, and both sides must be started again, since neither can abort the communicator.
+    `timeout`, and both sides must be started again, since neither can abort the communicator. A
+    server of several workers must be started again after any error in vLLM's engine: vLLM leaves
+    the answers of all workers but the first unread, and takes them for those to the next call.
 
     Raises:
         Exception: what the server answered, or that it did not join within `timeout` seconds.

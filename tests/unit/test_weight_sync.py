@@ -30,9 +30,10 @@ TENSORS = {f"layer.{i}": torch.full((10,), float(i)) for i in range(10)}  # 40 b
 PHASES = [
     "pause",
     "update_weight_version",
-    "collective_rpc",
+    "abandon_weight_update",
     "start_weight_update",
     "update_weights",
+    "weight_update_state",
     "finish_weight_update",
     "reset_prefix_cache",
     "resume",
@@ -48,6 +49,7 @@ class StandIn:
         self.fault: dict[str, str] = {}
         self.version, self.paused = "default", False
         self.loaded: dict[str, torch.Tensor] = {}
+        self.worker_state: dict[str, Any] = {"failure": None, "missing": []}
         stand_in = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -68,6 +70,7 @@ class StandIn:
         path, _, query = request.path.strip("/").partition("?")
         length = int(request.headers.get("content-length", 0))
         body = json.loads(request.rfile.read(length) or "{}")
+        path = body.get("method", path)  # of /collective_rpc
         self.authorization.add(request.headers.get("authorization"))
         self.calls.append(f"{path} {query}".strip())
         fault = self.fault.get(path)
@@ -94,7 +97,13 @@ class StandIn:
             self.version = body["new_version"]
         if path == "finish_weight_update":
             self.version = body["weight_version"]
-        return {"success": True, "weight_version": self.version, "is_paused": self.paused}
+        results = [self.worker_state if path == "weight_update_state" else None]
+        return {
+            "results": results,
+            "success": True,
+            "weight_version": self.version,
+            "is_paused": self.paused,
+        }
 
     def restart(self) -> None:
         self.version, self.paused, self.loaded = "default", False, {}
@@ -139,7 +148,7 @@ def test_a_server_goes_through_all_phases_in_order(
         calls = list(dict.fromkeys(server.calls))
         assert calls[0] == f"pause mode={asked}"
         assert [call.split()[0] for call in calls] == PHASES
-        assert "reset_running_requests=true" in calls[6]
+        assert "reset_running_requests=true" in calls[7]
         assert server.loaded.keys() == TENSORS.keys()
         assert all(torch.equal(server.loaded[name], TENSORS[name]) for name in TENSORS)
         assert sync.is_current(server.url)
@@ -166,6 +175,24 @@ def test_a_failure_in_any_phase_leaves_that_server_out_and_a_later_sync_repairs_
     sync.load_weights(TENSORS.items(), 2)
     assert sync.is_current(good.url) and sync.is_current(bad.url)
     assert not sync.failures
+
+
+@pytest.mark.parametrize(
+    "state, told",
+    [
+        ({"failure": "OSError: no such file", "missing": []}, "update_weights: OSError: no such"),
+        ({"failure": None, "missing": ["a"]}, "finish_weight_update: not all tensors came for"),
+    ],
+)
+def test_a_server_whose_worker_reports_a_failure_does_not_serve(
+    servers: list[StandIn], tmp_path: Path, state: dict[str, Any], told: str
+) -> None:
+    sync = make_sync(servers, tmp_path)
+    servers[0].worker_state = state
+    sync.load_weights(TENSORS.items(), 1)
+    assert servers[0].paused and servers[0].version == "incomplete"
+    assert f"{servers[0].url}: {told}" in sync.failures[servers[0].url]
+    assert sync.is_current(servers[1].url)
 
 
 def test_a_server_that_cannot_reset_its_cache_does_not_serve(

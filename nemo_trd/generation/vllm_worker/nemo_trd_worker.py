@@ -1,12 +1,13 @@
 """Imported in every worker process of a vLLM server; see `worker_arguments` in __init__.py.
 
-Registers the weight transfer backend `host`, which needs no GPU, and adds to every worker
-`abandon_weight_update`, reached through /collective_rpc. Written for vLLM 0.32. Imports nothing
-but torch, safetensors and vllm.
+Registers the weight transfer backend `host`, which needs no GPU, and adds methods to every worker
+that are reached through /collective_rpc. Written for vLLM 0.32. Imports nothing but torch,
+safetensors and vllm.
 """
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -21,6 +22,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -51,18 +53,27 @@ class HostUpdateInfo(WeightTransferUpdateInfo):
 class HostEngine(WeightTransferEngine):
     """Takes full Hugging Face tensors through host memory, one at a time.
 
-    An update that left a parameter without a new value cannot be finished.
+    Its errors are kept for `weight_update_state`. Were they raised, vLLM would leave the answers
+    of all workers but the first in their queues, and take them for those to the next call.
     """
 
     init_info_cls = HostInitInfo
     update_info_cls = HostUpdateInfo
+    failure: str | None = None
     _group: Any = None  # a ProcessGroupGloo when it is connected; files need none
+    _missing: Set[str] = frozenset()
 
     def init_transfer_engine(self, init_info: HostInitInfo) -> None:
+        self._group = None
+        try:
+            self._group = self._join(init_info)
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}"
+
+    def _join(self, init_info: HostInitInfo) -> Any:
         parallel = self.parallel_config
         rank = 1 + parallel.data_parallel_index * parallel.world_size + parallel.rank
         timeout = timedelta(seconds=init_info.timeout_seconds)
-        self._group = None
         store = dist.TCPStore(
             init_info.master_address,
             init_info.master_port,
@@ -70,29 +81,32 @@ class HostEngine(WeightTransferEngine):
             is_master=False,
             timeout=timeout,
         )
-        self._group = dist.ProcessGroupGloo(store, rank, init_info.world_size, timeout)
+        return dist.ProcessGroupGloo(store, rank, init_info.world_size, timeout)
 
     def start_weight_update(self) -> None:
+        self.failure = None
         self._missing = {name for name, _ in self.model.named_parameters()}
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        # Overridden: the base class also waits for an accelerator, and a CPU worker has none.
-        self.receive_weights(self.parse_update_info(update_info))
+        # Unlike in the base class, there is no accelerator to wait for.
+        if self.failure is not None:
+            return
+        try:
+            self.receive_weights(self.parse_update_info(update_info))
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}"
+            self._group = None  # closes the connections: the trainer stops sending
 
     def receive_weights(self, update_info: HostUpdateInfo) -> None:
-        try:
-            for path in update_info.paths:
-                with safe_open(path, framework="pt", device="cpu") as file:
-                    for name in file.keys():  # noqa: SIM118
-                        self._load(name, file.get_tensor(name))
-            for name, dtype, shape in zip(
-                update_info.names, update_info.dtypes, update_info.shapes, strict=True
-            ):
-                self._load(name, self._receive(shape, getattr(torch, dtype)))
-        except BaseException:
-            self._group = None  # closes the connections: the trainer stops sending
-            raise
+        for path in update_info.paths:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                for name in file.keys():  # noqa: SIM118
+                    self._load(name, file.get_tensor(name))
+        for name, dtype, shape in zip(
+            update_info.names, update_info.dtypes, update_info.shapes, strict=True
+        ):
+            self._load(name, self._receive(shape, getattr(torch, dtype)))
 
     def _receive(self, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
         if self._group is None:
@@ -104,14 +118,32 @@ class HostEngine(WeightTransferEngine):
     def _load(self, name: str, tensor: torch.Tensor) -> None:
         self._missing -= set(self.model.load_weights([(name, tensor)]))
 
+    def missing(self) -> list[str]:
+        """Parameters for which not all tensors have come."""
+        return sorted(self._missing) or _partly_loaded(self.model)
+
     def finish_weight_update(self) -> None:
-        if self._missing:
-            raise RuntimeError(f"no tensor came for {sorted(self._missing)[:5]}")
+        if self.failure or self.missing():
+            raise RuntimeError(f"nothing to finish: {self.failure or self.missing()}")
         finalize_layerwise_reload(self.model, self.model_config)
         _repack_tied(self.model)
 
     def shutdown(self) -> None:
         self._group = None
+
+
+def _partly_loaded(model: torch.nn.Module) -> list[str]:
+    """Layers made of several tensors of which some did not come.
+
+    Embeddings are left out: they have more rows than their tensor.
+    """
+    names = []
+    for name, layer in model.named_modules():
+        info = get_layerwise_info(layer)
+        partly = info.can_load() and 0 < info.load_numel < info.load_numel_total
+        if partly and not isinstance(layer, VocabParallelEmbedding):
+            names.append(name)
+    return names
 
 
 def _repack_tied(model: torch.nn.Module) -> None:
@@ -139,6 +171,13 @@ class WorkerExtension:
 
     vllm_config: Any
     weight_transfer_engine: Any
+
+    def weight_update_state(self) -> dict[str, Any]:
+        """What has gone wrong on this worker, and what has not come."""
+        engine = self.weight_transfer_engine
+        if not isinstance(engine, HostEngine):  # vLLM's own: it raises
+            return {"failure": None, "missing": []}
+        return {"failure": engine.failure, "missing": engine.missing()[:5]}
 
     def abandon_weight_update(self) -> None:
         """Make a worker ready for a new update, wherever the last one stopped.
