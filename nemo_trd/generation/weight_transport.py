@@ -15,7 +15,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 Bucket = list[tuple[str, Tensor]]
+END_SECONDS = 5.0  # within these one end of a transfer notices that the other has ended
 Call = Callable[[str, dict[str, Any]], object]  # POST this body to this path of a server
 
 
@@ -248,16 +249,21 @@ def both(
     Raises:
         Exception: that of the call, which says more, or else that of our end; TimeoutError.
     """
-    tasks: list[Future[Any]] = [threads.submit(call), threads.submit(collective)]
-    finished, _ = wait(tasks, timeout, FIRST_EXCEPTION)
-    if len(finished) < len(tasks):
-        # When our end breaks first, the server is about to say why.
-        wait(tasks[:1], min(timeout, 5.0))
-    for task in tasks:
-        if task.done():
-            task.result()
-    if not all(task.done() for task in tasks):
-        raise TimeoutError(f"no end within {timeout:g} s")
+    calling: Future[Any] = threads.submit(call)
+    ours: Future[Any] = threads.submit(collective)
+    wait([calling, ours], timeout, FIRST_COMPLETED)
+    if calling.done() or (ours.done() and ours.exception()):
+        wait([calling, ours], END_SECONDS)  # one end alone does not get far
+    else:
+        wait([calling], timeout)
+    if calling.done():
+        calling.result()
+    if ours.done():
+        ours.result()
+    if not calling.done():
+        raise TimeoutError(f"no answer within {timeout:g} s")
+    if not ours.done():
+        raise TimeoutError("the server has answered without taking all tensors")
 
 
 def dtype_name(tensor: Tensor) -> str:
