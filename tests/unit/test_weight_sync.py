@@ -1,6 +1,6 @@
 """Weight sync against stand-ins of vLLM servers: order, failures, time limits, memory, files.
 
-tests/generation/test_weight_sync.py has real servers.
+tests/generation/test_weight_sync_on_servers.py has real servers.
 """
 
 from __future__ import annotations
