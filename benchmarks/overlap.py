@@ -15,8 +15,9 @@ Weight sync, comparing log-probabilities and records are in `ratio`, not in `ide
 The servers, one of the student and one of the teacher, are pinned to `--server-cores` and the
 trainer to `--trainer-cores`: two cores that stand for two sets of nodes. Everything has one thread
 (OMP_NUM_THREADS=1). Student and teacher are random Qwen3 models of `--layers` and `--hidden`; with
-the default sizes generating and training take about as long. They hardly ever say EOS, so that all
-answers are `--max-tokens` long and a step is the same work in both runs. Rewrites are then all
+the default sizes, neither generating nor training takes twice as long as the other. They hardly
+ever say EOS, so that most answers are `--max-tokens` long and a step is about the same work in both
+runs. Rewrites are then all
 unfinished, and the rollouts are trained on (`refinement.on_failure=rollout`).
 
 The first `--warm-up` steps do not count, nor does the last one, which has nothing to sample ahead.
@@ -304,11 +305,11 @@ def table(result: Mapping[str, Any]) -> str:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--hidden", type=int, default=256, help=f"a multiple of {HEAD_DIM}")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--prompts", type=int, default=40, help="per step")
+    parser.add_argument("--hidden", type=int, default=384, help=f"a multiple of {HEAD_DIM}")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--prompts", type=int, default=16, help="per step")
     parser.add_argument("--max-tokens", type=int, default=96, help="of a rollout and of a rewrite")
-    parser.add_argument("--steps", type=int, default=6, help="that count, in each run")
+    parser.add_argument("--steps", type=int, default=5, help="that count, in each run")
     parser.add_argument("--warm-up", type=int, default=2, help="steps")
     parser.add_argument("--repeats", type=int, default=1, help="of both runs; all steps count")
     parser.add_argument("--server-cores", type=int, nargs="+", default=[0])
