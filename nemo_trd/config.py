@@ -94,6 +94,9 @@ class Parallel(Section):
 
 
 class Teacher(Section):
+    # Where its distribution comes from. megatron: the whole one, from a model held by the ranks
+    # that train. server: the loss.top_k most likely tokens, from generation.vllm.teacher.
+    scoring: Literal["megatron", "server"]
     offload_weights: bool  # keep the teacher's weights on the host between steps
     offload_states: bool  # keep its hidden states on the host until the student needs them
 
@@ -391,6 +394,11 @@ class Config(Section):
         return self.model.teacher or self.model.student
 
     @property
+    def asks_teacher(self) -> bool:
+        """Whether the teacher has work outside Megatron: to rewrite, or to score."""
+        return self.algorithm.trajectory == "refinement" or self.teacher.scoring == "server"
+
+    @property
     def run_dir(self) -> Path:
         return Path(self.run.dir)
 
@@ -492,6 +500,8 @@ def check_consistent(config: Config) -> None:
             f"loss.divergence={config.loss.divergence} does not use it",
             "remove it, or set loss.divergence=jsd",
         )
+    if config.teacher.scoring == "server":
+        _check_server_scoring(config)
     for role in get_args(Literal["student", "teacher"]):
         _check_layout(f"parallel.{role}", getattr(config.parallel, role), role)
         if config.generation.vllm is not None:
@@ -505,6 +515,53 @@ def check_consistent(config: Config) -> None:
                 "the other ranks wait for a server in a collective, and that for no longer than "
                 f"parallel.timeout_minutes = {config.parallel.timeout_minutes:g}",
                 "lower it, or raise parallel.timeout_minutes",
+            )
+
+
+def _check_server_scoring(config: Config) -> None:
+    """What a server can say of the teacher: its most likely tokens, at temperature 1."""
+    generation, loss, megatron = config.generation, config.loss, "or teacher.scoring=megatron"
+    if generation.vllm is None:
+        raise rule_broken(
+            "teacher.scoring",
+            "server",
+            f"vLLM servers score, and generation.backend={generation.backend} has none",
+            f"choose generation=vllm, {megatron}",
+        )
+    if loss.top_k is None:
+        raise rule_broken(
+            "loss.top_k",
+            None,
+            "with teacher.scoring=server only the teacher's most likely tokens are known",
+            f"set how many, for example 64, {megatron}",
+        )
+    if loss.temperature != 1:
+        raise rule_broken(
+            "loss.temperature",
+            loss.temperature,
+            "with teacher.scoring=server log-probabilities are those at temperature 1",
+            f"set it to 1, {megatron}",
+        )
+    arguments = " ".join(generation.vllm.server.arguments)
+    limits = re.findall(r"--max[-_]logprobs[ =](\d+)", arguments)
+    if limits and int(limits[-1]) < loss.top_k:
+        raise rule_broken(
+            "generation.vllm.server.arguments",
+            generation.vllm.server.arguments,
+            f"--max-logprobs must allow for loss.top_k = {loss.top_k}",
+            "leave it out: servers are started without a limit",
+        )
+    for field, value, off in (
+        ("teacher.offload_weights", config.teacher.offload_weights, False),
+        ("teacher.offload_states", config.teacher.offload_states, False),
+        ("precision.teacher_fp8", config.precision.teacher_fp8, None),
+    ):
+        if value != off:
+            raise rule_broken(
+                field,
+                value,
+                "with teacher.scoring=server no teacher is held in Megatron",
+                f"set it to {json.dumps(off)}, {megatron}",
             )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from pydantic import SecretStr
@@ -15,19 +16,28 @@ from nemo_trd.config import Config, ModelSource, Vllm, VllmPool
 from nemo_trd.generation import Generator
 from nemo_trd.megatron.parallel import from_first_rank
 
+if TYPE_CHECKING:
+    from nemo_trd.generation.vllm import VllmGenerator
+
 
 class Generators:
     """`student` and `teacher`, as `generation` says. Collective; `close` ends what was started.
 
     With `algorithm.trajectory=rollout` no rewrite is ever asked for, and the teacher's is the
-    student's: a second model would idle.
+    student's: a second model would idle. With `teacher.scoring=server` there is a `scorer` on the
+    teacher's servers, beside the teacher's generator: the one does not wait for the other.
     """
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self._stack = ExitStack()
         self._progress = config.logging.progress and dist.get_rank() == 0
-        make = self._local if config.generation.vllm is None else self._on_servers()
+        self.scorer: VllmGenerator | None = None
+        make: Callable[[ModelSource, str], Generator] = self._local
+        if config.generation.vllm is not None:
+            make = on_servers = self._on_servers()
+            if config.teacher.scoring == "server":
+                self.scorer = on_servers(config.teacher_source, "teacher")
         self.student = make(config.model.student, "student")
         self.teacher = self.student
         if config.algorithm.trajectory == "refinement":
@@ -43,7 +53,7 @@ class Generators:
             source.path, self._config.generation.local, source.trust_remote_code, self._progress
         )
 
-    def _on_servers(self) -> Callable[[ModelSource, str], Generator]:
+    def _on_servers(self) -> Callable[[ModelSource, str], VllmGenerator]:
         from nemo_trd.generation.api_key import read_api_key
 
         vllm = self._config.generation.vllm
@@ -62,7 +72,7 @@ class Generators:
         started: dict[str, list[str]],
         source: ModelSource,
         role: str,
-    ) -> Generator:
+    ) -> VllmGenerator:
         from nemo_trd.generation.eos import eos_token_ids
         from nemo_trd.generation.vllm import VllmGenerator
         from nemo_trd.generation.weight_sync import WeightSync
@@ -89,7 +99,7 @@ class Generators:
         from nemo_trd.generation.server import servers_of, start_all, stop_all
 
         models = {"student": self._config.model.student}
-        if self._config.algorithm.trajectory == "refinement":
+        if self._config.asks_teacher:
             models["teacher"] = self._config.teacher_source
         backends = {"student": vllm.weight_sync.backend, "teacher": None}
         logs = self._config.run_dir / "servers"

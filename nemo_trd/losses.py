@@ -9,15 +9,16 @@ O(chunk_size * vocabulary / tp), whatever the number of positions.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from nemo_trd.config import Loss, rule_broken
-from nemo_trd.divergences import closed_form, on_top_k
+from nemo_trd.divergences import TopK, closed_form, on_support, on_top_k
 from nemo_trd.vocab_shard import VocabShard, log_softmax, own_shard, pick
 
 METRICS = (
@@ -40,7 +41,8 @@ class DivergenceOutput:
 
     loss_sum: scalar, sum over tokens, differentiable.
     count: number of tokens.
-    metrics: sums over tokens, one scalar for each of `METRICS`, at the loss's temperature.
+    metrics: sums over tokens, one scalar for each of `METRICS`, at the loss's temperature; but no
+        `teacher_entropy` of a teacher that is known by its top k.
     token_divergence: [n], detached, before the clip: inf and NaN stay visible in it.
     """
 
@@ -85,30 +87,81 @@ def divergence(
     shard = own_shard(student_weight.shape[0], vocab_size, group)
     if shard.group is not None:
         assert student_weight.shape[0] == teacher_weight.shape[0], "shards differ"
-    _check_labels(labels, vocab_size)
-    loss_sum, statistics = _Divergence.apply(
-        student_hidden,
-        student_weight,
-        teacher_hidden.detach(),
-        teacher_weight.detach(),
-        labels,
-        loss,
-        shard,
-        torch.is_grad_enabled(),
+    teacher = _Logits(
+        teacher_hidden.detach(), teacher_weight.detach()[: shard.columns], min(loss.chunk_size, n)
     )
-    sums = statistics.sum(-1)
-    return DivergenceOutput(loss_sum, n, dict(zip(METRICS, sums, strict=False)), statistics[-1])
+    return _divergence(student_hidden, student_weight, teacher, labels, loss, vocab_size, shard)
 
 
-def _check_labels(labels: Tensor, vocab_size: int) -> None:
-    outside = labels[(labels < 0) | (labels >= vocab_size)]
+def divergence_from_top_k(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: TopK,
+    labels: Tensor,
+    loss: Loss,
+    vocab_size: int,
+    group: dist.ProcessGroup | None = None,
+) -> DivergenceOutput:
+    """As `divergence`, of a teacher of which the `loss.top_k` most likely ids of the same n labels
+    are known, at temperature 1: the same on all ranks of `group`.
+
+    Raises:
+        ValueError: a label or an id of the teacher outside the vocabulary.
+    """
+    assert teacher.ids.shape == (labels.numel(), loss.top_k) and loss.temperature == 1
+    if loss.top_k == vocab_size:  # nothing is left for a bucket
+        loss = loss.model_copy(update={"top_k_tail": "renormalize"})
+    _check_ids("top-k ids of the teacher's servers", teacher.ids, vocab_size)
+    shard = own_shard(student_weight.shape[0], vocab_size, group)
+    out = _divergence(student_hidden, student_weight, teacher, labels, loss, vocab_size, shard)
+    del out.metrics["teacher_entropy"]
+    return out
+
+
+def _divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: _Logits | TopK,
+    labels: Tensor,
+    loss: Loss,
+    vocab_size: int,
+    shard: VocabShard,
+) -> DivergenceOutput:
+    _check_ids("labels", labels, vocab_size)
+    loss_sum, statistics = _Divergence.apply(
+        student_hidden, student_weight, teacher, labels, loss, shard, torch.is_grad_enabled()
+    )
+    metrics = dict(zip(METRICS, statistics.sum(-1), strict=False))
+    return DivergenceOutput(loss_sum, labels.numel(), metrics, statistics[-1])
+
+
+def _check_ids(what: str, ids: Tensor, vocab_size: int) -> None:
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
     if outside.numel():
         raise rule_broken(
-            "labels",
+            what,
             int(outside[0]),
-            f"labels are ids of a vocabulary of {vocab_size}",
-            "use the tokenizer that belongs to the models",
+            f"{what} are ids of a vocabulary of {vocab_size}",
+            "use the tokenizer that belongs to the models"
+            if what == "labels"
+            else "lower loss.top_k: it reaches columns that pad the teacher's vocabulary",
         )
+
+
+class _Logits:
+    """The teacher's logits [n, v] on this shard, a chunk at a time: the next overwrites the last.
+
+    hidden: [n, Ht]; weight: [v, Ht], no padding; longest: rows of the longest chunk.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, longest: int) -> None:
+        self._hidden = hidden
+        self._weight = weight
+        self._buffer = weight.new_empty(longest, len(weight))
+
+    def __getitem__(self, chunk: slice) -> Tensor:
+        hidden = self._hidden[chunk].to(self._weight.dtype)
+        return torch.mm(hidden, self._weight.t(), out=self._buffer[: len(hidden)])
 
 
 class _Divergence(torch.autograd.Function):
@@ -119,8 +172,7 @@ class _Divergence(torch.autograd.Function):
         ctx: Any,
         student_hidden: Tensor,
         student_weight: Tensor,
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor,
+        teacher: _Logits | TopK,
         labels: Tensor,
         loss: Loss,
         shard: VocabShard,
@@ -133,21 +185,17 @@ class _Divergence(torch.autograd.Function):
         statistics = student_hidden.new_zeros(len(METRICS) + 1, labels.numel(), dtype=exact)
 
         # Padding is cut off here, once: no mask, no wasted work, no way for junk to come in.
-        weight, other_weight = student_weight[: shard.columns], teacher_weight[: shard.columns]
+        weight = student_weight[: shard.columns]
         block = loss.chunk_size
         if not weight.is_cuda:
             row_bytes = student_weight.shape[0] * exact.itemsize  # the same on all ranks
             block = max(1, CPU_BLOCK_BYTES // row_bytes)
-        longest = min(loss.chunk_size, labels.numel())
-        student_buffer = weight.new_empty(longest, shard.columns)
-        teacher_buffer = other_weight.new_empty(longest, shard.columns)
+        buffer = weight.new_empty(min(loss.chunk_size, labels.numel()), shard.columns)
         for start in range(0, labels.numel(), loss.chunk_size):
             chunk = slice(start, start + loss.chunk_size)
             hidden = student_hidden[chunk].to(weight.dtype)
-            other_hidden = teacher_hidden[chunk].to(other_weight.dtype)
-            logits, others = student_buffer[: len(hidden)], teacher_buffer[: len(hidden)]
-            torch.mm(hidden, weight.t(), out=logits)
-            torch.mm(other_hidden, other_weight.t(), out=others)
+            logits = torch.mm(hidden, weight.t(), out=buffer[: len(hidden)])
+            others = teacher[chunk]
             for i in range(0, len(hidden), block):
                 rows = slice(i, i + block)
                 statistics[:, chunk][:, rows] = _tokens(
@@ -172,7 +220,7 @@ class _Divergence(torch.autograd.Function):
             d_hidden.mul_(upstream)
         if d_weight is not None:
             d_weight = d_weight.mul_(upstream).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None
 
 
 def _add_outer(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
@@ -186,34 +234,24 @@ def _add_outer(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
 
 
 def _tokens(
-    student: Tensor, teacher: Tensor, labels: Tensor, loss: Loss, shard: VocabShard
+    student: Tensor, teacher: Tensor | TopK, labels: Tensor, loss: Loss, shard: VocabShard
 ) -> Tensor:
     """Statistics of n positions; the gradient in the raw logits replaces `student`, in place.
 
     Args:
-        student, teacher: [n, v] raw logits on this shard.
+        student: [n, v] raw logits on this shard.
+        teacher: the same, or the top k of these positions.
         labels: [n]
 
     Returns: [len(METRICS) + 1, n]; the last row is the divergence before the clip.
     """
     exact = torch.promote_types(student.dtype, torch.float32)
-    z_s, z_t = student.to(exact), teacher.to(exact)
-    if loss.temperature != 1:
-        z_s, z_t = z_s / loss.temperature, z_t / loss.temperature
-    (log_s, log_t), agreement = log_softmax([z_s, z_t], shard)
-    s, t = log_s.exp(), log_t.exp()
-    product = s * log_s
-    entropy_s = -product.sum(-1)
-    entropy_t = -torch.mul(t, log_t, out=product).sum(-1)
-    del product
-    nll_s, nll_t, entropy_s, entropy_t = shard.total(
-        -pick(log_s, labels, shard), -pick(log_t, labels, shard), entropy_s, entropy_t
-    )
-    if loss.top_k is None:
-        value, gradient = closed_form(loss)(log_s, log_t, s, t, shard.total)
-        tail_mass = torch.zeros_like(value)
+    z_s = _tempered(student, exact, loss)
+    if isinstance(teacher, TopK):
+        found = _with_top_k(z_s, teacher, labels, loss, shard)
     else:
-        value, gradient, tail_mass = on_top_k(z_s, z_t, loss, shard)
+        found = _with_logits(z_s, _tempered(teacher, exact, loss), labels, loss, shard)
+    value, gradient = found.value, found.gradient
     if loss.token_clip is None:
         clipped_value, clipped = value, torch.zeros_like(value)
     else:
@@ -222,8 +260,69 @@ def _tokens(
     if loss.temperature != 1:
         gradient.div_(loss.temperature)
     student.copy_(gradient)
-    rows = (clipped_value, nll_s, nll_t, entropy_s, entropy_t, agreement, clipped, tail_mass, value)
+    rows = (clipped_value, *found.nll, *found.entropy, found.agreement, clipped, found.tail, value)
     return torch.stack([row.to(exact) for row in rows])
+
+
+def _tempered(logits: Tensor, dtype: torch.dtype, loss: Loss) -> Tensor:
+    z = logits.to(dtype)
+    return z if loss.temperature == 1 else z / loss.temperature
+
+
+class _Comparison(NamedTuple):
+    """Of n positions; pairs are student and teacher."""
+
+    value: Tensor  # [n]
+    gradient: Tensor  # [n, v] in the student's tempered logits
+    tail: Tensor  # [n], the teacher's probability outside its top k
+    nll: tuple[Tensor, Tensor]
+    entropy: tuple[Tensor, Tensor]
+    agreement: Tensor  # [n], whether both have the same most likely id
+
+
+def _with_logits(
+    z_s: Tensor, z_t: Tensor, labels: Tensor, loss: Loss, shard: VocabShard
+) -> _Comparison:
+    (log_s, log_t), agreement = log_softmax([z_s, z_t], shard)
+    s, t = log_s.exp(), log_t.exp()
+    product = s * log_s
+    entropy_s = -product.sum(-1)
+    entropy_t = -torch.mul(t, log_t, out=product).sum(-1)
+    del product
+    nll_s, nll_t, entropy_s, entropy_t = shard.total(
+        -_label(log_s, labels, shard), -_label(log_t, labels, shard), entropy_s, entropy_t
+    )
+    if loss.top_k is None:
+        value, gradient = closed_form(loss)(log_s, log_t, s, t, shard.total)
+        tail = torch.zeros_like(value)
+    else:
+        del log_s, log_t, s, t
+        value, gradient, tail = on_top_k(z_s, z_t, loss, shard)
+    return _Comparison(value, gradient, tail, (nll_s, nll_t), (entropy_s, entropy_t), agreement)
+
+
+def _with_top_k(
+    z_s: Tensor, teacher: TopK, labels: Tensor, loss: Loss, shard: VocabShard
+) -> _Comparison:
+    """The teacher's entropy is not known, and is zero."""
+    (log_s,), _ = log_softmax([z_s], shard)
+    nll, entropy, at_best = shard.total(
+        -_label(log_s, labels, shard),
+        -(log_s.exp() * log_s).sum(-1),
+        pick(log_s, teacher.ids[:, :1], shard)[:, 0],
+    )
+    best = log_s.amax(-1) if shard.columns else torch.full_like(nll, -math.inf)
+    agreement = at_best == shard.gather(best).amax(0)
+    del log_s
+    top, tail = teacher.log_probs.to(z_s.dtype), teacher.log_tail().to(z_s.dtype)
+    value, gradient, tail_mass = on_support(z_s, teacher.ids, top, tail, loss, shard)
+    unknown, nll_t = torch.zeros_like(nll), -teacher.label_log_probs
+    return _Comparison(value, gradient, tail_mass, (nll, nll_t), (entropy, unknown), agreement)
+
+
+def _label(log_probs: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:
+    """[n]: of each row's label, zero where another rank holds it."""
+    return pick(log_probs, labels[:, None], shard)[:, 0]
 
 
 @torch.no_grad()
@@ -239,7 +338,7 @@ def token_nll(
 ) -> Tensor:
     """[n]: -log p(label) of each position. Arguments as in `divergence`. No gradient."""
     shard = own_shard(weight.shape[0], vocab_size, group)
-    _check_labels(labels, vocab_size)
+    _check_ids("labels", labels, vocab_size)
     weight = weight[: shard.columns]
     exact = torch.promote_types(weight.dtype, torch.float32)
     nll = hidden.new_empty(labels.numel(), dtype=exact)
@@ -247,5 +346,5 @@ def token_nll(
         chunk = slice(start, start + chunk_size)
         logits = (hidden[chunk].to(weight.dtype) @ weight.t()).to(exact) / temperature
         (log_probs,), _ = log_softmax([logits], shard)
-        (nll[chunk],) = shard.total(-pick(log_probs, labels[chunk], shard))
+        (nll[chunk],) = shard.total(-_label(log_probs, labels[chunk], shard))
     return nll

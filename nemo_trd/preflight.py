@@ -62,7 +62,7 @@ def model_problems(
     """
     if student is not None:
         yield from _layout_problems("parallel.student", config.parallel.student, student)
-    if teacher is not None:
+    if teacher is not None and config.teacher.scoring == "megatron":
         yield from _layout_problems("parallel.teacher", config.parallel.teacher, teacher)
     if student is not None and teacher is not None:
         yield from _length_problems(config, student, teacher)
@@ -172,7 +172,11 @@ def _transformer_engine_problems(config: Config, gpus: int) -> Iterator[ConfigEr
 
 
 def _layouts(config: Config) -> list[tuple[str, Layout]]:
-    return [("student", config.parallel.student), ("teacher", config.parallel.teacher)]
+    """Of the models that are held in Megatron."""
+    layouts = [("student", config.parallel.student)]
+    if config.teacher.scoring == "megatron":
+        layouts.append(("teacher", config.parallel.teacher))
+    return layouts
 
 
 def importable(package: str) -> bool:
@@ -320,6 +324,7 @@ def _length_problems(config: Config, student: Model, teacher: Model) -> Iterator
     """The longest sequences against the positions that the models know."""
     answer = longest_answer(config)
     contexts = _longest_contexts(config)
+    yield from _scoring_length_problems(config, contexts[1], answer, teacher)
     for role, model, (field, context) in zip(
         ("student", "teacher"), (student, teacher), contexts, strict=True
     ):
@@ -332,6 +337,28 @@ def _length_problems(config: Config, student: Model, teacher: Model) -> Iterator
                 f"positions, and {model.directory} has max_position_embeddings = {known}",
                 "lower it, or max_tokens of generation.rollout and generation.refinement",
             )
+
+
+def _scoring_length_problems(
+    config: Config, context: tuple[str, int], answer: int, teacher: Model
+) -> Iterator[ConfigError]:
+    """A server that scores a sequence generates one token more."""
+    vllm = config.generation.vllm
+    if config.teacher.scoring != "server" or vllm is None:
+        return
+    field, length = context
+    limit = teacher.hf.max_position_embeddings
+    if vllm.teacher.replicas and vllm.server.max_model_len is not None:
+        limit = min(limit, vllm.server.max_model_len)
+    if length + answer + 1 > limit:
+        yield rule_broken(
+            field,
+            length,
+            f"with up to {answer} tokens after it, and the one that a server generates when it "
+            f"scores them, it exceeds the {limit} tokens of the teacher's servers",
+            "lower it, or max_tokens of generation.rollout and generation.refinement, or raise "
+            "generation.vllm.server.max_model_len",
+        )
 
 
 def _loss_problems(config: Config, student: Model, teacher: Model) -> Iterator[ConfigError]:

@@ -38,6 +38,7 @@ from nemo_trd.refinement import (
 )
 from nemo_trd.samples import Sample
 from nemo_trd.sampling import Sampler, reject_outside_support
+from nemo_trd.server_teacher import ServerTeacher
 from nemo_trd.types import GenerationRequest, Prompt, Refinement, Rollout, TokenIds, Trajectory
 from nemo_trd.verifiers import verifier
 
@@ -93,8 +94,12 @@ class Run:
         self._stop = stop
         self._verify = verifier(config.data.verifier)
         self.student = Student(config)
-        self.teacher = Teacher(config, self.student.groups)
+        self.teacher: Teacher | ServerTeacher
+        if config.teacher.scoring == "megatron":
+            self.teacher = Teacher(config, self.student.groups)
         self._generators = Generators(config)
+        if self._generators.scorer is not None:
+            self.teacher = ServerTeacher(config, self._generators.scorer, self.student.groups)
         self.sampler = Sampler(
             config,
             self._generators.student,

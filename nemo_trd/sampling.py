@@ -112,16 +112,27 @@ class Sampler:
         Raises:
             GenerationFailed: on all ranks, when it is raised on some.
         """
-        share: list[Item] = []
-        failure: str | None = None
-        try:
-            share = make_share()
-        except GenerationFailed as error:
-            failure = str(error)
-        failures = {text for text in merge_shares([failure], self._group) if text}
-        if failures:
-            raise GenerationFailed("\n".join(sorted(failures)))
-        return merge_shares(share, self._group)
+        return merge_shares(fail_together(make_share, self._group), self._group)
+
+
+def fail_together(
+    make_share: Callable[[], list[Item]], group: dist.ProcessGroup | None = None
+) -> list[Item]:
+    """What this rank makes, once all ranks have made theirs. Collective.
+
+    Raises:
+        GenerationFailed: on all ranks, when it is raised on some.
+    """
+    share: list[Item] = []
+    failure: str | None = None
+    try:
+        share = make_share()
+    except GenerationFailed as error:
+        failure = str(error)
+    failures = {text for text in merge_shares([failure], group) if text}
+    if failures:
+        raise GenerationFailed("\n".join(sorted(failures)))
+    return share
 
 
 def reject_outside_support(

@@ -50,7 +50,7 @@ def train(run: Run) -> int:
         if trajectories:
             micro_batches = student.pack(trajectories)
             with timers("teacher"):
-                teacher_states = teacher.hidden_states(micro_batches)
+                teacher_states = teacher.states(micro_batches)  # of pi_T, at the labels
             with timers("student"):  # one step on sum_t D(pi_T, pi_theta)(t) / number of t
                 watched = run.watched(trajectories)
                 result = student.train_step(micro_batches, teacher_states, watched)

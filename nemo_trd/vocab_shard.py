@@ -85,11 +85,33 @@ def log_softmax(logits: list[Tensor], shard: VocabShard) -> tuple[list[Tensor], 
     return log_probs, top[0] == top[-1]
 
 
-def pick(log_probs: Tensor, ids: Tensor, shard: VocabShard) -> Tensor:
-    """[n]: log-probability of each row's id, zero where another rank holds it."""
+def pick(values: Tensor, ids: Tensor, shard: VocabShard) -> Tensor:
+    """[n, k]: the values [n, v] at each row's ids [n, k], zero where another rank holds them."""
     if not shard.columns:
-        return log_probs.new_zeros(ids.shape)
+        return values.new_zeros(ids.shape)
+    columns, own = _columns(ids, shard)
+    return torch.where(own, values.gather(-1, columns), 0)
+
+
+def add(values: Tensor, ids: Tensor, terms: Tensor, shard: VocabShard) -> Tensor:
+    """Add terms [n, k] to the values [n, v] at each row's distinct ids, in place."""
+    if not shard.columns:
+        return values
+    columns, own = _columns(ids, shard)
+    return values.scatter_add_(-1, columns, torch.where(own, terms, 0))
+
+
+def without(logits: Tensor, ids: Tensor, shard: VocabShard) -> Tensor:
+    """[n, v]: a copy in which each row's ids [n, k] are -inf."""
+    if not shard.columns:
+        return logits
+    columns, own = _columns(ids, shard)
+    # A column that stands for an id of another rank may also be one to remove.
+    limits = logits.new_full(ids.shape, math.inf).masked_fill_(own, -math.inf)
+    return logits.scatter_reduce(-1, columns, limits, "amin")
+
+
+def _columns(ids: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """This rank's columns of ids, any column where it has none; and where it has one."""
     local = ids - shard.first
-    own = (local >= 0) & (local < shard.columns)
-    picked = log_probs.gather(-1, local.clamp(0, shard.columns - 1)[:, None])[:, 0]
-    return torch.where(own, picked, 0)
+    return local.clamp(0, shard.columns - 1), (local >= 0) & (local < shard.columns)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 import httpx
@@ -221,6 +222,8 @@ def read_scores(content: Any, url: str, token_ids: TokenIds, label_start: int, t
         top_ids.append([token for token, _ in best])
         top_logprobs.append([entry.logprob for _, entry in best])
         label_logprobs.append(place[label].logprob)
+    if not np.isfinite([*chain(*top_logprobs), *label_logprobs]).all():
+        raise AttemptFailed(url, "the answer has log-probabilities that are not finite")
     shape = (len(label_logprobs), top_k)
     scores = TokenScores(
         np.array(top_ids, np.int64).reshape(shape),

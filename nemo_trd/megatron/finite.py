@@ -37,9 +37,10 @@ def check_hidden_states(micro_batch: Microbatch, hidden: Tensor, first_position:
 
 
 def check_divergence(
-    micro_batch: Microbatch, token_divergence: Tensor, teacher_hidden: Tensor
+    micro_batch: Microbatch, token_divergence: Tensor, teacher_states: Tensor
 ) -> None:
-    """Of the labels, [n], and the teacher's hidden states [n, h] that it was computed from.
+    """Of the labels, [n], and what it was computed from: the teacher's hidden states [n, h] or the
+    log-probabilities [n, k] of its top k.
 
     Raises:
         NonFiniteError: naming the trajectory.
@@ -51,7 +52,7 @@ def check_divergence(
     owner = int(micro_batch.trajectory_index[first])
     label = first - int((micro_batch.trajectory_index < owner).sum())
     cause = "logits are out of range"
-    if not torch.isfinite(teacher_hidden[first]).all():
+    if not torch.isfinite(teacher_states[first]).all():
         cause = "the teacher's hidden state is not finite"
     raise _error(
         f"{micro_batch.trajectories[owner].name}: the divergence of label {label} is "

@@ -71,17 +71,17 @@ def _own_group(members: Iterable[list[int]]) -> dist.ProcessGroup | None:
     return own
 
 
-def own_share(items: Sequence[Item]) -> list[Item]:
-    """What this rank takes of work that all ranks know: every world-size-th item."""
-    return list(items[dist.get_rank() :: dist.get_world_size()])
+def own_share(items: Sequence[Item], group: dist.ProcessGroup | None = None) -> list[Item]:
+    """What this rank takes of work that all ranks (of `group`) know: every size-th item."""
+    return list(items[dist.get_rank(group) :: dist.get_world_size(group)])
 
 
 def merge_shares(share: Sequence[Item], group: dist.ProcessGroup | None = None) -> list[Item]:
-    """Undo `own_share`: all ranks get all items in their first order. Collective.
+    """Undo `own_share`: all ranks (of `group`) get all items in their first order. Collective.
 
-    `group` has all ranks; a thread that runs beside others brings one of its own.
+    A thread that runs beside others brings a group of its own.
     """
-    shares: list[list[Item]] = [[] for _ in range(dist.get_world_size())]
+    shares: list[list[Item]] = [[] for _ in range(dist.get_world_size(group))]
     dist.all_gather_object(shares, list(share), group)
     merged: list[Item] = []
     for position in range(max(len(s) for s in shares)):

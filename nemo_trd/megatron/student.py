@@ -20,7 +20,8 @@ from torch import Tensor
 
 from nemo_trd.batching import make_micro_batch, plan_micro_batches
 from nemo_trd.config import Config
-from nemo_trd.losses import divergence, token_nll
+from nemo_trd.divergences import TopK
+from nemo_trd.losses import DivergenceOutput, divergence, divergence_from_top_k, token_nll
 from nemo_trd.megatron.finite import check_divergence, check_hidden_states
 from nemo_trd.megatron.hf_weights import export_hf_weights, load_hf_weights, read_output_weight
 from nemo_trd.megatron.model import (
@@ -86,7 +87,7 @@ class Student:
         source = self._config.teacher_source
         teacher = load_hf_config(source.path, source.trust_remote_code)
         self._vocab_size = shared_vocab_size(self.hf, teacher)
-        if is_last_stage(self.groups):
+        if is_last_stage(self.groups) and self._config.teacher.scoring == "megatron":
             self._teacher_head = read_output_weight(
                 teacher,
                 source.path,
@@ -126,15 +127,15 @@ class Student:
     def train_step(
         self,
         plan: Sequence[Sequence[Microbatch]],
-        teacher_states: Sequence[Tensor | None],
+        teacher_states: Sequence[Tensor | TopK | None],
         watch: Collection[str] = (),
     ) -> StepResult:
         """Minimise the divergence along the labels: sum over tokens / their global number.
 
         Args:
             plan: what `pack` returned.
-            teacher_states: the teacher's hidden states [n, h] for each of this data parallel
-                rank's micro-batches, on the last stage.
+            teacher_states: the teacher's hidden states [n, h], or its top k, for each of this
+                data parallel rank's micro-batches, on the last stage.
             watch: names of the trajectories whose per-token divergence is wanted.
 
         Raises:
@@ -188,9 +189,9 @@ class Student:
 
     def _forward_step(self, loss: Any) -> Any:
         def forward_step(iterator, model):  # noqa: ANN001, ANN202  (megatron's signature)
-            micro_batch, teacher_hidden = next(iterator)
+            micro_batch, teacher_states = next(iterator)
             hidden = run_model(model, micro_batch.student)
-            return hidden, partial(loss, micro_batch, teacher_hidden)
+            return hidden, partial(loss, micro_batch, teacher_states)
 
         return forward_step
 
@@ -200,25 +201,16 @@ class Student:
     def _divergence(
         self,
         micro_batch: Microbatch,
-        teacher_hidden: Tensor,
+        teacher_states: Tensor | TopK,
         hidden: Tensor,
         *,
         watch: frozenset[str],
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         sharded = self.layout.sequence_parallel
         check_hidden_states(micro_batch, hidden, sharded * self.groups.tp.rank() * len(hidden))
-        teacher_hidden = teacher_hidden.to(device())
-        result = divergence(
-            self._rows(hidden, micro_batch),
-            self.models[-1].output_weight(),
-            teacher_hidden,
-            self._teacher_head,
-            micro_batch.labels.to(device()),
-            self._config.loss,
-            self._vocab_size,
-            self.groups.tp,
-        )
-        check_divergence(micro_batch, result.token_divergence, teacher_hidden)
+        result = self._compare(self._rows(hidden, micro_batch), micro_batch, teacher_states)
+        known = teacher_states.log_probs if isinstance(teacher_states, TopK) else teacher_states
+        check_divergence(micro_batch, result.token_divergence, known)
         tokens = torch.tensor(len(micro_batch.labels), dtype=torch.int, device=device())
         sums = {name: float(value) for name, value in result.metrics.items()}
         kept = {
@@ -228,6 +220,15 @@ class Student:
         }
         report = {"sums": {**sums, "tokens": float(tokens)}, "token_divergence": kept}
         return result.loss_sum, tokens, report
+
+    def _compare(
+        self, rows: Tensor, micro_batch: Microbatch, teacher_states: Tensor | TopK
+    ) -> DivergenceOutput:
+        weight, labels = self.models[-1].output_weight(), micro_batch.labels.to(device())
+        common = labels, self._config.loss, self._vocab_size, self.groups.tp
+        if isinstance(teacher_states, TopK):
+            return divergence_from_top_k(rows, weight, teacher_states.to(device()), *common)
+        return divergence(rows, weight, teacher_states.to(device()), self._teacher_head, *common)
 
     def _nll(
         self, micro_batch: Microbatch, _: None, hidden: Tensor, non_loss_data: bool

@@ -51,7 +51,7 @@ class Teacher:
             self._model.to("cpu")
 
     @torch.no_grad()
-    def hidden_states(self, micro_batches: Sequence[Sequence[Microbatch]]) -> list[Tensor | None]:
+    def states(self, micro_batches: Sequence[Sequence[Microbatch]]) -> list[Tensor | None]:
         """Final hidden states [n, h] at the labels of each of this rank's own micro-batches.
 
         They are where the student's loss is computed: on its last stage. Elsewhere: None.

@@ -83,10 +83,10 @@ def on_fewer_gpus(config: Config) -> Config | None:
 
 def changes(config: Config, student: Any, teacher: Any) -> Iterator[tuple[str, Config]]:
     """Single changes that need less memory on a GPU, cheapest in time first."""
-    layout = config.parallel.student
+    layout, has_teacher = config.parallel.student, config.teacher.scoring == "megatron"
     if not config.optimizer.distributed and replicas(config, layout) > 1:
         yield "optimizer.distributed=true", _with(config, "optimizer", distributed=True)
-    for role in ("student", "teacher"):
+    for role in ("student", "teacher") if has_teacher else ("student",):
         own = getattr(config.parallel, role)
         if own.tensor_model_parallel_size > 1 and not own.sequence_parallel:
             changed = own.model_copy(update={"sequence_parallel": True})
@@ -94,9 +94,9 @@ def changes(config: Config, student: Any, teacher: Any) -> Iterator[tuple[str, C
                 f"parallel.{role}.sequence_parallel=true",
                 _with(config, "parallel", **{role: changed}),
             )
-    if not config.teacher.offload_states:
+    if has_teacher and not config.teacher.offload_states:
         yield "teacher.offload_states=true", _with(config, "teacher", offload_states=True)
-    if not config.teacher.offload_weights:
+    if has_teacher and not config.teacher.offload_weights:
         yield "teacher.offload_weights=true", _with(config, "teacher", offload_weights=True)
     if config.train.recompute != "full":
         yield "train.recompute=full", _with(config, "train", recompute="full")
@@ -110,7 +110,10 @@ def changes(config: Config, student: Any, teacher: Any) -> Iterator[tuple[str, C
 
 def _larger_layouts(config: Config, student: Any, teacher: Any) -> Iterator[tuple[str, Config]]:
     """Twice as many tensor parallel ranks in a node, or pipeline stages, on the same GPUs."""
-    for role, hf in (("student", student), ("teacher", teacher)):
+    roles = [("student", student)]
+    if config.teacher.scoring == "megatron":
+        roles.append(("teacher", teacher))
+    for role, hf in roles:
         own: Layout = getattr(config.parallel, role)
         for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
             size = 2 * getattr(own, key)

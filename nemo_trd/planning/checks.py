@@ -65,8 +65,8 @@ def _model(source: ModelSource, name: str, found: Findings) -> Model | None:
 def _check_nodes(config: Config, found: Findings) -> None:
     """Servers have nodes of their own exactly where something is generated on servers."""
     cluster, vllm = config.cluster, config.generation.vllm
-    refines = config.algorithm.trajectory == "refinement"
-    for name, role, used in (("student", "rollout", True), ("teacher", "refinement", refines)):
+    asks = config.asks_teacher
+    for name, role, used in (("student", "rollout", True), ("teacher", "refinement", asks)):
         nodes, tp = server_nodes(cluster, role)
         pool = getattr(vllm, name) if vllm is not None and used else None
         field = f"cluster.{name}_server_nodes"
@@ -77,7 +77,7 @@ def _check_nodes(config: Config, found: Findings) -> None:
                     nodes,
                     f"nothing is generated on {name} servers with generation.backend="
                     f"{config.generation.backend}, algorithm.trajectory="
-                    f"{config.algorithm.trajectory}",
+                    f"{config.algorithm.trajectory}, teacher.scoring={config.teacher.scoring}",
                     "set it to 0" + (", or generation=vllm" if vllm is None else ""),
                 )
             )

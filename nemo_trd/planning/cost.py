@@ -118,10 +118,15 @@ def step_time(config: Config, student: Any, teacher: Any) -> StepTime:
         role: generation_seconds(config, role, hf, context, answer)
         for role, hf, context, answer in generations(config, student, teacher)
     }
+    teacher_time = flops.teacher / (world * teacher_rate) * bubble(config, parallel.teacher)
+    if config.teacher.scoring == "server":
+        made_for = servers(config, "refinement", teacher)
+        gpus = made_for.count * made_for.tp
+        teacher_time = flops.teacher / (gpus * _training_rate(config, False)) if gpus else math.inf
     return StepTime(
         rollout=made["rollout"],
         refinement=made.get("refinement", 0.0),
-        teacher=flops.teacher / (world * teacher_rate) * bubble(config, parallel.teacher),
+        teacher=teacher_time,
         student=(flops.student / (world * rate) + loss) * bubble(config, parallel.student),
         overlap=config.generation.max_staleness > 0,
     )
@@ -260,17 +265,19 @@ def possible_splits(config: Config) -> Iterator[Config]:
     """Every division of the same nodes in which both layouts and every server find room."""
     cluster = config.cluster
     total = cluster.training_nodes + cluster.student_server_nodes + cluster.teacher_server_nodes
-    refines = config.algorithm.trajectory == "refinement"
+    asks = config.asks_teacher
+    layouts = [config.parallel.student]
+    if config.teacher.scoring == "megatron":
+        layouts.append(config.parallel.teacher)
     for training in range(1, total):
         for student in range(1, total - training + 1):
             teacher = total - training - student
-            if refines == (teacher == 0):
+            if asks == (teacher == 0):
                 continue
             other = with_nodes(config, training, student, teacher)
-            layouts = (config.parallel.student, config.parallel.teacher)
             if any(other.cluster.world_size % x.model_parallel_size for x in layouts):
                 continue
-            roles = [("rollout", student)] + ([("refinement", teacher)] if refines else [])
+            roles = [("rollout", student)] + ([("refinement", teacher)] if asks else [])
             if all(
                 nodes * cluster.gpus_per_node >= server_nodes(cluster, role)[1]
                 for role, nodes in roles
@@ -295,7 +302,7 @@ def evening_servers(config: Config, student: Any, teacher: Any) -> Evening:
     """How many server nodes even out the training nodes that are there."""
     cluster = config.cluster
     training = step_time(config, student, teacher).training
-    options: dict[str, list[tuple[int, float]]] = {"refinement": [(0, 0.0)]}
+    options: dict[str, list[tuple[int, float]]] = {"refinement": [(int(config.asks_teacher), 0.0)]}
     for role, hf, context, answer in generations(config, student, teacher):
         options[role] = [
             (

@@ -25,7 +25,7 @@ ELEMENT = {"bf16": 2, "fp32": 4}
 # Tensors [chunk, V/tp] in fp32 that a divergence holds at one time beside the logits of both
 # models. Two of them are copies, which logits in fp32 at temperature 1 do not need.
 LOSS_TENSORS = {"forward_kl": 7, "reverse_kl": 7, "jsd": 8.25}
-TOP_K_TENSORS = 9.25  # of any divergence on the teacher's top k
+TOP_K_TENSORS = 7  # of any divergence on the teacher's top k
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,10 @@ def training_memory(config: Config, student: Any, teacher: Any) -> list[GpuMemor
     """Of every kind of GPU, first stages first. `student` and `teacher` are their shapes."""
     world = config.cluster.world_size
     lengths = longest_lengths(config)
+    has_teacher = config.teacher.scoring == "megatron"
     sizes = (
         config.parallel.student.pipeline_model_parallel_size,
-        config.parallel.teacher.pipeline_model_parallel_size,
+        config.parallel.teacher.pipeline_model_parallel_size if has_teacher else 1,
     )
     kinds: dict[tuple[int, int], list[int]] = {}
     for rank in range(world):  # Megatron's order: the pipeline stage varies slowest
@@ -81,9 +82,11 @@ def training_memory(config: Config, student: Any, teacher: Any) -> list[GpuMemor
     memory = []
     for (student_stage, teacher_stage), ranks in kinds.items():
         held = _held(config, student, teacher, student_stage)
-        resident = _teacher_weights(config, teacher, teacher_stage)
-        phases = {
-            "teacher": resident | _teacher_phase(config, teacher, teacher_stage, lengths),
+        resident, phases = {}, {}
+        if has_teacher:
+            resident = _teacher_weights(config, teacher, teacher_stage)
+            phases["teacher"] = resident | _teacher_phase(config, teacher, teacher_stage, lengths)
+        phases |= {
             "student": _student_phase(config, student, teacher, student_stage, lengths),
             "export": {"export buffers": _export_bytes(config, student)},
             **generation,
@@ -164,7 +167,8 @@ def _held(config: Config, student: Any, teacher: Any, stage: int) -> dict[str, i
     held = model_state_bytes(config, student, stage)
     if config.precision.fp8 is not None:  # TransformerEngine keeps rows and columns, 1 B each
         held["fp8 copies"] = 2 * stage_parameters(student, layout)[stage].linear
-    if stage == layout.pipeline_model_parallel_size - 1:
+    last = stage == layout.pipeline_model_parallel_size - 1
+    if last and config.teacher.scoring == "megatron":
         rows = _vocabulary_rows(student, layout)
         held["teacher output weight"] = rows * teacher.hidden_size * element
     if config.generation.backend == "local":
@@ -202,8 +206,10 @@ def _student_phase(
     layout, element = config.parallel.student, ELEMENT[config.precision.dtype]
     phase = {"activations": activation_bytes(config, student, stage, lengths.student_tokens)}
     if stage == layout.pipeline_model_parallel_size - 1:
-        labels = lengths.labels if config.teacher.offload_states else lengths.student_rank_labels
-        phase["hidden states"] = labels * teacher.hidden_size * element
+        if config.teacher.scoring == "megatron":
+            offloaded = config.teacher.offload_states
+            labels = lengths.labels if offloaded else lengths.student_rank_labels
+            phase["hidden states"] = labels * teacher.hidden_size * element
         phase["loss workspace"] = loss_workspace_bytes(config, student, lengths)
     return phase
 

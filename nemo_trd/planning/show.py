@@ -67,11 +67,16 @@ def _setup(plan: Plan) -> str:
     for role, model in (("student", plan.student), ("teacher", plan.teacher)):
         if model is None:
             continue
+        size = f"{parameters(model.hf) / 1e9:.2f} B parameters"
+        named = f"  {role:<8} {model.directory.name}  {size}  "
+        if role == "teacher" and config.teacher.scoring == "server":
+            lines.append(f"{named}on its servers only, top {config.loss.top_k}")
+            continue
         layout = getattr(config.parallel, role)
         fp8 = config.precision.fp8 if role == "student" else config.precision.teacher_fp8
         lines.append(
-            f"  {role:<8} {model.directory.name}  {parameters(model.hf) / 1e9:.2f} B parameters  "
-            f"TP {layout.tensor_model_parallel_size}  PP {layout.pipeline_model_parallel_size}"
+            f"{named}TP {layout.tensor_model_parallel_size}  "
+            f"PP {layout.pipeline_model_parallel_size}"
             + (f"  VPP {v}" if (v := layout.virtual_pipeline_model_parallel_size) else "")
             + f"  DP {replicas(config, layout)}  {config.precision.dtype}"
             + (f" + FP8 {fp8}" if fp8 else "")

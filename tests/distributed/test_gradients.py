@@ -127,7 +127,7 @@ def prepare(directory: str, tied: bool, overrides: list[str], fillers: bool) -> 
         full = make_micro_batch([t for rank in plan for b in rank for t in b.trajectories])
         plan = [[empty, full if rank == 0 else empty, empty] for rank in range(len(plan))]
     fill_padding_with_nan(student)
-    return student, teacher.hidden_states(plan), plan
+    return student, teacher.states(plan), plan
 
 
 def loss_and_gradients(student: Any, plan: Any, states: Any) -> tuple[float, dict[str, Tensor]]:

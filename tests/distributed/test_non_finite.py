@@ -87,7 +87,7 @@ def check_failed_steps(config: Any) -> None:
     teacher = Teacher(config, student.groups)
     twin = Student(config)  # never meets a bad value
     plan = student.pack(trajectories())
-    states = teacher.hidden_states(plan)
+    states = teacher.states(plan)
     for either in (student, twin):
         either.train_step(plan, states)
     model = student.models[-1]
@@ -157,7 +157,7 @@ def fail_on_some_rank(overrides: list[str], token: int) -> None:
     student = Student(config)
     teacher = Teacher(config, student.groups)
     plan = student.pack(trajectories())
-    states = teacher.hidden_states(plan)
+    states = teacher.states(plan)
     student.train_step(plan, states)
     student.optimizer.step = lambda: print("the optimizer moved", flush=True)
     print("second step", flush=True)

@@ -151,7 +151,7 @@ def run_cases(directory: str, cases: dict[str, list[str]], results: str) -> None
         seen[name] = []
         for step in range(STEPS):
             plan = model.pack(trajectories(config, step))
-            metrics = model.train_step(plan, frozen.hidden_states(plan)).metrics
+            metrics = model.train_step(plan, frozen.states(plan)).metrics
             seen[name].append((metrics["loss"], metrics["grad_norm"], metrics["label_tokens"]))
     if dist.get_rank() == 0:
         Path(results).write_text(json.dumps(seen))

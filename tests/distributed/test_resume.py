@@ -41,7 +41,7 @@ def run_steps(directory: str, overrides: list[str], first: int, last: int, resul
     seen = []
     for step in range(first, last):
         plan = student.pack(trajectories(config, step))
-        metrics = student.train_step(plan, teacher.hidden_states(plan)).metrics
+        metrics = student.train_step(plan, teacher.states(plan)).metrics
         seen.append((metrics["loss"], metrics["grad_norm"], metrics["lr"]))
     checkpointer.save(TrainerState(last, last, 0, 7, config.digest(), {}))
     checkpointer.wait()

@@ -79,6 +79,7 @@ def test_configuration_is_found_from_any_directory(
     assert compose([]).run.seed == 1234
 
 
+SERVER = ["generation=vllm", "teacher.scoring=server", "loss.top_k=20"]
 REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     # overrides -> what the message says: field, value, rule, fix
     "unknown key": (
@@ -237,6 +238,30 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a call to a server longer than a collective": (
         ["generation=vllm", "parallel.timeout_minutes=2.0"],
         ("weight_sync.call_timeout_seconds = 120.0", "timeout_minutes = 2", "lower it"),
+    ),
+    "a scoring server without servers": (
+        ["teacher.scoring=server", "loss.top_k=20"],
+        ("teacher.scoring = 'server'", "backend=local has none", "choose generation=vllm"),
+    ),
+    "a scoring server and the full vocabulary": (
+        [*SERVER, "loss.top_k=null"],
+        ("loss.top_k = None", "most likely tokens", "set how many"),
+    ),
+    "a scoring server and a temperature": (
+        [*SERVER, "loss.temperature=2.0"],
+        ("loss.temperature = 2.0", "at temperature 1", "set it to 1"),
+    ),
+    "a scoring server that tells too little": (
+        [*SERVER, "generation.vllm.server.arguments=[--max-logprobs,'19']"],
+        ("generation.vllm.server.arguments", "loss.top_k = 20", "leave it out"),
+    ),
+    "a scoring server and a teacher to offload": (
+        [*SERVER, "teacher.offload_weights=true"],
+        ("teacher.offload_weights = True", "no teacher is held", "set it to false"),
+    ),
+    "a scoring server and a teacher in FP8": (
+        [*SERVER, "precision.teacher_fp8=e4m3"],
+        ("precision.teacher_fp8 = 'e4m3'", "no teacher is held", "set it to null"),
     ),
     "sequence parallelism of one rank": (
         ["parallel.teacher.sequence_parallel=true"],

@@ -319,6 +319,21 @@ def test_offloading_takes_the_teacher_off_the_gpu() -> None:
     assert parts[1] == 16_384 * 8192 * 2  # of one micro-batch
 
 
+def test_a_teacher_that_scores_on_servers_is_on_no_training_gpu() -> None:
+    held = planned("experiment=trd_8b", "loss.top_k=64")
+    served = planned("experiment=trd_8b", "loss.top_k=64", "teacher.scoring=server")
+    assert "teacher" in peak(held.memory).phases and "teacher" not in peak(served.memory).phases
+    parts = [peak(p.memory).phases["student"] for p in (held, served)]
+    gone = {"teacher weights", "teacher output weight", "hidden states"}
+    assert {name: size for name, size in parts[0].items() if name not in gone} == parts[1]
+    more = planned(
+        *("experiment=trd_8b", "loss.top_k=64", "teacher.scoring=server"),
+        "cluster.teacher_server_nodes=2",
+    )
+    one, two = (step_time(p.config, *shapes(p.config)).teacher for p in (served, more))
+    assert two == pytest.approx(one / 2)
+
+
 def test_a_second_replica_halves_optimizer_and_hidden_states() -> None:
     one, two = (
         peak(planned("experiment=trd_70b", f"cluster.training_nodes={n}").memory) for n in (4, 8)

@@ -35,6 +35,7 @@ SHAPE: dict[str, Any] = dict(
     num_key_value_heads=2,
     max_position_embeddings=256,
 )
+SERVER = ["generation=vllm", "teacher.scoring=server", "loss.top_k=4"]
 LENGTHS = [
     "data.max_prompt_tokens=64",
     "refinement.max_context_tokens=128",
@@ -110,6 +111,13 @@ def test_complete_models_given_as_relative_paths_are_accepted() -> None:
         ),
         world_size=8,
     )
+
+
+@pytest.mark.usefixtures("models")
+def test_a_teacher_on_servers_has_no_layout() -> None:
+    layout = ["parallel.teacher.tensor_model_parallel_size=3"]
+    assert "parallel.teacher" in refusal(settings(*layout))
+    check(settings(*SERVER, *layout), world_size=1)
 
 
 def test_opsd_needs_no_teacher_directory(models: Path) -> None:
@@ -369,6 +377,16 @@ RULES: dict[str, tuple[list[str], int, tuple[str, ...]]] = {
         ["refinement.max_context_tokens=193", "train.max_tokens_per_micro_batch=999"],
         1,
         ("refinement.max_context_tokens = 193", "teacher sees 257", "= 256", "lower it"),
+    ),
+    "one token more than positions of a scoring server": (
+        [*SERVER, "refinement.max_context_tokens=192", "train.max_tokens_per_micro_batch=999"],
+        1,
+        ("refinement.max_context_tokens = 192", "when it scores", "256 tokens", "lower it"),
+    ),
+    "one token more than a scoring server is started for": (
+        [*SERVER, "generation.vllm.server.max_model_len=192"],
+        1,
+        ("refinement.max_context_tokens = 128", "the 192 tokens", "server.max_model_len"),
     ),
     "top_k": (["loss.top_k=9"], 1, ("loss.top_k = 9", "vocabulary of 8", "lower it")),
     "fp8 of the student": (
