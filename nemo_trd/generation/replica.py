@@ -78,6 +78,7 @@ class Replica:
         try:
             self._link.send(bucket)
         except Exception as error:
+            self._drop_link()
             self._raise("update_weights", error)
 
     def _raise(self, phase: str, error: Exception) -> NoReturn:

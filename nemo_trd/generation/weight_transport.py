@@ -134,7 +134,6 @@ class GlooLink:
 
     def send(self, bucket: Bucket) -> None:
         """Raises: Exception, as the constructor; the link is of no use then."""
-        group = self._group
         info = {
             "names": [name for name, _ in bucket],
             "dtypes": [dtype_name(tensor) for _, tensor in bucket],
@@ -142,8 +141,12 @@ class GlooLink:
         }
 
         def broadcast() -> None:
-            for _, tensor in bucket:
-                group.broadcast(tensor, 0).wait()
+            try:
+                for _, tensor in bucket:
+                    self._group.broadcast(tensor, 0).wait()
+            except Exception:
+                self._group = None  # closes the connections: no worker waits for more
+                raise
 
         both(
             self._threads,
