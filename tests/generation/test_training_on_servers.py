@@ -57,7 +57,9 @@ def run_training(overrides: list[str], fault: str) -> None:
                 child.kill()
 
     RunLogger.step = then_it_happens  # type: ignore[method-assign]
-    sys.exit(launch(compose(overrides)))
+    exit_code = launch(compose(overrides))
+    assert "nemo_trd.generation.local" not in sys.modules  # nothing but the servers samples
+    sys.exit(exit_code)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +143,8 @@ def stale_run(inputs: Path, urls: dict[str, str], tmp_path_factory: pytest.TempP
     """The directory of a run with `max_staleness=1` that nothing interrupted."""
     run_dir = tmp_path_factory.mktemp("stale") / "run"
     run = settings(inputs, run_dir, "generation.max_staleness=1", *on(urls))
-    launch(1, run_training, run, "", environment=ENVIRONMENT)
+    run += ["data.validation=${data.train}", "evaluation.at_end=true", "evaluation.interval=2"]
+    launch(1, run_training, [*run, "evaluation.samples_per_problem=2"], "", environment=ENVIRONMENT)
     return run_dir
 
 
@@ -171,6 +174,13 @@ def test_samples_of_the_next_step_are_one_update_old_and_waiting_is_shown(stale_
         assert {"seconds/wait_for_samples", "seconds/wait_for_training"} <= set(step)
     samples = (stale_run / "samples" / f"step_{STEPS:06d}.md").read_text()
     assert f"weight version {STEPS - 2}" in samples
+
+
+def test_evaluation_during_training_uses_the_students_servers(stale_run: Path) -> None:
+    lines = (stale_run / "evaluation.jsonl").read_text().splitlines()
+    evaluations = [json.loads(line) for line in lines]
+    assert [line["step"] for line in evaluations] == [2, STEPS]
+    assert {line["problems"] for line in evaluations} == {8}
 
 
 def test_a_stopped_run_resumes_to_the_same_numbers_with_the_samples_it_had_drawn(
