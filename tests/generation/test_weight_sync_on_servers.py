@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
-import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -197,7 +196,7 @@ def test_after_a_sync_both_replicas_answer_with_the_new_weights(
 ) -> None:
     model = student("qwen3")
     sync = make_sync(backend, in_flight)
-    for version, seed in enumerate((1, 2, 0)):
+    for version, seed in enumerate((1, 2)):
         expected = model.log_probs(seed, PROMPT)
         before = [next_token_error(url, expected) for url in replicas]  # caches the prompt
         sync.load_weights(model.export(seed), 10 + version)
@@ -335,7 +334,7 @@ def test_requests_in_flight_finish_with_the_old_weights(
     replicas: list[str], student: Any, make_sync: Any
 ) -> None:
     old, new, tokens, reason = _sync_during_a_request(
-        replicas[1], student, make_sync("file", "finish", replicas[1:])
+        replicas[1], student, make_sync("gloo", "finish", replicas[1:])
     )
     assert (tokens, reason) == (old, "length") and old != new
 
@@ -362,7 +361,7 @@ def test_requests_in_flight_are_aborted_with_what_they_have(
     replicas: list[str], student: Any, make_sync: Any
 ) -> None:
     old, _, tokens, reason = _sync_during_a_request(
-        replicas[1], student, make_sync("file", "abort", replicas[1:])
+        replicas[1], student, make_sync("gloo", "abort", replicas[1:])
     )
     assert reason == "abort"
     assert 0 < len(tokens) < len(old)
@@ -375,37 +374,20 @@ def _sync_during_a_request(
     """Greedy tokens of the old weights, of the new ones, of a request meanwhile, how that ended."""
     model = student("qwen3")
     sync.load_weights(model.export(1), 60)
-    length = {"max_tokens": 1500, "ignore_eos": True}
+    length = {"max_tokens": 1000, "ignore_eos": True}
     following = [(name, tensor.clone()) for name, tensor in model.export(2)]
+    started = time.monotonic()
     old = complete(url, PROMPT, **length)["token_ids"]
-    running = threading.Event()
+    seconds = time.monotonic() - started
     with ThreadPoolExecutor(1) as thread:
-        request = thread.submit(_stream, url, running, **length)
-        assert running.wait(20)
+        request = thread.submit(complete, url, PROMPT, **length)
+        time.sleep(seconds / 4)  # it runs, and is far from its end
         sync.load_weights(following, 61)
-        tokens, reason = request.result(60)
+        answer = request.result(60)
     assert not sync.failures
     assert errors(url, model.log_probs(2, PROMPT)) < TOLERANCE
     new = complete(url, PROMPT, **length)["token_ids"]
-    return old, new, tokens, reason
-
-
-def _stream(url: str, running: threading.Event, **sampling: Any) -> tuple[list[int], str]:
-    body = {"model": SERVED_NAME, "prompt": PROMPT, "temperature": 0, "stream": True}
-    body |= {"return_token_ids": True} | sampling
-    tokens: list[int] = []
-    reason = "none"
-    with httpx.stream(
-        "POST", f"{url}/v1/completions", json=body, headers=HEADERS, timeout=60
-    ) as answer:
-        for line in answer.iter_lines():
-            if line.startswith("data: {"):
-                choice = json.loads(line.removeprefix("data: "))["choices"][0]
-                tokens += choice.get("token_ids") or []
-                reason = choice["finish_reason"] or reason
-                if len(tokens) >= 3:
-                    running.set()
-    return tokens, reason
+    return old, new, answer["token_ids"], answer["finish_reason"]
 
 
 def test_a_replica_killed_within_a_sync_does_not_stop_the_other_and_comes_back(
