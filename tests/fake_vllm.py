@@ -85,7 +85,7 @@ class FakeVllm:
         answers: dict[str, Any] = {
             "/weight_info": {"weight_version": self.version},
             "/is_paused": {"is_paused": self.paused},
-            "/v1/models": {"data": [{"id": "policy", "max_model_len": self.max_model_len}]},
+            "/v1/models": {"data": [{"id": "nemo_trd", "max_model_len": self.max_model_len}]},
         }
         if handler.headers["Authorization"] != f"Bearer {KEY}":
             _send(handler, 401, {"error": f"Unauthorized: {handler.headers['Authorization']}"})

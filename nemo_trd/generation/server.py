@@ -30,7 +30,7 @@ from nemo_trd.generation.vllm_worker import worker_arguments
 
 log = logging.getLogger(__name__)
 
-SERVED_NAME = "policy"
+SERVED_NAME = "nemo_trd"
 REPORT_SECONDS = 10.0
 TAIL_LINES = 25
 DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
