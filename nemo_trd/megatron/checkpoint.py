@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 import logging
 import multiprocessing
 import queue
@@ -34,6 +35,12 @@ log = logging.getLogger(__name__)
 
 # Optimizer states of a distributed optimizer in a form that any TP, PP and DP can load.
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+# Newer versions of megatron-core would write in the background through another package.
+_OWN_WRITER: dict[str, Any] = (
+    {"async_strategy": "mcore"}
+    if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    else {}
+)
 
 
 class Checkpointer:
@@ -66,6 +73,7 @@ class Checkpointer:
             str(partial_dir),
             async_sharded_save=self._settings.async_save,
             content_metadata=SHARDING,
+            **_OWN_WRITER,
         )
         (partial_dir / "rng").mkdir(exist_ok=True)  # megatron-core takes what was there for debris
         save_file(_rng_state(), partial_dir / "rng" / _rng_file())
