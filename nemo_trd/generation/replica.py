@@ -11,14 +11,13 @@ import httpx
 from pydantic import SecretStr
 
 from nemo_trd import config
+from nemo_trd.generation.vllm_api import CHECK_SECONDS
 from nemo_trd.generation.weight_transport import Bucket, GlooLink, Link, NcclLink
 
 log = logging.getLogger(__name__)
 
-AS_STARTED = "default"  # the version of a server that has only loaded its model
 INCOMPLETE = "incomplete"  # the version of weights that are neither the old nor the new ones
 PAUSE_MODES = {"finish": "wait", "keep": "keep", "abort": "abort"}
-CHECK_SECONDS = 10.0  # for a question about its state, to a server that can work
 
 
 class ReplicaError(RuntimeError):
@@ -43,7 +42,7 @@ class Replica:
         self._client = httpx.Client(base_url=self.url, headers=headers, trust_env=False)
 
     def version(self) -> str:
-        """Of its weights; `AS_STARTED` until the first update."""
+        """Of its weights; `INITIAL_WEIGHTS` until the first update."""
         return self._call("GET", "/weight_info", CHECK_SECONDS)["weight_version"]
 
     def is_paused(self) -> bool:

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from nemo_trd import config
 from nemo_trd.generation import GenerationFailed
-from nemo_trd.generation.replica import AS_STARTED, Replica, ReplicaError
+from nemo_trd.generation.replica import Replica, ReplicaError
+from nemo_trd.generation.vllm_api import INITIAL_WEIGHTS
 from nemo_trd.generation.weight_transport import Bucket, WeightFiles, buckets
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class WeightSync:
     def is_current(self, url: str) -> bool:
         """Whether the server has the weights of the last sync, all of them, and serves them."""
         replica = self._replicas[url]
-        expected = AS_STARTED if self.version is None else str(self.version)
+        expected = INITIAL_WEIGHTS if self.version is None else str(self.version)
         try:
             return replica.version() == expected and not replica.is_paused()
         except ReplicaError:
