@@ -87,16 +87,14 @@ def launch(config: Config) -> int:
         inputs = raise_together(lambda: load_inputs(config, dist.get_world_size()))
         stop = StopRequest(config.run_dir)
         run = Run(config, inputs, stop)
+        exit_code = None
         try:
             exit_code = train(run)
         except GenerationFailed:
             run.save()
-            run.close(succeeded=False)
             raise
-        except BaseException:
-            run.close(succeeded=False)
-            raise
-        run.close(succeeded=exit_code == 0)
+        finally:
+            run.close(succeeded=exit_code == 0)
         stop.close()
     except ConfigError:
         watch.close()
