@@ -26,6 +26,12 @@ def _prctl(option: int, value: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl")
 
 
+def _end_with_guard() -> None:
+    """In the server's process. SIGINT, which a shell may have ignored and nobody has blocked."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _prctl(PR_SET_PDEATHSIG, signal.SIGINT)
+
+
 def descendants(root: int) -> list[int]:
     """Pids of every process below `root`, zombies left out."""
     children: dict[int, list[int]] = {}
@@ -74,12 +80,12 @@ def main(parent: int, grace: float, command: list[str]) -> int:
     if os.getppid() != parent:  # it ended before we looked, and the pid may be another's
         return 0
     # Should this process be killed, the server is asked to end and ends its workers itself.
-    server = subprocess.Popen(command, preexec_fn=lambda: _prctl(PR_SET_PDEATHSIG, signal.SIGTERM))
+    server = subprocess.Popen(command, preexec_fn=_end_with_guard)
     server_end = os.pidfd_open(server.pid)
     ready, _, _ = select.select([woken, parent_end, server_end], [], [])
     ended_by_itself = server_end in ready
     if not ended_by_itself:
-        server.terminate()
+        server.send_signal(signal.SIGINT)
         select.select([server_end], [], [], grace)
     status = server.poll()
     _end_everything_below()

@@ -94,7 +94,7 @@ class Server:
         """
         assert self._process is None
         python, is_cpu = find_vllm(self.settings.python)
-        command = [python, "-P", "-m", "vllm.entrypoints.openai.api_server"]
+        command = [python, "-P", "-m", "nemo_trd_api_server"]
         self._reserve_address()
         command += self._arguments(is_cpu)
         grace = f"{self.settings.stop_timeout_seconds:g}"
@@ -143,7 +143,7 @@ class Server:
 
     def ask_to_stop(self) -> None:
         if self._process is not None:
-            self._process.terminate()
+            self._process.send_signal(signal.SIGINT)  # SIGTERM may be blocked: see serve_node.py
 
     def stop(self) -> None:
         """End every process of it: asked first, killed after `stop_timeout_seconds`."""

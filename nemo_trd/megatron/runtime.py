@@ -129,7 +129,7 @@ class StopRequest:
     """Whether the run should save and leave after the step that it is in.
 
     SIGTERM and SIGUSR1 (preemption, time limit) leave with `REQUEUE_EXIT_CODE`; a file named
-    `stop` in the run directory leaves with 0.
+    `stop` in the run directory leaves with 0, and is removed when it is obeyed.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -149,7 +149,11 @@ class StopRequest:
         signalled, stop_file = asked.tolist()
         if signalled:
             return REQUEUE_EXIT_CODE
-        return 0 if stop_file else None
+        if not stop_file:
+            return None
+        if dist.get_rank() == 0:
+            self._stop_file.unlink(missing_ok=True)
+        return 0
 
     def close(self) -> None:
         for number, handler in self._previous.items():

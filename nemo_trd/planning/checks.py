@@ -86,14 +86,22 @@ def _check_nodes(config: Config, found: Findings) -> None:
                 f"{field} = 0: the run's own {name} servers share the training GPUs; the memory "
                 "that they take is not counted"
             )
-        elif pool is not None and nodes * cluster.gpus_per_node < tp:
+        elif pool is not None and nodes == 0:
             found.problems.append(
                 rule_broken(
                     field,
                     nodes,
-                    f"one {name} server takes {tp} GPUs and these nodes have "
-                    f"{nodes * cluster.gpus_per_node}",
-                    f"set aside more nodes, or lower cluster.{name}_server_tp",
+                    f"one {name} server takes {tp} GPUs, and no node is set aside for it",
+                    f"set aside a node, or generation.vllm.{name}.replicas for servers of the run",
+                )
+            )
+        elif pool is not None and tp > cluster.gpus_per_node:
+            found.problems.append(
+                rule_broken(
+                    f"cluster.{name}_server_tp",
+                    tp,
+                    f"a server lives on one node, and a node has {cluster.gpus_per_node} GPUs",
+                    f"use at most {cluster.gpus_per_node}",
                 )
             )
 

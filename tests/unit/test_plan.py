@@ -600,6 +600,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["experiment=trd_8b", "cluster.teacher_server_tp=1"],
         "cluster.teacher_server_tp = 1",
     ),
+    "a server larger than a node": (
+        ["experiment=trd_8b", "cluster.gpus_per_node=4", "parallel=tp4"],
+        "cluster.teacher_server_tp = 8",
+    ),
     "tensor parallelism between nodes": (
         ["experiment=trd_8b", "cluster.gpus_per_node=4", "cluster.training_nodes=2",
          "cluster.teacher_server_nodes=2"],

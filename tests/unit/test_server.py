@@ -37,11 +37,12 @@ SETTINGS = VllmServer(
     start_timeout_seconds=60,
     stop_timeout_seconds=2,
 )
-# A server with a worker in a session of its own. Neither obeys SIGTERM; both write their pid.
+# A server with a worker in a session of its own. Neither obeys; both write their pid.
 STUBBORN = """
     import os, signal, subprocess, sys, time
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    worker = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    worker = "import time; time.sleep(60)"  # ignored signals stay ignored
     child = subprocess.Popen([sys.executable, "-c", worker], start_new_session=True)
     print(os.getpid(), child.pid, flush=True)
     {then}

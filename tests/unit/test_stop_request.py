@@ -12,12 +12,13 @@ import pytest
 from nemo_trd.megatron.runtime import REQUEUE_EXIT_CODE, StopRequest
 
 
-def test_a_stop_file_leaves_with_0(one_rank: Any, tmp_path: Path) -> None:
+def test_a_stop_file_leaves_with_0_and_stops_one_run_only(one_rank: Any, tmp_path: Path) -> None:
     stop = StopRequest(tmp_path)
     try:
         assert stop.exit_code() is None
         (tmp_path / "stop").touch()
         assert stop.exit_code() == 0
+        assert not (tmp_path / "stop").exists()
     finally:
         stop.close()
 
