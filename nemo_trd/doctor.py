@@ -27,8 +27,9 @@ from packaging.version import Version
 
 Role = Literal["train", "server"]
 PACKAGE = "nemo_trd"
-SERVER_REQUIREMENTS = ("omegaconf", "packaging", "pydantic", "pyyaml")  # of ours, for serving
-ENTRY_POINTS = {"train": "nemo_trd.train", "server": "nemo_trd.generation.serve"}
+# Of ours, for serving.
+SERVER_REQUIREMENTS = ("hydra-core", "omegaconf", "packaging", "pydantic", "pyyaml")
+ENTRY_POINTS = {"train": "nemo_trd.train", "server": "nemo_trd.generation.serve_node"}
 VLLM = SpecifierSet(">=0.32,<0.33")  # its weight transfer changes in 0.33
 SHOWN = ("torch", "megatron-core", "transformer-engine", "transformers", "vllm", PACKAGE)
 FP8_CAPABILITY, BF16_CAPABILITY = (8, 9), (8, 0)  # of compute

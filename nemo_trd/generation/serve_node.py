@@ -5,7 +5,7 @@ NEMO_TRD_API_KEY=... python -m nemo_trd.generation.serve_node student --reached-
 
 A node holds `cluster.gpus_per_node` / `cluster.{student,teacher}_server_tp` servers; the jobs of
 slurm/ run this on each server node. SIGINT ends the servers. SIGTERM does not: Slurm sends it to
-every process of a job that is preempted or cancelled, and the trainer needs them to finish its step.
+all processes of a job that is preempted or cancelled, and the trainer needs them for its step.
 """
 
 from __future__ import annotations

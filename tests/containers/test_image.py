@@ -30,6 +30,10 @@ ABSENT = {
     *("accelerate", "antlr4-python3-runtime", "gguf", "hydra-core", "latex2sympy2-extended"),
     *("math-verify", "omegaconf"),
 }
+COMPOSED = """
+from nemo_trd.config import compose
+print(compose(["experiment=trd_8b"]).cluster.gpus_per_node)
+"""
 UNPRIVILEGED = ("--user", "1234:1234", "--env", "HOME=/nonexistent")
 
 
@@ -245,14 +249,18 @@ def test_unprivileged_user_plans_and_trains(trainer: Any, work: Path) -> None:
     assert len(lines) == 2 and (work / "run").stat().st_uid == 1234
 
 
-def test_server_image_serves_and_adds_nothing_but_omegaconf(server: Container) -> None:
+def test_server_image_serves_and_adds_nothing_but_what_reads_settings(server: Container) -> None:
     assert server.config.get("Entrypoint") in (None, [])
-    added = ABSENT - {"omegaconf", "antlr4-python3-runtime"}
-    assert server.version("omegaconf") and not any(server.version(name) for name in added)
+    added = ABSENT - {"omegaconf", "antlr4-python3-runtime", "hydra-core"}
+    assert server.version("hydra-core") and not any(server.version(name) for name in added)
     for options in ((), UNPRIVILEGED):
-        serve = ["python3", "-m", "nemo_trd.generation.serve", "--help"]
-        done = server.run(*serve, options=options)
-        assert done.returncode == 0 and "--weight-backend" in done.stdout, done.stderr
+        for name, option in (("serve", "--weight-backend"), ("serve_node", "--reached-from")):
+            command = ["python3", "-m", f"nemo_trd.generation.{name}", "--help"]
+            done = server.run(*command, options=options)
+            assert done.returncode == 0 and option in done.stdout, done.stderr
+        settings = ["python3", "-c", COMPOSED]
+        done = server.run(*settings, options=options)
+        assert done.returncode == 0 and done.stdout == "8\n", done.stderr
 
 
 def test_health_command_of_the_server_image_says_that_a_gpu_is_missing(server: Container) -> None:

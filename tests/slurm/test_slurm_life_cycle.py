@@ -56,7 +56,7 @@ def uninterrupted(jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> list[
 def test_a_slice_shorter_than_the_save_interval_makes_progress(
     jobs: Jobs, tmp_path: Path, uninterrupted: list[dict[str, Any]]
 ) -> None:
-    """A time limit below the 900 s of `#SBATCH --signal` brings SIGUSR1 at once, in each attempt."""
+    """A time limit below the 900 s of `#SBATCH --signal` brings SIGUSR1 at once, each time."""
     run_dir = tmp_path / "run"
     number = jobs.submit(run_dir, NEVER, options=("--time=5",))
     job = jobs.cluster.wait(number, 300)

@@ -114,7 +114,7 @@ def test_what_an_extra_of_a_requirement_asks_for_is_checked(
 def test_server_needs_few_packages_and_vllm_0_32(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    absent = ("megatron-core", "hydra-core", "torch", "datasets")
+    absent = ("megatron-core", "torch", "datasets")
     fake_packages(monkeypatch, tmp_path, {**dict.fromkeys(absent), "vllm": "0.33.0"})
     assert doctor.role_here() == "server"
     assert faults("server") == []
