@@ -91,7 +91,8 @@ def address_towards(host: str) -> str:
         ) from error
 
 
-def _serve(arguments: Sequence[str] | None) -> None:
+def _serve(arguments: Sequence[str] | None) -> int:
+    """Start the servers and stay; the exit status of the first that ends by itself."""
     parser = argparse.ArgumentParser(prog="python -m nemo_trd.generation.serve_node")
     parser.add_argument("role", choices=("student", "teacher"))
     parser.add_argument("overrides", nargs="*", help="as for nemo_trd.train")
@@ -106,20 +107,21 @@ def _serve(arguments: Sequence[str] | None) -> None:
     start_all(servers)
     try:
         print("ready:", *(server.url for server in servers), flush=True)
-        while all(server.exit_status() is None for server in servers):
+        while not (ended := [s for s in servers if s.exit_status() is not None]):
             time.sleep(0.5)
-        raise next(s for s in servers if s.exit_status() is not None).failure()
+        print(f"nemo_trd: {ended[0].failure()}", file=sys.stderr)
+        return ended[0].exit_status() or 1
     finally:
         stop_all(servers)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 after SIGINT; 1 when a server did not start or ended by itself; 2 for a bad setting."""
+    """0 after SIGINT; 1 when a server did not start, 2 for a bad setting, else a server's own."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # the servers inherit this
     try:
-        _serve(arguments)
+        return _serve(arguments)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         return 0
@@ -129,7 +131,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ServerError as error:
         print(f"nemo_trd: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

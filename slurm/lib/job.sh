@@ -6,9 +6,11 @@
 readonly REQUEUE_STATUS=75   # of a trainer that was asked to stop and has saved
 readonly STOP_SECONDS=${STOP_SECONDS:-30} # for a trainer whose servers died, and for servers to end
 
+declare -A PIDS=() # of srun: training, student and teacher
+
 run_job() {
     asked_to_stop=
-    trap 'asked_to_stop="signal"' USR1 TERM
+    trap 'asked_to_stop=yes' USR1 TERM
     split_nodes
     prepare_logs
     check_arguments "$@"
@@ -118,13 +120,11 @@ Pyxis (srun knows no --container-image). Fix: unset it to run without containers
     rm "$mark"
 }
 
-# Inside a container it is the image's, outside the checkout's unless PYTHON names another.
+# python_of IMAGE: PYTHON, else the image's, else the checkout's, else the node's.
 python_of() {
-    if [[ -n $1 || ! -x $NEMO_TRD_HOME/.venv/bin/python ]]; then
-        printf '%s\n' "${PYTHON:-python3}"
-    else
-        printf '%s\n' "${PYTHON:-$NEMO_TRD_HOME/.venv/bin/python}"
-    fi
+    local own=$NEMO_TRD_HOME/.venv/bin/python
+    [[ -z $1 && -x $own ]] || own=python3
+    printf '%s\n' "${PYTHON:-$own}"
 }
 
 # MASTER_PORT, or the first that nothing listens on. This runs on the first training node.
@@ -160,13 +160,12 @@ start_servers() {
     (($2 > 0)) || return 0
     export NEMO_TRD_API_KEY=${NEMO_TRD_API_KEY:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}
     : > "$LOGS/$1-servers.log"
-    : > "$LOGS/$1-servers.err"
     # shellcheck disable=SC2086 # options, to be split into words
     srun --job-name="$1-server" --overlap --nodes="$2" --ntasks-per-node=1 --relative="$3" --label \
         --cpu-bind=none --kill-on-bad-exit=0 --wait=0 "${in_servers[@]}" ${SERVER_SRUN_ARGS:-} \
         "$(python_of "$SERVER_CONTAINER_IMAGE")" -m nemo_trd.generation.serve_node "$1" \
         --reached-from "$MASTER_ADDR" --logs "$LOGS" "${settings[@]}" \
-        > "$LOGS/$1-servers.log" 2> "$LOGS/$1-servers.err" < /dev/null &
+        >> "$LOGS/$1-servers.log" 2>&1 < /dev/null &
     PIDS[$1]=$!
 }
 
@@ -200,7 +199,7 @@ check_servers() {
     local role
     for role in student teacher; do
         [[ -n ${PIDS[$role]:-} ]] || continue
-        if first_failure "$LOGS/$role-servers.err" || ! kill -0 "${PIDS[$role]}" 2> /dev/null; then
+        if first_failure "$LOGS/$role-servers.log" || ! kill -0 "${PIDS[$role]}" 2> /dev/null; then
             server_ended "$role"
         fi
     done
@@ -283,9 +282,7 @@ trainer_failed() {
 
 # --- steps ----------------------------------------------------------------------------------------
 
-declare -A PIDS=() # of srun, by the name of the step
-
-# first_failure ERR_FILE: has srun reported a task that failed? Sets WHERE, TASKS, WHAT and STATUS,
+# first_failure FILE: has srun reported a task that failed? Sets WHERE, TASKS, WHAT and STATUS,
 # which is empty when a signal ended it. A trainer that has saved as it was asked to has not failed.
 first_failure() {
     local pattern='^srun: error: ([^ :]+): tasks? ([^ :]+): (.*)$' line
@@ -324,13 +321,15 @@ kill_step() {
 end_steps() {
     local name step
     [[ -z ${PIDS[training]:-} ]] || kill_step training
-    for name in student-server teacher-server; do
+    for name in student teacher; do
         step=
-        [[ -z ${PIDS[${name%-server}]:-} ]] || step=$(step_id "$name")
+        [[ -z ${PIDS[$name]:-} ]] || step=$(step_id "$name-server")
         [[ -z $step ]] || scancel --signal=INT "$step" 2> /dev/null || true
     done
     for name in "${!PIDS[@]}"; do
-        wait_until_ended "$name" "$STOP_SECONDS" || kill_step "$([[ $name == training ]] && echo training || echo "$name-server")"
+        step=$name-server
+        [[ $name != training ]] || step=training
+        wait_until_ended "$name" "$STOP_SECONDS" || kill_step "$step"
         wait "${PIDS[$name]}" 2> /dev/null || true
     done
     PIDS=()

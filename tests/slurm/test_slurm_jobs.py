@@ -28,6 +28,7 @@ import socket, sys, time
 held = []
 for port in range(int(sys.argv[1]), int(sys.argv[2]) + 1):
     held.append(socket.socket())
+    held[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # after ranks of other tests
     held[-1].bind(("0.0.0.0", port))
     held[-1].listen()
 print("listening", flush=True)

@@ -215,7 +215,7 @@ def test_with_servers_a_preempted_job_finishes_its_step_and_a_dead_server_ends_i
     kill_server(jobs.cluster, "node2")
     job = jobs.cluster.wait(number, 60)
     log = jobs.cluster.log(number)
-    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "1:0", "1"), log
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "137:0", "1"), log
     assert re.search(
         r"a student server on node2: the server of \S+ at http://\S+ ended with status 137",
         last_line(log),
