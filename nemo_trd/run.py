@@ -92,7 +92,7 @@ class Run:
         self.config = config
         self._inputs = inputs
         self._stop = stop
-        self._verify = verifier(config.data.verifier)
+        self._verify = verifier(config.data.verifier, config.sandbox)
         self.student = Student(config)
         self.teacher: Teacher | ServerTeacher
         if config.teacher.scoring == "megatron":

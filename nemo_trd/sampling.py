@@ -46,7 +46,7 @@ class Sampler:
         self._teacher = teacher
         self._student_tokenizer = student_tokenizer
         self._teacher_tokenizer = teacher_tokenizer
-        self._verify = verifier(config.data.verifier)
+        self._verify = verifier(config.data.verifier, config.sandbox)
         # Samples may be drawn while the main thread exchanges something else.
         self._group = dist.new_group(backend="gloo")
 
