@@ -294,8 +294,11 @@ class _RowReader:
         names = set(PLACEHOLDER.findall(template)) - {"problem"}
         values = {name: self.value("problem", name) for name in names}
         for name, value in values.items():
-            if not isinstance(value, str):
-                raise self.broken(name, value, f"{self.field}.template puts it in: give a text")
+            lines = value if isinstance(value, list) else [value]
+            if not all(isinstance(line, str) for line in lines):
+                rule = f"{self.field}.template puts it in: it must be a text, or a list of lines"
+                raise self.broken(name, value, rule)
+            values[name] = "\n".join(lines)
         return fill_template(template, problem=problem, **values)
 
     def tests(self, column: str | list[str]) -> str:

@@ -20,7 +20,7 @@ from nemo_trd.checkpoint_dir import (
     read_samples_ahead,
 )
 from nemo_trd.config import Config
-from nemo_trd.evaluate import evaluate
+from nemo_trd.evaluation.in_run import evaluate
 from nemo_trd.generation import request_seed
 from nemo_trd.generators import Generators
 from nemo_trd.megatron.checkpoint import Checkpointer

@@ -9,7 +9,8 @@ from statistics import mean, stdev
 import pytest
 
 from nemo_trd.config import Evaluation, Sampling
-from nemo_trd.evaluate import Accuracy, Score, accuracy, evaluate, pass_at_k
+from nemo_trd.evaluation.accuracy import Accuracy, Score, accuracy, pass_at_k
+from nemo_trd.evaluation.in_run import evaluate
 from nemo_trd.types import Completion, GenerationRequest, Prompt
 
 SAMPLING = Sampling(temperature=1, top_p=1, top_k=0, max_tokens=4)

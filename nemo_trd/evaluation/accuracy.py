@@ -1,18 +1,12 @@
-"""Accuracy of a generator on problems with answers: avg@k and pass@k."""
+"""Accuracy on problems with answers: avg@k, pass@k, and how sure they are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import comb, fsum, sqrt
 
-from nemo_trd.config import Evaluation, Sampling
-from nemo_trd.generation import request_seed
-from nemo_trd.types import Completion, GenerationRequest, Prompt, TokenIds
-from nemo_trd.verifiers import Verifier
-
-# Of a distributed run: collective, and every rank gets every completion.
-Generate = Callable[[Sequence[GenerationRequest], Sampling, str], list[Completion]]
+import numpy as np
 
 
 def pass_at_k(decided: int, correct: int, k: int) -> float:
@@ -84,59 +78,6 @@ class Accuracy:
         return text
 
 
-def evaluate(
-    generate: Generate,
-    prompts: Sequence[Prompt],
-    evaluation: Evaluation,
-    seed: int,
-    verify: Verifier,
-    decode: Callable[[TokenIds], str],
-) -> Accuracy:
-    """Sample every prompt `evaluation.samples_per_problem` times and verify the answers.
-
-    The seed of a sample depends on `seed`, the prompt's index and the sample's number only, so
-    two evaluations with one seed differ by their weights alone. `decode` leaves special tokens
-    out.
-
-    Raises:
-        ValueError: no prompt has an answer.
-    """
-    wanted = [(p, sample) for p in prompts for sample in range(evaluation.samples_per_problem)]
-    if not any(prompt.answer is not None for prompt in prompts):
-        raise ValueError(f"none of the {len(prompts)} problems to evaluate on has an answer")
-    requests = [
-        GenerationRequest(
-            p.token_ids, request_seed(seed, "evaluation", p.index, sample), affinity=p.index
-        )
-        for p, sample in wanted
-    ]
-    completions = generate(requests, evaluation.sampling, "evaluation")
-    verdicts = [
-        _verdict(prompt, completion, verify, decode)
-        for (prompt, _), completion in zip(wanted, completions, strict=True)
-    ]
-    k = evaluation.samples_per_problem
-    groups = [verdicts[start : start + k] for start in range(0, len(verdicts), k)]
-    return accuracy(
-        [
-            Score(prompt.index, group.count(True), group.count(False), group.count(None))
-            for prompt, group in zip(prompts, groups, strict=True)
-        ],
-        k,
-    )
-
-
-def _verdict(
-    prompt: Prompt,
-    completion: Completion,
-    verify: Verifier,
-    decode: Callable[[TokenIds], str],
-) -> bool | None:
-    if prompt.answer is None or completion.finish_reason == "abort":
-        return None
-    return verify(decode(completion.token_ids), prompt.answer)
-
-
 def accuracy(scores: Sequence[Score], k: int) -> Accuracy:
     """Averages over problems; NaN where nothing was decided."""
     judged = [score for score in scores if score.decided]
@@ -159,3 +100,60 @@ def accuracy(scores: Sequence[Score], k: int) -> Accuracy:
 
 def _mean(values: Sequence[float]) -> float:
     return fsum(values) / len(values) if values else float("nan")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems, and the bounds of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def estimates(
+    scores: Sequence[Score], n: int, resamples: int, confidence: float, seed: int
+) -> dict[str, Estimate]:
+    """avg@n, and pass@k for every k from 1 to n, with bootstrap intervals over problems.
+
+    As in `accuracy`, pass@k of a problem with fewer than k decided samples is judged by those,
+    and a problem without any is left out. All are NaN where nothing was decided.
+    """
+    judged = [score for score in scores if score.decided]
+    names = [f"avg@{n}", *(f"pass@{k}" for k in range(1, n + 1))]
+    if not judged:
+        return dict.fromkeys(names, Estimate(*[float("nan")] * 3))
+    rows = [
+        [
+            score.correct / score.decided,
+            *(
+                pass_at_k(score.decided, score.correct, min(k, score.decided))
+                for k in range(1, n + 1)
+            ),
+        ]
+        for score in judged
+    ]
+    low, high = bootstrap(np.array(rows), resamples, confidence, seed)
+    means = [_mean(column) for column in zip(*rows, strict=True)]
+    figures = zip(means, low.tolist(), high.tolist(), strict=True)
+    return {name: Estimate(*figure) for name, figure in zip(names, figures, strict=True)}
+
+
+def bootstrap(
+    values: np.ndarray, resamples: int, confidence: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of the percentile bootstrap interval of the mean over the rows of [rows, figures].
+
+    Rows are drawn with replacement, all figures of a row together. Efron and Tibshirani, An
+    Introduction to the Bootstrap, section 13.3.
+    """
+    random, rows = np.random.default_rng(seed), len(values)
+    means = np.empty((resamples, values.shape[1]))
+    block = max(1, 10**7 // rows)  # resamples whose counts exist at one time
+    for start in range(0, resamples, block):
+        size = min(block, resamples - start)
+        counts = random.multinomial(rows, np.full(rows, 1 / rows), size=size)
+        means[start : start + size] = counts @ values / rows
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail], axis=0)
+    return low, high
