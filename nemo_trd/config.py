@@ -759,17 +759,20 @@ def _explain(schema: type[BaseModel], detail: Any) -> str:
 
 def _explain_unknown_key(schema: type[BaseModel], field: str, value: object) -> str:
     path = field.split(".")
-    unknown = (d for d, key in enumerate(path) if key not in _keys_of(schema, path[:d]))
-    depth = next(unknown, len(path) - 1)
-    known = _keys_of(schema, path[:depth])
+    sections = [_keys_of(schema, path[:depth]) for depth in range(len(path))]
+    depth = next(d for d, keys in enumerate(sections) if keys is not None and path[d] not in keys)
+    known = sections[depth] or []
     close = difflib.get_close_matches(path[depth], known, n=1)
     guess = ".".join([*path[:depth], *close, *path[depth + 1 :]])
     fix = f"did you mean {guess}?" if close else f"known keys here: {', '.join(known) or 'none'}"
     return f"{field} = {value!r}: unknown key. Fix: {fix}"
 
 
-def _keys_of(schema: type[BaseModel], path: list[str]) -> list[str]:
-    """Names of the settings in the section at `path`; none where there is no such section."""
+def _keys_of(schema: type[BaseModel], path: list[str]) -> list[str] | None:
+    """Names of the settings in the section at `path`; none where there is no such section.
+
+    None where the names are the user's own, as those of benchmarks.
+    """
     section: type[BaseModel] = schema
     names = iter(path)
     for part in names:
@@ -777,7 +780,7 @@ def _keys_of(schema: type[BaseModel], path: list[str]) -> list[str]:
         options = (annotation, *get_args(annotation))
         inner = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
         if get_origin(annotation) is dict and next(names, None) is None:
-            return []  # its keys are the user's own
+            return None
         if not inner:
             return []
         section = inner[0]
@@ -817,6 +820,7 @@ def explain_refused_override(
         return message
     field = refused[1]
     value = next((o.split("=", 1)[1] for o in overrides if o.startswith(f"{field}=")), None)
-    if value is None or field.split(".")[-1] in _keys_of(schema, field.split(".")[:-1]):
+    known = _keys_of(schema, field.split(".")[:-1])
+    if value is None or known is None or field.split(".")[-1] in known:
         return message
     return _explain_unknown_key(schema, field, value)
