@@ -37,7 +37,7 @@ from nemo_trd.sandbox import check_sandbox
 from nemo_trd.types import Completion, GenerationRequest, Prompt
 from nemo_trd.verifiers.judgement import Judgement
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("nemo_trd.evaluate")  # under `python -m` the name of this module differs
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,10 @@ def figures(
     problems: dict[int, list[Sample]] = {}
     for sample in sorted(samples, key=lambda sample: sample.key):
         problems.setdefault(sample.problem, []).append(sample)
-    scores = [
-        Score(
-            problem, *(sum(s.correct is verdict for s in drawn) for verdict in (True, False, None))
-        )
-        for problem, drawn in problems.items()
-    ]
+    scores = []
+    for problem, drawn in problems.items():
+        verdicts = [sample.correct for sample in drawn]
+        scores.append(Score(problem, *(verdicts.count(v) for v in (True, False, None))))
     n, bootstrap = config.samples_per_problem, config.bootstrap
     estimated = estimates(scores, n, bootstrap.resamples, bootstrap.confidence, config.seed)
     undecided = [sample for sample in samples if sample.correct is None]

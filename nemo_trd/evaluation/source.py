@@ -22,7 +22,7 @@ BLOCKS, BLOCK_BYTES = 16, 4096  # of a file that its fingerprint looks at
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights come from: a checkpoint, or without one `hf`. Config and tokenizer are in `hf`."""
+    """Weights of `checkpoint`, or without one of `hf`; config.json and tokenizer of `hf`."""
 
     hf: ModelSource
     checkpoint: Path | None
