@@ -96,9 +96,9 @@ def _run_stdin(code: str, tests: CodeTests, limits: Sandbox) -> None:
             try:
                 output = program.exchange(data, "end", clock.next_case())
             except Stopped as stopped:
-                raise _Failed(stopped.reason) from None
+                raise _Failed(_how(stopped, program)) from None
             if program.status:
-                raise _Failed("time_limit" if program.status == CPU_LIMIT else "runtime_error")
+                raise _Failed(_how(None, program))
         if not same_output(output.decode(errors="replace"), expected):
             raise _Failed("wrong_answer")
 
@@ -156,9 +156,7 @@ class _Functions:
         try:
             line = self._python.exchange(data, "line", self._clock.next_case())
         except Stopped as stopped:
-            raise _Failed(
-                "runtime_error" if stopped.reason == "ended" else stopped.reason
-            ) from None
+            raise _Failed(_how(stopped, self._python)) from None
         try:
             reply = json.loads(line)
             if isinstance(reply, dict) and "value" in reply:
@@ -259,8 +257,7 @@ def _run_program(code: str, tests: CodeTests, limits: Sandbox) -> None:
             try:
                 told = json.loads(judge.exchange(message, "line", clock.left()))
             except Stopped as stopped:
-                reason = "runtime_error" if stopped.reason == "ended" else stopped.reason
-                raise _blame(calls, reason, stopped.reason) from None
+                raise _blame(calls, _how(stopped, judge), stopped.reason) from None
             if "call" not in told:
                 break
             message = json.dumps(functions.forward(told["call"])).encode() + b"\n"
@@ -274,6 +271,13 @@ def _run_program(code: str, tests: CodeTests, limits: Sandbox) -> None:
 def _blame(calls: int, reason: str, told: str) -> Exception:
     """Before anything of the program was called, the tests have failed by themselves."""
     return _Failed(reason) if calls else TestsBroken(f"the tests fail by themselves: {told}")
+
+
+def _how(stopped: Stopped | None, python: SandboxedPython) -> str:
+    """The reason of a verdict on a program that was stopped, or ended by itself."""
+    if stopped is not None and stopped.reason != "ended":
+        return stopped.reason
+    return "time_limit" if python.status == CPU_LIMIT else "runtime_error"
 
 
 class _Clock:

@@ -108,6 +108,7 @@ def answer_calls(code: str) -> None:
     """
     lines, replies = open_channel()
     namespace = new_namespace("solution")
+    preamble = dict(namespace)
 
     def attempt(action: Callable[[], Any]) -> None:
         try:
@@ -122,15 +123,18 @@ def answer_calls(code: str) -> None:
     attempt(lambda: exec(compile(code, "solution.py", "exec"), namespace))
     for line in lines:
         name, args, kwargs = json.loads(line)
-        attempt(lambda: find(namespace, name)(*decode(args), **decode(kwargs)))  # noqa: B023
+        attempt(lambda: find(namespace, preamble, name)(*decode(args), **decode(kwargs)))  # noqa: B023
 
 
-def find(namespace: dict[str, Any], name: str) -> Any:
-    """A function of the code, or the method of that name of its class Solution."""
+def find(namespace: dict[str, Any], preamble: dict[str, Any], name: str) -> Any:
+    """A function of the code itself, or the method of that name of its class Solution."""
     solution = namespace.get("Solution")
     if solution is not None and hasattr(solution, name):
         return getattr(solution(), name)
-    return namespace[name]
+    function = namespace[name]
+    if function is preamble.get(name):
+        raise KeyError(name)
+    return function
 
 
 def run_tests(code: str, entry_point: str) -> None:
