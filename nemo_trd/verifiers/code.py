@@ -53,20 +53,26 @@ def judge_code(text: str, answer: str, limits: Sandbox) -> Judgement:
     """
     try:
         tests = read_tests(answer)
-        code = extract_code(text, tests.entry_point)
-        if code is None:
-            return Judgement(False, "no_code")
-        {"stdin": _run_stdin, "functions": _run_functions, "program": _run_program}[tests.kind](
-            code, tests, limits
-        )
+    except ValueError as error:
+        return _no_verdict(error)
+    code = extract_code(text, tests.entry_point)
+    if code is None:
+        return Judgement(False, "no_code")
+    run = {"stdin": _run_stdin, "functions": _run_functions, "program": _run_program}[tests.kind]
+    try:
+        run(code, tests, limits)
     except _Failed as failure:
         return Judgement(False, str(failure))
-    except RecursionError:  # in comparing what it returned, which is nested too deeply
+    except (SandboxBroken, TestsBroken) as error:
+        return _no_verdict(error)
+    except (ValueError, RecursionError, OverflowError):  # its results cannot even be compared
         return Judgement(False, "wrong_answer")
-    except (SandboxBroken, TestsBroken, ValueError) as error:
-        log.warning("no verdict on a program: %s", error)
-        return Judgement(None, "error")
     return Judgement(True, "right")
+
+
+def _no_verdict(error: Exception) -> Judgement:
+    log.warning("no verdict on a program: %s", error)
+    return Judgement(None, "error")
 
 
 def extract_code(text: str, entry_point: str = "") -> str | None:
@@ -247,17 +253,19 @@ def _as_json(value: Any) -> Any:
 
 
 def _run_program(code: str, tests: CodeTests, limits: Sandbox) -> None:
-    clock, message = _Clock(limits), _with_length(tests.test)
-    calls = 0
+    calls, message = 0, _with_length(tests.test)
     with (
         SandboxedPython(SCRIPT, ["tests", tests.entry_point], limits) as judge,
-        _Functions(code, limits, clock) as functions,
+        _Functions(code, limits, _Clock(limits)) as functions,
     ):
+        clock = _Clock(limits)
         while True:
             try:
                 told = json.loads(judge.exchange(message, "line", clock.left()))
             except Stopped as stopped:
                 raise _blame(calls, _how(stopped, judge), stopped.reason) from None
+            except ValueError:
+                raise TestsBroken("they write into the channel of their verdict") from None
             if "call" not in told:
                 break
             message = json.dumps(functions.forward(told["call"])).encode() + b"\n"

@@ -209,7 +209,7 @@ def serve() -> None:
         os.dup2(2, 1)  # nothing that a library prints may pass for a reply
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
         logging.getLogger("math_verify").setLevel(logging.ERROR)  # "timeout is disabled": it is
-        import math_verify  # noqa: F401  (the slow import belongs to the start)
+        _compare("$x$", "$2x$")  # imports and tables belong to the start, not to a limit
 
         print("true", file=replies, flush=True)
         for line in sys.stdin:
