@@ -24,7 +24,7 @@ from nemo_trd.types import (
     Rollout,
     TokenIds,
 )
-from nemo_trd.verifiers import Verifier
+from nemo_trd.verifiers import Verifier, judge_all
 
 TEMPLATE_FIELDS: dict[str, frozenset[str]] = {
     "system": frozenset(),
@@ -220,17 +220,15 @@ def judge(
     asked = [prompt for prompt in prompts if prompt.token_ids is not None]
     assert len(asked) == len(completions), (len(asked), len(completions))
     remaining = iter(completions)
-    return [
-        Refinement(prompt, None, "", None, prompt.rejection)
-        if prompt.token_ids is None
-        else _judge_one(prompt, next(remaining), tokenizer, verify)
-        for prompt in prompts
-    ]
+    pairs = [(p, None if p.token_ids is None else next(remaining)) for p in prompts]
+    return judge_all(lambda pair: _judge_one(*pair, tokenizer, verify), pairs)
 
 
 def _judge_one(
-    request: RefinementPrompt, completion: Completion, tokenizer: Any, verify: Verifier
+    request: RefinementPrompt, completion: Completion | None, tokenizer: Any, verify: Verifier
 ) -> Refinement:
+    if completion is None:
+        return Refinement(request, None, "", None, request.rejection)
     text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
     rejection: Rejection | None = None
     if completion.finish_reason == "abort":

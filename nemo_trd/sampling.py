@@ -25,7 +25,7 @@ from nemo_trd.types import (
     Rollout,
     Trajectory,
 )
-from nemo_trd.verifiers import verifier
+from nemo_trd.verifiers import judge_all, verifier
 
 Item = TypeVar("Item")
 
@@ -67,10 +67,13 @@ class Sampler:
 
         def share() -> list[Rollout]:
             completions = self._student.generate(requests, config.generation.rollout, "rollouts")
-            return [
-                read_rollout(prompt, sample, completion, self._student_tokenizer, self._verify)
-                for (prompt, sample), completion in zip(wanted, completions, strict=True)
-            ]
+            return judge_all(
+                lambda drawn: read_rollout(*drawn, self._student_tokenizer, self._verify),
+                [
+                    (*asked, completion)
+                    for asked, completion in zip(wanted, completions, strict=True)
+                ],
+            )
 
         return self._merge(share)
 

@@ -8,7 +8,7 @@ from nemo_trd.config import Evaluation, Sampling
 from nemo_trd.evaluation.accuracy import Accuracy, Score, accuracy
 from nemo_trd.generation import request_seed
 from nemo_trd.types import Completion, GenerationRequest, Prompt, TokenIds
-from nemo_trd.verifiers import Verifier
+from nemo_trd.verifiers import Verifier, judge_all
 
 # Of a distributed run: collective, and every rank gets every completion.
 Generate = Callable[[Sequence[GenerationRequest], Sampling, str], list[Completion]]
@@ -41,10 +41,10 @@ def evaluate(
         for p, sample in wanted
     ]
     completions = generate(requests, evaluation.sampling, "evaluation")
-    verdicts = [
-        _verdict(prompt, completion, verify, decode)
-        for (prompt, _), completion in zip(wanted, completions, strict=True)
-    ]
+    verdicts = judge_all(
+        lambda pair: _verdict(*pair, verify, decode),
+        zip([prompt for prompt, _ in wanted], completions, strict=True),
+    )
     k = evaluation.samples_per_problem
     groups = [verdicts[start : start + k] for start in range(0, len(verdicts), k)]
     return accuracy(

@@ -7,13 +7,18 @@ wrong, and whoever counts must count it apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from typing import TypeVar
 
 from nemo_trd.config import Sandbox, VerifierName
 from nemo_trd.verifiers.judgement import Judge, Judgement
 
 Verifier = Callable[[str, str], bool | None]  # (generated text, expected answer)
+Item = TypeVar("Item")
+Judged = TypeVar("Judged")
+THREADS = 8
 
 
 @lru_cache
@@ -38,6 +43,12 @@ def judge_of(name: VerifierName, sandbox: Sandbox | None, math_timeout_s: float 
 
         return partial(judge_code, limits=sandbox)
     return _judge_words if name == "exact" else _judge_nothing
+
+
+def judge_all(judge: Callable[[Item], Judged], items: Iterable[Item]) -> list[Judged]:
+    """`judge` of each item, some at one time: verdicts wait for other processes."""
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="verdicts") as threads:
+        return list(threads.map(judge, items))
 
 
 def same_words(text: str, answer: str) -> bool:

@@ -101,6 +101,30 @@ def run_with_scripted_rollouts(directories: list[str], overrides: list[str], rec
     Path(record).write_text(json.dumps(seen))
 
 
+def run_with_programs(overrides: list[str], rollouts: list[str], rewrite: str) -> None:
+    """A run whose student answers with these programs in turn, and whose teacher with one."""
+    from itertools import cycle
+
+    from tiny_models import byte_tokenizer
+
+    from nemo_trd.config import compose
+    from nemo_trd.generation.local import LocalGenerator
+    from nemo_trd.train import launch
+    from nemo_trd.types import Completion
+
+    def say(program: str) -> Completion:
+        ids = byte_tokenizer()(f"```\n{program}\n```", add_special_tokens=False)["input_ids"]
+        return Completion((*ids, EOS), "stop", 0)
+
+    said = {"rollouts": cycle(rollouts), "refinements": cycle([rewrite])}
+
+    def generate(self: Any, requests: Any, sampling: Any, description: str) -> list[Completion]:
+        return [say(next(said[description])) for _ in requests]
+
+    LocalGenerator.generate = generate  # type: ignore[assignment]
+    assert launch(compose(overrides)) == 0
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models that share a tokenizer, and problems."""
@@ -300,3 +324,22 @@ def test_vanilla_distillation_trains_on_rollouts_through_the_same_loop(
     for line in metrics(tmp_path / "run"):
         assert line["rejected_subset"] == line["rollouts"] == 4
         assert line["loss"] > 0
+
+
+def test_rollouts_that_are_programs_are_judged_by_their_tests(inputs: Path, tmp_path: Path) -> None:
+    tests = {"inputs": ["1 2", "5 5"], "outputs": ["3", "10"]}
+    rows = [{"question": f"add {n}", "tests": tests} for n in range(6)]
+    data = tmp_path / "programs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    right, wrong = "print(sum(map(int, input().split())))", "print(3)"
+    run = settings(
+        inputs,
+        tmp_path / "run",
+        *(f"data.train.path={data}", "data.verifier=code", "data.train.answer_pattern=null"),
+        *("data.train.columns.answer=tests", "data.train.columns.reference_solution=null"),
+        *("refinement.subset=wrong", "train.num_steps=1", "generation.rollout.max_tokens=64"),
+        *("generation.refinement.max_tokens=64", "sandbox.memory_mib=256"),
+    )
+    output = launch(1, run_with_programs, run, [right, wrong, "while True: prin()", wrong], right)
+    [step] = metrics(tmp_path / "run")
+    assert (step["rejected_subset"], step["wrong_to_right"], step["accepted"]) == (1, 3, 3), output
