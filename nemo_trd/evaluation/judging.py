@@ -13,6 +13,7 @@ from nemo_trd.config import VerifierName
 from nemo_trd.evaluation.settings import EvaluationConfig
 from nemo_trd.verifiers import judge_of
 from nemo_trd.verifiers.judgement import Judge, Judgement
+from nemo_trd.verifiers.math import MathJudge
 
 
 class JudgePool:
@@ -25,12 +26,15 @@ class JudgePool:
         workers = config.verification.workers
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="judge")
         self._futures: list[Future[None]] = []
+        self._judges: list[Judge] = []
         self._idle: dict[VerifierName, SimpleQueue[Judge]] = {}
         for name in {benchmark.verifier for benchmark in config.benchmarks.values()}:
             self._idle[name] = SimpleQueue()
             for _ in range(workers):
                 timeout = config.verification.math_timeout_seconds
-                self._idle[name].put(judge_of(name, config.sandbox, timeout))
+                judge = judge_of(name, config.sandbox, timeout)
+                self._judges.append(judge)
+                self._idle[name].put(judge)
 
     def submit(
         self, verifier: VerifierName, text: str, answer: str, then: Callable[[Judgement], None]
@@ -65,3 +69,6 @@ class JudgePool:
         trace: TracebackType | None,
     ) -> None:
         self._threads.shutdown(wait=True, cancel_futures=kind is not None)
+        for judge in self._judges:
+            if isinstance(judge, MathJudge):
+                judge.worker.stop()
