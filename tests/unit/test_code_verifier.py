@@ -21,9 +21,9 @@ from nemo_trd.verifiers.code_tests import read_tests
 from nemo_trd.verifiers.judgement import Judgement
 
 LIMITS = Sandbox(
-    case_seconds=2,
-    total_seconds=6,
-    cpu_seconds=2,
+    case_seconds=5,
+    total_seconds=15,
+    cpu_seconds=5,
     memory_mib=256,
     files_mib=4,
     output_mib=1,
@@ -47,9 +47,10 @@ EVAL_PLUS = {
 RIGHT = Judgement(True, "right")
 
 
-def judged(code: str, tests: dict[str, Any]) -> Judgement:
+def judged(code: str, tests: dict[str, Any], seconds: float = 5) -> Judgement:
     answer = f"Here it is:\n```python\n{code}\n```\nDone."
-    return judge_code(answer, json.dumps(tests), LIMITS)
+    limits = LIMITS.model_copy(update={"case_seconds": seconds})
+    return judge_code(answer, json.dumps(tests), limits)
 
 
 @pytest.mark.parametrize("tests", [FUNCTION, CHECK, EVAL_PLUS, {"test": "assert add(3, 4) == 7"}])
@@ -62,7 +63,7 @@ def test_functions_are_judged_by_what_they_return(tests: dict[str, Any]) -> None
     assert judged("def add(a, b): return a +", tests) == Judgement(False, "runtime_error")
     assert judged("def other(a, b): return a + b", tests).correct is False
     endless = "def add(a, b):\n    while True: pass"
-    assert judged(endless, tests) == Judgement(False, "time_limit")
+    assert judged(endless, tests, seconds=0.5) == Judgement(False, "time_limit")
 
 
 def test_programs_are_judged_by_what_they_write() -> None:
@@ -70,9 +71,16 @@ def test_programs_are_judged_by_what_they_write() -> None:
     assert judged("a, b = map(int, input().split())\nprint(a, b)", STDIN).reason == "wrong_answer"
     assert judged("print(3)", STDIN).reason == "wrong_answer"
     assert judged("print(sum(map(int, input().split())))\n1 / 0", STDIN).reason == "runtime_error"
-    assert judged("while True: pass", STDIN).reason == "time_limit"
+    assert judged("while True: pass", STDIN, seconds=0.5).reason == "time_limit"
     assert judged("while True: print('x' * 1000)", STDIN).reason == "output_limit"
     assert judged("hold = []\nwhile True: hold.append(b'x' * 2**20)", STDIN).correct is False
+
+
+def test_cpu_time_is_limited_where_the_wall_clock_is_not() -> None:
+    limits = LIMITS.model_copy(update={"cpu_seconds": 1, "case_seconds": 30, "total_seconds": 30})
+    for tests in (FUNCTION, STDIN):
+        answer = "```\nwhile True: pass\n```"
+        assert judge_code(answer, json.dumps(tests), limits) == Judgement(False, "time_limit")
 
 
 def test_much_input_and_much_output_do_not_block_each_other() -> None:
