@@ -307,6 +307,7 @@ class Run:
             self.config.run.seed,
             self._verify,
             lambda ids: self._inputs.student_tokenizer.decode(ids, skip_special_tokens=True),
+            self.sampler.judge,
         )
         self._logger.evaluation(self.step, accuracy)
 

@@ -28,6 +28,7 @@ from nemo_trd.types import (
 from nemo_trd.verifiers import judge_all, verifier
 
 Item = TypeVar("Item")
+Judged = TypeVar("Judged")
 
 
 class Sampler:
@@ -108,6 +109,11 @@ class Sampler:
         """Continue any requests with the current student, as evaluation does."""
         share = own_share(requests)
         return self._merge(lambda: self._student.generate(share, sampling, description))
+
+    def judge(self, judge_one: Callable[[Item], Judged], items: Sequence[Item]) -> list[Judged]:
+        """What all ranks find out about their shares of `items`, in the order of the items."""
+        share = own_share(items)
+        return self._merge(lambda: judge_all(judge_one, share))
 
     def _merge(self, make_share: Callable[[], list[Item]]) -> list[Item]:
         """What all ranks make.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from nemo_trd.config import Evaluation, Sampling
 from nemo_trd.evaluation.accuracy import Accuracy, Score, accuracy
@@ -12,6 +13,7 @@ from nemo_trd.verifiers import Verifier, judge_all
 
 # Of a distributed run: collective, and every rank gets every completion.
 Generate = Callable[[Sequence[GenerationRequest], Sampling, str], list[Completion]]
+JudgeAll = Callable[[Callable[[Any], bool | None], Sequence[Any]], list[bool | None]]
 
 
 def evaluate(
@@ -21,12 +23,13 @@ def evaluate(
     seed: int,
     verify: Verifier,
     decode: Callable[[TokenIds], str],
+    judge: JudgeAll = judge_all,
 ) -> Accuracy:
     """Sample every prompt `evaluation.samples_per_problem` times and verify the answers.
 
     The seed of a sample depends on `seed`, the prompt's index and the sample's number only, so
     two evaluations with one seed differ by their weights alone. `decode` leaves special tokens
-    out.
+    out. `judge` shares the verdicts out, of a distributed run over its ranks.
 
     Raises:
         ValueError: no prompt has an answer.
@@ -41,9 +44,9 @@ def evaluate(
         for p, sample in wanted
     ]
     completions = generate(requests, evaluation.sampling, "evaluation")
-    verdicts = judge_all(
-        lambda pair: _verdict(*pair, verify, decode),
-        zip([prompt for prompt, _ in wanted], completions, strict=True),
+    verdicts = judge(
+        lambda pair: _verdict(pair[0], pair[1], verify, decode),
+        list(zip([prompt for prompt, _ in wanted], completions, strict=True)),
     )
     k = evaluation.samples_per_problem
     groups = [verdicts[start : start + k] for start in range(0, len(verdicts), k)]

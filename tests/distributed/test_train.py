@@ -119,6 +119,8 @@ def run_with_programs(overrides: list[str], rollouts: list[str], rewrite: str) -
     said = {"rollouts": cycle(rollouts), "refinements": cycle([rewrite])}
 
     def generate(self: Any, requests: Any, sampling: Any, description: str) -> list[Completion]:
+        if description == "evaluation":  # of a model, what it says depends on the request alone
+            return [say(rewrite if r.seed % 3 else rollouts[-1]) for r in requests]
         return [say(next(said[description])) for _ in requests]
 
     LocalGenerator.generate = generate  # type: ignore[assignment]
@@ -328,18 +330,29 @@ def test_vanilla_distillation_trains_on_rollouts_through_the_same_loop(
 
 def test_rollouts_that_are_programs_are_judged_by_their_tests(inputs: Path, tmp_path: Path) -> None:
     tests = {"inputs": ["1 2", "5 5"], "outputs": ["3", "10"]}
-    rows = [{"question": f"add {n}", "tests": tests} for n in range(6)]
+    rows = [{"question": f"add {n}", "tests": tests} for n in range(7)]
     data = tmp_path / "programs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     right, wrong = "print(sum(map(int, input().split())))", "print(3)"
-    run = settings(
-        inputs,
-        tmp_path / "run",
-        *(f"data.train.path={data}", "data.verifier=code", "data.train.answer_pattern=null"),
-        *("data.train.columns.answer=tests", "data.train.columns.reference_solution=null"),
-        *("refinement.subset=wrong", "train.num_steps=1", "generation.rollout.max_tokens=64"),
-        *("generation.refinement.max_tokens=64", "sandbox.memory_mib=256"),
-    )
-    output = launch(1, run_with_programs, run, [right, wrong, "while True: prin()", wrong], right)
-    [step] = metrics(tmp_path / "run")
-    assert (step["rejected_subset"], step["wrong_to_right"], step["accepted"]) == (1, 3, 3), output
+    columns = "{problem: question, messages: null, reference_solution: null, answer: tests}"
+    dataset = f"{{path: {data}, name: null, split: train, columns: {columns}, "
+    dataset += "answer_pattern: null, limit: null, template: null}"
+    evaluations = []
+    for ranks in (1, 2):
+        run = settings(
+            inputs,
+            tmp_path / f"run{ranks}",
+            *(f"data.train={dataset}", f"data.validation={dataset}", "data.verifier=code"),
+            *("refinement.subset=wrong", "train.num_steps=1", "generation.rollout.max_tokens=64"),
+            *("generation.refinement.max_tokens=64", "sandbox.memory_mib=256"),
+            *("evaluation.at_start=true", "evaluation.samples_per_problem=3"),
+        )
+        said = [right, wrong] if ranks == 2 else [right, wrong, "while True: prin()", wrong]
+        output = launch(ranks, run_with_programs, run, said, right)
+        [step] = metrics(tmp_path / f"run{ranks}")
+        counts = (step["rejected_subset"], step["wrong_to_right"], step["accepted"])
+        assert counts == ((1, 3, 3) if ranks == 1 else (2, 2, 2)), output
+        line = json.loads((tmp_path / f"run{ranks}" / "evaluation.jsonl").read_text())
+        evaluations.append({name: value for name, value in line.items() if name != "time"})
+    assert evaluations[0] == evaluations[1] and 0 < evaluations[0]["avg@3"] < 1
+    assert evaluations[0]["undecided_samples"] == 0 and evaluations[0]["problems"] == 7
