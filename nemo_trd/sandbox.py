@@ -138,9 +138,10 @@ class SandboxedPython:
 
     def kill(self) -> None:
         """End all processes of the sandbox: with its first one the kernel ends the others."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        if self._process.poll() is None:  # afterwards the number may be another group's
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             pipe.close()
@@ -254,6 +255,7 @@ def _command(limits: Sandbox, seccomp: int) -> list[str]:
     inner += ["--remount-ro", "/", "--chdir", "/tmp", "--seccomp", str(seccomp), "--clearenv"]
     for name, value in (
         ("PATH", "/usr/bin"),
+        ("LD_LIBRARY_PATH", f"{PYTHON}/lib"),
         ("HOME", "/tmp"),
         ("LANG", "C.UTF-8"),
         ("OPENBLAS_NUM_THREADS", "1"),
@@ -263,8 +265,10 @@ def _command(limits: Sandbox, seccomp: int) -> list[str]:
     limited = [prlimit, f"--as={memory}", f"--nproc={limits.processes}", "--core=0"]
     limited += [f"--cpu={limits.cpu_seconds}:{limits.cpu_seconds + 1}", "--memlock=0"]
     limited += [f"--fsize={limits.files_mib * MIB}", f"--nofile={limits.open_files}", "--"]
-    executable = Path(sys.executable).resolve().relative_to(Path(sys.base_prefix).resolve())
-    return [*reach, *inner, *limited, f"{PYTHON}/{executable}"]
+    executable, prefix = Path(sys.executable).resolve(), Path(sys.base_prefix).resolve()
+    if not executable.is_relative_to(prefix):
+        raise SandboxBroken(f"the interpreter {executable} is not below its prefix {prefix}")
+    return [*reach, *inner, *limited, f"{PYTHON}/{executable.relative_to(prefix)}"]
 
 
 def _system() -> list[str]:

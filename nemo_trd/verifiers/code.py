@@ -147,9 +147,9 @@ class _Functions:
     def __exit__(self, *_: object) -> None:
         self._python.kill()
 
-    def call(self, name: str, args: Any, kwargs: Any) -> Any:
+    def call(self, name: str, arguments: list[Any]) -> Any:
         """Raises `_Failed` with "runtime_error" when the function raises anything."""
-        reply = self.forward([name, code_script.encode(args), code_script.encode(kwargs)])
+        reply = self.forward([name, code_script.encode(arguments), code_script.encode({})])
         if "error" in reply:
             raise _Failed("runtime_error")
         return _decode(reply)
@@ -186,10 +186,11 @@ def _decode(reply: dict[str, Any]) -> Any:
 def _run_functions(code: str, tests: CodeTests, limits: Sandbox) -> None:
     expected = tests.outputs
     if tests.reference is not None:
-        expected = _reference_outputs(tests.reference, tests, limits)
+        followed = [tests.reference, tests.entry_point, tests.inputs]
+        expected = _reference_outputs(json.dumps(followed), limits)
     with _Functions(code, limits, _Clock(limits)) as functions:
         for arguments, wanted in zip(tests.inputs, expected, strict=True):
-            found = functions.call(tests.entry_point, arguments, {})
+            found = functions.call(tests.entry_point, arguments)
             if tests.reference is not None:
                 same = same_value(found, wanted, tests.tolerance)
             else:
@@ -199,17 +200,13 @@ def _run_functions(code: str, tests: CodeTests, limits: Sandbox) -> None:
                 raise _Failed("wrong_answer")
 
 
-def _reference_outputs(reference: str, tests: CodeTests, limits: Sandbox) -> tuple[Any, ...]:
-    key = json.dumps([reference, tests.entry_point, tests.inputs])
-    return _outputs_of(key, limits)
-
-
 @lru_cache(maxsize=1024)
-def _outputs_of(key: str, limits: Sandbox) -> tuple[Any, ...]:
-    reference, entry_point, inputs = json.loads(key)
+def _reference_outputs(tests: str, limits: Sandbox) -> tuple[Any, ...]:
+    """What the reference solution returns, from [solution, entry point, inputs] as JSON."""
+    reference, entry_point, inputs = json.loads(tests)
     try:
         with _Functions(reference, limits, _Clock(limits)) as functions:
-            return tuple(functions.call(entry_point, arguments, {}) for arguments in inputs)
+            return tuple(functions.call(entry_point, arguments) for arguments in inputs)
     except _Failed as failure:
         raise TestsBroken(f"the reference solution of {entry_point} fails: {failure}") from None
 

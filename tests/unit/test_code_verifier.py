@@ -214,6 +214,12 @@ def test_tests_see_errors_of_functions_under_their_names() -> None:
     assert judged("def add(a, b): raise KeyError('no')", {"test": test}).correct is False
 
 
+def test_a_function_cannot_end_the_loops_of_its_tests() -> None:
+    tests = {"test": "assert all(map(is_even, [2, 3]))"}
+    assert judged("def is_even(n): return n % 2 == 0", tests).correct is False
+    assert judged("def is_even(n): return n % 2 == 0 or next(iter([]))", tests).correct is False
+
+
 def test_tests_may_use_numpy_and_functions_what_solutions_often_leave_out() -> None:
     test = "import numpy as np\ndef check(f):\n    assert np.allclose(f([1.0, 4.0]), [1.0, 2.0])\n"
     code = "def roots(x: List[float]) -> List[float]: return [sqrt(v) for v in x]"
