@@ -201,12 +201,16 @@ def check_sandbox(field: str, limits: Sandbox) -> None:
     """
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     cause = f"{', '.join(missing)} cannot be found" if missing else None
-    if not missing:
+    if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
+        cause = "the kernel does not list children (CONFIG_PROC_CHILDREN), so memory is not limited"
+    if not cause:
         try:
             with SandboxedPython("print('ready', flush=True)", [], limits):
                 pass
         except SandboxBroken as error:
-            cause = f"{error}: {_complaint(limits)}"
+            cause = str(error)
+            with contextlib.suppress(SandboxBroken):  # the same one again
+                cause += f": {_complaint(limits)}"
     if cause:
         rule = f"generated programs run in a sandbox or not at all, and {cause}"
         raise rule_broken(field, "code", rule, INSTALL)
