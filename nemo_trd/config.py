@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,6 +22,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+VerifierName = Literal["math", "code", "exact", "none"]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -41,6 +42,19 @@ class Section(BaseModel):
 class Run(Section):
     dir: str  # everything the run writes is below it
     seed: NonNegativeInt
+
+
+class Sandbox(Section):
+    """What a generated program may use when data.verifier=code runs it; see sandbox.py."""
+
+    case_seconds: PositiveFloat  # wall clock, of one test case
+    total_seconds: PositiveFloat  # wall clock, of all test cases of one program
+    cpu_seconds: PositiveInt  # of one process
+    memory_mib: PositiveInt  # of all its processes together
+    files_mib: PositiveInt  # everything below its /tmp
+    output_mib: PositiveInt
+    processes: PositiveInt  # threads count too
+    open_files: PositiveInt
 
 
 class Algorithm(Section):
@@ -136,7 +150,8 @@ class Columns(Section):
     problem: str | None
     messages: str | None  # chat messages: a list of {role, content}
     reference_solution: str | None
-    answer: str | None
+    # Of verifier code: its tests, where they are in several columns a list of these.
+    answer: str | list[str] | None
 
 
 class Dataset(Section):
@@ -146,15 +161,22 @@ class Dataset(Section):
     columns: Columns
     answer_pattern: str | None  # regular expression: group 1 of its last match is the answer
     limit: PositiveInt | None  # use the first so many rows
+    # The user's turn: {problem}, and {NAME} of any other column of texts. null: the problem alone.
+    template: str | None = None
 
 
-class Data(Section):
-    train: Dataset
-    validation: Dataset | None
+class PromptRules(Section):
+    """What the problems of a dataset become, and how answers to them are judged."""
+
     system_prompt: str | None
     chat_template_kwargs: dict[str, Any]
     max_prompt_tokens: PositiveInt
-    verifier: Literal["math", "exact", "none"]
+    verifier: VerifierName
+
+
+class Data(PromptRules):
+    train: Dataset
+    validation: Dataset | None
 
 
 class Sampling(Section):
@@ -217,18 +239,23 @@ class VllmClient(Section):
     stale_weights: Literal["retry", "keep", "error"]  # completions of other than current weights
 
 
-class Vllm(Section):
+class VllmSettings(Section):
+    """What holds for all servers that somebody asks, and for those that he starts."""
+
+    server: VllmServer
+    client: VllmClient
+    host: str  # address that servers of the run bind; ranks on other hosts must reach it
+    api_key_env: str  # the environment variable that holds the servers' key
+    api_key_file: str | None  # or a file that does
+
+
+class Vllm(VllmSettings):
     """Generation on vLLM servers."""
 
     student: VllmPool
     teacher: VllmPool
-    server: VllmServer
-    client: VllmClient
     weight_sync: WeightSync
     compared_rollouts: PositiveInt  # so many, at the start and in every step, are scored by both
-    host: str  # address that servers of the run bind; ranks on other hosts must reach it
-    api_key_env: str  # the environment variable that holds the servers' key
-    api_key_file: str | None  # or a file that does
 
 
 class Generation(Section):
@@ -380,6 +407,7 @@ class Config(Section):
     loss: Loss
     refinement: RefinementConfig
     data: Data
+    sandbox: Sandbox
     generation: Generation
     optimizer: Optimizer
     train: Train
@@ -407,7 +435,7 @@ class Config(Section):
         settings = self.model_dump(mode="json")
         for section in ("parallel", "checkpoint", "logging", "evaluation", "teacher", "cluster"):
             del settings[section]
-        del settings["run"]["dir"], settings["train"]["num_steps"]
+        del settings["sandbox"], settings["run"]["dir"], settings["train"]["num_steps"]
         del settings["generation"]["local"], settings["generation"]["vllm"]
         for knob in ("micro_batch_size", "max_tokens_per_micro_batch", "recompute"):
             del settings["train"][knob]
@@ -451,14 +479,14 @@ def check_consistent(config: Config) -> None:
         )
     for split, dataset in (("train", config.data.train), ("validation", config.data.validation)):
         if dataset is not None:
-            _check_dataset(f"data.{split}", dataset, config)
+            check_dataset(f"data.{split}", dataset, config.data.verifier)
     refinement = config.refinement
     if refinement.subset != "all" and config.data.verifier == "none":
         raise rule_broken(
             "refinement.subset",
             refinement.subset,
             "choosing wrong or right rollouts needs a verifier",
-            "set data.verifier=math or exact, or refinement.subset=all",
+            "set data.verifier=math, code or exact, or refinement.subset=all",
         )
     if config.algorithm.trajectory == "rollout" and refinement.subset != "all":
         raise rule_broken(
@@ -505,7 +533,8 @@ def check_consistent(config: Config) -> None:
     for role in get_args(Literal["student", "teacher"]):
         _check_layout(f"parallel.{role}", getattr(config.parallel, role), role)
         if config.generation.vllm is not None:
-            _check_pool(f"generation.vllm.{role}", role, config.generation.vllm)
+            vllm = config.generation.vllm
+            check_pool(f"generation.vllm.{role}", getattr(vllm, role), vllm.server)
     if config.generation.vllm is not None:
         call_limit = config.generation.vllm.weight_sync.call_timeout_seconds
         if call_limit >= 60 * config.parallel.timeout_minutes:
@@ -565,7 +594,8 @@ def _check_server_scoring(config: Config) -> None:
             )
 
 
-def _check_dataset(field: str, dataset: Dataset, config: Config) -> None:
+def check_dataset(field: str, dataset: Dataset, verifier: VerifierName) -> None:
+    """Raises ConfigError: columns that contradict each other, or give the verifier nothing."""
     columns = dataset.columns
     if (columns.problem is None) == (columns.messages is None):
         raise rule_broken(
@@ -574,13 +604,38 @@ def _check_dataset(field: str, dataset: Dataset, config: Config) -> None:
             "exactly one of columns.problem and columns.messages is set",
             "set the other one to null",
         )
+    if columns.messages is not None and dataset.template is not None:
+        raise rule_broken(
+            f"{field}.template",
+            dataset.template,
+            "it is the user's turn, and columns.messages has that already",
+            "set template=null, or name columns.problem instead",
+        )
+    if dataset.template is not None and "{problem}" not in dataset.template:
+        raise rule_broken(
+            f"{field}.template", dataset.template, "it lacks {problem}", "put it where it belongs"
+        )
+    if verifier == "code" and dataset.answer_pattern is not None:
+        raise rule_broken(
+            f"{field}.answer_pattern",
+            dataset.answer_pattern,
+            "verifier code reads tests from columns.answer, whole",
+            "set it to null",
+        )
+    if isinstance(columns.answer, list) and (verifier != "code" or not columns.answer):
+        raise rule_broken(
+            f"{field}.columns.answer",
+            columns.answer,
+            "a list of columns holds the tests of verifier code",
+            "name one column",
+        )
     if columns.answer is None and dataset.answer_pattern is None:
-        if config.data.verifier != "none":
+        if verifier != "none":
             raise rule_broken(
                 f"{field}.columns.answer",
                 None,
-                f"data.verifier={config.data.verifier} compares with an answer",
-                "name its column, or set answer_pattern, or data.verifier=none",
+                f"verifier={verifier} compares with an answer",
+                "name its column, or set answer_pattern, or verifier=none",
             )
     elif dataset.answer_pattern is not None and not (columns.answer or columns.reference_solution):
         raise rule_broken(
@@ -624,9 +679,9 @@ def _check_layout(field: str, layout: Layout, role: str) -> None:
         )
 
 
-def _check_pool(field: str, role: str, vllm: Vllm) -> None:
-    pool: VllmPool = getattr(vllm, role)
-    wanted = pool.replicas * vllm.server.tensor_parallel_size
+def check_pool(field: str, pool: VllmPool, server: VllmServer) -> None:
+    """Raises ConfigError: servers that are named twice, or not at all, or for too few GPUs."""
+    wanted = pool.replicas * server.tensor_parallel_size
     if pool.devices and len(set(pool.devices)) != wanted:
         raise rule_broken(
             f"{field}.devices",
@@ -658,8 +713,16 @@ def conf_dir() -> Path:
     return installed if installed.is_dir() else Path(__file__).parent.parent / "conf"
 
 
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
 def validate(composed: DictConfig | dict[str, Any]) -> Config:
-    """Turn what Hydra composed into a `Config`.
+    """Turn what Hydra composed into a `Config`; see `validate_as`."""
+    return validate_as(Config, composed)
+
+
+def validate_as(schema: type[Schema], composed: DictConfig | dict[str, Any]) -> Schema:
+    """Turn what Hydra composed into settings of this schema.
 
     Raises:
         ConfigError: every broken rule, one a line: field, value, rule, fix.
@@ -676,41 +739,48 @@ def validate(composed: DictConfig | dict[str, Any]) -> Config:
             f"{field} has no value: {str(error).splitlines()[0]}. Fix: set {field}=..."
         ) from error
     try:
-        return Config.model_validate(settings)
+        return schema.model_validate(settings)
     except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors()]
+        lines = [_explain(schema, detail) for detail in error.errors()]
         raise ConfigError("\n".join(lines)) from None
 
 
-def _explain(detail: Any) -> str:
+def _explain(schema: type[BaseModel], detail: Any) -> str:
     field = ".".join(str(part) for part in detail["loc"])
     cause = detail.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
         return str(cause)
     if detail["type"] == "extra_forbidden":
-        return _explain_unknown_key(field, detail["input"])
+        return _explain_unknown_key(schema, field, detail["input"])
     if detail["type"] == "missing":
         return f"{field}: missing. Fix: set {field}=..."
     return f"{field} = {detail['input']!r}: {detail['msg']}. Fix: give a value that obeys this."
 
 
-def _explain_unknown_key(field: str, value: object) -> str:
+def _explain_unknown_key(schema: type[BaseModel], field: str, value: object) -> str:
     path = field.split(".")
-    depth = next(d for d, key in enumerate(path) if key not in _keys_of(path[:d]))
-    known = _keys_of(path[:depth])
+    sections = [_keys_of(schema, path[:depth]) for depth in range(len(path))]
+    depth = next(d for d, keys in enumerate(sections) if keys is not None and path[d] not in keys)
+    known = sections[depth] or []
     close = difflib.get_close_matches(path[depth], known, n=1)
     guess = ".".join([*path[:depth], *close, *path[depth + 1 :]])
     fix = f"did you mean {guess}?" if close else f"known keys here: {', '.join(known) or 'none'}"
     return f"{field} = {value!r}: unknown key. Fix: {fix}"
 
 
-def _keys_of(path: list[str]) -> list[str]:
-    """Names of the settings in the section at `path`; none where there is no such section."""
-    section: type[BaseModel] = Config
-    for part in path:
+def _keys_of(schema: type[BaseModel], path: list[str]) -> list[str] | None:
+    """Names of the settings in the section at `path`; none where there is no such section.
+
+    None where the names are the user's own, as those of benchmarks.
+    """
+    section: type[BaseModel] = schema
+    names = iter(path)
+    for part in names:
         annotation = section.model_fields[part].annotation if part in section.model_fields else None
         options = (annotation, *get_args(annotation))
         inner = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        if get_origin(annotation) is dict and next(names, None) is None:
+            return None
         if not inner:
             return []
         section = inner[0]
@@ -718,7 +788,12 @@ def _keys_of(path: list[str]) -> list[str]:
 
 
 def compose(overrides: list[str], config_name: str = "config") -> Config:
-    """Compose and validate from Python, as the command line does.
+    """Compose and validate from Python, as the command line does; see `compose_as`."""
+    return compose_as(Config, overrides, config_name)
+
+
+def compose_as(schema: type[Schema], overrides: list[str], config_name: str) -> Schema:
+    """Compose `conf/CONFIG_NAME.yaml` and validate it as `schema`.
 
     Raises:
         ConfigError: an override that names nothing, or a broken rule.
@@ -731,17 +806,21 @@ def compose(overrides: list[str], config_name: str = "config") -> Config:
         try:
             composed = hydra_compose(config_name, overrides)
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(explain_refused_override(str(error), overrides)) from error
-    return validate(composed)
+            message = explain_refused_override(str(error), overrides, schema)
+            raise ConfigError(message) from error
+    return validate_as(schema, composed)
 
 
-def explain_refused_override(message: str, overrides: list[str]) -> str:
+def explain_refused_override(
+    message: str, overrides: list[str], schema: type[BaseModel] = Config
+) -> str:
     """Hydra's message, except that it suggests to append a key that nothing would read."""
     refused = re.match(r"Could not override '([\w.]+)'", message)
     if not refused:
         return message
     field = refused[1]
     value = next((o.split("=", 1)[1] for o in overrides if o.startswith(f"{field}=")), None)
-    if value is None or field.split(".")[-1] in _keys_of(field.split(".")[:-1]):
+    known = _keys_of(schema, field.split(".")[:-1])
+    if value is None or known is None or field.split(".")[-1] in known:
         return message
-    return _explain_unknown_key(field, value)
+    return _explain_unknown_key(schema, field, value)

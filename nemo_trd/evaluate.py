@@ -1,161 +1,269 @@
-"""Accuracy of a generator on problems with answers: avg@k and pass@k."""
+"""avg@k and pass@k of a checkpoint, a Hugging Face directory or servers, on benchmarks.
+
+python -m nemo_trd.evaluate model.path=runs/mine benchmark=[math500,aime24] output=runs/mine/eval
+python -m nemo_trd.evaluate model.path=DIR benchmark=jsonl benchmarks.jsonl.path=problems.jsonl
+
+A second start with the same settings and output goes on where the first one stopped. Exit code: 0
+when all samples are judged, 1 when generation failed, 2 for a wrong setting.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import argparse
+import hashlib
+import json
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from math import comb, fsum, sqrt
+from pathlib import Path
+from typing import Any
 
-from nemo_trd.config import Evaluation, Sampling
-from nemo_trd.generation import request_seed
-from nemo_trd.types import Completion, GenerationRequest, Prompt, TokenIds
-from nemo_trd.verifiers import Verifier
+from pydantic import SecretStr
 
-# Of a distributed run: collective, and every rank gets every completion.
-Generate = Callable[[Sequence[GenerationRequest], Sampling, str], list[Completion]]
+from nemo_trd.config import ConfigError, compose_as, conf_dir, rule_broken
+from nemo_trd.evaluation.judging import JudgePool
+from nemo_trd.evaluation.report import figures, table
+from nemo_trd.evaluation.samples import Sample, SampleStore
+from nemo_trd.evaluation.settings import EvaluationConfig
+from nemo_trd.evaluation.source import Source, find_source, load_tokenizer
+from nemo_trd.generation import GenerationFailed, Generator, request_seed
+from nemo_trd.generation.server import ServerError
+from nemo_trd.prompts import LoadedPrompts, load_prompts
+from nemo_trd.sandbox import check_sandbox
+from nemo_trd.types import Completion, GenerationRequest, Prompt
+from nemo_trd.verifiers.judgement import Judgement
 
-
-def pass_at_k(decided: int, correct: int, k: int) -> float:
-    """Probability that k of the `decided` samples, drawn without replacement, hold a right one.
-
-    The unbiased estimate of Chen et al. (arXiv 2107.03374), in exact integers.
-
-    Raises:
-        ValueError: fewer samples than k.
-    """
-    if not 0 <= correct <= decided or not 1 <= k <= decided:
-        raise ValueError(f"pass@{k} of {decided} samples, {correct} of them right, is not defined")
-    return 1 - comb(decided - correct, k) / comb(decided, k)
+log = logging.getLogger("nemo_trd.evaluate")  # under `python -m` the name of this module differs
 
 
 @dataclass(frozen=True)
-class Score:
-    """What the samples of one problem were worth."""
+class Task:
+    """One sample to be drawn."""
 
-    prompt_index: int
-    correct: int
-    wrong: int
-    undecided: int  # the verifier had no verdict, or the generator aborted
+    benchmark: str
+    prompt: Prompt
+    sample: int
+    seed: int
 
     @property
-    def decided(self) -> int:
-        return self.correct + self.wrong
+    def request(self) -> GenerationRequest:
+        return GenerationRequest(self.prompt.token_ids, self.seed, affinity=self.prompt.index)
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """avg@k and pass@k over `problems`.
+def evaluate(config: EvaluationConfig) -> dict[str, Any]:
+    """Draw and judge what is missing, and write OUTPUT/results.json.
 
-    Samples without a verdict are neither right nor wrong: a problem is judged by its other
-    samples (pass@k by as many of them as there are), one without any is left out of `problems`.
-    Both are counted.
-    """
-
-    avg_at_k: float
-    pass_at_k: float
-    k: int
-    problems: int
-    stderr: float  # of avg_at_k, from the spread over problems; NaN with fewer than two
-    undecided_samples: int
-    undecided_problems: int
-    scores: tuple[Score, ...]  # of every problem, in the order of the prompts
-
-    def summary(self) -> dict[str, float]:
-        """The figures under the names that they have in reports and `summary.json`."""
-        return {
-            f"avg@{self.k}": self.avg_at_k,
-            f"pass@{self.k}": self.pass_at_k,
-            "problems": self.problems,
-            "stderr": self.stderr,
-            "undecided_samples": self.undecided_samples,
-            "undecided_problems": self.undecided_problems,
-        }
-
-    def __str__(self) -> str:
-        text = (
-            f"avg@{self.k} {self.avg_at_k:.3f} ± {self.stderr:.3f}, "
-            f"pass@{self.k} {self.pass_at_k:.3f} ({self.problems} problems)"
-        )
-        if self.undecided_samples:
-            text += (
-                f"; no verdict on {self.undecided_samples} samples, "
-                f"{self.undecided_problems} problems left out"
-            )
-        return text
-
-
-def evaluate(
-    generate: Generate,
-    prompts: Sequence[Prompt],
-    evaluation: Evaluation,
-    seed: int,
-    verify: Verifier,
-    decode: Callable[[TokenIds], str],
-) -> Accuracy:
-    """Sample every prompt `evaluation.samples_per_problem` times and verify the answers.
-
-    The seed of a sample depends on `seed`, the prompt's index and the sample's number only, so
-    two evaluations with one seed differ by their weights alone. `decode` leaves special tokens
-    out.
+    Returns the figures of each benchmark by name.
 
     Raises:
-        ValueError: no prompt has an answer.
+        ConfigError: before any model is loaded.
+        GenerationFailed, ServerError: what has been judged is kept.
     """
-    wanted = [(p, sample) for p in prompts for sample in range(evaluation.samples_per_problem)]
-    if not any(prompt.answer is not None for prompt in prompts):
-        raise ValueError(f"none of the {len(prompts)} problems to evaluate on has an answer")
-    requests = [
-        GenerationRequest(
-            p.token_ids, request_seed(seed, "evaluation", p.index, sample), affinity=p.index
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise rule_broken(
+            "WORLD_SIZE",
+            os.environ["WORLD_SIZE"],
+            "an evaluation is one process",
+            "start it without torchrun; several GPUs are for servers (generation.backend=vllm)",
         )
-        for p, sample in wanted
+    source = find_source(config.model)
+    tokenizer = load_tokenizer(source.hf)
+    problems = load_problems(config, tokenizer)
+    check_lengths(config, source, problems)
+    output = Path(config.output)
+    store = SampleStore(output, what_samples_depend_on(config, source, problems))
+    tasks = [
+        Task(name, p, i, request_seed(config.seed, "evaluation", name, p.index, i))
+        for name, loaded in problems.items()
+        for p in loaded.prompts
+        for i in range(config.samples_per_problem)
     ]
-    completions = generate(requests, evaluation.sampling, "evaluation")
-    verdicts = [
-        _verdict(prompt, completion, verify, decode)
-        for (prompt, _), completion in zip(wanted, completions, strict=True)
-    ]
-    k = evaluation.samples_per_problem
-    groups = [verdicts[start : start + k] for start in range(0, len(verdicts), k)]
-    return accuracy(
-        [
-            Score(prompt.index, group.count(True), group.count(False), group.count(None))
-            for prompt, group in zip(prompts, groups, strict=True)
-        ],
-        k,
+    missing = [t for t in tasks if (t.benchmark, t.prompt.index, t.sample) not in store.samples]
+    log.info("%d samples of %d are there, in %s", len(tasks) - len(missing), len(tasks), output)
+    if missing:
+        with generator(config, source, output) as drawn:
+            draw_and_judge(missing, drawn, tokenizer, store, config)
+    results = {
+        name: figures(
+            [sample for sample in store.samples.values() if sample.benchmark == name],
+            loaded.skipped,
+            config,
+        )
+        for name, loaded in problems.items()
+    }
+    report = {"model": config.model.path, "output": str(output), "benchmarks": results}
+    temporary = output / ".results.json.tmp"
+    temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.rename(output / "results.json")
+    return results
+
+
+def load_problems(config: EvaluationConfig, tokenizer: Any) -> dict[str, LoadedPrompts]:
+    """The problems of every benchmark by its name.
+
+    Raises:
+        ConfigError: a row that breaks a rule, data that are not there, or programs to be run
+            where the sandbox does not work.
+    """
+    problems = {}
+    for name, benchmark in config.benchmarks.items():
+        field = f"benchmarks.{name}"
+        if benchmark.verifier == "code":
+            check_sandbox(f"{field}.verifier", config.sandbox)
+        problems[name] = load_prompts(benchmark, field, benchmark, tokenizer)
+    return problems
+
+
+def check_lengths(
+    config: EvaluationConfig, source: Source, problems: dict[str, LoadedPrompts]
+) -> None:
+    """Raises ConfigError: prompts and answers exceed the positions that the model knows."""
+    settings = json.loads((Path(source.hf.path) / "config.json").read_text(encoding="utf-8"))
+    limit = settings.get("max_position_embeddings")
+    prompts = [prompt for loaded in problems.values() for prompt in loaded.prompts]
+    longest, answer = max(len(p.token_ids) for p in prompts), config.sampling.max_tokens
+    if isinstance(limit, int) and longest + answer > limit:
+        raise rule_broken(
+            "sampling.max_tokens",
+            answer,
+            f"with a prompt of {longest} tokens it exceeds max_position_embeddings = {limit} of "
+            f"{source.hf.path}",
+            f"set it to {max(1, limit - longest)} or less, or lower max_prompt_tokens",
+        )
+
+
+def what_samples_depend_on(
+    config: EvaluationConfig, source: Source, problems: dict[str, LoadedPrompts]
+) -> dict[str, Any]:
+    """The settings that change samples or verdicts, the weights, and the problems themselves."""
+    settings = config.model_dump(mode="json")
+    for name in ("output", "model", "bootstrap", "progress"):
+        del settings[name]
+    del settings["verification"]["workers"], settings["generation"]["local"]["batch_size"]
+    # Servers may be other ones, of the same model.
+    settings["generation"]["vllm"] = {"dtype": config.generation.vllm.server.dtype}
+    del settings["generation"]["local" if config.generation.backend == "vllm" else "vllm"]
+    settings["model"] = {"weights": source.fingerprint()}
+    for name, loaded in problems.items():
+        read = json.dumps([[p.index, p.token_ids, p.answer] for p in loaded.prompts])
+        settings["benchmarks"][name]["problems"] = hashlib.sha256(read.encode()).hexdigest()[:16]
+        del settings["benchmarks"][name]["path"]  # the file may move
+    return settings
+
+
+@contextmanager
+def generator(config: EvaluationConfig, source: Source, output: Path) -> Iterator[Generator]:
+    """Generates with the model: in this process, on servers that run, or on some started here."""
+    settings = config.generation
+    running = settings.backend == "vllm" and settings.vllm.urls
+    directory = Path(source.hf.path) if running else source.directory(output)
+    if settings.backend == "local":
+        from nemo_trd.generation.local import LocalGenerator
+
+        trusted = source.hf.trust_remote_code
+        yield LocalGenerator(str(directory), settings.local, trusted, config.progress)
+        return
+    from nemo_trd.generation.api_key import read_api_key
+    from nemo_trd.generation.eos import eos_token_ids
+    from nemo_trd.generation.server import servers_of, start_all, stop_all
+    from nemo_trd.generation.vllm import VllmGenerator
+
+    vllm = settings.vllm
+    key = read_api_key(vllm.api_key_env, vllm.api_key_file)
+    if not running:  # servers of our own never stand open
+        key = key or SecretStr(secrets.token_urlsafe(32))
+    served = source.hf.model_copy(update={"path": str(directory)})
+    servers = servers_of(served, vllm, vllm, output / "servers" / "server", key, None)
+    try:
+        start_all(servers)
+        yield VllmGenerator(
+            vllm.urls or [server.url for server in servers],
+            eos_token_ids(served.path, served.trust_remote_code),
+            vllm.client,
+            api_key=key,
+            progress=config.progress,
+        )
+    finally:
+        stop_all(servers)
+
+
+def draw_and_judge(
+    tasks: Sequence[Task],
+    drawn: Generator,
+    tokenizer: Any,
+    store: SampleStore,
+    config: EvaluationConfig,
+) -> None:
+    """Every sample goes to the judges as soon as it is drawn, and to the disk once judged."""
+    with JudgePool(config) as judges:
+
+        def judge(position: int, completion: Completion) -> None:
+            task = tasks[position]
+            text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+
+            def keep(judgement: Judgement) -> None:
+                store.append(_sample(task, completion, text, judgement))
+
+            if completion.finish_reason == "abort":
+                keep(Judgement(None, "aborted"))
+                return
+            answer = task.prompt.answer
+            assert answer is not None  # no benchmark is without a verifier
+            judges.submit(config.benchmarks[task.benchmark].verifier, text, answer, keep)
+
+        drawn.generate([t.request for t in tasks], config.sampling, "samples", done=judge)
+        judges.finish(config.progress)
+
+
+def _sample(task: Task, completion: Completion, text: str, judgement: Judgement) -> Sample:
+    return Sample(
+        benchmark=task.benchmark,
+        problem=task.prompt.index,
+        sample=task.sample,
+        seed=task.seed,
+        finish_reason=completion.finish_reason,
+        tokens=len(completion.token_ids),
+        weight_version=completion.weight_version,
+        correct=judgement.correct,
+        reason=judgement.reason,
+        text=text,
     )
 
 
-def _verdict(
-    prompt: Prompt,
-    completion: Completion,
-    verify: Verifier,
-    decode: Callable[[TokenIds], str],
-) -> bool | None:
-    if prompt.answer is None or completion.finish_reason == "abort":
-        return None
-    return verify(decode(completion.token_ids), prompt.answer)
-
-
-def accuracy(scores: Sequence[Score], k: int) -> Accuracy:
-    """Averages over problems; NaN where nothing was decided."""
-    judged = [score for score in scores if score.decided]
-    rates = [score.correct / score.decided for score in judged]
-    passes = [pass_at_k(s.decided, s.correct, min(k, s.decided)) for s in judged]
-    mean = _mean(rates)
-    spread = fsum((rate - mean) ** 2 for rate in rates)
-    number = len(judged)
-    return Accuracy(
-        avg_at_k=mean,
-        pass_at_k=_mean(passes),
-        k=k,
-        problems=number,
-        stderr=sqrt(spread / (number - 1) / number) if number > 1 else float("nan"),
-        undecided_samples=sum(score.undecided for score in scores),
-        undecided_problems=len(scores) - number,
-        scores=tuple(scores),
+def main(arguments: list[str] | None = None) -> int:
+    available = sorted(path.stem for path in (conf_dir() / "benchmark").glob("*.yaml"))
+    parser = argparse.ArgumentParser(
+        prog="python -m nemo_trd.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"benchmarks: {', '.join(available)}\n\nsettings and their defaults:\n\n"
+        + (conf_dir() / "evaluate.yaml").read_text(encoding="utf-8"),
     )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, see below")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("nemo_trd").setLevel(logging.INFO)
+    config = None
+    try:
+        config = compose_as(EvaluationConfig, given.overrides, "evaluate")
+        results = evaluate(config)
+    except ConfigError as error:
+        print(f"nemo_trd: {error}", file=sys.stderr)
+        return 2
+    except (GenerationFailed, ServerError, KeyboardInterrupt) as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        print(f"nemo_trd: {'interrupted' if stopped else error}", file=sys.stderr)
+        if config is not None:
+            print(f"nemo_trd: {config.output} is kept; start again to go on", file=sys.stderr)
+        return 130 if stopped else 1
+    print(table(results, config.samples_per_problem, config.bootstrap.confidence))
+    print(f"written to {Path(config.output) / 'results.json'}")
+    return 0
 
 
-def _mean(values: Sequence[float]) -> float:
-    return fsum(values) / len(values) if values else float("nan")
+if __name__ == "__main__":
+    sys.exit(main())

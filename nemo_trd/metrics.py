@@ -29,7 +29,7 @@ import yaml
 from tqdm import tqdm
 
 from nemo_trd.config import Config
-from nemo_trd.evaluate import Accuracy
+from nemo_trd.evaluation.accuracy import Accuracy
 from nemo_trd.samples import Sample, samples_page
 from nemo_trd.trackers import Tracker, open_trackers, public_settings
 

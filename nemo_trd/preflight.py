@@ -16,6 +16,7 @@ from typing import Any
 from nemo_trd.config import Config, ConfigError, Layout, ModelSource, rule_broken
 from nemo_trd.hf_directory import check_model_type, check_weights
 from nemo_trd.model_rules import check_layout, check_supported
+from nemo_trd.sandbox import check_sandbox
 
 STUDENT, TEACHER = "model.student.path", "model.teacher.path"
 
@@ -129,6 +130,11 @@ def _machine_problems(config: Config) -> Iterator[ConfigError]:
             "start fewer ranks a machine, or make more GPUs visible (CUDA_VISIBLE_DEVICES)",
         )
     yield from _transformer_engine_problems(config, gpus)
+    if config.data.verifier == "code":
+        try:
+            check_sandbox("data.verifier", config.sandbox)
+        except ConfigError as error:
+            yield error
     for field, wanted, package in (
         ("logging.wandb", config.logging.wandb, "wandb"),
         ("logging.mlflow", config.logging.mlflow, "mlflow"),

@@ -5,6 +5,7 @@ Imports neither torch nor transformers; `tokenizer` is always a Hugging Face tok
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import random
@@ -18,9 +19,11 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from nemo_trd.config import ConfigError, Data, Dataset, rule_broken
+from nemo_trd.config import ConfigError, Dataset, PromptRules, VerifierName, rule_broken
 from nemo_trd.rows import read_rows
+from nemo_trd.templates import PLACEHOLDER, fill_template
 from nemo_trd.types import Prompt, TokenIds
+from nemo_trd.verifiers.code_tests import read_tests
 
 log = logging.getLogger(__name__)
 
@@ -37,26 +40,28 @@ class LoadedPrompts:
     skipped: dict[str, int]  # reason -> rows; the only reason is "too_long"
 
 
-def load_prompts(dataset: Dataset, field: str, data: Data, tokenizer: Any) -> LoadedPrompts:
+def load_prompts(dataset: Dataset, field: str, rules: PromptRules, tokenizer: Any) -> LoadedPrompts:
     """Read and check every row of a dataset and put it through the student's chat template.
 
     Args:
-        field: where `dataset` stands in the configuration, as in "data.train".
+        field: where `dataset` stands in the configuration, as in "data.train". `rules` stand in
+            the section around it, or with a benchmark's dataset.
 
-    Prompts of more than `data.max_prompt_tokens` tokens are left out, counted, and reported
-    with one warning.
+    Prompts of more than `max_prompt_tokens` tokens are left out, counted, and reported with one
+    warning.
 
     Raises:
         ConfigError: a row that breaks a rule (file and line), a dataset or column that does not
             exist, a tokenizer without a chat template, or nothing left to train on.
     """
-    check_chat_template(tokenizer, data.chat_template_kwargs)
+    section = field if dataset is rules else field.rpartition(".")[0]
+    check_chat_template(tokenizer, rules.chat_template_kwargs, section)
     _check_answer_pattern(dataset, field)
     prompts: list[Prompt] = []
     skipped: Counter[str] = Counter()
     for index, (where, row) in enumerate(islice(read_rows(dataset, field), dataset.limit)):
-        prompt = _prompt(index, where, row, dataset, field, data, tokenizer)
-        if len(prompt.token_ids) > data.max_prompt_tokens:
+        prompt = _prompt(index, where, row, dataset, field, rules, tokenizer)
+        if len(prompt.token_ids) > rules.max_prompt_tokens:
             skipped["too_long"] += 1
         else:
             prompts.append(prompt)
@@ -65,16 +70,17 @@ def load_prompts(dataset: Dataset, field: str, data: Data, tokenizer: Any) -> Lo
             f"{field}.path",
             dataset.path,
             f"no prompts left: {skipped['too_long']} rows read, {skipped['too_long']} of them "
-            f"longer than data.max_prompt_tokens = {data.max_prompt_tokens}",
-            "raise data.max_prompt_tokens" if skipped else "give a dataset with rows",
+            f"longer than {section}.max_prompt_tokens = {rules.max_prompt_tokens}",
+            f"raise {section}.max_prompt_tokens" if skipped else "give a dataset with rows",
         )
     if skipped:
         log.warning(
-            "%s: left out %d of %d prompts, longer than data.max_prompt_tokens = %d",
+            "%s: left out %d of %d prompts, longer than %s.max_prompt_tokens = %d",
             field,
             skipped["too_long"],
             skipped["too_long"] + len(prompts),
-            data.max_prompt_tokens,
+            section,
+            rules.max_prompt_tokens,
         )
     return LoadedPrompts(prompts, dict(skipped))
 
@@ -124,7 +130,9 @@ def _shuffled(count: int, seed: int, epoch: int) -> tuple[int, ...]:
 # --- chat templates ---
 
 
-def check_chat_template(tokenizer: Any, chat_template_kwargs: dict[str, Any]) -> None:
+def check_chat_template(
+    tokenizer: Any, chat_template_kwargs: dict[str, Any], section: str = "data"
+) -> None:
     """Raises ConfigError when the tokenizer has no chat template or an argument is ours."""
     if not getattr(tokenizer, "chat_template", None):
         raise rule_broken(
@@ -136,7 +144,7 @@ def check_chat_template(tokenizer: Any, chat_template_kwargs: dict[str, Any]) ->
     reserved = RESERVED_TEMPLATE_KWARGS & set(chat_template_kwargs)
     if reserved:
         raise rule_broken(
-            "data.chat_template_kwargs",
+            f"{section}.chat_template_kwargs",
             sorted(reserved),
             "these arguments are set by the program",
             "remove them",
@@ -202,7 +210,7 @@ def _prompt(
     row: dict[str, Any],
     dataset: Dataset,
     field: str,
-    data: Data,
+    rules: PromptRules,
     tokenizer: Any,
 ) -> Prompt:
     columns = dataset.columns
@@ -210,29 +218,44 @@ def _prompt(
     if columns.messages is not None:
         messages = reader.messages(columns.messages)
         problem = _transcript(messages)
-        if messages[0]["role"] != "system" and data.system_prompt:
-            messages = [{"role": "system", "content": data.system_prompt}, *messages]
+        if messages[0]["role"] != "system" and rules.system_prompt:
+            messages = [{"role": "system", "content": rules.system_prompt}, *messages]
     else:
         assert columns.problem is not None  # config.check_consistent
         problem = reader.text("problem", columns.problem)
-        messages = conversation(data.system_prompt, problem)
+        if dataset.template is not None:
+            problem = reader.filled(dataset.template, problem)
+        messages = conversation(rules.system_prompt, problem)
     reference = None
     if columns.reference_solution is not None:
         reference = reader.text("reference_solution", columns.reference_solution)
-    answer = reader.number_or_text("answer", columns.answer) if columns.answer else None
-    if dataset.answer_pattern is not None:
-        searched = answer if answer is not None else reference
-        assert searched is not None  # config.check_consistent
-        answer = reader.search(dataset.answer_pattern, searched)
+    answer = _answer(reader, dataset, reference, rules.verifier)
     try:
-        token_ids = render_chat(messages, tokenizer, data.chat_template_kwargs)
+        token_ids = render_chat(messages, tokenizer, rules.chat_template_kwargs)
     except TemplateError as error:
         raise ConfigError(
             f"{where}: the chat template of {tokenizer.name_or_path!r} refuses this "
-            f"conversation: {error}. Fix: correct the row, or data.system_prompt=null for "
+            f"conversation: {error}. Fix: correct the row, or system_prompt=null for "
             "a template without system messages."
         ) from error
     return Prompt(index, problem, token_ids, reference, answer)
+
+
+def _answer(
+    reader: _RowReader, dataset: Dataset, reference: str | None, verifier: VerifierName
+) -> str | None:
+    """The final answer of a row; of verifier code its tests, which must be readable."""
+    column = dataset.columns.answer
+    if verifier == "code":
+        assert column is not None  # config.check_dataset
+        return reader.tests(column)
+    assert not isinstance(column, list)  # config.check_dataset
+    answer = reader.number_or_text("answer", column) if column else None
+    if dataset.answer_pattern is not None:
+        searched = answer if answer is not None else reference
+        assert searched is not None  # config.check_dataset
+        answer = reader.search(dataset.answer_pattern, searched)
+    return answer
 
 
 @dataclass(frozen=True)
@@ -265,6 +288,32 @@ class _RowReader:
         if not is_number or not math.isfinite(value):
             raise self.broken(column, value, "it must be a number or a text that is not empty")
         return str(value)
+
+    def filled(self, template: str, problem: str) -> str:
+        """The template with the problem and whatever other columns it names."""
+        names = set(PLACEHOLDER.findall(template)) - {"problem"}
+        values = {name: self.value("problem", name) for name in names}
+        for name, value in values.items():
+            lines = value if isinstance(value, list) else [value]
+            if not all(isinstance(line, str) for line in lines):
+                rule = f"{self.field}.template puts it in: it must be a text, or a list of lines"
+                raise self.broken(name, value, rule)
+            values[name] = "\n".join(lines)
+        return fill_template(template, problem=problem, **values)
+
+    def tests(self, column: str | list[str]) -> str:
+        """The tests of a program as JSON; several columns, without their nulls, form an object."""
+        if isinstance(column, list):
+            values = {name: self.value("answer", name) for name in column}
+            held: Any = {name: value for name, value in values.items() if value is not None}
+        else:
+            held = self.value("answer", column)
+        text = held if isinstance(held, str) else json.dumps(held)
+        try:
+            read_tests(text)
+        except ValueError as error:
+            raise self.broken(str(column), held, str(error)) from None
+        return text
 
     def search(self, pattern: str, text: str) -> str:
         matches = list(re.finditer(pattern, text))

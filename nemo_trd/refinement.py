@@ -6,8 +6,7 @@ wording of the prompts is ours and stands in `conf/refinement/`.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 from jinja2 import TemplateError
@@ -15,6 +14,7 @@ from jinja2 import TemplateError
 from nemo_trd.config import Config, ConfigError, rule_broken
 from nemo_trd.context_budget import Render, Texts, fit
 from nemo_trd.prompts import LoadedPrompts, check_chat_template, conversation, render_chat
+from nemo_trd.templates import PLACEHOLDER, fill_template, placeholder_names
 from nemo_trd.types import (
     Completion,
     Prompt,
@@ -24,9 +24,8 @@ from nemo_trd.types import (
     Rollout,
     TokenIds,
 )
-from nemo_trd.verifiers import Verifier
+from nemo_trd.verifiers import Verifier, judge_all
 
-PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 TEMPLATE_FIELDS: dict[str, frozenset[str]] = {
     "system": frozenset(),
     "opd": frozenset({"problem", "rollout"}),
@@ -40,21 +39,6 @@ class ContextOverflow(ValueError):
 
 
 # --- templates ---
-
-
-def fill_template(template: str, **fields: str) -> str:
-    """Put `fields` in the place of their `{name}` in one pass over the template.
-
-    What is put in is never searched again, so a problem that contains "{rollout}" stays as it
-    is. Braces around anything but a lower-case name, as in `\\boxed{}`, are plain text.
-
-    Raises:
-        ValueError: the template has a placeholder that is not in `fields`.
-    """
-    unknown = sorted(set(PLACEHOLDER.findall(template)) - set(fields))
-    if unknown:
-        raise ValueError(f"template has no value for {_names(unknown)}; known: {_names(fields)}")
-    return PLACEHOLDER.sub(lambda match: fields[match[1]], template)
 
 
 def check_templates(config: Config, teacher_tokenizer: Any) -> None:
@@ -75,14 +59,14 @@ def check_templates(config: Config, teacher_tokenizer: Any) -> None:
             raise rule_broken(
                 field,
                 template,
-                f"it has no value for {_names(used - needed)}",
-                f"use {_names(needed)}" if needed else "write it without placeholders",
+                f"it has no value for {placeholder_names(used - needed)}",
+                f"use {placeholder_names(needed)}" if needed else "write it without placeholders",
             )
         if needed - used:
             raise rule_broken(
                 field,
                 template,
-                f"{_names(needed - used)} must appear in it",
+                f"{placeholder_names(needed - used)} must appear in it",
                 "put in what is missing",
             )
     check_chat_template(teacher_tokenizer, config.data.chat_template_kwargs)
@@ -97,10 +81,6 @@ def check_templates(config: Config, teacher_tokenizer: Any) -> None:
             f"{length} tokens",
             "raise it, or shorten the template",
         )
-
-
-def _names(placeholders: Iterable[str]) -> str:
-    return ", ".join(f"{{{name}}}" for name in sorted(placeholders))
 
 
 # --- contexts of the teacher ---
@@ -240,17 +220,15 @@ def judge(
     asked = [prompt for prompt in prompts if prompt.token_ids is not None]
     assert len(asked) == len(completions), (len(asked), len(completions))
     remaining = iter(completions)
-    return [
-        Refinement(prompt, None, "", None, prompt.rejection)
-        if prompt.token_ids is None
-        else _judge_one(prompt, next(remaining), tokenizer, verify)
-        for prompt in prompts
-    ]
+    pairs = [(p, None if p.token_ids is None else next(remaining)) for p in prompts]
+    return judge_all(lambda pair: _judge_one(*pair, tokenizer, verify), pairs)
 
 
 def _judge_one(
-    request: RefinementPrompt, completion: Completion, tokenizer: Any, verify: Verifier
+    request: RefinementPrompt, completion: Completion | None, tokenizer: Any, verify: Verifier
 ) -> Refinement:
+    if completion is None:
+        return Refinement(request, None, "", None, request.rejection)
     text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
     rejection: Rejection | None = None
     if completion.finish_reason == "abort":

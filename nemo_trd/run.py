@@ -20,7 +20,7 @@ from nemo_trd.checkpoint_dir import (
     read_samples_ahead,
 )
 from nemo_trd.config import Config
-from nemo_trd.evaluate import evaluate
+from nemo_trd.evaluation.in_run import evaluate
 from nemo_trd.generation import request_seed
 from nemo_trd.generators import Generators
 from nemo_trd.megatron.checkpoint import Checkpointer
@@ -92,7 +92,7 @@ class Run:
         self.config = config
         self._inputs = inputs
         self._stop = stop
-        self._verify = verifier(config.data.verifier)
+        self._verify = verifier(config.data.verifier, config.sandbox)
         self.student = Student(config)
         self.teacher: Teacher | ServerTeacher
         if config.teacher.scoring == "megatron":
@@ -307,6 +307,7 @@ class Run:
             self.config.run.seed,
             self._verify,
             lambda ids: self._inputs.student_tokenizer.decode(ids, skip_special_tokens=True),
+            self.sampler.judge,
         )
         self._logger.evaluation(self.step, accuracy)
 

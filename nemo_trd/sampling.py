@@ -25,9 +25,10 @@ from nemo_trd.types import (
     Rollout,
     Trajectory,
 )
-from nemo_trd.verifiers import verifier
+from nemo_trd.verifiers import judge_all, verifier
 
 Item = TypeVar("Item")
+Judged = TypeVar("Judged")
 
 
 class Sampler:
@@ -46,7 +47,7 @@ class Sampler:
         self._teacher = teacher
         self._student_tokenizer = student_tokenizer
         self._teacher_tokenizer = teacher_tokenizer
-        self._verify = verifier(config.data.verifier)
+        self._verify = verifier(config.data.verifier, config.sandbox)
         # Samples may be drawn while the main thread exchanges something else.
         self._group = dist.new_group(backend="gloo")
 
@@ -67,10 +68,13 @@ class Sampler:
 
         def share() -> list[Rollout]:
             completions = self._student.generate(requests, config.generation.rollout, "rollouts")
-            return [
-                read_rollout(prompt, sample, completion, self._student_tokenizer, self._verify)
-                for (prompt, sample), completion in zip(wanted, completions, strict=True)
-            ]
+            return judge_all(
+                lambda drawn: read_rollout(*drawn, self._student_tokenizer, self._verify),
+                [
+                    (*asked, completion)
+                    for asked, completion in zip(wanted, completions, strict=True)
+                ],
+            )
 
         return self._merge(share)
 
@@ -105,6 +109,11 @@ class Sampler:
         """Continue any requests with the current student, as evaluation does."""
         share = own_share(requests)
         return self._merge(lambda: self._student.generate(share, sampling, description))
+
+    def judge(self, judge_one: Callable[[Item], Judged], items: Sequence[Item]) -> list[Judged]:
+        """What all ranks find out about their shares of `items`, in the order of the items."""
+        share = own_share(items)
+        return self._merge(lambda: judge_all(judge_one, share))
 
     def _merge(self, make_share: Callable[[], list[Item]]) -> list[Item]:
         """What all ranks make.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from nemo_trd.config import Sampling
@@ -20,17 +20,24 @@ class GenerationFailed(RuntimeError):
     """
 
 
+Done = Callable[[int, Completion], None]  # (position of the request, its completion)
+
+
 class Generator(Protocol):
     """Samples continuations of token sequences."""
 
     def generate(
-        self, requests: Sequence[GenerationRequest], sampling: Sampling, description: str
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: Sampling,
+        description: str,
+        done: Done | None = None,
     ) -> list[Completion]:
         """One completion per request, in the order of the requests.
 
         A completion depends on its request, the sampling and the weights, not on what else is
         asked for at the same time. `description` says in progress bars and errors what is
-        generated ("rollouts", "refinements", ...).
+        generated ("rollouts", "refinements", ...). `done` hears of each as soon as it is there.
         """
         ...
 

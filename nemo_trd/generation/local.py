@@ -16,6 +16,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from nemo_trd.config import LocalGeneration, Sampling, rule_broken
+from nemo_trd.generation import Done
 from nemo_trd.generation.eos import eos_token_ids
 from nemo_trd.generation.gumbel import SeededSampler, seed_tensor
 from nemo_trd.types import Completion, GenerationRequest
@@ -55,7 +56,11 @@ class LocalGenerator:
         self.model.generation_config = GenerationConfig()
 
     def generate(
-        self, requests: Sequence[GenerationRequest], sampling: Sampling, description: str
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: Sampling,
+        description: str,
+        done: Done | None = None,
     ) -> list[Completion]:
         """Completions in the order of `requests`; see `Generator`.
 
@@ -74,6 +79,9 @@ class LocalGenerator:
                 chosen = by_length[start : start + self.batch_size]
                 rows = self._generate_batch([requests[i] for i in chosen], sampling, progress)
                 completions.update(zip(chosen, rows, strict=True))
+                if done:
+                    for position in chosen:
+                        done(position, completions[position])
         return [completions[i] for i in range(len(requests))]
 
     @torch.inference_mode()

@@ -23,7 +23,7 @@ from types import TracebackType
 
 from pydantic import SecretStr
 
-from nemo_trd.config import ModelSource, Vllm, VllmPool, VllmServer, rule_broken
+from nemo_trd.config import ModelSource, VllmPool, VllmServer, VllmSettings, rule_broken
 from nemo_trd.generation import guard
 from nemo_trd.generation.vllm_environment import find_vllm, server_environment
 from nemo_trd.generation.vllm_worker import worker_arguments
@@ -280,7 +280,7 @@ def stop_all(servers: Sequence[Server]) -> None:
 def servers_of(
     source: ModelSource,
     pool: VllmPool,
-    vllm: Vllm,
+    vllm: VllmSettings,
     log_files: Path,
     api_key: SecretStr | None,
     weight_backend: str | None,

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pydantic import SecretStr
@@ -19,7 +20,7 @@ from tenacity import (
 from tqdm import tqdm
 
 from nemo_trd.config import Sampling, VllmClient, rule_broken
-from nemo_trd.generation import GenerationFailed
+from nemo_trd.generation import Done, GenerationFailed
 from nemo_trd.generation.pool import Dispatcher, Member
 from nemo_trd.generation.vllm_api import (
     GENERATE,
@@ -89,7 +90,11 @@ class VllmGenerator:
         self._lock = threading.Lock()  # of the members' loads: one batch at a time
 
     def generate(
-        self, requests: Sequence[GenerationRequest], sampling: Sampling, description: str
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: Sampling,
+        description: str,
+        done: Done | None = None,
     ) -> list[Completion]:
         """Completions in the order of `requests`; see `Generator`.
 
@@ -103,21 +108,23 @@ class VllmGenerator:
             if not request.prompt_token_ids:
                 raise ValueError(f"{description}: the prompt of request {number} is empty")
 
-        def read(content: Any, url: str) -> tuple[Completion, int]:
+        def read(content: Any, url: str, position: int) -> tuple[Completion, int]:
             answer = read_answer(content, url, sampling, self._eos_token_ids, self._logprobs)
             version = self._accept(answer.weight_versions, url)
             completion = Completion(
                 answer.token_ids, answer.finish_reason, version, answer.logprobs
             )
+            if done:
+                done(position, completion)
             return completion, len(answer.token_ids)
 
         jobs = [
             _Job(
                 generation_body(request, sampling, self._eos_token_ids, self._logprobs),
                 request.affinity,
-                read,
+                partial(read, position=position),
             )
-            for request in requests
+            for position, request in enumerate(requests)
         ]
         lengths = [len(request.prompt_token_ids) for request in requests]
         return self._run(jobs, lengths, sampling.max_tokens, description)

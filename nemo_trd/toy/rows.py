@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from nemo_trd.config import RefinementTemplates, rule_broken
-from nemo_trd.refinement import fill_template
+from nemo_trd.templates import fill_template
 from nemo_trd.toy import task
 from nemo_trd.toy.tokenizer import unknown_words
 

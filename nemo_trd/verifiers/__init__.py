@@ -1,25 +1,54 @@
 """Verifiers: is the final answer of a generated text right?
 
-A verdict is True, False, or None. None says that there is no verdict (verifier "none", or the
-comparison failed or ran out of time): it is neither right nor wrong, and whoever counts must
-count it apart.
+A `Judge` tells why; a `Verifier` only the verdict: True, False, or None. None says that there is
+no verdict (verifier "none", or the check failed or ran out of time): it is neither right nor
+wrong, and whoever counts must count it apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from typing import TypeVar
+
+from nemo_trd.config import Sandbox, VerifierName
+from nemo_trd.verifiers.judgement import Judge, Judgement
 
 Verifier = Callable[[str, str], bool | None]  # (generated text, expected answer)
+Item = TypeVar("Item")
+Judged = TypeVar("Judged")
+THREADS = 8
 
 
-def verifier(name: Literal["math", "exact", "none"]) -> Verifier:
-    """The verifier that `data.verifier` names. All of them may be called from any thread."""
+@lru_cache
+def verifier(name: VerifierName, sandbox: Sandbox | None = None) -> Verifier:
+    """The verifier that `data.verifier` names, one of each kind in a process.
+
+    All of them may be called from any thread. "code" needs the limits of its sandbox.
+    """
+    judge = judge_of(name, sandbox)
+    return lambda text, answer: judge(text, answer).correct
+
+
+def judge_of(name: VerifierName, sandbox: Sandbox | None, math_timeout_s: float = 5.0) -> Judge:
+    """The same with reasons. One judge of mathematics works on one answer at a time."""
     if name == "math":
-        from nemo_trd.verifiers.math import same_mathematics
+        from nemo_trd.verifiers.math import MathJudge
 
-        return same_mathematics
-    return same_words if name == "exact" else no_verdict
+        return MathJudge(math_timeout_s)
+    if name == "code":
+        assert sandbox is not None
+        from nemo_trd.verifiers.code import judge_code
+
+        return partial(judge_code, limits=sandbox)
+    return _judge_words if name == "exact" else _judge_nothing
+
+
+def judge_all(judge: Callable[[Item], Judged], items: Iterable[Item]) -> list[Judged]:
+    """`judge` of each item, some at one time: verdicts wait for other processes."""
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="verdicts") as threads:
+        return list(threads.map(judge, items))
 
 
 def same_words(text: str, answer: str) -> bool:
@@ -34,6 +63,10 @@ def same_words(text: str, answer: str) -> bool:
     return bool(wanted) and text.split()[-len(wanted) :] == wanted
 
 
-def no_verdict(text: str, answer: str) -> None:
-    """For data without answers."""
-    return None
+def _judge_words(text: str, answer: str) -> Judgement:
+    right = same_words(text, answer)
+    return Judgement(right, "right" if right else "wrong_answer")
+
+
+def _judge_nothing(text: str, answer: str) -> Judgement:
+    return Judgement(None, "unknown")

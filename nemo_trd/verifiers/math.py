@@ -20,49 +20,60 @@ import threading
 from fractions import Fraction
 from pathlib import Path
 
+from nemo_trd.verifiers.judgement import Judgement
+
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120.0  # importing sympy from a cold network file system
 MEMORY_LIMIT_BYTES = 4 * 2**30
 
+RIGHT, WRONG = Judgement(True, "right"), Judgement(False, "wrong_answer")
+NO_ANSWER = Judgement(False, "no_answer")
 NUMBER = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?(/\d+)?")
 UNITS = re.compile(r"(?<=\d)( [A-Za-z]{3,})+$")  # "18 eggs", but not "18 x" or "2 pi"
 WORDS = re.compile(r"[A-Za-z]+( [A-Za-z]+)*")
 TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}")
 
 
-def same_mathematics(text: str, answer: str) -> bool | None:
-    """Whether the final answer of `text` equals `answer` as mathematics.
+class MathJudge:
+    """Judges final answers, one at a time, with a worker process of its own."""
 
-    The final answer is the last \\boxed{...}, or else the line after the last "####", or else
-    what math-verify finds in the text: an announced answer, a last formula, a last number.
-    A text without any answer is wrong.
+    def __init__(self, timeout_s: float = 5.0) -> None:
+        self.worker = MathWorker(timeout_s)
+        atexit.register(self.worker.stop)
 
-    Returns:
-        None, with a warning in the log, when the comparison raised, was stopped after
-        `MathWorker.timeout_s`, or when `answer` is not something that can be compared.
-    """
-    final = final_answer(text)
-    raw_answer = final_answer(answer) or answer
-    wanted = _plain(raw_answer)
-    given = _plain(final if final is not None else text)
-    if not given:
-        return False
-    if WORDS.fullmatch(wanted):  # as a formula a word is a product of its letters
+    def __call__(self, text: str, answer: str) -> Judgement:
+        """Whether the final answer of `text` equals `answer` as mathematics.
+
+        The final answer is the last \\boxed{...}, or else the line after the last "####", or else
+        what math-verify finds in the text: an announced answer, a last formula, a last number.
+        A text without any answer is wrong, for the reason "no_answer".
+
+        There is no verdict, and a warning in the log, when the comparison raised or its process
+        died ("error"), when it was stopped after `timeout_s` ("timeout"), or when `answer` is not
+        something that can be compared ("error").
+        """
+        final = final_answer(text)
+        raw_answer = final_answer(answer) or answer
+        wanted = _plain(raw_answer)
+        given = _plain(final if final is not None else text)
+        if not given:
+            return NO_ANSWER
+        if WORDS.fullmatch(wanted):  # as a formula a word is a product of its letters
+            if final is None:
+                given = " ".join(given.split()[-len(wanted.split()) :])
+            if given.casefold() == wanted.casefold():
+                return RIGHT
+            if len(wanted) > 1:
+                return WRONG
         if final is None:
-            given = " ".join(given.split()[-len(wanted.split()) :])
-        if given.casefold() == wanted.casefold():
-            return True
-        if len(wanted) > 1:
-            return False
-    if final is None:
-        return _worker.compare(text, f"${_undollared(raw_answer)}$")
-    if given == wanted:
-        return True
-    numbers = _number(UNITS.sub("", given)), _number(UNITS.sub("", wanted))
-    if numbers[0] is not None and numbers[1] is not None:
-        return numbers[0] == numbers[1]
-    return _worker.compare(f"${_undollared(final)}$", f"${_undollared(raw_answer)}$")
+            return self.worker.compare(text, f"${_undollared(raw_answer)}$")
+        if given == wanted:
+            return RIGHT
+        numbers = _number(UNITS.sub("", given)), _number(UNITS.sub("", wanted))
+        if numbers[0] is not None and numbers[1] is not None:
+            return RIGHT if numbers[0] == numbers[1] else WRONG
+        return self.worker.compare(f"${_undollared(final)}$", f"${_undollared(raw_answer)}$")
 
 
 def final_answer(text: str) -> str | None:
@@ -108,7 +119,7 @@ class MathWorker:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def compare(self, text: str, answer: str) -> bool | None:
+    def compare(self, text: str, answer: str) -> Judgement:
         """Whether an answer found in `text` equals `answer`, both in math-verify's notation.
 
         Raises:
@@ -118,10 +129,13 @@ class MathWorker:
             if self._process is None:
                 self._start()
             reply = self._ask([text, answer])
-        if isinstance(reply, str):
-            log.warning("no verdict on the answer %r: %s", answer, reply)
-            return None
-        return reply
+        if reply is None:
+            return NO_ANSWER
+        if isinstance(reply, bool):
+            return RIGHT if reply else WRONG
+        reason, told = reply
+        log.warning("no verdict on the answer %r: %s", answer, told)
+        return Judgement(None, reason)
 
     def stop(self) -> None:
         with self._lock:
@@ -138,33 +152,46 @@ class MathWorker:
             env={**os.environ, "PYTHONPATH": path},
             bufsize=0,
         )
-        if self._read(START_TIMEOUT_S) is not True:
+        try:
+            self._read(START_TIMEOUT_S)
+        except (TimeoutError, EOFError) as error:
             self._kill()
-            raise RuntimeError("the process that compares mathematical answers did not start")
+            raise RuntimeError(
+                "the process that compares mathematical answers did not start"
+            ) from error
 
-    def _ask(self, pair: list[str]) -> bool | str:
+    def _ask(self, pair: list[str]) -> bool | None | tuple[str, str]:
+        """The verdict (None: no answer in the text), or why there is none and what happened."""
         assert self._process is not None and self._process.stdin is not None
         line = memoryview(json.dumps(pair).encode() + b"\n")
         try:
             while line:  # an unbuffered pipe may take a part only
                 line = line[self._process.stdin.write(line) :]
             reply = self._read(self.timeout_s)
-        except BrokenPipeError:
-            reply = None
-        if reply is None:
+        except TimeoutError:
             self._kill()
-            return f"stopped after {self.timeout_s} s, or out of {MEMORY_LIMIT_BYTES >> 30} GiB"
-        return reply
+            return "timeout", f"stopped after {self.timeout_s:g} s"
+        except (EOFError, BrokenPipeError):
+            self._kill()
+            return "error", f"its process died, perhaps out of {MEMORY_LIMIT_BYTES >> 30} GiB"
+        return ("error", reply) if isinstance(reply, str) else reply
 
     def _read(self, timeout_s: float) -> bool | str | None:
-        """One reply; None when there is none in time or the process has ended."""
+        """One reply.
+
+        Raises:
+            TimeoutError: there is none in time.
+            EOFError: the process has ended.
+        """
         assert self._process is not None and self._process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             if not selector.select(timeout_s):
-                return None
+                raise TimeoutError
         line = self._process.stdout.readline()
-        return json.loads(line) if line else None
+        if not line:
+            raise EOFError
+        return json.loads(line)
 
     def _kill(self) -> None:
         if self._process is not None:
@@ -173,12 +200,8 @@ class MathWorker:
             self._process = None
 
 
-_worker = MathWorker()
-atexit.register(_worker.stop)
-
-
 def serve() -> None:
-    """The worker: a JSON pair a line on stdin, true, false or an error text a line on stdout.
+    """The worker: a JSON pair a line on stdin; true, false, null or an error text a line on stdout.
 
     It ends with its stdin, so it never outlives the process that asks.
     """
@@ -186,22 +209,23 @@ def serve() -> None:
         os.dup2(2, 1)  # nothing that a library prints may pass for a reply
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
         logging.getLogger("math_verify").setLevel(logging.ERROR)  # "timeout is disabled": it is
-        import math_verify  # noqa: F401  (the slow import belongs to the start)
+        _compare("$x$", "$2x$")  # imports and tables belong to the start, not to a limit
 
         print("true", file=replies, flush=True)
         for line in sys.stdin:
             try:
-                reply: bool | str = _compare(*json.loads(line))
+                reply: bool | str | None = _compare(*json.loads(line))
             except Exception as error:  # the process border: whatever it was goes to the caller
                 reply = f"{type(error).__name__}: {error}"[:500]
             print(json.dumps(reply), file=replies, flush=True)
 
 
-def _compare(text: str, answer: str) -> bool:
+def _compare(text: str, answer: str) -> bool | None:
+    """None: there is no answer in the text."""
     from math_verify import parse, verify
 
     gold = parse(answer, parsing_timeout=None, raise_on_error=True)
     if all(isinstance(reading, str) for reading in gold):
         raise ValueError("math-verify cannot read the expected answer")
     found = parse(text, parsing_timeout=None, raise_on_error=True)
-    return verify(gold, found, timeout_seconds=None, raise_on_error=True)
+    return None if not found else verify(gold, found, timeout_seconds=None, raise_on_error=True)

@@ -101,6 +101,32 @@ def run_with_scripted_rollouts(directories: list[str], overrides: list[str], rec
     Path(record).write_text(json.dumps(seen))
 
 
+def run_with_programs(overrides: list[str], rollouts: list[str], rewrite: str) -> None:
+    """A run whose student answers with these programs in turn, and whose teacher with one."""
+    from itertools import cycle
+
+    from tiny_models import byte_tokenizer
+
+    from nemo_trd.config import compose
+    from nemo_trd.generation.local import LocalGenerator
+    from nemo_trd.train import launch
+    from nemo_trd.types import Completion
+
+    def say(program: str) -> Completion:
+        ids = byte_tokenizer()(f"```\n{program}\n```", add_special_tokens=False)["input_ids"]
+        return Completion((*ids, EOS), "stop", 0)
+
+    said = {"rollouts": cycle(rollouts), "refinements": cycle([rewrite])}
+
+    def generate(self: Any, requests: Any, sampling: Any, description: str) -> list[Completion]:
+        if description == "evaluation":  # of a model, what it says depends on the request alone
+            return [say(rewrite if r.seed % 3 else rollouts[-1]) for r in requests]
+        return [say(next(said[description])) for _ in requests]
+
+    LocalGenerator.generate = generate  # type: ignore[assignment]
+    assert launch(compose(overrides)) == 0
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models that share a tokenizer, and problems."""
@@ -300,3 +326,33 @@ def test_vanilla_distillation_trains_on_rollouts_through_the_same_loop(
     for line in metrics(tmp_path / "run"):
         assert line["rejected_subset"] == line["rollouts"] == 4
         assert line["loss"] > 0
+
+
+def test_rollouts_that_are_programs_are_judged_by_their_tests(inputs: Path, tmp_path: Path) -> None:
+    tests = {"inputs": ["1 2", "5 5"], "outputs": ["3", "10"]}
+    rows = [{"question": f"add {n}", "tests": tests} for n in range(7)]
+    data = tmp_path / "programs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    right, wrong = "print(sum(map(int, input().split())))", "print(3)"
+    columns = "{problem: question, messages: null, reference_solution: null, answer: tests}"
+    dataset = f"{{path: {data}, name: null, split: train, columns: {columns}, "
+    dataset += "answer_pattern: null, limit: null, template: null}"
+    evaluations = []
+    for ranks in (1, 2):
+        run = settings(
+            inputs,
+            tmp_path / f"run{ranks}",
+            *(f"data.train={dataset}", f"data.validation={dataset}", "data.verifier=code"),
+            *("refinement.subset=wrong", "train.num_steps=1", "generation.rollout.max_tokens=64"),
+            *("generation.refinement.max_tokens=64", "sandbox.memory_mib=256"),
+            *("evaluation.at_start=true", "evaluation.samples_per_problem=3"),
+        )
+        said = [right, wrong] if ranks == 2 else [right, wrong, "while True: prin()", wrong]
+        output = launch(ranks, run_with_programs, run, said, right)
+        [step] = metrics(tmp_path / f"run{ranks}")
+        counts = (step["rejected_subset"], step["wrong_to_right"], step["accepted"])
+        assert counts == ((1, 3, 3) if ranks == 1 else (2, 2, 2)), output
+        line = json.loads((tmp_path / f"run{ranks}" / "evaluation.jsonl").read_text())
+        evaluations.append({name: value for name, value in line.items() if name != "time"})
+    assert evaluations[0] == evaluations[1] and 0 < evaluations[0]["avg@3"] < 1
+    assert evaluations[0]["undecided_samples"] == 0 and evaluations[0]["problems"] == 7

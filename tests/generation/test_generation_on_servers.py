@@ -15,8 +15,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
+import psutil
 import pytest
 import torch
 from pydantic import SecretStr
@@ -26,6 +28,7 @@ from transformers import AutoModelForCausalLM
 
 from nemo_trd.config import LocalGeneration, Sampling, VllmClient, VllmServer
 from nemo_trd.config import WeightSync as WeightSyncSettings
+from nemo_trd.evaluate import main as evaluate_main
 from nemo_trd.generation.eos import eos_token_ids
 from nemo_trd.generation.guard import descendants
 from nemo_trd.generation.local import LocalGenerator
@@ -225,6 +228,58 @@ def test_scores_of_a_server_are_the_log_probabilities_of_transformers(
         assert (torch.from_numpy(scores.top_logprobs) - top.values).abs().max() < 1e-4
         label_logprobs = expected.gather(1, labels[:, None]).squeeze(1)
         assert (torch.from_numpy(scores.label_logprobs) - label_logprobs).abs().max() < 1e-4
+
+
+def evaluated(
+    model: Path, output: Path, *overrides: str
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The samples, in order, and the figures of an evaluation on a few problems."""
+    problems = output.with_suffix(".jsonl")
+    rows = [{"problem": f"{n}+1?", "answer": n + 1} for n in range(4)]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [f"model.path={model}", f"output={output}", "benchmark=jsonl", "progress=false"]
+    settings += [f"benchmarks.jsonl.path={problems}", "samples_per_problem=2"]
+    settings += ["sampling.temperature=0", "sampling.max_tokens=40"]
+    assert evaluate_main([*settings, *overrides]) == 0
+    lines = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+    found = json.loads((output / "results.json").read_text())["benchmarks"]["jsonl"]
+    return sorted(lines, key=lambda line: (line["problem"], line["sample"])), found
+
+
+def test_an_evaluation_on_servers_is_that_in_this_process(
+    servers: list[Server],
+    models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("NEMO_TRD_API_KEY", KEY)
+    model = models["qwen3"]
+    here = evaluated(model, tmp_path / "here", "generation.local.dtype=fp32")
+    urls = ",".join(f"'{server.url}'" for server in servers)
+    on_servers = ["generation.backend=vllm", f"generation.vllm.urls=[{urls}]"]
+    there = evaluated(model, tmp_path / "there", *on_servers)
+    assert there == here and here[0][0]["tokens"] > 1
+    monkeypatch.setenv("NEMO_TRD_API_KEY", "another")
+    stopped = [f"model.path={model}", f"output={tmp_path / 'refused'}", "benchmark=jsonl"]
+    stopped += [f"benchmarks.jsonl.path={tmp_path / 'there.jsonl'}", "sampling.max_tokens=40"]
+    capsys.readouterr()
+    assert evaluate_main([*stopped, *on_servers]) == 1
+    told = capsys.readouterr().err
+    assert "refuses with status 401" in told and "start again to go on" in told
+
+
+def test_an_evaluation_starts_servers_and_ends_them(
+    servers: list[Server], models: dict[str, Path], tmp_path: Path
+) -> None:
+    model = models["qwen3"]
+    here = evaluated(model, tmp_path / "here", "generation.local.dtype=fp32")
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    vllm = ["replicas=1", "server.dtype=fp32", "server.max_model_len=512", "server.max_num_seqs=16"]
+    own = [f"generation.vllm.{setting}" for setting in vllm]
+    assert evaluated(model, tmp_path / "own", "generation.backend=vllm", *own) == here
+    assert (tmp_path / "own/servers/server-0.log").exists()
+    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
 
 
 def test_key_is_in_no_log_and_no_command_line(servers: list[Server]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import pytest
 from hydra import compose as hydra_compose
@@ -13,15 +13,18 @@ from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel
 
-from nemo_trd.config import Config, ConfigError, compose, conf_dir, validate
+from nemo_trd.config import Config, ConfigError, compose, conf_dir, validate, validate_as
+from nemo_trd.evaluation.settings import Benchmark, EvaluationConfig
 
 OPSD = ["algorithm.mode=opsd", "model.teacher=null"]
-SHIPPED = sorted(str(file.relative_to(conf_dir())) for file in conf_dir().rglob("*.yaml"))
+FILES = sorted(str(file.relative_to(conf_dir())) for file in conf_dir().rglob("*.yaml"))
+BENCHMARKS = [Path(file).stem for file in FILES if file.startswith("benchmark/")]
+SHIPPED = [file for file in FILES if not file.startswith(("benchmark/", "evaluate"))]
 
 
-def composed(*overrides: str) -> DictConfig:
+def composed(*overrides: str, config_name: str = "config") -> DictConfig:
     with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-        return hydra_compose("config", list(overrides))
+        return hydra_compose(config_name, list(overrides))
 
 
 def with_placeholders(settings: DictConfig) -> DictConfig:
@@ -39,6 +42,21 @@ def test_every_shipped_file_composes_and_validates(file: str) -> None:
     assert isinstance(config, Config)
 
 
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_every_benchmark_validates_and_hides_no_setting(benchmark: str) -> None:
+    evaluation = with_placeholders(
+        composed(f"benchmark={benchmark}", "generation.vllm.replicas=1", config_name="evaluate")
+    )
+    assert list(validate_as(EvaluationConfig, evaluation).benchmarks) == [benchmark]
+    settings: Any = OmegaConf.to_container(evaluation, resolve=True)
+    assert absent_settings(EvaluationConfig, settings, "") == []
+    assert absent_settings(Benchmark, settings["benchmarks"][benchmark], "") == []
+
+
+def test_sandbox_limits_are_the_same_in_training_and_evaluation() -> None:
+    assert composed().sandbox == composed(config_name="evaluate").sandbox
+
+
 def test_shipped_files_are_found() -> None:
     assert {"config.yaml", "model/local.yaml", "experiment/quickstart.yaml"} <= set(SHIPPED)
 
@@ -51,6 +69,7 @@ def absent_settings(schema: type[BaseModel], settings: dict[str, Any], where: st
             absent.append(f"{where}{name}")
         for inner in (field.annotation, *get_args(field.annotation)):
             is_section = isinstance(inner, type) and issubclass(inner, BaseModel)
+            is_section = is_section and get_origin(field.annotation) is not dict
             if is_section and isinstance(settings.get(name), dict):
                 absent += absent_settings(inner, settings[name], f"{where}{name}.")
     return absent

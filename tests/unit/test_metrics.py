@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm import tqdm
 
 from nemo_trd.config import Config, ConfigError, compose
-from nemo_trd.evaluate import Score, accuracy
+from nemo_trd.evaluation.accuracy import Score, accuracy
 from nemo_trd.metrics import RunLogger, StepLines, Timers, finite
 from nemo_trd.samples import Sample, fenced, samples_page
 from nemo_trd.trackers import check_packages, public_settings

@@ -21,7 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from nemo_trd import preflight
+from nemo_trd import preflight, sandbox
 from nemo_trd.config import Config, ConfigError, compose
 from nemo_trd.preflight import check, longest_trajectory, shared_vocab_size
 
@@ -494,3 +494,11 @@ def test_context_parallelism_is_refused_with_transformer_engine_too(
     monkeypatch.setattr(preflight, "importable", lambda package: True)
     message = refusal(settings("parallel.student.context_parallel_size=2"), 2)
     assert "parallel.student.context_parallel_size = 2: sequences are not split" in message
+
+
+def test_programs_are_refused_where_there_is_no_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    sandbox.check_sandbox.cache_clear()
+    monkeypatch.setattr(sandbox, "TOOLS", ("no-such-tool", "prlimit", "setpriv"))
+    told = refusal(settings("data.verifier=code", "data.train.columns.answer=tests"))
+    assert "data.verifier = 'code'" in told and "no-such-tool cannot be found" in told
+    sandbox.check_sandbox.cache_clear()

@@ -367,3 +367,40 @@ def test_importing_prompts_and_refinement_does_not_import_torch() -> None:
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+# --- templates, and tests of programs ---
+
+
+def test_a_template_puts_the_problem_and_other_columns_in_one_pass(tmp_path: Path) -> None:
+    row = {"problem": "{hint} + 1?", "hint": "{problem}", "lines": ["a", "b"]}
+    template = r"Q: {problem} H: {hint} L: {lines} in \boxed{}"
+    [prompt] = load(write(tmp_path / "a.jsonl", row), dataset={"template": template}).prompts
+    assert prompt.problem == "Q: {hint} + 1? H: {problem} L: a\nb in \\boxed{}"
+    assert prompt.problem in TOKENIZER.decode(prompt.token_ids)
+    without = write(tmp_path / "b.jsonl", {"problem": "1", "hint": "x"})
+    assert "no column 'lines'" in refused(without, dataset={"template": template})
+    number = write(tmp_path / "c.jsonl", {**row, "lines": 3})
+    assert "must be a text, or a list of lines" in refused(number, dataset={"template": template})
+
+
+def test_tests_of_programs_come_from_one_column_or_from_several(tmp_path: Path) -> None:
+    tests = {"inputs": ["1"], "outputs": ["2"]}
+    rows = [{"problem": "p", "io": tests}, {"problem": "p", "io": json.dumps(tests)}]
+    columns = {"problem": "problem", "answer": "io"}
+    loaded = load(write(tmp_path / "a.jsonl", *rows), columns=columns, verifier="code")
+    assert [json.loads(prompt.answer or "") for prompt in loaded.prompts] == [tests, tests]
+    row = {"problem": "p", "test": "assert f()", "entry_point": "f", "atol": None}
+    several: Any = {"problem": "problem", "answer": ["test", "entry_point", "atol"]}
+    [prompt] = load(write(tmp_path / "b.jsonl", row), columns=several, verifier="code").prompts
+    assert json.loads(prompt.answer or "") == {"test": "assert f()", "entry_point": "f"}
+
+
+def test_tests_that_cannot_be_read_name_their_line(tmp_path: Path) -> None:
+    rows = [
+        {"problem": "p", "io": {"inputs": ["1"], "outputs": ["2"]}},
+        {"problem": "p", "io": {"inputs": ["1"], "outputs": []}},
+    ]
+    columns = {"problem": "problem", "answer": "io"}
+    told = refused(write(tmp_path / "a.jsonl", *rows), columns=columns, verifier="code")
+    assert "line 2, column 'io'" in told and "1 inputs have 0 outputs" in told

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from nemo_trd.verifiers import verifier
-from nemo_trd.verifiers.math import MathWorker, final_answer, same_mathematics
+from nemo_trd.verifiers.judgement import Judgement
+from nemo_trd.verifiers.math import RIGHT, MathJudge, MathWorker, final_answer
 
+same_mathematics = verifier("math")
 GSM8K = Path(__file__).parents[3] / "shared/data/gsm8k_test.jsonl"
 
 
@@ -71,10 +73,10 @@ def test_a_comparison_that_never_ends_is_undecided_and_the_next_one_works(
     worker = MathWorker(timeout_s=0.5)
     try:
         with caplog.at_level(logging.WARNING):
-            assert worker.compare("$10^{10^{10^{10}}}$", "$5$") is None
+            assert worker.compare("$10^{10^{10^{10}}}$", "$5$") == Judgement(None, "timeout")
         assert "no verdict" in caplog.text
         worker.timeout_s = 30.0
-        assert worker.compare("$x + x$", "$2x$") is True
+        assert worker.compare("$x + x$", "$2x$") == RIGHT
     finally:
         worker.stop()
 
@@ -82,12 +84,12 @@ def test_a_comparison_that_never_ends_is_undecided_and_the_next_one_works(
 def test_a_killed_worker_is_undecided_and_replaced() -> None:
     worker = MathWorker()
     try:
-        assert worker.compare("$x + x$", "$2x$") is True
+        assert worker.compare("$x + x$", "$2x$") == RIGHT
         assert worker._process is not None
         worker._process.kill()
         worker._process.wait()
-        assert worker.compare("$x + x$", "$2x$") is None
-        assert worker.compare("$x + x$", "$2x$") is True
+        assert worker.compare("$x + x$", "$2x$") == Judgement(None, "error")
+        assert worker.compare("$x + x$", "$2x$") == RIGHT
     finally:
         worker.stop()
 
@@ -140,4 +142,11 @@ def test_exact_compares_the_last_words(text: str, answer: str, verdict: bool) ->
 
 def test_none_has_no_verdict() -> None:
     assert verifier("none")("#### 3", "3") is None
-    assert verifier("math") is same_mathematics
+
+
+def test_the_reason_of_a_verdict_is_told() -> None:
+    judge = MathJudge()
+    assert judge("the answer is 3", "@@") == Judgement(None, "error")
+    assert judge("no idea", "18") == judge("", "18") == Judgement(False, "no_answer")
+    assert judge("it is 17", "18") == Judgement(False, "wrong_answer")
+    judge.worker.stop()

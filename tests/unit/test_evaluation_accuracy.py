@@ -1,15 +1,25 @@
 from __future__ import annotations
 
+import importlib.util
 import math
 import random
 from collections.abc import Sequence
 from itertools import combinations
 from statistics import mean, stdev
 
+import numpy as np
 import pytest
 
 from nemo_trd.config import Evaluation, Sampling
-from nemo_trd.evaluate import Accuracy, Score, accuracy, evaluate, pass_at_k
+from nemo_trd.evaluation.accuracy import (
+    Accuracy,
+    Score,
+    accuracy,
+    bootstrap,
+    estimates,
+    pass_at_k,
+)
+from nemo_trd.evaluation.in_run import evaluate
 from nemo_trd.types import Completion, GenerationRequest, Prompt
 
 SAMPLING = Sampling(temperature=1, top_p=1, top_k=0, max_tokens=4)
@@ -146,3 +156,65 @@ def test_a_verifier_without_verdict_is_counted() -> None:
 def test_evaluation_without_any_answer_is_refused() -> None:
     with pytest.raises(ValueError, match="none of the 1 problems"):
         evaluate(answer_by_seed, [Prompt(0, "open", (1,))], settings(2), 0, same, decode)
+
+
+# --- intervals ---
+
+
+def test_estimates_hold_avg_and_every_pass_at_k() -> None:
+    scores = [Score(i, c, 4 - c, 0) for i, c in enumerate([0, 1, 4, 2, 0, 3])]
+    found = estimates(scores, 4, resamples=50, confidence=0.9, seed=0)
+    assert list(found) == ["avg@4", "pass@1", "pass@2", "pass@3", "pass@4"]
+    for k in range(1, 5):
+        enumerated = [
+            mean(any(chosen) for chosen in combinations([True] * c + [False] * (4 - c), k))
+            for c in [0, 1, 4, 2, 0, 3]
+        ]
+        assert found[f"pass@{k}"].value == pytest.approx(mean(enumerated))
+    assert found["avg@4"].value == pytest.approx(found["pass@1"].value)
+    assert all(figure.low <= figure.value <= figure.high for figure in found.values())
+
+
+def test_undecided_samples_leave_estimates_as_accuracy_has_them() -> None:
+    scores = [Score(0, 1, 1, 2), Score(1, 0, 4, 0), Score(2, 0, 0, 4), Score(3, 2, 2, 0)]
+    found, known = estimates(scores, 4, 10, 0.9, 0), accuracy(scores, 4)
+    assert found["avg@4"].value == known.avg_at_k and found["pass@4"].value == known.pass_at_k
+    nothing = estimates([Score(0, 0, 0, 4)], 4, 10, 0.9, 0)
+    assert all(math.isnan(figure.value) for figure in nothing.values())
+
+
+def test_bootstrap_intervals_are_those_of_resampling_one_by_one() -> None:
+    """Against the definition: rows drawn with replacement, one resample at a time."""
+    random = np.random.default_rng(1)
+    values = random.random((40, 2)) ** 2
+    low, high = bootstrap(values, 20_000, 0.9, seed=0)
+    drawn = [values[random.integers(0, 40, 40)].mean(0) for _ in range(20_000)]
+    assert np.allclose([low, high], np.quantile(drawn, [0.05, 0.95], axis=0), atol=0.003)
+    again = bootstrap(values, 20_000, 0.9, seed=0)
+    assert np.array_equal(again, (low, high))
+    assert not np.array_equal(bootstrap(values, 20_000, 0.9, seed=1), (low, high))
+
+
+def test_bootstrap_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    random, truth, covered = np.random.default_rng(2), 0.3, 0
+    for seed in range(400):
+        low, high = bootstrap((random.random((100, 1)) < truth) * 1.0, 500, 0.9, seed)
+        covered += low[0] <= truth <= high[0]
+    assert covered / 400 == pytest.approx(0.9, abs=0.045)  # three standard errors
+
+
+def test_many_resamples_of_many_problems_do_not_fill_the_memory() -> None:
+    low, high = bootstrap(np.ones((2_000, 1)), 12_000, 0.95, seed=0)  # two blocks
+    assert low == high == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("scipy") is None, reason="scipy is not installed")
+def test_bootstrap_agrees_with_scipy() -> None:
+    from scipy import stats
+
+    values = np.random.default_rng(3).random(60)
+    low, high = bootstrap(values[:, None], 20_000, 0.95, seed=0)
+    theirs = stats.bootstrap(
+        (values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    assert (low[0], high[0]) == pytest.approx((theirs.low, theirs.high), abs=0.003)

@@ -1,0 +1,42 @@
+"""A run's checkpoint as a Hugging Face directory, on one process."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+from megatron.core import dist_checkpointing
+
+from nemo_trd.config import Layout, ModelSource, Precision
+from nemo_trd.megatron.checkpoint import SHARDING
+from nemo_trd.megatron.hf_weights import export_hf_weights, save_hf_directory
+from nemo_trd.megatron.model import build_model, load_hf_config
+from nemo_trd.megatron.parallel import process_groups
+from nemo_trd.megatron.runtime import init_distributed
+
+log = logging.getLogger(__name__)
+
+ALONE = Layout(tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
+
+
+def export_checkpoint(
+    checkpoint: Path, source: ModelSource, dtype: Literal["fp32", "bf16"], out_dir: Path
+) -> None:
+    """Write the student of a checkpoint, of whatever layout, to `out_dir`.
+
+    `source` is the directory that the run began with: config.json and tokenizer come from there.
+    Optimizer states are not read. The whole model is in the memory of this process's device.
+    """
+    log.info("converting %s to %s", checkpoint, out_dir)
+    watch = init_distributed(timeout_minutes=60)
+    groups = process_groups(ALONE)
+    hf = load_hf_config(source.path, source.trust_remote_code)
+    precision = Precision(dtype=dtype, fp8=None, teacher_fp8=None, fp8_recipe="delayed")
+    models = build_model(hf, ALONE, groups, precision, recompute="none", fp8=None)
+    metadata = {**SHARDING, "dp_cp_group": groups.dp_cp}
+    wanted = {"model": {"chunk0": models[0].sharded_state_dict(metadata=metadata)}}
+    states = dist_checkpointing.load(wanted, str(checkpoint))
+    models[0].load_state_dict(states["model"]["chunk0"])
+    save_hf_directory(export_hf_weights(models, hf, groups), source.path, out_dir)
+    watch.close()

@@ -1,0 +1,304 @@
+"""Does a generated program pass the tests of its problem?
+
+Programs run in `nemo_trd.sandbox`, and what they must answer never enters it: their outputs come
+out as text or plain data and are compared here. Tests that are programs themselves run in a
+second sandbox, and only the arguments and results of calls pass between the two. So nothing that
+a generated program does to its own interpreter can turn into a verdict.
+
+Whatever goes wrong once the program has been given to its sandbox counts against it. There is no
+verdict only where the sandbox or the tests themselves fail.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import signal
+import time
+from decimal import Decimal, InvalidOperation
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from nemo_trd.config import Sandbox
+from nemo_trd.sandbox import SandboxBroken, SandboxedPython, Stopped
+from nemo_trd.verifiers import code_script
+from nemo_trd.verifiers.code_tests import CodeTests, read_tests
+from nemo_trd.verifiers.judgement import Judgement
+
+log = logging.getLogger(__name__)
+
+SCRIPT = Path(code_script.__file__).read_text()
+FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([^\s`]*)[^\n]*$", re.MULTILINE)
+CPU_LIMIT = 128 + signal.SIGXCPU  # exit status
+LANGUAGES = ("", "python", "python3", "py")
+FLOAT_TOLERANCE = {"rel_tol": 1e-7, "abs_tol": 1e-6}  # where a reference solution is followed
+
+
+class TestsBroken(Exception):
+    """The tests of the problem do not work; nothing is known of the program."""
+
+
+class _Failed(Exception):
+    """The program failed, and in which way."""
+
+
+def judge_code(text: str, answer: str, limits: Sandbox) -> Judgement:
+    """Run the program in `text` on the tests in `answer` (see `code_tests`).
+
+    Reasons of a wrong one: no_code, wrong_answer, runtime_error, time_limit, memory_limit,
+    output_limit. No verdict, reason "error", where the sandbox or the tests fail.
+    """
+    try:
+        tests = read_tests(answer)
+    except ValueError as error:
+        return _no_verdict(error)
+    code = extract_code(text, tests.entry_point)
+    if code is None:
+        return Judgement(False, "no_code")
+    run = {"stdin": _run_stdin, "functions": _run_functions, "program": _run_program}[tests.kind]
+    try:
+        run(code, tests, limits)
+    except _Failed as failure:
+        return Judgement(False, str(failure))
+    except (SandboxBroken, TestsBroken) as error:
+        return _no_verdict(error)
+    except (ValueError, RecursionError, OverflowError):  # its results cannot even be compared
+        return Judgement(False, "wrong_answer")
+    return Judgement(True, "right")
+
+
+def _no_verdict(error: Exception) -> Judgement:
+    log.warning("no verdict on a program: %s", error)
+    return Judgement(None, "error")
+
+
+def extract_code(text: str, entry_point: str = "") -> str | None:
+    """The last whole fenced block of Python, of those that name the entry point if any does."""
+    blocks: list[str] = []
+    opened: re.Match[str] | None = None
+    for fence in FENCE.finditer(text):
+        if opened is None:
+            opened = fence
+        elif fence[1].startswith(opened[1]) and not fence[2]:
+            if opened[2].lower() in LANGUAGES:
+                blocks.append(text[opened.end() + 1 : fence.start()])
+            opened = None
+    naming = [block for block in blocks if entry_point and entry_point in block]
+    chosen = naming or blocks
+    return chosen[-1] if chosen else None
+
+
+# --- programs that read stdin ---
+
+
+def _run_stdin(code: str, tests: CodeTests, limits: Sandbox) -> None:
+    clock = _Clock(limits)
+    for given, expected in zip(tests.inputs, tests.outputs, strict=True):
+        with SandboxedPython(SCRIPT, ["program"], limits) as program:
+            data = _with_length(code) + given.encode()
+            try:
+                output = program.exchange(data, "end", clock.next_case())
+            except Stopped as stopped:
+                raise _Failed(_how(stopped, program)) from None
+            if program.status:
+                raise _Failed(_how(None, program))
+        if not same_output(output.decode(errors="replace"), expected):
+            raise _Failed("wrong_answer")
+
+
+def same_output(found: str, expected: str) -> bool:
+    """Line by line, without white space around them; numbers by value, exactly."""
+    lines = [[line.strip() for line in text.strip().split("\n")] for text in (found, expected)]
+    if len(lines[0]) != len(lines[1]):
+        return False
+    return all(a == b or _same_numbers(a, b) for a, b in zip(*lines, strict=True))
+
+
+def _same_numbers(found: str, expected: str) -> bool:
+    try:
+        wanted = [Decimal(word) for word in expected.split()]
+        return [Decimal(word) for word in found.split()] == wanted
+    except InvalidOperation:
+        return False
+
+
+# --- functions ---
+
+
+class _Functions:
+    """The functions of a program, called in a sandbox."""
+
+    def __init__(self, code: str, limits: Sandbox, clock: _Clock) -> None:
+        self._python = SandboxedPython(SCRIPT, ["functions"], limits)
+        self._code, self._clock = code, clock
+
+    def __enter__(self) -> _Functions:
+        self._python.__enter__()
+        try:
+            self._read(_with_length(self._code))
+        except BaseException:
+            self._python.kill()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._python.kill()
+
+    def call(self, name: str, arguments: list[Any]) -> Any:
+        """Raises `_Failed` with "runtime_error" when the function raises anything."""
+        reply = self.forward([name, code_script.encode(arguments), code_script.encode({})])
+        if "error" in reply:
+            raise _Failed("runtime_error")
+        return _decode(reply)
+
+    def forward(self, call: Any) -> dict[str, Any]:
+        """The reply to an encoded call, of a right form."""
+        return self._read(json.dumps(call).encode() + b"\n", raising=False)
+
+    def _read(self, data: bytes, raising: bool = True) -> dict[str, Any]:
+        try:
+            line = self._python.exchange(data, "line", self._clock.next_case())
+        except Stopped as stopped:
+            raise _Failed(_how(stopped, self._python)) from None
+        try:
+            reply = json.loads(line)
+            if isinstance(reply, dict) and "value" in reply:
+                return {"value": reply["value"]}
+            kind, message = reply["error"]
+            reply = {"error": [str(kind), str(message)]}
+        except (ValueError, TypeError, KeyError, RecursionError):  # not written by our script
+            raise _Failed("runtime_error") from None
+        if raising:
+            raise _Failed("runtime_error")
+        return reply
+
+
+def _decode(reply: dict[str, Any]) -> Any:
+    try:
+        return code_script.decode(reply["value"])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise _Failed("runtime_error") from None
+
+
+def _run_functions(code: str, tests: CodeTests, limits: Sandbox) -> None:
+    expected = tests.outputs
+    if tests.reference is not None:
+        followed = [tests.reference, tests.entry_point, tests.inputs]
+        expected = _reference_outputs(json.dumps(followed), limits)
+    with _Functions(code, limits, _Clock(limits)) as functions:
+        for arguments, wanted in zip(tests.inputs, expected, strict=True):
+            found = functions.call(tests.entry_point, arguments)
+            if tests.reference is not None:
+                same = same_value(found, wanted, tests.tolerance)
+            else:
+                found = _as_json(found)
+                same = found == wanted or [found] == wanted
+            if not same:
+                raise _Failed("wrong_answer")
+
+
+@lru_cache(maxsize=1024)
+def _reference_outputs(tests: str, limits: Sandbox) -> tuple[Any, ...]:
+    """What the reference solution returns, from [solution, entry point, inputs] as JSON."""
+    reference, entry_point, inputs = json.loads(tests)
+    try:
+        with _Functions(reference, limits, _Clock(limits)) as functions:
+            return tuple(functions.call(entry_point, arguments) for arguments in inputs)
+    except _Failed as failure:
+        raise TestsBroken(f"the reference solution of {entry_point} fails: {failure}") from None
+
+
+def same_value(found: Any, expected: Any, tolerance: float) -> bool:
+    """Equal in types and values; floats up to `tolerance`, or to what rounding explains."""
+    if isinstance(expected, float) and isinstance(found, int | float):
+        if isinstance(found, bool):
+            return False
+        limits = FLOAT_TOLERANCE | ({"abs_tol": tolerance} if tolerance else {})
+        try:
+            both_nan = math.isnan(expected) and math.isnan(found)
+            return both_nan or math.isclose(found, expected, **limits)
+        except OverflowError:  # an int beyond all floats
+            return False
+    if isinstance(expected, list | tuple):
+        return (
+            type(found) is type(expected)
+            and len(found) == len(expected)
+            and all(same_value(a, b, tolerance) for a, b in zip(found, expected, strict=True))
+        )
+    if isinstance(expected, dict):
+        return (
+            isinstance(found, dict)
+            and found.keys() == expected.keys()
+            and all(same_value(found[key], expected[key], tolerance) for key in expected)
+        )
+    return found == expected
+
+
+def _as_json(value: Any) -> Any:
+    """Tuples as lists and keys as texts, as JSON's expected values have them."""
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _as_json(item) for key, item in value.items()}
+    return value
+
+
+# --- tests that are programs ---
+
+
+def _run_program(code: str, tests: CodeTests, limits: Sandbox) -> None:
+    calls, message = 0, _with_length(tests.test)
+    with (
+        SandboxedPython(SCRIPT, ["tests", tests.entry_point], limits) as judge,
+        _Functions(code, limits, _Clock(limits)) as functions,
+    ):
+        clock = _Clock(limits)
+        while True:
+            try:
+                told = json.loads(judge.exchange(message, "line", clock.left()))
+            except Stopped as stopped:
+                raise _blame(calls, _how(stopped, judge), stopped.reason) from None
+            except ValueError:
+                raise TestsBroken("they write into the channel of their verdict") from None
+            if "call" not in told:
+                break
+            message = json.dumps(functions.forward(told["call"])).encode() + b"\n"
+            calls += 1
+    if "broken" in told:
+        raise TestsBroken(told["broken"])
+    if not told["passed"]:
+        raise _blame(calls, "wrong_answer", told["error"])
+
+
+def _blame(calls: int, reason: str, told: str) -> Exception:
+    """Before anything of the program was called, the tests have failed by themselves."""
+    return _Failed(reason) if calls else TestsBroken(f"the tests fail by themselves: {told}")
+
+
+def _how(stopped: Stopped | None, python: SandboxedPython) -> str:
+    """The reason of a verdict on a program that was stopped, or ended by itself."""
+    if stopped is not None and stopped.reason != "ended":
+        return stopped.reason
+    return "time_limit" if python.status == CPU_LIMIT else "runtime_error"
+
+
+class _Clock:
+    """Seconds that the next step of one program may take."""
+
+    def __init__(self, limits: Sandbox) -> None:
+        self._case = limits.case_seconds
+        self._end = time.monotonic() + limits.total_seconds
+
+    def left(self) -> float:
+        return self._end - time.monotonic()
+
+    def next_case(self) -> float:
+        return min(self._case, self.left())
+
+
+def _with_length(code: str) -> bytes:
+    data = code.encode(errors="replace")
+    return len(data).to_bytes(8, "big") + data
