@@ -25,11 +25,13 @@ class Generators:
 
     With `algorithm.trajectory=rollout` no rewrite is ever asked for, and the teacher's is the
     student's: a second model would idle. With `teacher.scoring=server` there is a `scorer` on the
-    teacher's servers, beside the teacher's generator: the one does not wait for the other.
+    teacher's servers, beside the teacher's generator: the one does not wait for the other. Once
+    `stopping`, none of them waits for servers that are out of service.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, stopping: Callable[[], bool]) -> None:
         self._config = config
+        self._stopping = stopping
         self._stack = ExitStack()
         self._progress = config.logging.progress and dist.get_rank() == 0
         self.scorer: VllmGenerator | None = None
@@ -92,6 +94,7 @@ class Generators:
             sync=sync,
             logprobs=role == "student",
             progress=self._progress,
+            stopping=self._stopping,
         )
 
     def _start(self, vllm: Vllm, key: SecretStr) -> dict[str, list[str]]:

@@ -97,7 +97,7 @@ class Run:
         self.teacher: Teacher | ServerTeacher
         if config.teacher.scoring == "megatron":
             self.teacher = Teacher(config, self.student.groups)
-        self._generators = Generators(config)
+        self._generators = Generators(config, stop.signalled)
         if self._generators.scorer is not None:
             self.teacher = ServerTeacher(config, self._generators.scorer, self.student.groups)
         self.sampler = Sampler(

@@ -7,9 +7,10 @@ import hashlib
 import logging
 import math
 import random
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from nemo_trd.config import VllmClient
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 # A request goes past the replica that has its prefix in the cache when that one has more than
 # so many times the average load (consistent hashing with bounded loads, arXiv 1608.01350).
 LOAD_BOUND = 1.25
+STOPPING_SECONDS = 1.0  # between looks at whether we are to stop
 
 
 class AllReplicasDown(GenerationFailed):
@@ -77,10 +79,12 @@ class Dispatcher:
         members: Sequence[Member],
         settings: VllmClient,
         probe: Callable[[Member], Awaitable[None]],
+        stopping: Callable[[], bool],
     ) -> None:
         self._members = members
         self._settings = settings
         self._probe = probe
+        self._stopping = stopping
         self._waiting: deque[tuple[asyncio.Future[Member], int | None, Collection[str]]] = deque()
         self._probes: set[asyncio.Task[None]] = set()
         self._in_service = asyncio.Event()  # at least one member is
@@ -138,7 +142,8 @@ class Dispatcher:
         task.add_done_callback(self._probes.discard)
 
     async def watch(self) -> None:
-        """Runs until no member has been in service for `recovery_timeout_seconds`.
+        """Runs until no member has been in service for `recovery_timeout_seconds`, or none is and
+        we are `stopping`.
 
         Raises:
             AllReplicasDown: then.
@@ -146,13 +151,18 @@ class Dispatcher:
         limit = self._settings.recovery_timeout_seconds
         while True:
             await self._out_of_service.wait()
-            try:
-                await asyncio.wait_for(self._in_service.wait(), limit)
-            except TimeoutError:
-                causes = "".join(f"\n  {member.url}: {member.cause}" for member in self._members)
-                raise AllReplicasDown(
-                    f"none of {len(self._members)} servers could be used for {limit:g} s:{causes}"
-                ) from None
+            since = time.monotonic()
+            while not self._in_service.is_set():
+                waited = time.monotonic() - since
+                if waited >= limit or self._stopping():
+                    raise AllReplicasDown(self._all_down(waited))
+                with suppress(TimeoutError):
+                    pause = min(STOPPING_SECONDS, limit - waited)
+                    await asyncio.wait_for(self._in_service.wait(), pause)
+
+    def _all_down(self, seconds: float) -> str:
+        causes = "".join(f"\n  {member.url}: {member.cause}" for member in self._members)
+        return f"none of {len(self._members)} servers could be used for {seconds:.1f} s:{causes}"
 
     def close(self) -> None:
         for task in self._probes:

@@ -78,8 +78,10 @@ class VllmGenerator:
         sync: WeightSync | None = None,
         logprobs: bool = False,
         progress: bool = False,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.weight_version = 0
+        self._stopping = stopping
         self._members = [Member(url) for url in urls]
         self._eos_token_ids = eos_token_ids
         self._settings = settings
@@ -102,7 +104,8 @@ class VllmGenerator:
             ConfigError: a prompt with `sampling.max_tokens` exceeds what the servers take.
             Refused: the servers refuse a request, or all of ours.
             RequestFailed: `max_attempts` at one request failed.
-            AllReplicasDown: no server was usable for `recovery_timeout_seconds`.
+            AllReplicasDown: no server was usable for `recovery_timeout_seconds`, or none is and
+                we are `stopping`.
         """
         for number, request in enumerate(requests):
             if not request.prompt_token_ids:
@@ -180,7 +183,10 @@ class VllmGenerator:
         secure = any(member.url.startswith("https:") for member in self._members)
         connection = Connection(self._api_key, limit, secure)
         dispatcher = Dispatcher(
-            self._members, self._settings, lambda member: self._probe(connection, member)
+            self._members,
+            self._settings,
+            lambda member: self._probe(connection, member),
+            self._stopping,
         )
         hide = not self._progress
         try:

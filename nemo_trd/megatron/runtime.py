@@ -142,9 +142,13 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
 
+    def signalled(self) -> bool:
+        """Whether this rank has been told to leave: it should not wait long for anything."""
+        return self._signal != 0
+
     def exit_code(self) -> int | None:
         """None to go on. Collective: all ranks get the same answer."""
-        asked = torch.tensor([int(self._signal != 0), int(self._stop_file.exists())])
+        asked = torch.tensor([int(self.signalled()), int(self._stop_file.exists())])
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         signalled, stop_file = asked.tolist()
         if signalled:

@@ -220,5 +220,5 @@ def test_with_servers_a_preempted_job_finishes_its_step_and_a_dead_server_ends_i
         r"a student server on node2: the server of \S+ at http://\S+ ended with status 137",
         last_line(log),
     ), last_line(log)
-    assert saved_step(run_dir) == len(metrics(run_dir)), "what was trained is saved"
+    assert saved_step(run_dir) == len(metrics(run_dir)) > reached, "what was trained is saved"
     assert_nothing_left(jobs.cluster, 15)

@@ -147,6 +147,14 @@ def test_all_replicas_down_names_each_with_its_cause() -> None:
     assert 0.5 <= time.monotonic() - begin < 10
 
 
+def test_who_is_told_to_stop_does_not_wait_for_servers_that_are_down() -> None:
+    begin = time.monotonic()
+    down = generator(refused_port(), stopping=lambda: time.monotonic() - begin > 1)
+    with pytest.raises(AllReplicasDown):
+        down.generate(requests(1), SAMPLING, "rollouts")
+    assert 1 < time.monotonic() - begin < CLIENT.recovery_timeout_seconds / 2
+
+
 def test_replica_that_dies_and_comes_back_is_used_again() -> None:
     asked = requests(60)
     with FakeVllm() as stays:
