@@ -231,11 +231,7 @@ train() {
     say "training, see $LOGS/training-0000.log"
     local tell_again=0 status=0
     while kill -0 "${PIDS[training]}" 2> /dev/null; do
-        if first_failure "$LOGS/training.err"; then
-            wait_until_ended training 5 || true # the other ranks say what they know
-            check_servers # a trainer that lost its servers is not the first cause
-            break
-        fi
+        ! first_failure "$LOGS/training.err" || break
         check_servers
         if [[ -n $asked_to_stop ]] && ((SECONDS >= tell_again)); then
             ((tell_again)) || say "asked to stop: the step that is under way is finished and saved"
@@ -244,9 +240,7 @@ train() {
         fi
         pause 1
     done
-    if first_failure "$LOGS/training.err"; then
-        trainer_failed
-    fi
+    ! first_failure "$LOGS/training.err" || trainer_failed
     wait "${PIDS[training]}" || status=$?
     unset 'PIDS[training]'
     case $status in
@@ -270,7 +264,15 @@ leave() {
 }
 
 trainer_failed() {
-    local log status=$STATUS
+    local log status limit=$((SECONDS + 5))
+    # The other ranks say what they know; and a trainer that lost its servers is not the first cause.
+    wait_until_ended training 5 || true
+    while [[ -n ${PIDS[student]:-}${PIDS[teacher]:-} ]] && ((SECONDS < limit)); do
+        check_servers
+        pause 0.2
+    done
+    first_failure "$LOGS/training.err"
+    status=$STATUS
     # "tasks 2,5-6": the log of the first of them
     log=$(printf '%s/training-%04d.log' "$LOGS" "${TASKS%%[,-]*}")
     if [[ -z $status ]]; then # by a signal, of which srun tells the number
