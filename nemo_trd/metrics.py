@@ -2,7 +2,7 @@
 
 RUN_DIR/metrics.jsonl      one line per step, each step once
         evaluation.jsonl   one line per evaluation, likewise
-        samples/step_000020.md
+        samples/step_000020.md     for people; .jsonl beside it has the same and more for programs
         tensorboard/
         config.yaml        the settings, without credentials
         log.txt            what the console showed
@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from nemo_trd.config import Config
 from nemo_trd.evaluation.accuracy import Accuracy
-from nemo_trd.samples import Sample, samples_page
+from nemo_trd.samples import Decode, Sample, sample_record, samples_page
 from nemo_trd.trackers import Tracker, open_trackers, public_settings
 
 log = logging.getLogger(__name__)
@@ -146,16 +146,18 @@ class RunLogger:
         """The same on all ranks."""
         return step % self._config.logging.samples_interval == 0
 
-    def samples(
-        self, step: int, samples: Sequence[Sample], decode_token: Callable[[int], str]
-    ) -> None:
-        """Write the first `logging.samples_count` samples as a page for people."""
+    def samples(self, step: int, samples: Sequence[Sample], decode: Decode) -> None:
+        """Write the first `logging.samples_count` samples, as a page and as lines of JSON."""
         if not self._writer:
             return
-        page = samples_page(step, samples[: self._config.logging.samples_count], decode_token)
-        path = self._dir / "samples" / f"step_{step:06d}.md"
+        shown = samples[: self._config.logging.samples_count]
+        path = self._dir / "samples" / f"step_{step:06d}"
         path.parent.mkdir(exist_ok=True)
-        write_atomically(path, page)
+        page = samples_page(step, shown, lambda token_id: decode([token_id]))
+        write_atomically(path.with_suffix(".md"), page)
+        records = [finite(sample_record(step, sample, decode), path.name) for sample in shown]
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        write_atomically(path.with_suffix(".jsonl"), lines)
 
     def total(self, names: Sequence[str]) -> dict[str, float]:
         """Sums of metrics over all steps of the run, those before a resume included.

@@ -20,7 +20,15 @@ from nemo_trd.evaluation.accuracy import Score, accuracy
 from nemo_trd.metrics import RunLogger, StepLines, Timers, finite
 from nemo_trd.samples import Sample, fenced, samples_page
 from nemo_trd.trackers import check_packages, public_settings
-from nemo_trd.types import Completion, Prompt, Refinement, RefinementPrompt, Rollout, Trajectory
+from nemo_trd.types import (
+    Completion,
+    LabelFigures,
+    Prompt,
+    Refinement,
+    RefinementPrompt,
+    Rollout,
+    Trajectory,
+)
 
 SECONDS = {"rollout": 1.5, "student": 0.25, "step": 2.0}
 METRICS = {
@@ -360,7 +368,9 @@ def sample(
     trajectory = Trajectory(17, 0, "refinement", (1, 2), (1, 2, 9), labels, 19)
     if rejected:
         return Sample(rollout, refinement, None, None)
-    return Sample(rollout, refinement, trajectory, [0.1, 0.0, 2.5, 0.0, 0.3, 0.2, 0.4])
+    divergence = [0.1, 0.0, 2.5, 0.0, 0.3, 0.2, 0.4]
+    figures = LabelFigures(divergence, [1.0] * len(labels), [0.5] * len(labels))
+    return Sample(rollout, refinement, trajectory, figures)
 
 
 def test_a_sample_tells_problem_attempts_verdicts_and_divergence() -> None:

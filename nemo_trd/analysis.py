@@ -1,0 +1,100 @@
+"""What rewriting did to rollouts: pure functions of token ids and of a run's own records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from math import fsum
+from typing import NamedTuple
+
+from rapidfuzz.distance import LCSseq
+
+from nemo_trd.types import Refinement, Rollout, TokenIds
+
+
+@dataclass(frozen=True)
+class Change:
+    """How y_r differs from y_o, in tokens. Means of it are recorded for every step.
+
+    `kept_share` counts the tokens of y_o that stand in y_r in the same order (their longest common
+    subsequence). An empty y_o has lost nothing: its shares are 1.
+    """
+
+    first_difference: int  # tokens that both begin with: the position, from 0, where they part
+    first_difference_share: float  # of y_o's length; 1 where all of y_o stands at the start of y_r
+    kept_share: float  # of y_o's length
+    rollout_tokens: int  # a terminating EOS included, as everywhere here
+    refinement_tokens: int
+    unchanged: int  # 1 where both are the same
+
+
+def change(rollout: Sequence[int], refinement: Sequence[int]) -> Change:
+    """Compare the token ids of y_o and y_r."""
+    prefix = common_prefix(rollout, refinement)
+    kept = LCSseq.similarity(rollout, refinement)
+    length = len(rollout)
+    return Change(
+        first_difference=prefix,
+        first_difference_share=prefix / length if length else 1.0,
+        kept_share=kept / length if length else 1.0,
+        rollout_tokens=length,
+        refinement_tokens=len(refinement),
+        unchanged=int(tuple(rollout) == tuple(refinement)),
+    )
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Number of tokens that both begin with."""
+    for position, (one, other) in enumerate(zip(a, b, strict=False)):
+        if one != other:
+            return position
+    return min(len(a), len(b))
+
+
+class Kept(NamedTuple):
+    """Which tokens belong to a longest common subsequence."""
+
+    rollout: list[bool]
+    refinement: list[bool]
+
+
+def kept_tokens(rollout: Sequence[int], refinement: Sequence[int]) -> Kept:
+    """Mark the tokens of y_o that were kept, and those of y_r that were taken over."""
+    kept = Kept([False] * len(rollout), [False] * len(refinement))
+    for step in LCSseq.opcodes(rollout, refinement):
+        if step.tag == "equal":
+            kept.rollout[step.src_start : step.src_end] = [True] * (step.src_end - step.src_start)
+            kept.refinement[step.dest_start : step.dest_end] = [True] * (
+                step.dest_end - step.dest_start
+            )
+    return kept
+
+
+def rewritten(refinements: Iterable[Refinement]) -> list[tuple[TokenIds, TokenIds]]:
+    """(y_o, y_r) of the accepted rewrites."""
+    return [
+        (refinement.request.rollout.completion.token_ids, refinement.completion.token_ids)
+        for refinement in refinements
+        if refinement.rejection is None and refinement.completion is not None
+    ]
+
+
+def mean_change(changes: Sequence[Change]) -> dict[str, float]:
+    """Means under the names of `Change`'s fields; nothing without a change to speak of."""
+    if not changes:
+        return {}
+    rows = [asdict(change) for change in changes]
+    return {f.name: fsum(row[f.name] for row in rows) / len(rows) for f in fields(Change)}
+
+
+def rollout_nll(rollouts: Iterable[Rollout]) -> dict[str, float]:
+    """`rollout_nll`: the student's mean NLL of a token of y_o, in nats.
+
+    It is a by-product of sampling, where the generator returns log-probabilities (vLLM does);
+    nothing where it does not.
+    """
+    known = [r.completion.logprobs for r in rollouts if r.completion.logprobs]
+    tokens = sum(len(logprobs) for logprobs in known)
+    if not tokens:
+        return {}
+    return {"rollout_nll": -fsum(value for logprobs in known for value in logprobs) / tokens}
