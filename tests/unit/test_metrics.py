@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from nemo_trd.config import Config, ConfigError, compose
 from nemo_trd.evaluation.accuracy import Score, accuracy
-from nemo_trd.metrics import RunLogger, StepLines, Timers, finite
+from nemo_trd.metrics import RunLogger, Timers, finite
 from nemo_trd.samples import Sample, fenced, samples_page
+from nemo_trd.step_lines import StepLines
 from nemo_trd.trackers import check_packages, public_settings
 from nemo_trd.types import (
     Completion,
