@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+from itertools import zip_longest
 from math import fsum
 from typing import NamedTuple
 
@@ -20,8 +21,8 @@ class Change:
     subsequence). An empty y_o has lost nothing: its shares are 1.
     """
 
-    first_difference: int  # tokens that both begin with: the position, from 0, where they part
-    first_difference_share: float  # of y_o's length; 1 where all of y_o stands at the start of y_r
+    first_difference: int | None  # position, from 0, where they part; None where they do not
+    first_difference_share: float | None  # of y_o's length
     kept_share: float  # of y_o's length
     rollout_tokens: int  # a terminating EOS included, as everywhere here
     refinement_tokens: int
@@ -30,25 +31,22 @@ class Change:
 
 def change(rollout: Sequence[int], refinement: Sequence[int]) -> Change:
     """Compare the token ids of y_o and y_r."""
-    prefix = common_prefix(rollout, refinement)
-    kept = LCSseq.similarity(rollout, refinement)
+    parted = first_difference(rollout, refinement)
     length = len(rollout)
     return Change(
-        first_difference=prefix,
-        first_difference_share=prefix / length if length else 1.0,
-        kept_share=kept / length if length else 1.0,
+        first_difference=parted,
+        first_difference_share=None if parted is None else parted / length if length else 1.0,
+        kept_share=LCSseq.similarity(rollout, refinement) / length if length else 1.0,
         rollout_tokens=length,
         refinement_tokens=len(refinement),
-        unchanged=int(tuple(rollout) == tuple(refinement)),
+        unchanged=int(parted is None),
     )
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Number of tokens that both begin with."""
-    for position, (one, other) in enumerate(zip(a, b, strict=False)):
-        if one != other:
-            return position
-    return min(len(a), len(b))
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """The first position, from 0, at which one has another token than the other, or none."""
+    pairs = enumerate(zip_longest(a, b))
+    return next((position for position, (one, other) in pairs if one != other), None)
 
 
 class Kept(NamedTuple):
@@ -80,11 +78,14 @@ def rewritten(refinements: Iterable[Refinement]) -> list[tuple[TokenIds, TokenId
 
 
 def mean_change(changes: Sequence[Change]) -> dict[str, float]:
-    """Means under the names of `Change`'s fields; nothing without a change to speak of."""
-    if not changes:
-        return {}
-    rows = [asdict(change) for change in changes]
-    return {f.name: fsum(row[f.name] for row in rows) / len(rows) for f in fields(Change)}
+    """Means under the names of `Change`'s fields, over the changes that have a value for it."""
+    means = {}
+    for field in fields(Change):
+        found = [getattr(change, field.name) for change in changes]
+        values = [value for value in found if value is not None]
+        if values:
+            means[field.name] = fsum(values) / len(values)
+    return means
 
 
 def rollout_nll(rollouts: Iterable[Rollout]) -> dict[str, float]:

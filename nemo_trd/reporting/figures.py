@@ -68,9 +68,9 @@ def rewriting(runs: Runs) -> list[Shown]:
             "first_difference_share",
             "First difference",
             "position / length of y_o",
-            "1: all of y_o stands at the start of y_r.",
+            "Of the rewrites that change something. 1: y_r goes on where y_o ended.",
         ),
-        _metric(runs, "first_difference", "First difference, in tokens", "tokens", ""),
+        _metric(runs, "first_difference", "First difference, in tokens", "position in y_o", ""),
         _computed(
             runs,
             "length_change",

@@ -61,7 +61,7 @@ class ShownSample:
     rollout: Text
     refinement: Text | None
     change: Change | None
-    trained_on: str | None
+    trained_on: str
     nll: dict[str, Nll]  # of "rollout" and "refinement"
     largest: list[tuple[int, str, float]]  # position from 1, token, divergence
 
@@ -96,8 +96,9 @@ def show(run: int, record: Record) -> ShownSample:
         ids = parts["rollout"]["token_ids"], parts["refinement"]["token_ids"]
         changed = change(*ids)
         kept = dict(zip(("rollout", "refinement"), kept_tokens(*ids), strict=True))
-    trained, labels = record.get("trained_on"), record.get("labels")
-    divergence = {trained: labels["divergence"]} if labels else {}
+    trained: str = record["trained_on"] or ""
+    labels = record["labels"]
+    divergence: dict[str, list[float]] = {trained: labels["divergence"]} if labels else {}
     texts = {name: _text(part, kept[name], divergence.get(name)) for name, part in parts.items()}
     return ShownSample(
         run=run,
@@ -110,7 +111,7 @@ def show(run: int, record: Record) -> ShownSample:
         rollout=texts["rollout"],
         refinement=texts.get("refinement"),
         change=changed,
-        trained_on=trained,
+        trained_on=trained or "nothing",
         nll={name: _nll(part, labels if name == trained else None) for name, part in parts.items()},
         largest=[
             entry

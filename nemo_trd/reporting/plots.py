@@ -25,7 +25,7 @@ _INK, _RULE = "#0b0001", "#0b0002"
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "text.parse_math": False,  # a run may be called $x
-    "font.size": 10.5,
+    "font.size": 11.5,
     "axes.edgecolor": _RULE,
     "axes.labelcolor": _INK,
     "axes.linewidth": 0.8,
@@ -37,6 +37,8 @@ _STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.6,
     "xtick.color": _RULE,
     "ytick.color": _RULE,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
     "xtick.labelcolor": _INK,
     "ytick.labelcolor": _INK,
     "lines.linewidth": 1.7,
@@ -88,6 +90,10 @@ def curves(name: str, alt: str, ylabel: str, lines: Sequence[Line]) -> Markup | 
             )
         axes.set_ylabel(ylabel)
         _steps_below(axes)
+        finite = {value for line in shown for value in line.values if isfinite(value)}
+        if len(finite) == 1:  # or the axis would magnify nothing
+            (value,) = finite
+            axes.set_ylim(min(0.0, 2 * value), max(1.0, 2 * value))
         return _svg(figure, name, alt)
 
 

@@ -122,6 +122,9 @@ def _read_samples(run: RunRecords) -> None:
 
 def _is_sample(record: Record) -> bool:
     """Whether a line has what the page needs: equally long lists of ids, texts and figures."""
+    needed = {"prompt_index", "sample_index", "problem", "rollout", "refinement", "trained_on"}
+    if not needed | {"labels"} <= record.keys():
+        return False
     parts = {"rollout": record.get("rollout"), "refinement": record.get("refinement")}
     for name, part in parts.items():
         if part is None and name == "refinement":
