@@ -20,7 +20,7 @@ from markupsafe import Markup
 from nemo_trd.config import ConfigError
 from nemo_trd.reporting import figures, tables
 from nemo_trd.reporting.marked import LEVELS, choose, show
-from nemo_trd.reporting.plots import run_color
+from nemo_trd.reporting.plots import run_color, run_marker
 from nemo_trd.reporting.records import RunRecords, read_runs
 
 SAMPLES = 10
@@ -40,7 +40,7 @@ def page(runs: Sequence[RunRecords]) -> str:
     return environment.get_template("page.html").render(
         css=Markup((_TEMPLATES / "page.css").read_text(encoding="utf-8")),
         runs=runs,
-        colors=[run_color(position) for position in range(len(runs))],
+        marks=[(run_color(position), run_marker(position)) for position in range(len(runs))],
         at_a_glance=[tables.at_a_glance(run) for run in runs],
         learning=figures.learning(runs),
         rewriting=figures.rewriting(runs),

@@ -18,7 +18,8 @@ from matplotlib.ticker import MaxNLocator
 
 RUN_COLORS = 8  # --run-0 ... in page.css
 PHASE_COLORS = 10
-_MARKERS = "os^Dv<>p"
+_MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "<": "◀", ">": "▶", "p": "⬟"}
+_MARKED = 12  # points of a curve, so that curves are told apart without their colours
 _MAX_BARS = 60
 # matplotlib wants colours that it knows: stand-ins for variables, and no colours of any plot.
 _INK, _RULE = "#0b0001", "#0b0002"
@@ -61,6 +62,11 @@ def run_color(run: int) -> str:
     return f"var(--run-{run % RUN_COLORS})"
 
 
+def run_marker(run: int) -> str:
+    """The sign of a run's curves as a character."""
+    return list(_MARKERS.values())[run % len(_MARKERS)]
+
+
 def phase_color(phase: int) -> str:
     return f"var(--phase-{phase % PHASE_COLORS})"
 
@@ -73,7 +79,7 @@ def curves(name: str, alt: str, ylabel: str, lines: Sequence[Line]) -> Markup | 
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure()
         for line in shown:
-            color, few = _run_stand_in(line.run), len(line.steps) <= 25
+            color = _run_stand_in(line.run)
             axes.errorbar(
                 line.steps,
                 line.values,
@@ -85,7 +91,8 @@ def curves(name: str, alt: str, ylabel: str, lines: Sequence[Line]) -> Markup | 
                 elinewidth=1,
                 capsize=2,
                 linestyle=(0, (4, 2)) if line.dashed else "-",
-                marker=_MARKERS[line.run % len(_MARKERS)] if few else None,
+                marker=list(_MARKERS)[line.run % len(_MARKERS)],
+                markevery=-(-len(line.steps) // _MARKED),
                 markerfacecolor="none" if line.dashed else color,
             )
         axes.set_ylabel(ylabel)
