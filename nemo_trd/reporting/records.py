@@ -133,13 +133,20 @@ def _is_sample(record: Record) -> bool:
             return False
         if len(part.get("token_ids", [])) != len(part.get("tokens", [])):
             return False
+        if not _are_numbers(part.get("logprobs", [])):
+            return False
     trained, labels = parts.get(record.get("trained_on") or ""), record.get("labels")
     if labels is None:
         return True
     return trained is not None and all(
         len(labels.get(name, [])) == len(trained.get("token_ids", []))
+        and _are_numbers(labels[name])
         for name in ("divergence", "student_nll", "teacher_nll")
     )
+
+
+def _are_numbers(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, int | float) for value in values)
 
 
 def _prefix_failure(run: RunRecords) -> Record | None:

@@ -254,6 +254,7 @@ def test_a_run_before_its_first_step_has_a_report(tmp_path: Path) -> None:
     [
         {"labels": {"divergence": [1.0], "student_nll": [1.0], "teacher_nll": [1.0]}},
         {"rollout": {"token_ids": [1, 2], "tokens": ["a"]}},
+        {"labels": {n: [None] * 6 for n in ("divergence", "student_nll", "teacher_nll")}},
         {"rollout": None},
         {"trained_on": None},
     ],
