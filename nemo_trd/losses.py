@@ -44,12 +44,14 @@ class DivergenceOutput:
     metrics: sums over tokens, one scalar for each of `METRICS`, at the loss's temperature; but no
         `teacher_entropy` of a teacher that is known by its top k.
     token_divergence: [n], detached, before the clip: inf and NaN stay visible in it.
+    token_nll: [2, n], detached: the student's and the teacher's, of the labels, in nats.
     """
 
     loss_sum: Tensor
     count: int
     metrics: dict[str, Tensor]
     token_divergence: Tensor
+    token_nll: Tensor
 
 
 def divergence(
@@ -132,7 +134,10 @@ def _divergence(
         student_hidden, student_weight, teacher, labels, loss, shard, torch.is_grad_enabled()
     )
     metrics = dict(zip(METRICS, statistics.sum(-1), strict=False))
-    return DivergenceOutput(loss_sum, labels.numel(), metrics, statistics[-1])
+    nll = METRICS.index("student_nll")
+    return DivergenceOutput(
+        loss_sum, labels.numel(), metrics, statistics[-1], statistics[nll : nll + 2]
+    )
 
 
 def _check_ids(what: str, ids: Tensor, vocab_size: int) -> None:

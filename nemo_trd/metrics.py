@@ -2,7 +2,7 @@
 
 RUN_DIR/metrics.jsonl      one line per step, each step once
         evaluation.jsonl   one line per evaluation, likewise
-        samples/step_000020.md
+        samples/step_000020.md     for people; .jsonl beside it has the same and more for programs
         tensorboard/
         config.yaml        the settings, without credentials
         log.txt            what the console showed
@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +29,8 @@ from tqdm import tqdm
 
 from nemo_trd.config import Config
 from nemo_trd.evaluation.accuracy import Accuracy
-from nemo_trd.samples import Sample, samples_page
+from nemo_trd.samples import Decode, Sample, sample_record, samples_page
+from nemo_trd.step_lines import StepLines, write_atomically
 from nemo_trd.trackers import Tracker, open_trackers, public_settings
 
 log = logging.getLogger(__name__)
@@ -146,16 +146,18 @@ class RunLogger:
         """The same on all ranks."""
         return step % self._config.logging.samples_interval == 0
 
-    def samples(
-        self, step: int, samples: Sequence[Sample], decode_token: Callable[[int], str]
-    ) -> None:
-        """Write the first `logging.samples_count` samples as a page for people."""
+    def samples(self, step: int, samples: Sequence[Sample], decode: Decode) -> None:
+        """Write the first `logging.samples_count` samples, as a page and as lines of JSON."""
         if not self._writer:
             return
-        page = samples_page(step, samples[: self._config.logging.samples_count], decode_token)
-        path = self._dir / "samples" / f"step_{step:06d}.md"
+        shown = samples[: self._config.logging.samples_count]
+        path = self._dir / "samples" / f"step_{step:06d}"
         path.parent.mkdir(exist_ok=True)
-        write_atomically(path, page)
+        page = samples_page(step, shown, lambda token_id: decode([token_id]))
+        write_atomically(path.with_suffix(".md"), page)
+        records = [finite(sample_record(step, sample, decode), path.name) for sample in shown]
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        write_atomically(path.with_suffix(".jsonl"), lines)
 
     def total(self, names: Sequence[str]) -> dict[str, float]:
         """Sums of metrics over all steps of the run, those before a resume included.
@@ -246,54 +248,6 @@ def finite(value: Any, where: str) -> Any:
         log.warning("%s is %s, recorded as null", where, value)
         return None
     return str(value) if isinstance(value, Path) else value
-
-
-class StepLines:
-    """A file of JSON lines that holds each step once, whatever was interrupted or repeated."""
-
-    def __init__(self, path: Path, resumed_step: int) -> None:
-        self._path = path
-        self._last_step = -1
-        self._drop_after(resumed_step)
-
-    def append(self, step: int, record: Mapping[str, Any]) -> None:
-        if step <= self._last_step:
-            self._drop_after(step - 1)
-        line = json.dumps({"step": step, **record}, allow_nan=False)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-        self._last_step = step
-
-    def read(self) -> list[dict[str, Any]]:
-        """Every complete line; a kill while writing leaves an incomplete one."""
-        if not self._path.exists():
-            return []
-        records = []
-        for line in self._path.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if line.endswith("\n") and isinstance(record, dict) and "step" in record:
-                records.append(record)
-        return records
-
-    def _drop_after(self, step: int) -> None:
-        if not self._path.exists():
-            return
-        kept = [record for record in self.read() if record["step"] <= step]
-        write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._last_step = max((record["step"] for record in kept), default=-1)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Whoever reads `path`, also after a crash, finds the old text or the new one."""
-    unfinished = path.with_name(f"{path.name}.partial")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
 
 
 class _ConsoleHandler(logging.Handler):

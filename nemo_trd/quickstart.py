@@ -14,6 +14,7 @@ import torch
 
 from nemo_trd.config import Config, ConfigError, compose
 from nemo_trd.megatron.runtime import end_process
+from nemo_trd.report import write_report
 from nemo_trd.toy import warm_start
 from nemo_trd.train import launch
 
@@ -27,6 +28,7 @@ def main(overrides: list[str]) -> int:
     exit_code = launch(config)
     if exit_code == 0:
         print(report(config, json.loads((config.run_dir / "summary.json").read_text())))
+        print(f"  {'report':<12} {write_report([config.run_dir])}")
     return exit_code
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from nemo_trd import agreement, preflight, trackers
+from nemo_trd.analysis import change, mean_change, rewritten, rollout_nll
 from nemo_trd.checkpoint_dir import (
     TrainerState,
     check_matches,
@@ -25,6 +26,7 @@ from nemo_trd.generation import request_seed
 from nemo_trd.generators import Generators
 from nemo_trd.megatron.checkpoint import Checkpointer
 from nemo_trd.megatron.hf_weights import save_hf_directory
+from nemo_trd.megatron.parallel import merge_shares, own_share
 from nemo_trd.megatron.runtime import StopRequest
 from nemo_trd.megatron.student import StepResult, Student
 from nemo_trd.megatron.teacher import Teacher
@@ -201,11 +203,13 @@ class Run:
         return reject_outside_support(refinements, self.student.token_nll, largest_gap)
 
     def measure(self, refinements: Sequence[Refinement]) -> dict[str, float]:
-        """What is known of a step's samples before the student moves: age, servers' accuracy."""
+        """What is known of a step's samples before the student moves: age, rewriting, servers."""
         rollouts = [refinement.request.rollout for refinement in refinements]
         versions = [rollout.completion.weight_version for rollout in rollouts]
         return {
             "staleness": self._state.weight_version - sum(versions) / len(versions),
+            **mean_change(merge_shares([change(*p) for p in own_share(rewritten(refinements))])),
+            **rollout_nll(rollouts),
             **agreement.figures(self._differences(rollouts)),
         }
 
@@ -322,14 +326,12 @@ class Run:
         for refinement in refinements:
             rollout = refinement.request.rollout
             trajectory = trained.get((rollout.prompt.index, rollout.sample_index))
-            divergence = None
+            figures = None
             if trajectory is not None and result is not None:
-                divergence = result.token_divergence.get(trajectory.name)
+                figures = result.watched.get(trajectory.name)
             shown = None if refinement.rejection == "subset" else refinement
-            samples.append(Sample(rollout, shown, trajectory, divergence))
-        self._logger.samples(
-            self.step, samples, lambda token: self._inputs.student_tokenizer.decode([token])
-        )
+            samples.append(Sample(rollout, shown, trajectory, figures))
+        self._logger.samples(self.step, samples, self._inputs.student_tokenizer.decode)
 
     def _write_summary(self, export: Path | None) -> None:
         if dist.get_rank() != 0:

@@ -1,12 +1,18 @@
-"""A page of samples that a person can read: what was asked, tried, rewritten, and learnt from."""
+"""Samples of a step: what was asked, tried, rewritten, and learnt from.
+
+`samples_page` is Markdown for people, `sample_record` a line of JSON for `nemo_trd.report`.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from nemo_trd.types import Refinement, Rollout, Trajectory
+from nemo_trd.types import Completion, LabelFigures, Refinement, Rollout, Trajectory
+
+Decode = Callable[[Sequence[int]], str]
 
 _SHOWN_TOKENS = 5  # with the largest divergence
 _VERDICTS = {True: "right", False: "wrong", None: "no verdict"}
@@ -19,7 +25,7 @@ class Sample:
     rollout: Rollout
     refinement: Refinement | None  # None without refinement: `algorithm.trajectory: rollout`
     trajectory: Trajectory | None  # None when nothing was trained on
-    divergence: Sequence[float] | None  # per label of the trajectory, in nats
+    figures: LabelFigures | None  # of the trajectory's labels
 
 
 def samples_page(step: int, samples: Sequence[Sample], decode_token: Callable[[int], str]) -> str:
@@ -43,8 +49,8 @@ def _section(sample: Sample, decode_token: Callable[[int], str]) -> str:
     parts.append(f"**Rollout** ({facts})\n\n{fenced(rollout.text)}")
     if sample.refinement is not None:
         parts.append(_refinement(sample.refinement))
-    if sample.trajectory is not None and sample.divergence:
-        parts.append(_divergence(sample.trajectory, sample.divergence, decode_token))
+    if sample.trajectory is not None and sample.figures is not None:
+        parts.append(_divergence(sample.trajectory, sample.figures.divergence, decode_token))
     return "\n\n".join(parts)
 
 
@@ -101,3 +107,66 @@ def _cell(token: str) -> str:
     """One token in a table cell, white space visible."""
     visible = repr(token)[1:-1].replace("|", "\\|").replace("`", "'")
     return f"`{visible}`"
+
+
+def sample_record(step: int, sample: Sample, decode: Decode) -> dict[str, Any]:
+    """One sample as JSON: token ids, their texts, verdicts, and what the loss knows of each label.
+
+    `labels` belongs to the tokens of `trained_on`, which is the rollout, the refinement or null.
+    """
+    rollout, refinement, trajectory = sample.rollout, sample.refinement, sample.trajectory
+    return {
+        "step": step,
+        "prompt_index": rollout.prompt.index,
+        "sample_index": rollout.sample_index,
+        "problem": rollout.prompt.problem,
+        "answer": rollout.prompt.answer,
+        "rollout": {
+            "correct": rollout.correct,
+            "text": rollout.text,
+            **_completion(rollout.completion, decode),
+        },
+        "refinement": None
+        if refinement is None
+        else {
+            "correct": refinement.correct,
+            "rejection": refinement.rejection,
+            "shortened": refinement.request.shortened,
+            "text": refinement.text,
+            **(_completion(refinement.completion, decode) if refinement.completion else {}),
+        },
+        "trained_on": None if trajectory is None else trajectory.source,
+        "labels": None if sample.figures is None else _rounded(asdict(sample.figures)),
+    }
+
+
+def _completion(completion: Completion, decode: Decode) -> dict[str, Any]:
+    return {
+        "token_ids": completion.token_ids,
+        "tokens": token_texts(completion.token_ids, decode),
+        "finish_reason": completion.finish_reason,
+        "weight_version": completion.weight_version,
+        **(_rounded({"logprobs": completion.logprobs}) if completion.logprobs else {}),
+    }
+
+
+def _rounded(figures: dict[str, Sequence[float]]) -> dict[str, list[float]]:
+    return {name: [round(value, 6) for value in values] for name, values in figures.items()}
+
+
+def token_texts(token_ids: Sequence[int], decode: Decode) -> list[str]:
+    """The text that each token adds to those before it; joined, they are the whole text.
+
+    A token alone can decode to less: spaces go missing, and a character can take several tokens,
+    of which the last one gets it. So each is decoded behind the token before it.
+    """
+    texts: list[str] = []
+    start = known = 0  # [start, known) is context, [known, end) has no text yet
+    for end in range(1, len(token_ids) + 1):
+        before, whole = decode(token_ids[start:known]), decode(token_ids[start:end])
+        if whole.endswith("\ufffd") and end < len(token_ids):
+            texts.append("")
+            continue
+        texts.append(whole[len(before) :])
+        start, known = known, end
+    return texts

@@ -113,6 +113,15 @@ class Trajectory:
         return f"prompt {self.prompt_index} sample {self.sample_index} ({self.source})"
 
 
+@dataclass(frozen=True)
+class LabelFigures:
+    """What the loss knows of each label of one trajectory, in nats, before the step's update."""
+
+    divergence: list[float]  # before the clip
+    student_nll: list[float]  # at the loss's temperature, as the teacher's
+    teacher_nll: list[float]
+
+
 @dataclass
 class ContextBatch:
     """The sequences of one micro-batch as one model sees them.

@@ -34,7 +34,7 @@ from nemo_trd.megatron.runtime import device
 from nemo_trd.megatron.schedule import is_last_stage, label_rows, run_model, run_schedule
 from nemo_trd.model_rules import sequence_alignment
 from nemo_trd.preflight import shared_vocab_size
-from nemo_trd.types import Microbatch, Trajectory
+from nemo_trd.types import LabelFigures, Microbatch, Trajectory
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class StepResult:
     """What one step of the student did, the same on all ranks."""
 
     metrics: dict[str, float]  # means over the label tokens of the global batch
-    token_divergence: dict[str, list[float]]  # per label, of the watched trajectories by name
+    watched: dict[str, LabelFigures]  # by the trajectory's name
 
 
 class Student:
@@ -136,7 +136,7 @@ class Student:
             plan: what `pack` returned.
             teacher_states: the teacher's hidden states [n, h], or its top k, for each of this
                 data parallel rank's micro-batches, on the last stage.
-            watch: names of the trajectories whose per-token divergence is wanted.
+            watch: names of the trajectories whose figures per label are wanted.
 
         Raises:
             NonFiniteError: naming the trajectory. No weight has changed.
@@ -155,14 +155,14 @@ class Student:
         self.scheduler.step(increment=1)
         updated, grad_norm, _ = self.optimizer.step()
         assert updated, "only loss scaling skips updates, and bf16 and fp32 have none"
-        sums, token_divergence = self._merge(reports)
+        sums, watched = self._merge(reports)
         metrics = {name: total / sums["tokens"] for name, total in sums.items()}
         metrics["loss"] = metrics["divergence"]
         metrics["label_tokens"] = sums["tokens"]
         del metrics["tokens"]
         metrics["grad_norm"] = float(grad_norm)
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
-        return StepResult(metrics, token_divergence)
+        return StepResult(metrics, watched)
 
     @torch.no_grad()
     def token_nll(self, trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
@@ -213,12 +213,13 @@ class Student:
         check_divergence(micro_batch, result.token_divergence, known)
         tokens = torch.tensor(len(micro_batch.labels), dtype=torch.int, device=device())
         sums = {name: float(value) for name, value in result.metrics.items()}
-        kept = {
-            t.name: result.token_divergence.cpu()[micro_batch.trajectory_index == i].tolist()
+        figures = torch.stack([result.token_divergence, *result.token_nll]).cpu() if watch else None
+        watched = {
+            t.name: LabelFigures(*figures[:, micro_batch.trajectory_index == i].tolist())
             for i, t in enumerate(micro_batch.trajectories)
-            if t.name in watch
+            if figures is not None and t.name in watch
         }
-        report = {"sums": {**sums, "tokens": float(tokens)}, "token_divergence": kept}
+        report = {"sums": {**sums, "tokens": float(tokens)}, "watched": watched}
         return result.loss_sum, tokens, report
 
     def _compare(
@@ -256,14 +257,14 @@ class Student:
 
     def _merge(
         self, reports: Sequence[dict[str, Any]]
-    ) -> tuple[dict[str, float], dict[str, list[float]]]:
+    ) -> tuple[dict[str, float], dict[str, LabelFigures]]:
         sums: dict[str, float] = {}
-        kept: dict[str, list[float]] = {}
+        watched: dict[str, LabelFigures] = {}
         for report in self._everyone(reports):
             for name, value in report["sums"].items():
                 sums[name] = sums.get(name, 0.0) + value
-            kept |= report["token_divergence"]
-        return sums, kept
+            watched |= report["watched"]
+        return sums, watched
 
 
 def _common_shape(plan: Sequence[Sequence[Microbatch]]) -> tuple[int, int]:

@@ -16,6 +16,9 @@ from launch import launch, run_ranks
 from tiny_models import make_model
 from transformers_oracle import mean_kl
 
+from nemo_trd.report import write_report
+from nemo_trd.reporting.records import read_runs
+
 pytestmark = pytest.mark.distributed
 
 STEPS = 4
@@ -170,6 +173,28 @@ def whole_run(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     assert run_ranks(1, run_training, settings(inputs, run_dir, *SAVE_AT_HALF), "")[0] == 0
     return run_dir
+
+
+def test_the_records_of_a_run_are_what_its_report_shows(whole_run: Path) -> None:
+    """Samples are all that the step trained on here: their means must be the step's figures."""
+    (run,) = read_runs([whole_run])
+    assert sorted({s["step"] for s in run.samples}) == [2, 4] and len(run.samples) == 8
+    assert run.missing == ["no evaluation (evaluation.at_start, interval, at_end)"]
+    for line in run.steps:
+        samples = [s for s in run.samples if s["step"] == line["step"]]
+        for metric, label in (("student_nll",) * 2, ("teacher_nll",) * 2, ("loss", "divergence")):
+            values = [value for sample in samples for value in sample["labels"][label]]
+            if samples:
+                assert len(values) == line["label_tokens"]
+                assert line[metric] == pytest.approx(sum(values) / len(values), rel=1e-5)
+        rewritten = [s for s in samples if s["trained_on"] == "refinement"]
+        assert len(rewritten) == (line["accepted"] if samples else 0)
+        for side in ("rollout", "refinement"):
+            lengths = [len(sample[side]["token_ids"]) for sample in rewritten]
+            if lengths:
+                assert line[f"{side}_tokens"] == pytest.approx(sum(lengths) / len(lengths))
+    text = write_report([whole_run]).read_text()
+    assert text.count("<article") == 8 and "Not recorded: Held-out accuracy" in text
 
 
 @pytest.mark.parametrize(("ranks", "signal"), [(1, "SIGTERM"), (2, "SIGUSR1")])

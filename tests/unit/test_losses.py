@@ -362,11 +362,13 @@ def test_metrics_are_those_of_the_full_distributions(tail: str) -> None:
     hs, ws, ht, wt = (x.detach().double() for x in inputs[:4])
     z_s, z_t = hs @ ws[:VOCAB].t() / temperature, ht @ wt[:VOCAB].t() / temperature
     log_s, log_t = z_s.log_softmax(-1), z_t.log_softmax(-1)
+    nll = -torch.stack([log.gather(-1, inputs.labels[:, None])[:, 0] for log in (log_s, log_t)])
+    torch.testing.assert_close(out.token_nll.double(), nll, rtol=1e-5, atol=1e-6)
     top = log_t.exp().sort(descending=True).values
     expected = {
         "divergence": out.token_divergence.sum(),
-        "student_nll": -log_s.gather(-1, inputs.labels[:, None]).sum(),
-        "teacher_nll": -log_t.gather(-1, inputs.labels[:, None]).sum(),
+        "student_nll": nll[0].sum(),
+        "teacher_nll": nll[1].sum(),
         "student_entropy": -(log_s.exp() * log_s).sum(),
         "teacher_entropy": -(log_t.exp() * log_t).sum(),
         "top1_agreement": (log_s.argmax(-1) == log_t.argmax(-1)).sum(),

@@ -12,15 +12,27 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_tokenizers import byte_level_tokenizer
 from tqdm import tqdm
 
 from nemo_trd.config import Config, ConfigError, compose
 from nemo_trd.evaluation.accuracy import Score, accuracy
-from nemo_trd.metrics import RunLogger, StepLines, Timers, finite
-from nemo_trd.samples import Sample, fenced, samples_page
+from nemo_trd.metrics import RunLogger, Timers, finite
+from nemo_trd.samples import Sample, fenced, sample_record, samples_page, token_texts
+from nemo_trd.step_lines import StepLines
 from nemo_trd.trackers import check_packages, public_settings
-from nemo_trd.types import Completion, Prompt, Refinement, RefinementPrompt, Rollout, Trajectory
+from nemo_trd.types import (
+    Completion,
+    LabelFigures,
+    Prompt,
+    Refinement,
+    RefinementPrompt,
+    Rollout,
+    Trajectory,
+)
 
 SECONDS = {"rollout": 1.5, "student": 0.25, "step": 2.0}
 METRICS = {
@@ -360,7 +372,9 @@ def sample(
     trajectory = Trajectory(17, 0, "refinement", (1, 2), (1, 2, 9), labels, 19)
     if rejected:
         return Sample(rollout, refinement, None, None)
-    return Sample(rollout, refinement, trajectory, [0.1, 0.0, 2.5, 0.0, 0.3, 0.2, 0.4])
+    divergence = [0.1, 0.0, 2.5, 0.0, 0.3, 0.2, 0.4]
+    figures = LabelFigures(divergence, [1.0] * len(labels), [0.5] * len(labels))
+    return Sample(rollout, refinement, trajectory, figures)
 
 
 def test_a_sample_tells_problem_attempts_verdicts_and_divergence() -> None:
@@ -399,3 +413,38 @@ def test_sample_pages_have_the_configured_length(tmp_path: Path) -> None:
         logger.samples(20, [sample()] * 5, str)
     page = (tmp_path / "run" / "samples" / "step_000020.md").read_text()
     assert page.count("## Prompt") == 2
+    assert len(records(tmp_path / "run" / "samples" / "step_000020.jsonl")) == 2
+
+
+def test_a_sample_for_programs_has_token_ids_verdicts_and_figures_of_each_label() -> None:
+    record = json.loads(json.dumps(sample_record(20, sample(), lambda ids: "".join(map(str, ids)))))
+    assert (record["step"], record["prompt_index"], record["sample_index"]) == (20, 17, 0)
+    rollout, refinement = record["rollout"], record["refinement"]
+    assert rollout["token_ids"] == [5, 6, 3] and rollout["tokens"] == ["5", "6", "3"]
+    assert (rollout["correct"], refinement["correct"]) == (False, True)
+    assert rollout["weight_version"] == 19 and "logprobs" not in rollout
+    assert refinement["shortened"] == ["rollout"] and refinement["rejection"] is None
+    assert record["trained_on"] == "refinement"
+    assert record["labels"]["divergence"] == [0.1, 0.0, 2.5, 0.0, 0.3, 0.2, 0.4]
+    assert len(record["labels"]["student_nll"]) == len(refinement["token_ids"])
+    rejected = sample_record(20, sample(rejected=True), str)
+    assert rejected["trained_on"] is rejected["labels"] is None
+    assert rejected["refinement"]["rejection"] == "truncated"
+
+
+BYTE_LEVEL = byte_level_tokenizer()
+
+
+@given(st.text(max_size=30))
+def test_token_texts_join_to_the_text(text: str) -> None:
+    """Every byte is a token here: most characters need several of them."""
+    token_ids = BYTE_LEVEL.encode(text, add_special_tokens=False)
+    texts = token_texts(token_ids, BYTE_LEVEL.decode)
+    assert len(texts) == len(token_ids)
+    assert "".join(texts) == BYTE_LEVEL.decode(token_ids)
+
+
+def test_a_character_of_several_tokens_belongs_to_the_last_of_them() -> None:
+    token_ids = BYTE_LEVEL.encode("a€b", add_special_tokens=False)
+    assert token_texts(token_ids, BYTE_LEVEL.decode) == ["a", "", "", "€", "b"]
+    assert token_texts(token_ids[:3], BYTE_LEVEL.decode) == ["a", "", "\ufffd"]

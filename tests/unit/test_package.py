@@ -25,7 +25,9 @@ def test_installed_wheel_finds_its_settings_from_any_directory(tmp_path: Path) -
     own_build = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
     run(*pip, "wheel", *own_build, REPOSITORY, cwd=tmp_path)
     wheel = next(tmp_path.glob("nemo_trd-*.whl"))
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if "/conf/" in name}
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {f"nemo_trd/reporting/page.{kind}" for kind in ("html", "css")} <= set(names)
+    packed = {name for name in names if "/conf/" in name}
     conf = REPOSITORY / "conf"
     expected = {f"nemo_trd/conf/{f.relative_to(conf)}" for f in conf.rglob("*.yaml")}
     assert packed == expected

@@ -1,0 +1,1 @@
+"""The parts of `nemo_trd.report`: records read, figures drawn, samples marked, one page."""
