@@ -7,6 +7,7 @@ ARGS ?=
 VENV := .venv
 VENV_MCORE019 := .venv-mcore019
 VENV_VLLM := .venv-vllm
+VENV_ALIGNER := .venv-aligner
 PY := $(VENV)/bin/python
 PY_MCORE019 := $(VENV_MCORE019)/bin/python
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check $(if $(CI),--quiet) -c constraints.txt
@@ -19,7 +20,10 @@ LOCK := $(shell { cat constraints.txt $(OTHER_LOSSES); sed '/^\[tool\./,$$d' pyp
 ENV := $(VENV)/.complete-$(LOCK)
 ENV_MCORE019 := $(VENV_MCORE019)/.complete-$(LOCK)-$(MCORE019)
 REQUIREMENTS_VLLM := requirements-vllm-cpu.txt
+REQUIREMENTS_ALIGNER := requirements-aligner.txt
+BRIDGE := 0.6.2
 ENV_VLLM := $(VENV_VLLM)/.complete-$(shell sha256sum $(REQUIREMENTS_VLLM) | cut -c1-16)
+ENV_ALIGNER := $(VENV_ALIGNER)/.complete-$(shell sha256sum $(REQUIREMENTS_ALIGNER) | cut -c1-16)-$(BRIDGE)
 
 # Debian packages that tests need: a Slurm, a compiler and headers for a plugin of it, containers,
 # the sandbox of generated programs, a browser.
@@ -33,7 +37,8 @@ MCORE_TESTS := tests/unit/test_model.py tests/unit/test_hf_weights.py $(addprefi
 	test_gradients.py test_hf_weights_parallel.py test_non_finite.py test_parallel_layouts.py \
 	test_resume.py test_train.py)
 
-.PHONY: help quickstart test test-fast test-slow test-gpu test-mcore019 lint format system-packages env env-mcore019 vllm-env lock clean
+.PHONY: help quickstart test test-fast test-slow test-gpu test-mcore019 test-adapters lint format system-packages env env-mcore019 \
+	vllm-env aligner-env lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -44,9 +49,16 @@ quickstart: env  ## install, then one whole TRD run on a toy task (ARGS="key=val
 test: env vllm-env system-packages lint  ## lint, then all tests that need no GPU and are not slow, with both megatron-core versions
 	$(PY) -m pytest $(PYTEST_ARGS) -m "not slow and not gpu"
 	$(MAKE) --no-print-directory test-mcore019
+	$(MAKE) --no-print-directory test-adapters
 
 test-mcore019: env-mcore019  ## the tests that depend on megatron-core, with its version 0.19.2
 	$(PY_MCORE019) -m pytest $(PYTEST_ARGS) -m "not slow and not gpu" $(MCORE_TESTS)
+
+test-adapters: env aligner-env  ## recipes of other packages: NeMo-Aligner in its environment, names of the others
+	PYTHONPATH='$(CURDIR)' $(VENV_ALIGNER)/bin/python -m pytest $(PYTEST_ARGS) tests/aligner \
+		tests/adapters/test_nemo_toolkit.py
+	NEMO_TRD_BRIDGE_SOURCE=$(VENV_ALIGNER)/megatron-bridge \
+		$(PY) -m pytest $(PYTEST_ARGS) tests/adapters/test_megatron_bridge.py -k "not forward_step_has"
 
 test-fast: env system-packages  ## unit tests, about a minute
 	$(PY) -m pytest $(PYTEST_ARGS) -m "not slow and not gpu and not distributed" tests/unit
@@ -77,6 +89,8 @@ env: $(ENV)  ## .venv: all pinned packages and this one, editable
 env-mcore019: $(ENV_MCORE019)  ## .venv-mcore019: the same with megatron-core 0.19.2
 
 vllm-env: $(ENV_VLLM)  ## .venv-vllm: vLLM for CPUs, for the servers that tests and small runs start
+
+aligner-env: $(ENV_ALIGNER)  ## .venv-aligner: NeMo-Aligner 0.7.0 for CPUs, without nemo_trd
 
 $(ENV):
 	rm -rf $(VENV)
@@ -111,6 +125,17 @@ $(ENV_VLLM):
 	$(VENV_VLLM)/bin/python -W ignore -c 'import vllm.entrypoints.openai.api_server' > /dev/null
 	touch $@
 
+$(ENV_ALIGNER):
+	rm -rf $(VENV_ALIGNER)
+	$(PYTHON) -m venv $(VENV_ALIGNER)
+	$(VENV_ALIGNER)/bin/python -m pip install --disable-pip-version-check $(if $(CI),--quiet) \
+		--no-deps -r $(REQUIREMENTS_ALIGNER)
+# To be read, not run: it needs Python 3.12 and TransformerEngine.
+	$(VENV_ALIGNER)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
+		--ignore-requires-python --no-compile --target $(VENV_ALIGNER)/megatron-bridge \
+		megatron-bridge==$(BRIDGE)
+	touch $@
+
 lock:  ## resolve all packages anew and write constraints.txt
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock
@@ -122,5 +147,5 @@ lock:  ## resolve all packages anew and write constraints.txt
 	mv build/constraints.txt constraints.txt
 
 clean:  ## remove the environments, caches and build outputs (runs/ stays)
-	rm -rf $(VENV) $(VENV_MCORE019) $(VENV_VLLM) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV_MCORE019) $(VENV_VLLM) $(VENV_ALIGNER) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

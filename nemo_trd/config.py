@@ -17,6 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+# The resolvers of NeMo's recipes, so that their YAML means the same without NeMo.
+OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
+OmegaConf.register_new_resolver("sum", lambda x, y: x + y, replace=True)
+
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -716,12 +720,12 @@ def conf_dir() -> Path:
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
-def validate(composed: DictConfig | dict[str, Any]) -> Config:
+def validate(given: DictConfig | dict[str, Any]) -> Config:
     """Turn what Hydra composed into a `Config`; see `validate_as`."""
-    return validate_as(Config, composed)
+    return validate_as(Config, given)
 
 
-def validate_as(schema: type[Schema], composed: DictConfig | dict[str, Any]) -> Schema:
+def validate_as(schema: type[Schema], given: DictConfig | dict[str, Any]) -> Schema:
     """Turn what Hydra composed into settings of this schema.
 
     Raises:
@@ -729,9 +733,9 @@ def validate_as(schema: type[Schema], composed: DictConfig | dict[str, Any]) -> 
     """
     try:
         settings = (
-            OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-            if isinstance(composed, DictConfig)
-            else composed
+            OmegaConf.to_container(given, resolve=True, throw_on_missing=True)
+            if isinstance(given, DictConfig)
+            else given
         )
     except OmegaConfBaseException as error:
         field = getattr(error, "full_key", None) or "?"
@@ -798,17 +802,32 @@ def compose_as(schema: type[Schema], overrides: list[str], config_name: str) -> 
     Raises:
         ConfigError: an override that names nothing, or a broken rule.
     """
+    return validate_as(schema, composed(overrides, config_name, schema))
+
+
+def composed(
+    overrides: list[str], config_name: str = "config", schema: type[BaseModel] = Config
+) -> DictConfig:
+    """What Hydra makes of the files in `conf/` and the overrides, not yet checked.
+
+    Raises:
+        ConfigError: an override that names nothing.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
-    with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-        try:
-            composed = hydra_compose(config_name, overrides)
-        except (HydraException, OmegaConfBaseException) as error:
-            message = explain_refused_override(str(error), overrides, schema)
-            raise ConfigError(message) from error
-    return validate_as(schema, composed)
+    # There is one in the way inside of a program that Hydra has started.
+    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
+    try:
+        with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+            return hydra_compose(config_name, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        message = explain_refused_override(str(error), overrides, schema)
+        raise ConfigError(message) from error
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def explain_refused_override(

@@ -127,7 +127,7 @@ def on_top_k(
         the teacher's probability outside its top k [n].
     """
     assert loss.top_k is not None
-    ids, top_t = _top_k(z_t, loss.top_k, shard)
+    ids, top_t = most_likely(z_t, loss.top_k, shard)
     tail_t = shard.logsumexp(without(z_t, ids, shard))
     return on_support(z_s, ids, top_t, tail_t, loss, shard)
 
@@ -158,7 +158,7 @@ def on_support(
     return value, add(gradient, ids, d_top[:, :k], shard), tail_mass
 
 
-def _top_k(z: Tensor, k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
+def most_likely(z: Tensor, k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
     """The ids [n, k] of the largest entries over the vocabulary, equal ones by id, and those."""
     held = min(k, shard.columns)
     columns = _largest(z, held)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_trd.config import Loss, rule_broken
-from nemo_trd.divergences import TopK, closed_form, on_support, on_top_k
+from nemo_trd.divergences import TopK, closed_form, most_likely, on_support, on_top_k
 from nemo_trd.vocab_shard import VocabShard, log_softmax, own_shard, pick
 
 METRICS = (
@@ -353,3 +353,29 @@ def token_nll(
         (log_probs,), _ = log_softmax([logits], shard)
         (nll[chunk],) = shard.total(-_label(log_probs, labels[chunk], shard))
     return nll
+
+
+@torch.no_grad()
+def top_k_of(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    k: int,
+    *,
+    vocab_size: int,
+    chunk_size: int,
+    group: dist.ProcessGroup | None = None,
+) -> TopK:
+    """The k most likely ids at each of n > 0 labels, at temperature 1; as in `divergence`."""
+    shard = own_shard(weight.shape[0], vocab_size, group)
+    _check_ids("labels", labels, vocab_size)
+    weight = weight[: shard.columns]
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    parts = []
+    for start in range(0, labels.numel(), chunk_size):
+        chunk = slice(start, start + chunk_size)
+        logits = (hidden[chunk].to(weight.dtype) @ weight.t()).to(exact)
+        (log_probs,), _ = log_softmax([logits], shard)
+        (of_labels,) = shard.total(_label(log_probs, labels[chunk], shard))
+        parts.append((*most_likely(log_probs, k, shard), of_labels))
+    return TopK(*map(torch.cat, zip(*parts, strict=True)))

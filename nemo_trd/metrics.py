@@ -77,13 +77,19 @@ class RunLogger:
     """Writes the files of a run and its console lines. On ranks other than the writer, nothing.
 
     While it is open, the `nemo_trd` loggers go to the console (around progress bars) and to
-    log.txt. Use it as a context manager.
+    log.txt. Use it as a context manager. `trackers` get the figures beside those of the config.
 
     Raises:
         ConfigError: a tracker's package is missing.
     """
 
-    def __init__(self, config: Config, writer: bool, resumed_step: int = 0) -> None:
+    def __init__(
+        self,
+        config: Config,
+        writer: bool,
+        resumed_step: int = 0,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
         self._config = config
         self._writer = writer
         self._trackers: list[Tracker] = []
@@ -97,7 +103,7 @@ class RunLogger:
         write_atomically(self._dir / "config.yaml", settings)
         self._steps = StepLines(self._dir / "metrics.jsonl", resumed_step)
         self._evaluations = StepLines(self._dir / "evaluation.jsonl", resumed_step)
-        self._trackers = open_trackers(config, resumed_step)
+        self._trackers = [*open_trackers(config, resumed_step), *trackers]
         self._handlers = _attach_handlers(self._dir / "log.txt")
 
     def __enter__(self) -> RunLogger:

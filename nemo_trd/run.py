@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nemo_trd import agreement, preflight, trackers
+from nemo_trd import agreement, preflight
 from nemo_trd.analysis import change, mean_change, rewritten, rollout_nll
 from nemo_trd.checkpoint_dir import (
     TrainerState,
@@ -21,6 +21,7 @@ from nemo_trd.checkpoint_dir import (
     read_samples_ahead,
 )
 from nemo_trd.config import Config
+from nemo_trd.evaluation.accuracy import Accuracy
 from nemo_trd.evaluation.in_run import evaluate
 from nemo_trd.generation import request_seed
 from nemo_trd.generators import Generators
@@ -41,6 +42,7 @@ from nemo_trd.refinement import (
 from nemo_trd.samples import Sample
 from nemo_trd.sampling import Sampler, reject_outside_support
 from nemo_trd.server_teacher import ServerTeacher
+from nemo_trd.trackers import Tracker, check_packages
 from nemo_trd.types import GenerationRequest, Prompt, Refinement, Rollout, TokenIds, Trajectory
 from nemo_trd.verifiers import verifier
 
@@ -68,7 +70,7 @@ def load_inputs(config: Config, world_size: int) -> Inputs:
     """
     student, teacher = preflight.check(config, world_size)
     student_tokenizer, teacher_tokenizer = student.tokenizer, teacher.tokenizer
-    trackers.check_packages(config.logging)
+    check_packages(config.logging)
     check_templates(config, teacher_tokenizer)
     prompts = load_prompts(config.data.train, "data.train", config.data, student_tokenizer)
     prompts = fitting_prompts(prompts, config, teacher_tokenizer)
@@ -90,7 +92,13 @@ class Run:
     All methods are collective.
     """
 
-    def __init__(self, config: Config, inputs: Inputs, stop: StopRequest) -> None:
+    def __init__(
+        self,
+        config: Config,
+        inputs: Inputs,
+        stop: StopRequest,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
         self.config = config
         self._inputs = inputs
         self._stop = stop
@@ -131,7 +139,7 @@ class Run:
         if inputs.checkpoint is not None or config.generation.vllm is not None:
             self.sync_weights()  # whatever a server has been given before
         self.timers = Timers()
-        self._logger = RunLogger(config, dist.get_rank() == 0, self._state.step)
+        self._logger = RunLogger(config, dist.get_rank() == 0, self._state.step, trackers)
         self._announce()
 
     def _announce(self) -> None:
@@ -155,6 +163,19 @@ class Run:
         """Steps done."""
         return self._state.step
 
+    @property
+    def training_prompts(self) -> list[Prompt]:
+        """All of them, in the order of the data."""
+        return self._inputs.prompts.prompts
+
+    @property
+    def validation_prompts(self) -> list[Prompt]:
+        return self._inputs.validation
+
+    def decode(self, token_ids: TokenIds) -> str:
+        """As the student's tokenizer does, without special tokens."""
+        return self._inputs.student_tokenizer.decode(token_ids, skip_special_tokens=True)
+
     def start(self) -> None:
         """Check the servers, and evaluate the student that the run begins with.
 
@@ -164,7 +185,7 @@ class Run:
         if self.config.generation.vllm is not None:
             self._check_servers(self.config.generation.vllm.compared_rollouts)
         if self.config.evaluation.at_start and self.step == 0:
-            self._evaluate()
+            self.evaluate()
         self.timers.take()
 
     def _check_servers(self, prompts: int) -> None:
@@ -185,7 +206,7 @@ class Run:
     def prompts(self, step: int) -> list[Prompt]:
         """x: the prompts of a step."""
         return prompts_of_step(
-            self._inputs.prompts.prompts,
+            self.training_prompts,
             step,
             self.config.train.prompts_per_step,
             self.config.run.seed,
@@ -266,7 +287,7 @@ class Run:
         interval = self.config.evaluation.interval
         if interval is not None and self.step % interval == 0:
             with self.timers("evaluation"):
-                self._evaluate()
+                self.evaluate()
         with self.timers("checkpoint"):
             self._checkpointer.poll()
             exit_code = self._stop.exit_code()
@@ -282,7 +303,7 @@ class Run:
         self.save()
         self._checkpointer.wait()
         if self.config.evaluation.at_end:
-            self._evaluate()
+            self.evaluate()
         export = self.config.run_dir / "export"
         if self.config.checkpoint.export_hf:
             save_hf_directory(
@@ -301,19 +322,21 @@ class Run:
             self._checkpointer.save(self._state, samples_ahead)
             self._saved_step = self.step
 
-    def _evaluate(self) -> None:
+    def evaluate(self) -> Accuracy | None:
+        """Let the student solve the validation problems, if there are any, and record how well."""
         if not self._inputs.validation:
-            return
+            return None
         accuracy = evaluate(
             self.sampler.complete,
             self._inputs.validation,
             self.config.evaluation,
             self.config.run.seed,
             self._verify,
-            lambda ids: self._inputs.student_tokenizer.decode(ids, skip_special_tokens=True),
+            self.decode,
             self.sampler.judge,
         )
         self._logger.evaluation(self.step, accuracy)
+        return accuracy
 
     def _write_samples(
         self,

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 
-import hydra
 import torch.distributed as dist
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_trd.adapters.nemo_toolkit import hydra_entry
 from nemo_trd.batching import pair
 from nemo_trd.config import (
     Config,
     ConfigError,
-    conf_dir,
     explain_refused_override,
     validate,
 )
@@ -30,6 +30,7 @@ from nemo_trd.megatron.parallel import raise_together
 from nemo_trd.megatron.runtime import StopRequest, end_process, init_distributed
 from nemo_trd.metrics import Timers
 from nemo_trd.run import Run, load_inputs
+from nemo_trd.trackers import Tracker
 from nemo_trd.types import Refinement
 
 
@@ -74,10 +75,18 @@ def sample(run: Run, step: int, timers: Timers) -> list[Refinement]:
         return run.sampler.refinements(rollouts, step)
 
 
-def launch(config: Config) -> int:
+def launch(
+    config: Config,
+    work: Callable[[Run], int] = train,
+    trackers: Sequence[Tracker] = (),
+) -> int:
     """Join the other ranks, check everything, and train. Returns the exit code.
 
     An exception on any rank ends the processes of all of them, with its cause.
+
+    Args:
+        work: what is done with the run, to an exit code.
+        trackers: who gets the figures of the run besides those that `config.logging` names.
 
     Raises:
         ConfigError: on every rank, before any model is built.
@@ -86,10 +95,10 @@ def launch(config: Config) -> int:
     try:
         inputs = raise_together(lambda: load_inputs(config, dist.get_world_size()))
         stop = StopRequest(config.run_dir)
-        run = Run(config, inputs, stop)
+        run = Run(config, inputs, stop, trackers)
         exit_code = None
         try:
-            exit_code = train(run)
+            exit_code = work(run)
         except GenerationFailed:
             run.save()
             raise
@@ -106,7 +115,6 @@ def launch(config: Config) -> int:
     return exit_code
 
 
-@hydra.main(config_path=str(conf_dir().resolve()), config_name="config", version_base="1.3")
 def main(composed: DictConfig) -> None:
     try:
         sys.exit(launch(validate(composed)))
@@ -117,6 +125,6 @@ def main(composed: DictConfig) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # or Hydra prints its own advice and exits
     try:
-        main()
+        hydra_entry(main)()
     except (HydraException, OmegaConfBaseException) as refused:
         end_process(f"nemo_trd: {explain_refused_override(str(refused), sys.argv[1:])}", 2)

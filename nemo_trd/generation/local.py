@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -21,6 +22,8 @@ from nemo_trd.generation.eos import eos_token_ids
 from nemo_trd.generation.gumbel import SeededSampler, seed_tensor
 from nemo_trd.types import Completion, GenerationRequest
 
+# The environment of NeMo-Aligner has transformers 4, which knows the old name only.
+_DTYPE_ARGUMENT = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Stands in the left padding, which the attention mask hides, and after a row's EOS, where it is
 # cut off. So it may be any id, an EOS or an ordinary token alike.
@@ -240,11 +243,11 @@ def _load_model(path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """A `PreTrainedModel`; typed Any because its decorators hide the signature of `to`."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         path,
-        dtype=dtype,
         attn_implementation="sdpa",
         trust_remote_code=trust_remote_code,
         local_files_only=True,
         output_loading_info=True,
+        **{_DTYPE_ARGUMENT: dtype},
     )
     model, loading = loaded
     if loading["missing_keys"]:  # transformers fills them with random numbers and goes on

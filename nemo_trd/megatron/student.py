@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,13 @@ from torch import Tensor
 from nemo_trd.batching import make_micro_batch, plan_micro_batches
 from nemo_trd.config import Config
 from nemo_trd.divergences import TopK
-from nemo_trd.losses import DivergenceOutput, divergence, divergence_from_top_k, token_nll
+from nemo_trd.losses import (
+    DivergenceOutput,
+    divergence,
+    divergence_from_top_k,
+    token_nll,
+    top_k_of,
+)
 from nemo_trd.megatron.finite import check_divergence, check_hidden_states
 from nemo_trd.megatron.hf_weights import export_hf_weights, load_hf_weights, read_output_weight
 from nemo_trd.megatron.model import (
@@ -141,28 +147,88 @@ class Student:
         Raises:
             NonFiniteError: naming the trajectory. No weight has changed.
         """
+        result = self.compute_gradients(plan, teacher_states, watch)
+        return replace(result, metrics=result.metrics | self.update())
+
+    def compute_gradients(
+        self,
+        plan: Sequence[Sequence[Microbatch]],
+        teacher_states: Sequence[Tensor | TopK | None],
+        watch: Collection[str] = (),
+    ) -> StepResult:
+        """The first half of `train_step`: no weight changes."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        return self._compare_all(plan, teacher_states, watch, forward_only=False)
+
+    def update(self) -> dict[str, float]:
+        """The second half of `train_step`: grad_norm and lr."""
+        self.scheduler.step(increment=1)
+        updated, grad_norm, _ = self.optimizer.step()
+        assert updated, "only loss scaling skips updates, and bf16 and fp32 have none"
+        return {"grad_norm": float(grad_norm), "lr": self.optimizer.param_groups[0]["lr"]}
+
+    @torch.no_grad()
+    def compare(
+        self,
+        plan: Sequence[Sequence[Microbatch]],
+        teacher_states: Sequence[Tensor | TopK | None],
+        watch: Collection[str] = (),
+    ) -> StepResult:
+        """What `train_step` would report, except grad_norm and lr, of weights as they are."""
+        for chunk in self.chunks:
+            chunk.eval()
+        result = self._compare_all(plan, teacher_states, watch, forward_only=True)
+        for chunk in self.chunks:
+            chunk.train()
+        return result
+
+    def _compare_all(
+        self,
+        plan: Sequence[Sequence[Microbatch]],
+        teacher_states: Sequence[Tensor | TopK | None],
+        watch: Collection[str],
+        *,
+        forward_only: bool,
+    ) -> StepResult:
         reports = run_schedule(
             self.chunks,
             self._forward_step(partial(self._divergence, watch=frozenset(watch))),
             list(zip(plan[self.groups.dp.rank()], teacher_states, strict=True)),
             self.groups,
-            forward_only=False,
+            forward_only=forward_only,
             shape=_common_shape(plan),
         )
-        self.scheduler.step(increment=1)
-        updated, grad_norm, _ = self.optimizer.step()
-        assert updated, "only loss scaling skips updates, and bf16 and fp32 have none"
         sums, watched = self._merge(reports)
         metrics = {name: total / sums["tokens"] for name, total in sums.items()}
         metrics["loss"] = metrics["divergence"]
         metrics["label_tokens"] = sums["tokens"]
         del metrics["tokens"]
-        metrics["grad_norm"] = float(grad_norm)
-        metrics["lr"] = self.optimizer.param_groups[0]["lr"]
         return StepResult(metrics, watched)
+
+    @torch.no_grad()
+    def teacher_top_k(self, teacher_states: Tensor | TopK, labels: Tensor, k: int) -> TopK:
+        """The teacher's k most likely ids at the labels [n] of one micro-batch.
+
+        On the last stage, with what the teacher gave there: its hidden states [n, h], or already
+        its top k. Collective over tensor parallel ranks.
+        """
+        if isinstance(teacher_states, TopK):
+            return TopK(
+                teacher_states.ids[:, :k],
+                teacher_states.log_probs[:, :k],
+                teacher_states.label_log_probs,
+            )
+        return top_k_of(
+            teacher_states.to(device()),
+            self._teacher_head,
+            labels.to(device()),
+            k,
+            vocab_size=self._vocab_size,
+            chunk_size=self._config.loss.chunk_size,
+            group=self.groups.tp,
+        )
 
     @torch.no_grad()
     def token_nll(self, trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:

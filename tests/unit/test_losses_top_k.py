@@ -11,7 +11,7 @@ from oracles import DIVERGENCES, make_loss
 
 from nemo_trd.config import ConfigError, Loss
 from nemo_trd.divergences import TopK
-from nemo_trd.losses import DivergenceOutput, divergence_from_top_k
+from nemo_trd.losses import DivergenceOutput, divergence_from_top_k, top_k_of
 
 
 def known_of(inputs: Inputs, k: int) -> TopK:
@@ -88,3 +88,16 @@ def test_an_id_that_pads_the_teachers_vocabulary_is_refused() -> None:
     teacher.ids[3, 6] = VOCAB
     with pytest.raises(ConfigError, match=f"top-k ids .* = {VOCAB}: .*lower loss.top_k"):
         run_known(inputs, teacher, make_loss(tail="bucket"))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1000])
+def test_top_k_of_hidden_states_is_that_of_their_float64_logits(chunk: int) -> None:
+    inputs = make_inputs()
+    expected = known_of(inputs, 7)
+    hidden, weight = inputs.teacher_hidden, inputs.teacher_weight
+    found = top_k_of(hidden, weight, inputs.labels, 7, vocab_size=VOCAB, chunk_size=chunk)
+    assert torch.equal(found.ids, expected.ids)
+    torch.testing.assert_close(found.log_probs, expected.log_probs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found.label_log_probs, expected.label_log_probs, rtol=1e-5, atol=1e-5
+    )

@@ -99,6 +99,25 @@ def test_a_step_is_one_json_line_and_one_console_line(
     assert (tmp_path / "run" / "log.txt").read_text().rstrip().endswith(line)
 
 
+def test_figures_go_to_trackers_from_outside_too(tmp_path: Path) -> None:
+    class Outside:
+        def __init__(self) -> None:
+            self.found: list[Any] = []
+
+        def log(self, step: int, values: Any) -> None:
+            self.found.append((step, values["loss"], values["seconds/rollout"]))
+
+        def close(self, succeeded: bool) -> None:
+            self.found.append(succeeded)
+
+    outside, elsewhere = Outside(), Outside()
+    for tracker, writer in ((outside, True), (elsewhere, False)):
+        with RunLogger(settings(tmp_path), writer=writer, trackers=[tracker]) as logger:
+            logger.step(7, METRICS, SECONDS)
+    assert outside.found == [(7, METRICS["loss"], 1.5), True]
+    assert elsewhere.found == []
+
+
 def test_a_skipped_step_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with RunLogger(settings(tmp_path), writer=True) as logger:
         logger.step(1, {"accepted": 0, "rejected_empty": 4}, SECONDS)

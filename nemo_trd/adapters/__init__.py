@@ -1,0 +1,27 @@
+"""TRD inside recipes that people already have; see docs/recipes.md.
+
+Each module translates between another package and `nemo_trd`, whose algorithm stays where it is.
+None is imported by `nemo_trd` itself, and importing this package imports none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def needed(package: str, install: str) -> Iterator[None]:
+    """Around the imports of an adapter.
+
+    Args:
+        package: the distribution and its version, as pip spells them.
+        install: how it gets here.
+
+    Raises:
+        ImportError: something is missing; it says what, and both of the above.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f"this adapter needs {package} ({error}). Fix: {install}.") from error

@@ -1,0 +1,337 @@
+"""TRD in recipes of Megatron-Bridge 0.6.2.
+
+    config = qwen3_8b_pretrain_config()   # any recipe, any GPT architecture that Bridge has
+    trd = TRD(compose([...]))             # TRD's own settings: data, teacher, loss, generation
+    pretrain(trd_recipe(config, trd), trd.forward_step, callbacks=[trd_callback(trd)])
+
+Bridge owns model, optimizer, schedule and checkpoints. Before a step the callback draws its samples
+and asks the teacher; the forward step takes the divergence; after it the callback brings the new
+weights to the generator, under their Hugging Face names. The translation is done here, everything
+else by the modules that the loop uses.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
+
+from nemo_trd.adapters import needed
+from nemo_trd.batching import make_micro_batch, pair, plan_micro_batches
+from nemo_trd.config import Config, Loss, ModelSource, rule_broken
+from nemo_trd.generators import Generators
+from nemo_trd.losses import divergence
+from nemo_trd.megatron.finite import check_divergence, check_hidden_states
+from nemo_trd.megatron.hf_weights import read_output_weight
+from nemo_trd.megatron.model import HiddenStatesModel, has_transformer_engine, load_hf_config
+from nemo_trd.megatron.parallel import raise_together
+from nemo_trd.megatron.runtime import device
+from nemo_trd.megatron.schedule import is_last_stage, label_rows, run_model
+from nemo_trd.megatron.teacher import Teacher
+from nemo_trd.model_rules import sequence_alignment
+from nemo_trd.preflight import shared_vocab_size
+from nemo_trd.prompts import load_prompts, prompts_of_step
+from nemo_trd.refinement import (
+    check_templates,
+    fitting_prompts,
+    privileged_context,
+    refinement_counts,
+)
+from nemo_trd.sampling import Sampler
+from nemo_trd.types import Microbatch, Prompt, Trajectory
+
+log = logging.getLogger(__name__)
+
+Item = tuple[Microbatch, Tensor | None]  # with the teacher's hidden states, on the last stage
+
+
+def returning_hidden_states(models: list[Any]) -> list[Any]:
+    """A hook on Bridge's model provider: its GPT models stop before the output layer."""
+    for model in models:
+        kind = type(model)  # by its name Bridge finds how weights are called
+        model.__class__ = type(kind.__name__, (HiddenStatesModel, kind), {})
+    return models
+
+
+@dataclass
+class TRDForwardStep:
+    """Megatron's forward step: the divergence along the labels of a micro-batch.
+
+    Teacher head and vocabulary are known once there are process groups: `TRD` fills them in.
+    """
+
+    loss: Loss
+    vocab_size: int = 0
+    teacher_head: Tensor | None = None  # [V/tp, h], on the last stage
+
+    def __call__(
+        self,
+        state: Any,
+        data_iterator: Iterator[Item],
+        model: Any,
+        return_schedule_plan: bool = False,
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
+        """Hidden states, and the function from them to loss sum, number of labels, and report."""
+        assert not return_schedule_plan, "expert parallel overlap has no micro-batches of TRD"
+        micro_batch, teacher_states = next(data_iterator)
+        hidden = run_model(model, micro_batch.student)
+        return hidden, partial(self._divergence, micro_batch, teacher_states, model)
+
+    def _divergence(
+        self, micro_batch: Microbatch, teacher_states: Tensor | None, model: Any, hidden: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        assert teacher_states is not None and self.teacher_head is not None
+        groups = get_attr_wrapped_model(model, "pg_collection")
+        sharded = get_attr_wrapped_model(model, "config").sequence_parallel
+        weight = get_attr_wrapped_model(model, "output_weight")()
+        check_hidden_states(micro_batch, hidden, sharded * groups.tp.rank() * len(hidden))
+        result = divergence(
+            label_rows(hidden, micro_batch.student, groups, sharded),
+            weight,
+            teacher_states.to(device()),
+            self.teacher_head,
+            micro_batch.labels.to(device()),
+            self.loss,
+            self.vocab_size,
+            groups.tp,
+        )
+        check_divergence(micro_batch, result.token_divergence, teacher_states)
+        count = torch.tensor(result.count, dtype=torch.int, device=device())
+        # Bridge divides the first by the second, over all micro-batches and ranks.
+        report = {
+            name: torch.stack([total.detach().float(), count.float()])
+            for name, total in {"loss": result.loss_sum, **result.metrics}.items()
+        }
+        return result.loss_sum, count, report
+
+
+class TRD:
+    """What a recipe of Bridge is amended with. Everything after `start` is collective."""
+
+    def __init__(self, config: Config) -> None:
+        if config.teacher.scoring != "megatron":
+            raise rule_broken(
+                "teacher.scoring",
+                config.teacher.scoring,
+                "Bridge's recipes have it in Megatron",
+                "set teacher.scoring=megatron",
+            )
+        if config.train.micro_batch_size is None:
+            raise rule_broken(
+                "train.micro_batch_size",
+                None,
+                "Bridge counts sequences of a micro-batch",
+                "set it, and train.max_tokens_per_micro_batch=null",
+            )
+        self.config = config
+        self.forward_step = TRDForwardStep(config.loss)
+        self.micro_batches: deque[Item] = deque()
+
+    def start(self, groups: ProcessGroupCollection) -> None:
+        """Read data and tokenizers, and make teacher and generators, beside Bridge's model.
+
+        The student may be of any architecture; the teacher is one that `nemo_trd` knows.
+
+        Raises:
+            ConfigError: on all ranks.
+        """
+        config = self.config
+        student, teacher = config.model.student, config.teacher_source
+        self._groups = groups
+        self._teacher_config = load_hf_config(teacher.path, teacher.trust_remote_code)
+        sizes = _hf(AutoConfig, student).get_text_config(), self._teacher_config
+        self.forward_step.vocab_size = shared_vocab_size(*sizes)
+        tokenizers = _hf(AutoTokenizer, student), _hf(AutoTokenizer, teacher)
+        self._teacher_tokenizer = tokenizers[1]
+        self._prompts = raise_together(partial(_load_prompts, config, *tokenizers))
+        self._teacher = Teacher(config, groups)
+        self._generators = Generators(config, stopping=lambda: False)  # signals are for Bridge
+        generators = self._generators.student, self._generators.teacher
+        self._sampler = Sampler(config, *generators, *tokenizers)
+
+    def read_teacher_head(self, model: Any) -> None:
+        """The teacher's output weight, in the sharding of the student's."""
+        if not is_last_stage(self._groups):
+            return
+        weight = get_attr_wrapped_model(model, "output_weight")()
+        self.forward_step.teacher_head = read_output_weight(
+            self._teacher_config,
+            self.config.teacher_source.path,
+            self._groups.tp.rank(),
+            self._groups.tp.size(),
+            dtype=weight.dtype,
+            device=device(),
+            rows=weight.shape[0],
+        )
+
+    def draw(self, step: int, num_micro_batches: int) -> dict[str, int]:
+        """Samples of a step and the teacher's states along them, for `micro_batches`: counts."""
+        config = self.config
+        size, seed = config.train.prompts_per_step, config.run.seed
+        prompts = prompts_of_step(self._prompts, step, size, seed)
+        refinements = self._sampler.refinements(self._sampler.rollouts(prompts, step), step)
+        trajectories = pair(
+            refinements,
+            config,
+            lambda prompt: privileged_context(prompt, config, self._teacher_tokenizer),
+        )
+        plan = self._plan(trajectories, num_micro_batches)
+        states = self._teacher.states(plan)
+        own = plan[self._groups.dp.rank()]
+        self.micro_batches = deque(zip(own, states, strict=True))
+        return refinement_counts(refinements)
+
+    def _plan(self, trajectories: list[Trajectory], wanted: int) -> list[list[Microbatch]]:
+        """As many micro-batches for every rank as Bridge will ask for; the last may be fillers."""
+        packed, precision = has_transformer_engine(), self.config.precision
+        plan = plan_micro_batches(
+            trajectories,
+            self.config.train,
+            data_parallel_size=self._groups.dp.size(),
+            packed=packed,
+        )
+        assert all(len(rank) <= wanted for rank in plan), "trd_recipe sets both sizes alike"
+        layouts = self.config.parallel
+        make = partial(
+            make_micro_batch,
+            student_alignment=sequence_alignment(layouts.student, precision.fp8 is not None),
+            teacher_alignment=sequence_alignment(
+                layouts.teacher, precision.teacher_fp8 is not None
+            ),
+            packed=packed,
+        )
+        filled: list[list[list[Trajectory]]] = [r + [[]] * (wanted - len(r)) for r in plan]
+        return [[make(batch) for batch in rank] for rank in filled]
+
+    def load_generator(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self._generators.student.load_weights(iter(weights), version)
+
+    def close(self) -> None:
+        self._generators.close()
+
+
+def _hf(reader: Any, source: ModelSource) -> Any:
+    return reader.from_pretrained(
+        source.path, trust_remote_code=source.trust_remote_code, local_files_only=True
+    )
+
+
+def _load_prompts(config: Config, student_tokenizer: Any, teacher_tokenizer: Any) -> list[Prompt]:
+    if student_tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
+        raise rule_broken(
+            "model.teacher.path",
+            config.teacher_source.path,
+            "its tokenizer has not the ids of the student's",
+            "choose a teacher of the student's family",
+        )
+    check_templates(config, teacher_tokenizer)
+    loaded = load_prompts(config.data.train, "data.train", config.data, student_tokenizer)
+    return fitting_prompts(loaded, config, teacher_tokenizer).prompts
+
+
+def next_micro_batches(queue: Callable[[], deque[Item]]) -> Iterator[Item]:
+    """What was drawn for this step. Every stage of a pipeline takes all of it, in order."""
+    while True:
+        yield queue().popleft()
+
+
+def trd_recipe(config: Any, trd: TRD) -> Any:
+    """Amend a `ConfigContainer`, in place: data, model, and how losses and batches are counted.
+
+    Raises:
+        ImportError: without Megatron-Bridge.
+        ConfigError: the recipe splits the model in another way than `parallel.student`.
+    """
+    with needed(
+        "megatron-bridge==0.6.2",
+        "pip install 'nemo_trd[megatron-bridge]' with Python 3.12 and TransformerEngine, or use a "
+        "NeMo container that has it",
+    ):
+        from megatron.bridge.data.base import DatasetBuildContext, DatasetProvider
+
+    @dataclass(kw_only=True)
+    class TRDDataset(DatasetProvider):
+        """Micro-batches of what the callback drew."""
+
+        dataloader_type: str = "external"
+        seq_length: int = field(default=config.model.seq_length)
+
+        def build_datasets(self, context: DatasetBuildContext) -> tuple[Any, None, None]:
+            return next_micro_batches(lambda: trd.micro_batches), None, None
+
+    settings, layout = trd.config, trd.config.parallel.student
+    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        if getattr(config.model, name) != getattr(layout, name):
+            raise rule_broken(
+                f"parallel.student.{name}",
+                getattr(layout, name),
+                f"the recipe's model has {getattr(config.model, name)}",
+                "give the recipe's",
+            )
+    config.dataset = TRDDataset()
+    config.model.register_pre_wrap_hook(returning_hidden_states)
+    config.model.calculate_per_token_loss = True
+    config.model.variable_seq_lengths = layout.pipeline_model_parallel_size > 1
+    config.ddp.average_in_collective = False  # sums, divided by one number of tokens
+    # Parameters are gathered where a layer is called, and the output layer is not: it is read.
+    config.ddp.overlap_param_gather = config.optimizer.overlap_param_gather = False
+    if config.comm_overlap is not None:
+        config.comm_overlap.overlap_param_gather = False
+    config.train.train_iters = settings.train.num_steps
+    config.train.micro_batch_size = settings.train.micro_batch_size
+    config.train.global_batch_size = settings.train.trajectories_per_step
+    config.validation.eval_iters = 0  # there are no validation micro-batches: see nemo_trd.evaluate
+    return config
+
+
+def trd_callback(trd: TRD) -> Any:
+    """Bridge's `Callback` that draws the samples of a step, and refreshes the generator after it.
+
+    Raises:
+        ImportError: without Megatron-Bridge.
+    """
+    with needed("megatron-bridge==0.6.2", "pip install 'nemo_trd[megatron-bridge]', Python 3.12"):
+        from megatron.bridge.models.conversion.auto_bridge import AutoBridge
+        from megatron.bridge.training.callbacks import Callback, CallbackContext
+
+    class TRDCallback(Callback):
+        def on_train_start(self, context: CallbackContext) -> None:
+            groups = get_attr_wrapped_model(context.model[-1], "pg_collection")
+            trd.start(groups)
+            trd.read_teacher_head(context.model[-1])
+            source = trd.config.model.student
+            self._bridge = AutoBridge.from_hf_pretrained(
+                source.path, trust_remote_code=source.trust_remote_code
+            )
+            self._refresh(context)
+
+        def on_train_step_start(self, context: CallbackContext) -> None:
+            train, replicas = context.state.cfg.train, context.state.cfg.data_parallel_size
+            count = train.global_batch_size // (train.micro_batch_size * replicas)
+            counts = trd.draw(context.state.train_state.step, count)
+            context.user_state["trd"] = counts
+            log.info("step %d: %s", context.state.train_state.step + 1, counts)
+
+        def on_train_step_end(self, context: CallbackContext) -> None:
+            assert not trd.micro_batches, "the schedule left some"
+            self._refresh(context)
+
+        def on_train_end(self, context: CallbackContext) -> None:
+            trd.close()
+
+        def _refresh(self, context: CallbackContext) -> None:
+            weights = self._bridge.export_hf_weights(context.model, show_progress=False)
+            trd.load_generator(
+                ((w.param_name, w.weight) for w in weights), context.state.train_state.step
+            )
+
+    return TRDCallback()
