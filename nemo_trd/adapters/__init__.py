@@ -1,7 +1,7 @@
 """TRD inside recipes that people already have; see docs/recipes.md.
 
 Each module translates between another package and `nemo_trd`, whose algorithm stays where it is.
-None is imported by `nemo_trd` itself, and importing this package imports none of them.
+Importing `nemo_trd` imports none of those packages, whether they are installed or not.
 """
 
 from __future__ import annotations
