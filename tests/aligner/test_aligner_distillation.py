@@ -70,7 +70,7 @@ def same_divergence() -> None:
 
 
 def test_renormalised_top_k_divergence_is_aligners_with_its_gradients() -> None:
-    launch(2, same_divergence)
+    launch(2, same_divergence, timeout=300)
 
 
 def written_and_read(directory: str, overrides: list[str]) -> None:
@@ -145,7 +145,7 @@ def test_aligner_reads_our_jsonl_and_has_our_loss_on_it(tmp_path: Path) -> None:
             "parallel.teacher.pipeline_model_parallel_size=2",
         ),
     )
-    launch(2, written_and_read, str(tmp_path), overrides)
+    launch(2, written_and_read, str(tmp_path), overrides, timeout=300)
     rows = [json.loads(line) for line in (tmp_path / "kd.jsonl").read_text().splitlines()]
     for row in rows:
         assert row["tokens"][1:] == row["labels"][:-1]

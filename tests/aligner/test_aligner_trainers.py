@@ -117,7 +117,7 @@ def one_rank_runs(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """Directories `own`, of two steps more than others, and `run`, Aligner's."""
     root = tmp_path_factory.mktemp("runs")
     own = settings(inputs, root / "own", f"train.num_steps={STEPS + 2}")
-    launch(1, own_and_supervised, str(root), own, settings(inputs, root / "run"))
+    launch(1, own_and_supervised, str(root), own, settings(inputs, root / "run"), timeout=300)
     return root
 
 
@@ -145,7 +145,9 @@ def test_supervised_trainer_trains_as_our_loop_does(one_rank_runs: Path) -> None
 def test_supervised_trainer_on_two_ranks_trains_as_our_loop_on_one(
     layout: list[str], inputs: Path, one_rank_runs: Path, tmp_path: Path
 ) -> None:
-    launch(2, supervised_fit, str(tmp_path), settings(inputs, tmp_path / "run", *layout))
+    launch(
+        2, supervised_fit, str(tmp_path), settings(inputs, tmp_path / "run", *layout), timeout=300
+    )
     check_trained_as(read_metrics(one_rank_runs / "own"), tmp_path)
 
 
@@ -214,7 +216,7 @@ def test_trd_trainer_has_the_parts_of_our_loop(
     inputs: Path, one_rank_runs: Path, tmp_path: Path
 ) -> None:
     overrides = settings(inputs, tmp_path / "run", f"evaluation.interval={STEPS}")
-    launch(1, by_hand, str(tmp_path), overrides)
+    launch(1, by_hand, str(tmp_path), overrides, timeout=300)
     record = json.loads((tmp_path / "record.json").read_text())
     own, lines = read_metrics(one_rank_runs / "own"), read_metrics(tmp_path / "run")
     assert record["losses"] == pytest.approx([own[0]["loss"]], rel=1e-5)
