@@ -221,7 +221,7 @@ def _prompt(
         if messages[0]["role"] != "system" and rules.system_prompt:
             messages = [{"role": "system", "content": rules.system_prompt}, *messages]
     else:
-        assert columns.problem is not None  # config.check_consistent
+        assert columns.problem is not None  # config_rules.check_consistent
         problem = reader.text("problem", columns.problem)
         if dataset.template is not None:
             problem = reader.filled(dataset.template, problem)
@@ -247,13 +247,13 @@ def _answer(
     """The final answer of a row; of verifier code its tests, which must be readable."""
     column = dataset.columns.answer
     if verifier == "code":
-        assert column is not None  # config.check_dataset
+        assert column is not None  # config_rules.check_dataset
         return reader.tests(column)
-    assert not isinstance(column, list)  # config.check_dataset
+    assert not isinstance(column, list)  # config_rules.check_dataset
     answer = reader.number_or_text("answer", column) if column else None
     if dataset.answer_pattern is not None:
         searched = answer if answer is not None else reference
-        assert searched is not None  # config.check_dataset
+        assert searched is not None  # config_rules.check_dataset
         answer = reader.search(dataset.answer_pattern, searched)
     return answer
 

@@ -172,7 +172,7 @@ def fitting_prompts(loaded: LoadedPrompts, config: Config, tokenizer: Any) -> Lo
 
 
 def _reference(prompt: Prompt) -> str:
-    assert prompt.reference_solution is not None  # config.check_consistent and load_prompts
+    assert prompt.reference_solution is not None  # config_rules.check_consistent and load_prompts
     return prompt.reference_solution
 
 

@@ -19,10 +19,9 @@ from nemo_trd.config import (
     Section,
     VllmPool,
     VllmSettings,
-    check_dataset,
-    check_pool,
     rule_broken,
 )
+from nemo_trd.config_rules import check_dataset, check_pool
 
 
 class EvaluatedModel(Section):

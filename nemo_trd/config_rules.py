@@ -1,0 +1,288 @@
+"""The rules between settings, where those of one setting alone stand in `config.py`."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+from nemo_trd.config_error import rule_broken
+
+if TYPE_CHECKING:
+    from nemo_trd.config import Config, Dataset, Layout, VerifierName, VllmPool, VllmServer
+
+
+def check_consistent(config: Config) -> None:
+    """Rules between fields.
+
+    Raises:
+        ConfigError: naming the first rule that is broken.
+    """
+    _check_models_and_data(config)
+    _check_refinement(config)
+    _check_training(config)
+    _check_layouts_and_servers(config)
+
+
+def _check_models_and_data(config: Config) -> None:
+    mode, teacher = config.algorithm.mode, config.model.teacher
+    if mode == "opd" and teacher is None:
+        raise rule_broken(
+            "model.teacher",
+            None,
+            "algorithm.mode=opd distils a separate teacher",
+            "set model.teacher.path, or algorithm.mode=opsd",
+        )
+    if mode == "opsd" and teacher is not None:
+        raise rule_broken(
+            "model.teacher.path",
+            teacher.path,
+            "in algorithm.mode=opsd the teacher is the frozen step-0 student",
+            "set model.teacher=null, or algorithm.mode=opd",
+        )
+    columns = config.data.train.columns
+    needs_reference = mode == "opsd"
+    if needs_reference and columns.reference_solution is None:
+        raise rule_broken(
+            "data.train.columns.reference_solution",
+            None,
+            "algorithm.mode=opsd shows the reference solution to the teacher",
+            "name the column that holds worked solutions",
+        )
+    for split, dataset in (("train", config.data.train), ("validation", config.data.validation)):
+        if dataset is not None:
+            check_dataset(f"data.{split}", dataset, config.data.verifier)
+
+
+def _check_refinement(config: Config) -> None:
+    refinement = config.refinement
+    if refinement.subset != "all" and config.data.verifier == "none":
+        raise rule_broken(
+            "refinement.subset",
+            refinement.subset,
+            "choosing wrong or right rollouts needs a verifier",
+            "set data.verifier=math, code or exact, or refinement.subset=all",
+        )
+    if config.algorithm.trajectory == "rollout" and refinement.subset != "all":
+        raise rule_broken(
+            "refinement.subset",
+            refinement.subset,
+            "algorithm.trajectory=rollout refines nothing",
+            "set refinement.subset=all",
+        )
+
+
+def _check_training(config: Config) -> None:
+    train = config.train
+    if (train.micro_batch_size is None) == (train.max_tokens_per_micro_batch is None):
+        raise rule_broken(
+            "train.micro_batch_size",
+            train.micro_batch_size,
+            "exactly one of train.micro_batch_size and train.max_tokens_per_micro_batch is set",
+            "set the other one to null",
+        )
+    evaluation = config.evaluation
+    wanted = evaluation.at_start or evaluation.at_end or evaluation.interval is not None
+    if wanted and (config.data.validation is None or config.data.verifier == "none"):
+        missing = "validation" if config.data.validation is None else "verifier"
+        raise rule_broken(
+            f"data.{missing}",
+            getattr(config.data, missing),
+            "evaluation.at_start, at_end and interval need problems to solve and a verifier",
+            f"set data.{missing}, or switch evaluation off (at_start=false, at_end=false, "
+            "interval=null)",
+        )
+    if config.optimizer.min_lr > config.optimizer.lr:
+        raise rule_broken(
+            "optimizer.min_lr",
+            config.optimizer.min_lr,
+            f"it may not exceed optimizer.lr = {config.optimizer.lr}",
+            "lower it",
+        )
+    if config.loss.divergence != "jsd" and config.loss.beta != 0.5:
+        raise rule_broken(
+            "loss.beta",
+            config.loss.beta,
+            f"loss.divergence={config.loss.divergence} does not use it",
+            "remove it, or set loss.divergence=jsd",
+        )
+
+
+def _check_layouts_and_servers(config: Config) -> None:
+    if config.teacher.scoring == "server":
+        _check_server_scoring(config)
+    for role in ("student", "teacher"):
+        _check_layout(f"parallel.{role}", getattr(config.parallel, role), role)
+        if config.generation.vllm is not None:
+            vllm = config.generation.vllm
+            check_pool(f"generation.vllm.{role}", getattr(vllm, role), vllm.server)
+    if config.generation.vllm is not None:
+        call_limit = config.generation.vllm.weight_sync.call_timeout_seconds
+        if call_limit >= 60 * config.parallel.timeout_minutes:
+            raise rule_broken(
+                "generation.vllm.weight_sync.call_timeout_seconds",
+                call_limit,
+                "the other ranks wait for a server in a collective, and that for no longer than "
+                f"parallel.timeout_minutes = {config.parallel.timeout_minutes:g}",
+                "lower it, or raise parallel.timeout_minutes",
+            )
+
+
+def _check_server_scoring(config: Config) -> None:
+    """What a server can say of the teacher: its most likely tokens, at temperature 1."""
+    generation, loss, megatron = config.generation, config.loss, "or teacher.scoring=megatron"
+    if generation.vllm is None:
+        raise rule_broken(
+            "teacher.scoring",
+            "server",
+            f"vLLM servers score, and generation.backend={generation.backend} has none",
+            f"choose generation=vllm, {megatron}",
+        )
+    if loss.top_k is None:
+        raise rule_broken(
+            "loss.top_k",
+            None,
+            "with teacher.scoring=server only the teacher's most likely tokens are known",
+            f"set how many, for example 64, {megatron}",
+        )
+    if loss.temperature != 1:
+        raise rule_broken(
+            "loss.temperature",
+            loss.temperature,
+            "with teacher.scoring=server log-probabilities are those at temperature 1",
+            f"set it to 1, {megatron}",
+        )
+    arguments = " ".join(generation.vllm.server.arguments)
+    limits = re.findall(r"--max[-_]logprobs[ =](\d+)", arguments)
+    if limits and int(limits[-1]) < loss.top_k:
+        raise rule_broken(
+            "generation.vllm.server.arguments",
+            generation.vllm.server.arguments,
+            f"--max-logprobs must allow for loss.top_k = {loss.top_k}",
+            "leave it out: servers are started without a limit",
+        )
+    for field, value, off in (
+        ("teacher.offload_weights", config.teacher.offload_weights, False),
+        ("teacher.offload_states", config.teacher.offload_states, False),
+        ("precision.teacher_fp8", config.precision.teacher_fp8, None),
+    ):
+        if value != off:
+            raise rule_broken(
+                field,
+                value,
+                "with teacher.scoring=server no teacher is held in Megatron",
+                f"set it to {json.dumps(off)}, {megatron}",
+            )
+
+
+def check_dataset(field: str, dataset: Dataset, verifier: VerifierName) -> None:
+    """Raises ConfigError: columns that contradict each other, or give the verifier nothing."""
+    columns = dataset.columns
+    if (columns.problem is None) == (columns.messages is None):
+        raise rule_broken(
+            f"{field}.columns.problem",
+            columns.problem,
+            "exactly one of columns.problem and columns.messages is set",
+            "set the other one to null",
+        )
+    if columns.messages is not None and dataset.template is not None:
+        raise rule_broken(
+            f"{field}.template",
+            dataset.template,
+            "it is the user's turn, and columns.messages has that already",
+            "set template=null, or name columns.problem instead",
+        )
+    if dataset.template is not None and "{problem}" not in dataset.template:
+        raise rule_broken(
+            f"{field}.template", dataset.template, "it lacks {problem}", "put it where it belongs"
+        )
+    if verifier == "code" and dataset.answer_pattern is not None:
+        raise rule_broken(
+            f"{field}.answer_pattern",
+            dataset.answer_pattern,
+            "verifier code reads tests from columns.answer, whole",
+            "set it to null",
+        )
+    if isinstance(columns.answer, list) and (verifier != "code" or not columns.answer):
+        raise rule_broken(
+            f"{field}.columns.answer",
+            columns.answer,
+            "a list of columns holds the tests of verifier code",
+            "name one column",
+        )
+    if columns.answer is None and dataset.answer_pattern is None:
+        if verifier != "none":
+            raise rule_broken(
+                f"{field}.columns.answer",
+                None,
+                f"verifier={verifier} compares with an answer",
+                "name its column, or set answer_pattern, or verifier=none",
+            )
+    elif dataset.answer_pattern is not None and not (columns.answer or columns.reference_solution):
+        raise rule_broken(
+            f"{field}.answer_pattern",
+            dataset.answer_pattern,
+            "it is searched in columns.answer, or else in columns.reference_solution",
+            "name one of these columns",
+        )
+
+
+def _check_layout(field: str, layout: Layout, role: str) -> None:
+    virtual = layout.virtual_pipeline_model_parallel_size
+    if role == "teacher" and virtual is not None:
+        raise rule_broken(
+            f"{field}.virtual_pipeline_model_parallel_size",
+            virtual,
+            "the teacher runs forward only and gains nothing from interleaving",
+            "set it to null",
+        )
+    if virtual is not None and layout.pipeline_model_parallel_size < 2:
+        raise rule_broken(
+            f"{field}.virtual_pipeline_model_parallel_size",
+            virtual,
+            "the interleaved schedule needs pipeline_model_parallel_size of 2 or more",
+            "set it to null, or raise pipeline_model_parallel_size",
+        )
+    if virtual is not None and layout.pipeline_model_parallel_size == 2 and layout.batch_p2p_comm:
+        raise rule_broken(
+            f"{field}.batch_p2p_comm",
+            True,
+            "megatron-core computes silently wrong gradients with the interleaved schedule at "
+            "pipeline_model_parallel_size=2 and batched p2p",
+            "set it to false",
+        )
+    if layout.sequence_parallel and layout.tensor_model_parallel_size == 1:
+        raise rule_broken(
+            f"{field}.sequence_parallel",
+            True,
+            "it splits sequences over tensor parallel ranks and there is one",
+            "set it to false, or raise tensor_model_parallel_size",
+        )
+
+
+def check_pool(field: str, pool: VllmPool, server: VllmServer) -> None:
+    """Raises ConfigError: servers that are named twice, or not at all, or for too few GPUs."""
+    wanted = pool.replicas * server.tensor_parallel_size
+    if pool.devices and len(set(pool.devices)) != wanted:
+        raise rule_broken(
+            f"{field}.devices",
+            pool.devices,
+            f"replicas x generation.vllm.server.tensor_parallel_size = {wanted} GPUs are needed, "
+            "each once",
+            "give that many, or [] for all visible ones",
+        )
+    if bool(pool.urls) == bool(pool.replicas):
+        raise rule_broken(
+            f"{field}.urls",
+            pool.urls,
+            f"exactly one of urls and replicas (= {pool.replicas}) names the servers",
+            f"set {field}.replicas=0 beside URLs of running servers, or urls=[]",
+        )
+    for url in pool.urls:
+        if not re.fullmatch(r"https?://[^/@\s]+", url) or pool.urls.count(url) > 1:
+            raise rule_broken(
+                f"{field}.urls",
+                url,
+                "each server is given once, as http://HOST:PORT without a path or a password",
+                "correct the list",
+            )
