@@ -77,7 +77,7 @@ class Trained:
         self.steps = json.loads(record.read_text())
         lines = (run_dir / "metrics.jsonl").read_text().splitlines()
         self.metrics = [json.loads(line) for line in lines]
-        self.samples = [file.read_text() for file in sorted((run_dir / "samples").iterdir())]
+        self.samples = [file.read_text() for file in sorted((run_dir / "samples").glob("*.md"))]
         self.export = run_dir / "export"
 
 
