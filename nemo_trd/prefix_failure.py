@@ -6,7 +6,7 @@ python -m nemo_trd.prefix_failure runs/mine --student runs/mine/export data.trai
 Reads RUN_DIR/samples/*.jsonl and the models that the run began with, computes the distributions
 at every token in this process, and writes RUN_DIR/prefix_failure.json, which `nemo_trd.report`
 shows. KEY=VALUE changes settings of RUN_DIR/config.yaml. Exit code 2: a setting or a record is
-wrong. The figures are explained in docs/prefix_failure.md.
+wrong, 1: a model's output is not finite. The figures are explained in docs/prefix_failure.md.
 """
 
 from __future__ import annotations
@@ -57,12 +57,9 @@ def prefix_failure(
     of_student, of_teacher = check_models(config.model_copy(update={"model": models}))
     found = _answers(config, samples, of_student, of_teacher)
     vocab_size = shared_vocab_size(of_student.hf, of_teacher.hf)
-    loaded = [
-        _load(model, source, config)
-        for model, source in ((of_student, models.student), (of_teacher, config.teacher_source))
-    ]
     figures = measure(
-        *loaded,
+        _load(of_student, models.student, config),
+        _load(of_teacher, config.teacher_source, config),
         found.answers,
         config.loss,
         vocab_size,
@@ -196,6 +193,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, OSError) as error:
         print(f"nemo_trd: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"nemo_trd: {error}", file=sys.stderr)
+        return 1
     tables = [table for table in (divergence_table(found), choice_table(found)) if len(table) > 1]
     print("\n\n".join(["\n".join(sentences(found)), *map(for_terminal, tables)]))
     print(

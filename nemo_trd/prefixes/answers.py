@@ -106,11 +106,7 @@ def _add(
     (request,) = refinement_prompts([rollout], config, tokenizer)
     refinement = _refinement(sample["refinement"], request)
     y_o = rollout.completion.token_ids
-    y_r = refinement.completion.token_ids if refinement and refinement.completion else None
     error, choices = _located(factors, rollout, refinement, tokenizer, counts)
-    counts["refinements"] += y_r is not None
-    counts["right_refinements"] += y_r is not None and refinement.correct is True
-
     contexts: dict[TeacherContext, TokenIds] = {
         "prompt": privileged_context(prompt, config, tokenizer)
     }
@@ -119,8 +115,12 @@ def _add(
     for name, context in contexts.items():
         own = rollout_trajectory(rollout, context)
         found.answers.append(Answer(own, name, verdict, error, choices))
-    if refinement is None or y_r is None:
+    if refinement is None:
         return
+    assert refinement.completion is not None
+    y_r = refinement.completion.token_ids
+    counts["refinements"] += 1
+    counts["right_refinements"] += refinement.correct is True
     parted = first_difference(y_o, y_r)
     if error is not None and parted is not None and parted < error:
         counts["refinements_that_part_before_the_error"] += 1

@@ -62,7 +62,7 @@ def measure(
         max_tokens: of one batch, padding included; a longer trajectory is a batch of its own.
 
     Raises:
-        RuntimeError: a model's logits are not finite.
+        FloatingPointError: a model's logits are not finite.
     """
     found: list[np.ndarray] = [np.empty(0)] * len(answers)
     total = sum(len(answer.trajectory.labels) for answer in answers)
@@ -71,19 +71,23 @@ def measure(
             micro_batch = make_micro_batch([answers[i].trajectory for i in batch])
             hidden_s = _hidden(student, micro_batch.student)
             hidden_t = _hidden(teacher, micro_batch.teacher)
-            weights = [m.get_output_embeddings().weight[:vocab_size] for m in (student, teacher)]
+            weight_s, weight_t = (
+                model.get_output_embeddings().weight[:vocab_size] for model in (student, teacher)
+            )
             choices = torch.cat([_choice_ids(answers[i]) for i in batch])
             rows = []
             for start in range(0, len(choices), loss.chunk_size):
                 chunk = slice(start, start + loss.chunk_size)
-                own = (micro_batch.labels[chunk], choices[chunk])
-                rows.append(_figures(hidden_s[chunk], hidden_t[chunk], *weights, *own, loss))
-                bar.update(len(own[0]))
+                log_s = _log_probs(hidden_s[chunk], weight_s, loss)
+                log_t = _log_probs(hidden_t[chunk], weight_t, loss)
+                labels = micro_batch.labels[chunk]
+                rows.append(_figures(log_s, log_t, labels, choices[chunk], weight_s, loss))
+                bar.update(len(labels))
             lengths = [len(answers[i].trajectory.labels) for i in batch]
             figures = np.concatenate(rows)
             if not np.isfinite(figures[:, :-_CHOICE_FIGURES]).all():
                 names = ", ".join(answers[i].trajectory.name for i in batch)
-                raise RuntimeError(f"logits or figures are not finite, in one of: {names}")
+                raise FloatingPointError(f"logits or figures are not finite, in one of: {names}")
             parts = np.split(figures, np.cumsum(lengths)[:-1])
             for i, part in zip(batch, parts, strict=True):
                 found[i] = part
@@ -120,18 +124,15 @@ def _choice_ids(answer: Answer) -> Tensor:
 
 
 def _figures(
-    hidden_s: Tensor,
-    hidden_t: Tensor,
-    weight_s: Tensor,
-    weight_t: Tensor,
-    labels: Tensor,
-    choices: Tensor,
-    loss: Loss,
+    log_s: Tensor, log_t: Tensor, labels: Tensor, choices: Tensor, weight_s: Tensor, loss: Loss
 ) -> np.ndarray:
-    """[n, len(FIGURES)] of one chunk."""
-    labels, choices = labels.to(hidden_s.device)[:, None], choices.to(hidden_s.device)
-    log_s = _log_probs(hidden_s, weight_s, loss)
-    log_t = _log_probs(hidden_t, weight_t, loss).to(log_s.device)
+    """[n, len(FIGURES)] from log-probabilities [n, V] of student and teacher.
+
+    The gradient in a logit is the closed form's; that in the student's hidden state is it times
+    the student's output weight.
+    """
+    log_t, choices = log_t.to(log_s.device), choices.to(log_s.device)
+    labels = labels.to(log_s.device)[:, None]
     s, t = log_s.exp(), log_t.exp()
     top = t.topk(2).values
     columns = {

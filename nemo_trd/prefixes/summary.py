@@ -100,11 +100,9 @@ def _within(answer: Answer, part: Part) -> np.ndarray:
     place = np.arange(len(answer.trajectory.labels))
     if part == "whole":
         return np.ones(len(place), dtype=bool)
-    return {
-        "before": place < answer.error,
-        "at": place == answer.error,
-        "after": place > answer.error,
-    }[part]
+    assert answer.error is not None
+    masks = {"before": place < answer.error, "at": place == answer.error}
+    return masks.get(part, place > answer.error)
 
 
 def _part(
@@ -148,7 +146,7 @@ def curves(
     measured: Sequence[Measured], resamples: int, confidence: float, seed: int
 ) -> list[Curve]:
     """`CURVES` against positions, aligned in every way that a group has."""
-    found = []
+    found: list[Curve] = []
     for key, members in _by_kind(measured):
         for alignment in get_args(Alignment):
             placed = [

@@ -115,7 +115,11 @@ def _nats(part: PartFigures, name: str) -> str:
 
 
 def percent(share: Estimate) -> str:
-    bounds = "" if share.low is None else f" [{100 * share.low:.1f}, {100 * share.high:.1f}]"
+    bounds = (
+        ""
+        if share.low is None or share.high is None
+        else f" [{100 * share.low:.1f}, {100 * share.high:.1f}]"
+    )
     return f"{100 * share.mean:.1f}%{bounds}"
 
 
