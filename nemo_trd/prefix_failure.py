@@ -26,7 +26,7 @@ from nemo_trd.config import Config, ConfigError, Models, ModelSource, rule_broke
 from nemo_trd.generation.local import DTYPES, load_model
 from nemo_trd.prefixes.answers import Answers, read_answers
 from nemo_trd.prefixes.positions import measure
-from nemo_trd.prefixes.record import FILE, PrefixFailure
+from nemo_trd.prefixes.record import FILE, Counts, PrefixFailure
 from nemo_trd.prefixes.summary import Measured, curves, groups
 from nemo_trd.prefixes.words import choice_table, divergence_table, for_terminal, sentences
 from nemo_trd.preflight import Model, check_models, shared_vocab_size
@@ -79,7 +79,7 @@ def prefix_failure(
         locator=found.locator,
         confidence=CONFIDENCE,
         resamples=resamples,
-        counts=dict(found.counts),
+        counts=Counts(**found.counts),
         groups=groups(measured, *bootstrap),
         curves=curves(measured, *bootstrap),
     )
@@ -158,8 +158,8 @@ def write(run_dir: Path, given: argparse.Namespace) -> tuple[PrefixFailure, Path
     config = read_config(run_dir, given.overrides)
     samples = run.samples[: given.limit]  # newest first
     found = prefix_failure(config, samples, given.student, given.resamples)
-    counts = found.counts | {"not_measured": len(run.samples) - len(samples)}
-    found = found.model_copy(update={"counts": counts})
+    left_out = {"not_measured": len(run.samples) - len(samples)}
+    found = found.model_copy(update={"counts": found.counts.model_copy(update=left_out)})
     output = given.output or run_dir / FILE
     write_atomically(output, found.model_dump_json() + "\n")
     return found, output

@@ -42,7 +42,7 @@ class Answer:
 @dataclass(frozen=True)
 class Answers:
     answers: list[Answer]
-    counts: Counter[str]  # what was found, and what was left out
+    counts: Counter[str]  # by the names of `Counts`
     locator: Locator
 
 
@@ -68,7 +68,7 @@ def read_answers(
     problems = [read_problem(sample["problem"]) for sample in samples]
     words = {*NUMBERS, *MARKS, END}
     is_toy = None not in problems and words <= tokenizer.get_vocab().keys()
-    found = Answers([], Counter(samples=0), "toy" if is_toy else "first_difference")
+    found = Answers([], Counter(), "toy" if is_toy else "first_difference")
     for sample, factors in zip(samples, problems, strict=True):
         prompt = by_index.get(sample["prompt_index"])
         if prompt is None or prompt.problem != sample["problem"]:

@@ -34,6 +34,23 @@ class Estimate(Record):
     high: float | None
 
 
+class Counts(Record):
+    """What the samples held; `samples` = `right` + `wrong` + `no_verdict` + `aborted`."""
+
+    samples: int = 0
+    not_measured: int = 0  # older ones, beyond the limit
+    right: int = 0  # rollouts
+    wrong: int = 0
+    no_verdict: int = 0
+    aborted: int = 0  # or empty
+    wrong_with_a_known_place: int = 0
+    wrong_without_one: int = 0
+    right_with_a_wrong_step: int = 0  # toy task only: errors that cancel
+    refinements: int = 0  # accepted ones
+    right_refinements: int = 0
+    refinements_that_part_before_the_error: int = 0  # these have no place to be aligned by
+
+
 class PartFigures(Record):
     trajectories: int
     tokens: int
@@ -78,7 +95,7 @@ class PrefixFailure(Record):
     locator: Locator
     confidence: float
     resamples: int
-    counts: dict[str, int]
+    counts: Counts
     groups: list[Group]
     curves: list[Curve]
 

@@ -30,10 +30,10 @@ def sentences(found: PrefixFailure) -> list[str]:
 def _counted(found: PrefixFailure) -> Iterator[str]:
     n = found.counts
     yield (
-        f"{n['right'] + n['wrong']:,} rollouts: {n['right']:,} right, {n['wrong']:,} wrong; "
-        f"{n['refinements']:,} usable rewrites, {n['right_refinements']:,} of them right."
+        f"{n.right + n.wrong:,} rollouts: {n.right:,} right, {n.wrong:,} wrong; "
+        f"{n.refinements:,} usable rewrites, {n.right_refinements:,} of them right."
     )
-    known = f"{n['wrong_with_a_known_place']:,} of {n['wrong']:,} wrong rollouts"
+    known = f"{n.wrong_with_a_known_place:,} of {n.wrong:,} wrong rollouts"
     if found.locator == "toy":
         yield (
             f"For {known} it is known where they went wrong: the first word that the toy task's "
@@ -45,13 +45,12 @@ def _counted(found: PrefixFailure) -> Iterator[str]:
             "right rewrite does not share. It may be a change of wording before or after the "
             "mistake."
         )
-    if n["right_with_a_wrong_step"]:
+    if n.right_with_a_wrong_step:
         yield (
-            f"{n['right_with_a_wrong_step']:,} right rollouts have a wrong step; they count as "
-            "right."
+            f"{n.right_with_a_wrong_step:,} right rollouts have a wrong step; they count as right."
         )
-    if n["not_measured"]:
-        yield f"{n['not_measured']:,} older samples were not measured (--limit)."
+    if n.not_measured:
+        yield f"{n.not_measured:,} older samples were not measured (--limit)."
 
 
 def _along_rollouts(found: PrefixFailure) -> Iterator[str]:

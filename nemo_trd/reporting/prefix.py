@@ -40,7 +40,8 @@ _DISTANCE = "tokens from the place of error"
 
 @dataclass(frozen=True)
 class Section:
-    models: str
+    student: str
+    teacher: str
     sentences: list[str]
     legends: list[tuple[str, list[tuple[str, str, str]]]]  # title; colour, sign and label
     figures: list[Shown]
@@ -53,7 +54,8 @@ def section(position: int, run: RunRecords) -> Section | None:
     if found is None:
         return None
     return Section(
-        models=f"Student {found.student}, teacher {found.teacher}.",
+        student=found.student,
+        teacher=found.teacher,
         sentences=sentences(found),
         legends=_legends(found),
         figures=_figures(f"prefix{position}", found),
@@ -76,6 +78,7 @@ def _legends(found: PrefixFailure) -> list[tuple[str, list[tuple[str, str, str]]
 
 def _figures(name: str, found: PrefixFailure) -> list[Shown]:
     divergence = NAMES[found.divergence]
+    divergence = divergence[0].upper() + divergence[1:]
     plotted = [
         ("teacher_entropy", "Teacher entropy", "nats"),
         (found.divergence, f"{divergence} between teacher and student", "nats"),
