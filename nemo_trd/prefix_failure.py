@@ -36,6 +36,7 @@ from nemo_trd.reporting.records import read_runs
 from nemo_trd.step_lines import write_atomically
 
 CONFIDENCE = 0.95
+BATCH_TOKENS = 4096  # where the run counts sequences
 
 
 def prefix_failure(
@@ -63,7 +64,7 @@ def prefix_failure(
         found.answers,
         config.loss,
         vocab_size,
-        config.train.max_tokens_per_micro_batch or config.refinement.max_context_tokens,
+        config.train.max_tokens_per_micro_batch or BATCH_TOKENS,
         config.logging.progress,
     )
     measured = [Measured(*pair) for pair in zip(found.answers, figures, strict=True)]

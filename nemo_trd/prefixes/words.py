@@ -76,9 +76,10 @@ def _along_rollouts(found: PrefixFailure) -> Iterator[str]:
 def _choices(found: PrefixFailure) -> Iterator[str]:
     group = found.group("rollout", "prompt", "wrong")
     at, after = (group.parts.get("at"), group.parts.get("after")) if group else (None, None)
+    right = "the right token" if found.locator == "toy" else "the token of the rewrite"
     if at is not None and "turn_back" in at.means:
         yield (
-            "At the place of error itself the teacher gives the right token "
+            f"At the place of error itself the teacher gives {right} "
             f"{percent(at.means['turn_back'])} and the one that the student wrote "
             f"{percent(at.means['go_on'])}."
         )

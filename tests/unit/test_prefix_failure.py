@@ -565,3 +565,35 @@ def test_a_run_without_samples_is_refused(
     (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
     assert main([str(tmp_path)]) == 2
     assert "logging.samples_interval" in capsys.readouterr().err
+
+
+def test_a_run_on_other_problems_is_measured_by_the_proxy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "head_dim": 8, "intermediate_size": 48}
+    for seed, role in enumerate(("student", "teacher")):
+        make_model(tmp_path / role, "qwen3", seed=seed, tokenizer=True, **sizes)
+    row = {"problem": "2 + 2?", "answer": "4"}
+    (tmp_path / "train.jsonl").write_text(f"{json.dumps(row)}\n")
+    paths = [f"model.{role}.path={tmp_path / role}" for role in ("student", "teacher")]
+    lengths = ["generation.rollout.max_tokens=64", "generation.refinement.max_tokens=64"]
+    lengths += ["refinement.max_context_tokens=440", "refinement.templates.system=null"]
+    lengths += ["refinement.templates.opd='{problem} {rollout}'", "data.max_prompt_tokens=64"]
+    config = compose(
+        [
+            *("model=local", "data=toy", "refinement=math", "precision.dtype=fp32"),
+            *("data.train.columns.reference_solution=null", "data.validation=null"),
+            *(f"data.train.path={tmp_path / 'train.jsonl'}", f"run.dir={tmp_path}"),
+            *(*paths, *lengths),
+        ]
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(public_settings(config)))
+    given = {"problem": "2 + 2?", "right": "it is 4"}
+    lines = [sample(byte_tokenizer(), y_o, "it is 4", **given) for y_o in ("it is 5", "it is 4")]
+    (tmp_path / "samples").mkdir()
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "samples" / "step_000001.jsonl").write_text(text)
+    assert main([str(tmp_path), "--resamples", "5", "logging.progress=false"]) == 0
+    assert "1 of 1 wrong rollouts there is a proxy" in capsys.readouterr().out
+    page = report.page(report.read_runs([tmp_path]))
+    assert "first token over its second" in page and "y_o leaves a choice" not in page

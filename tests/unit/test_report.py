@@ -192,7 +192,7 @@ def test_what_records_hold_is_text_and_nothing_else(tmp_path: Path) -> None:
     read = Reader(report(run))
     assert not {"script", "img"} & set(read.tags)
     assert not [name for name, _ in read.attributes if name.startswith("on")]
-    assert read.words.count(HOSTILE) >= 10 * 3 + 3  # problem, y_o, y_r; setting, prefix failure
+    assert read.words.count(HOSTILE) >= 10 * 3 + 2  # problem, y_o, y_r; setting, student
     assert name in read.words
 
 
