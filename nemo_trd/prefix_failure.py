@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers.utils.logging import disable_progress_bar
@@ -131,9 +132,12 @@ def read_config(run_dir: Path, overrides: Sequence[str]) -> Config:
     path = run_dir / "config.yaml"
     try:
         settings = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-    except (OSError, ValueError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise rule_broken(
-            "RUN_DIR", str(run_dir), f"config.yaml cannot be used: {error}", "give a run.dir"
+            "RUN_DIR",
+            str(run_dir),
+            f"config.yaml cannot be read: {str(error).splitlines()[0]}",
+            "give a run.dir",
         ) from error
     assert OmegaConf.is_dict(settings)
     return validate(settings)  # type: ignore[arg-type]

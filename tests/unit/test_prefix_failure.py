@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -557,6 +558,19 @@ def test_a_wrong_setting_is_one_message_and_exit_2(
     assert main([str(run), *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("nemo_trd: ") and says in error and "Fix: " in error
+
+
+@pytest.mark.parametrize("text", ["run: [", None])
+def test_a_run_whose_settings_cannot_be_read_is_refused(
+    run: Path, tmp_path: Path, text: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run / "samples", tmp_path / "samples")
+    (tmp_path / "metrics.jsonl").touch()
+    if text is not None:
+        (tmp_path / "config.yaml").write_text(text)
+    assert main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("nemo_trd: RUN_DIR") and "config.yaml cannot be read" in error
 
 
 def test_a_run_without_samples_is_refused(
