@@ -42,7 +42,7 @@ def change(rollout: Sequence[int], refinement: Sequence[int]) -> Change:
     )
 
 
-def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+def first_difference(a: Sequence[object], b: Sequence[object]) -> int | None:
     """The first position, from 0, at which one has another token than the other, or none."""
     pairs = enumerate(zip_longest(a, b))
     return next((position for position, (one, other) in pairs if one != other), None)

@@ -37,7 +37,19 @@ def check(config: Config, world_size: int) -> tuple[Model, Model]:
     Raises:
         ConfigError: every broken rule that was found, one a line: field, value, rule, fix.
     """
-    problems = [*_machine_problems(config), *batch_problems(config, world_size)]
+    return _check(config, [*_machine_problems(config), *batch_problems(config, world_size)])
+
+
+def check_models(config: Config) -> tuple[Model, Model]:
+    """As `check`, for one process that only computes with both models.
+
+    Raises:
+        ConfigError
+    """
+    return _check(config, [])
+
+
+def _check(config: Config, problems: list[ConfigError]) -> tuple[Model, Model]:
     student = _load(config.model.student, STUDENT, problems)
     teacher = student
     if config.model.teacher is not None:

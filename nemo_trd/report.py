@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from nemo_trd.config import ConfigError
-from nemo_trd.reporting import figures, tables
+from nemo_trd.reporting import figures, prefix, tables
 from nemo_trd.reporting.marked import LEVELS, choose, show
 from nemo_trd.reporting.plots import run_color, run_marker
 from nemo_trd.reporting.records import RunRecords, read_runs
@@ -51,7 +51,7 @@ def page(runs: Sequence[RunRecords]) -> str:
         phases=tables.phases(runs),
         staleness=figures.staleness(runs),
         ages=[tables.staleness(run) for run in runs],
-        prefix_failure=[tables.prefix_failure(run) for run in runs],
+        prefix_failure=[prefix.section(position, run) for position, run in enumerate(runs)],
         samples=[show(run, record) for run, record in samples],
         samples_recorded=sum(len(run.samples) for run in runs),
         levels=LEVELS,

@@ -24,7 +24,7 @@ from nemo_trd.types import Completion, GenerationRequest
 
 # The environment of NeMo-Aligner has transformers 4, which knows the old name only.
 _DTYPE_ARGUMENT = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Stands in the left padding, which the attention mask hides, and after a row's EOS, where it is
 # cut off. So it may be any id, an EOS or an ordinary token alike.
 _FILLER = 0
@@ -51,7 +51,7 @@ class LocalGenerator:
             disable_progress_bar()  # transformers' own, of loading weights
         self.weight_version = 0
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = _load_model(path, _DTYPES[local.dtype], trust_remote_code)
+        self.model = load_model(path, DTYPES[local.dtype], trust_remote_code)
         self.model.to(self.device)
         self.eos_token_ids = eos_token_ids(path, trust_remote_code)
         # Sampling defaults that come with a model (Qwen3: temperature 0.6, top-k 20) would
@@ -239,14 +239,21 @@ class _Watch(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def _load_model(path: str, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """A `PreTrainedModel`; typed Any because its decorators hide the signature of `to`."""
+def load_model(
+    path: str, dtype: torch.dtype, trust_remote_code: bool, device_map: str | None = None
+) -> Any:
+    """A `PreTrainedModel`; typed Any because its decorators hide the signature of `to`.
+
+    Raises:
+        ConfigError: `path` lacks weights that the model needs.
+    """
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         path,
         attn_implementation="sdpa",
         trust_remote_code=trust_remote_code,
         local_files_only=True,
         output_loading_info=True,
+        device_map=device_map,
         **{_DTYPE_ARGUMENT: dtype},
     )
     model, loading = loaded

@@ -21,6 +21,7 @@ PHASE_COLORS = 10
 _MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "<": "◀", ">": "▶", "p": "⬟"}
 _MARKED = 12  # points of a curve, so that curves are told apart without their colours
 _MAX_BARS = 60
+_LINEAR = 64  # tokens from which on an axis of positions is logarithmic
 # matplotlib wants colours that it knows: stand-ins for variables, and no colours of any plot.
 _INK, _RULE = "#0b0001", "#0b0002"
 _STYLE: dict[Any, Any] = {
@@ -56,6 +57,18 @@ class Line:
     steps: Sequence[int]
     values: Sequence[float]
     errors: Sequence[float] | None = None
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Band:
+    """One curve with its interval; colour and sign are those of the run of the same number."""
+
+    color: int
+    x: Sequence[float]
+    values: Sequence[float]
+    low: Sequence[float | None]
+    high: Sequence[float | None]
     dashed: bool = False
 
 
@@ -102,6 +115,42 @@ def curves(name: str, alt: str, ylabel: str, lines: Sequence[Line]) -> Markup | 
         if len(finite) == 1:  # or the axis would magnify nothing
             (value,) = finite
             axes.set_ylim(min(0.0, 2 * value), max(1.0, 2 * value))
+        return _svg(figure, name, alt)
+
+
+def bands(
+    name: str, alt: str, xlabel: str, ylabel: str, drawn: Sequence[Band], mark: float | None
+) -> Markup | None:
+    """Values with intervals against any axis, with a vertical rule at `mark`. None without any."""
+    if not drawn:
+        return None
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure()
+        for band in drawn:
+            color = _run_stand_in(band.color)
+            x, values = np.asarray(band.x), np.asarray(band.values)
+            # An interval that is not known has no width.
+            low, high = (
+                np.where([bound is None for bound in bounds], values, np.array(bounds, float))
+                for bounds in (band.low, band.high)
+            )
+            axes.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
+            axes.plot(
+                x,
+                values,
+                color=color,
+                linestyle=(0, (4, 2)) if band.dashed else "-",
+                marker=list(_MARKERS)[band.color % len(_MARKERS)],
+                markevery=-(-len(x) // _MARKED),
+                markerfacecolor="none" if band.dashed else color,
+            )
+        if mark is not None:
+            axes.axvline(mark, color=_INK, linewidth=1, linestyle=":")
+        if max(abs(value) for band in drawn for value in band.x) > _LINEAR:
+            axes.set_xscale("symlog", linthresh=_LINEAR)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.margins(y=0.08)
         return _svg(figure, name, alt)
 
 

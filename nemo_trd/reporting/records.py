@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from nemo_trd.config import rule_broken
+from nemo_trd.prefixes.record import FILE, PrefixFailure
 from nemo_trd.step_lines import read_lines
 
 Record = dict[str, Any]
@@ -26,7 +27,7 @@ class RunRecords:
     steps: list[Record] = field(default_factory=list)  # metrics.jsonl
     evaluations: list[Record] = field(default_factory=list)  # evaluation.jsonl
     samples: list[Record] = field(default_factory=list)  # samples/*.jsonl, newest first
-    prefix_failure: Record | None = None  # prefix_failure.json
+    prefix_failure: PrefixFailure | None = None
     missing: list[str] = field(default_factory=list)  # for people
 
     def setting(self, path: str) -> Any:
@@ -149,18 +150,15 @@ def _are_numbers(values: Sequence[Any]) -> bool:
     return all(isinstance(value, int | float) for value in values)
 
 
-def _prefix_failure(run: RunRecords) -> Record | None:
-    path = run.path / "prefix_failure.json"
+def _prefix_failure(run: RunRecords) -> PrefixFailure | None:
+    path = run.path / FILE
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        run.missing.append("prefix_failure.json cannot be read")
+        return PrefixFailure.model_validate_json(path.read_bytes())
+    except ValidationError:
+        run.missing.append(f"{FILE} is not one that this version of nemo_trd.prefix_failure writes")
         return None
-    return found
 
 
 def _note_the_end(run: RunRecords) -> None:

@@ -152,14 +152,6 @@ def staleness(run: RunRecords) -> str:
     return f"mean {_mean(values):.2f}, largest {max(values):.2f} updates"
 
 
-def prefix_failure(run: RunRecords) -> dict[str, Any] | None:
-    """The plain figures of RUN_DIR/prefix_failure.json."""
-    if run.prefix_failure is None:
-        return None
-    found = run.prefix_failure.items()
-    return {k: v for k, v in found if isinstance(v, int | float | str | bool)}
-
-
 def settings(runs: Sequence[RunRecords]) -> list[tuple[str, list[str]]]:
     """Of one run, what it is about; of several, every setting that differs, but its directory."""
     flat = [_flatten(run.settings) for run in runs]

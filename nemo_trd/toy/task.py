@@ -54,6 +54,17 @@ def problem_text(factors: Factors) -> str:
     return f"{' '.join(terms)} ?"
 
 
+def read_problem(text: str) -> Factors | None:
+    """The factors of a problem's text; None where the text is no problem of this task."""
+    words = text.split()
+    pairs = tuple(
+        (int(words[i + 1]), int(words[i + 3]))
+        for i in range(0, len(words) - 4, 4)
+        if words[i + 1] in NUMBERS and words[i + 3] in NUMBERS
+    )
+    return pairs if len(pairs) == len(PRODUCTS) and problem_text(pairs) == text else None
+
+
 def answer(factors: Factors) -> str:
     """The number that a right solution ends with."""
     return str(sum(a * b for a, b in factors) % MODULUS)

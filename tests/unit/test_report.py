@@ -15,6 +15,15 @@ from typing import Any
 import pytest
 import yaml
 
+from nemo_trd.prefixes.record import (
+    FILE,
+    Counts,
+    Curve,
+    Estimate,
+    Group,
+    PartFigures,
+    PrefixFailure,
+)
 from nemo_trd.report import main, page
 from nemo_trd.reporting.marked import LEVELS, SHOWN_TOKENS, choose, show
 from nemo_trd.reporting.plots import Line, curves
@@ -88,6 +97,38 @@ def make_run(path: Path, steps: int = 30, text: str = "x", **settings: Any) -> P
     return path
 
 
+def prefix_failure(text: str = "a student") -> str:
+    """RUN_DIR/prefix_failure.json of one wrong rollout without a rewrite."""
+
+    def estimate(mean: float) -> Estimate:
+        return Estimate(mean=mean, low=mean / 2, high=None if mean == 0 else 2 * mean)
+
+    kind = {"source": "rollout", "teacher_context": "prompt", "verdict": "wrong"}
+    part = PartFigures(
+        trajectories=1,
+        tokens=3,
+        token_share=estimate(0.5),
+        gradient_share={"jsd": estimate(0.75)},
+        hidden_gradient_share={},
+        means={
+            "teacher_entropy": estimate(0.25),
+            "student_entropy": estimate(0),
+            "jsd": estimate(2),
+        },
+        counts={},
+    )
+    lists = {"position": [-1, 0, 1], "trajectories": [1, 1, 1], "mean": [0.1, 0.5, 0.2]}
+    lists |= {"low": [None, 0.2, 0.1], "high": [None, 0.6, 0.3]}
+    names = ("teacher_entropy", "jsd", "top2_gap")
+    return PrefixFailure(
+        **{"student": text, "teacher": "a teacher", "mode": "opd", "teacher_context": "refine"},
+        **{"divergence": "jsd", "beta": 0.5, "temperature": 1.0, "locator": "first_difference"},
+        **{"confidence": 0.95, "resamples": 10, "counts": Counts(wrong=1)},
+        groups=[Group(parts=dict.fromkeys(("whole", "before", "after"), part), **kind)],
+        curves=[Curve(alignment="distance", figure=n, **lists, **kind) for n in names],
+    ).model_dump_json()
+
+
 class Reader(HTMLParser):
     """The words of a page, its elements, and what tags it has."""
 
@@ -147,11 +188,11 @@ def test_ids_are_unique(tmp_path: Path) -> None:
 def test_what_records_hold_is_text_and_nothing_else(tmp_path: Path) -> None:
     name = "a<script>b&$x$"
     run = make_run(tmp_path / name, text=HOSTILE, divergence=HOSTILE)
-    (run / "prefix_failure.json").write_text(json.dumps({HOSTILE: HOSTILE}))
+    (run / FILE).write_text(prefix_failure(HOSTILE))
     read = Reader(report(run))
     assert not {"script", "img"} & set(read.tags)
     assert not [name for name, _ in read.attributes if name.startswith("on")]
-    assert read.words.count(HOSTILE) >= 10 * 3 + 3  # problem, y_o, y_r; setting, prefix failure
+    assert read.words.count(HOSTILE) >= 10 * 3 + 2  # problem, y_o, y_r; setting, student
     assert name in read.words
 
 
@@ -279,11 +320,32 @@ def test_values_that_are_not_finite_are_gaps(tmp_path: Path) -> None:
 def test_prefix_failure_has_a_section_where_it_was_measured(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     assert 'id="prefix-failure"' not in report(run)
-    (run / "prefix_failure.json").write_text('{"turned_back": 0.25}')
+    (run / FILE).write_text(prefix_failure())
     text = report(run)
-    assert 'id="prefix-failure"' in text and "turned_back" in text
-    (run / "prefix_failure.json").write_text("{")
-    assert read_runs([run])[0].missing == ["prefix_failure.json cannot be read"]
+    section = text[text.index('id="prefix-failure"') : text.index('id="samples"')]
+    words = Reader(section).words
+    assert "0.25 nats before the place of error" in words and "there is a proxy" in words
+    assert "bring 75.0% [37.5, 150.0] of the norm of the JSD's gradient" in words
+    titles = re.findall(r"<figcaption><h3>(.*?)</h3>", section)
+    assert [title.partition(",")[0] for title in titles] == [
+        *("Teacher entropy", "JSD between teacher and student"),
+        "Teacher&#39;s first token over its second",
+    ]
+    assert section.count("<svg") == 3 and "Choices in numbers" not in section
+    several = report(run, make_run(tmp_path / "unmeasured"), run)
+    ids = [value for name, value in Reader(several).attributes if name == "id"]
+    assert len(ids) == len(set(ids)) and several.count("<h3>JSD between") == 2
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"version": 0}', "NaN"])
+def test_a_prefix_failure_that_cannot_be_used_is_named(tmp_path: Path, text: str) -> None:
+    run = make_run(tmp_path / "run")
+    (run / FILE).write_text(text)
+    (read,) = read_runs([run])
+    assert read.prefix_failure is None
+    assert read.missing == [
+        f"{FILE} is not one that this version of nemo_trd.prefix_failure writes"
+    ]
 
 
 @pytest.mark.parametrize("directory", ["empty", "absent"])
@@ -368,7 +430,7 @@ def test_a_browser_shows_every_section_at_phone_and_desktop_width(
     """Long words, long names and hostile samples included; no sideways scrolling, no errors."""
     names = [f"{n}_a_run_with_a_name_of_more_than_a_few_words" for n in range(number)]
     runs = [make_run(tmp_path / name, text=HOSTILE + "long" * 90, top_k=name) for name in names]
-    (runs[0] / "prefix_failure.json").write_text(json.dumps({"word" * 40: "word" * 60}))
+    (runs[0] / FILE).write_text(prefix_failure("word" * 60))
     assert main([*map(str, runs), "--output", str(tmp_path / "report.html")]) == 0
     found, complaints = in_browser(tmp_path)
     assert complaints == ""

@@ -1,0 +1,78 @@
+"""Where an answer to the toy task goes wrong, and what could follow from there.
+
+Words of answers are the tokens of the toy's tokenizer, its EOS token included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from nemo_trd.analysis import first_difference
+from nemo_trd.toy.task import MODULUS, NUMBERS, PRODUCTS, SUMS, Factors, solution
+
+_TERMS = {label: terms for label, *terms in SUMS}
+_LAST = SUMS[-1][0]
+
+
+class Choice(NamedTuple):
+    """Two words that could stand at one place of an answer."""
+
+    go_on: str  # what follows from the answer so far, taken at its word
+    turn_back: str  # what the right solution has at this place
+
+
+def first_error(factors: Factors, words: Sequence[str], end: str) -> int | None:
+    """The index of the first word that the right solution and `end` do not have there.
+
+    None: the answer is right, or right as far as it goes.
+    """
+    parted = first_difference(words, [*solution(factors).split(), end])
+    return None if parted is None or parted >= len(words) else parted
+
+
+def choices(factors: Factors, words: Sequence[str], end: str) -> dict[int, Choice]:
+    """The places of an answer at which going on and turning back are different words.
+
+    At the first error, "going on" is the wrong word itself. After it, a place has a choice where
+    a number is copied or computed from a wrong one; it has none where a number that is needed was
+    never written, or a step is none of the task. An answer without an error has no such places.
+    """
+    error = first_error(factors, words, end)
+    if error is None:
+        return {}
+    right = [*solution(factors).split(), end]
+    true = {step[0]: int(step[5]) for step in _steps(right)}
+    written: dict[str, int] = {}
+    step: list[str] = []
+    found = {error: Choice(words[error], right[error])}
+    for place, word in enumerate(words):
+        go_on, turn_back = _values(step, written), _values(step, true)
+        # What a step's operands say comes from the answer; what is right does not depend on them.
+        if len(step) == 5 and step[4] == "=":
+            turn_back = true.get(step[0])
+        if place > error and None not in (go_on, turn_back) and go_on != turn_back:
+            found[place] = Choice(str(go_on), str(turn_back))
+        step = [] if word == ";" else [*step, word]
+        if len(step) == 6 and step[5] in NUMBERS:
+            written[step[0]] = int(step[5])
+    return found
+
+
+def _values(step: list[str], known: dict[str, int]) -> int | None:
+    """The number that comes next in a step, if one does, where `known` has those it needs."""
+    if step == ["####"]:
+        return known.get(_LAST)
+    if not step or step[0] not in (*PRODUCTS, *_TERMS):
+        return None
+    if len(step) == 5 and step[4] == "=" and step[1] in NUMBERS and step[3] in NUMBERS:
+        a, b = int(step[1]), int(step[3])
+        results = {"*": a * b % MODULUS, "+": (a + b) % MODULUS}
+        return results.get(step[2])
+    if step[0] in _TERMS and len(step) in (1, 3):
+        return known.get(_TERMS[step[0]][len(step) // 2])
+    return None
+
+
+def _steps(words: Sequence[str]) -> list[list[str]]:
+    return [step.split() for step in " ".join(words).split(" ; ")[:-1]]
