@@ -90,7 +90,7 @@ class Jobs:
             *("refinement.max_context_tokens=450", "refinement.on_failure=rollout"),
             *("generation.rollout.max_tokens=12", "generation.refinement.max_tokens=12"),
             *("optimizer.lr=1e-3", "optimizer.distributed=false", "train.recompute=none"),
-            *("train.num_steps=120", "train.prompts_per_step=4", "checkpoint.async_save=false"),
+            *("train.num_steps=150", "train.prompts_per_step=4", "checkpoint.async_save=false"),
             *("cluster.student_server_tp=1", "cluster.teacher_server_tp=1"),
         ]
 
