@@ -35,7 +35,7 @@ PYTEST_ARGS := --durations=15
 # What depends on megatron-core and must pass with both of its versions.
 MCORE_TESTS := tests/unit/test_model.py tests/unit/test_hf_weights.py $(addprefix tests/distributed/, \
 	test_gradients.py test_hf_weights_parallel.py test_non_finite.py test_parallel_layouts.py \
-	test_resume.py test_train.py)
+	test_resume.py)
 
 .PHONY: help quickstart test test-fast test-slow test-gpu test-mcore019 test-adapters lint format system-packages env env-mcore019 \
 	vllm-env aligner-env lock clean

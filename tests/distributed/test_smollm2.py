@@ -126,6 +126,7 @@ def test_opsd_on_two_pipeline_stages(smollm2: Path, opsd: Trained, tmp_path: Pat
     check_same_first_step(split, opsd)
 
 
+@pytest.mark.slow
 def test_opd_with_the_export_of_another_run_as_the_teacher(
     smollm2: Path, opsd: Trained, tmp_path: Path
 ) -> None:
