@@ -187,20 +187,23 @@ def test_containers_are_entered_with_the_mounts_that_they_need(
     """The container itself is a stand-in: fake_pyxis.c."""
     run_dir, seen, python = tmp_path / "run", tmp_path / "seen", tmp_path / "python"
     python.write_text(
-        f'#!/bin/bash\necho "$FAKE_PYXIS" >> {seen}\nexec {CHECKOUT}/.venv/bin/python "$@"\n'
+        f'#!/bin/bash\necho "$FAKE_PYXIS$GIVEN" >> {seen}\nexec {CHECKOUT}/.venv/bin/python "$@"\n'
     )
     python.chmod(0o755)
     containers = {"CONTAINER_IMAGE": "nvcr.io/nvidia/nemo:26.06", "PYTHON": str(python)}
     number = with_pyxis.submit(
-        *(run_dir, "train.num_steps=2"), CONTAINER_MOUNTS=f"{tmp_path}:/data:ro", **containers
+        *(run_dir, "train.num_steps=2"),
+        CONTAINER_MOUNTS=f"{tmp_path}:/data:ro",
+        TRAINING_SRUN_ARGS="--export=ALL,GIVEN=also --immediate=60",
+        **containers,
     )
     job = with_pyxis.cluster.wait(number)
     assert job["ExitCode"] == "0:0", with_pyxis.cluster.log(number)
     wanted = f"image={containers['CONTAINER_IMAGE']};"
     wanted += f"mounts={CHECKOUT}:{CHECKOUT},{run_dir}:{run_dir},{tmp_path}:/data:ro;"
     wanted += f"workdir={run_dir};no-mount-home=;"
-    plan_and_two_ranks = seen.read_text().splitlines()
-    assert plan_and_two_ranks == [wanted] * 3
+    plan, *ranks = seen.read_text().splitlines()
+    assert plan == wanted and ranks == [f"{wanted}also"] * 2
 
     missing = with_pyxis.submit(run_dir, CONTAINER_MOUNTS="/no/such:/data", **containers)
     assert_refused(with_pyxis, missing, "the mount /no/such of CONTAINER_MOUNTS does not exist")

@@ -115,6 +115,18 @@ def test_a_cancelled_job_saves_and_stays_cancelled(jobs: Jobs, tmp_path: Path) -
     assert_nothing_left(jobs.cluster)
 
 
+def test_a_job_that_may_not_be_requeued_saves_and_says_so(jobs: Jobs, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    number = jobs.submit(run_dir, NEVER, options=("--no-requeue",))
+    after_steps(run_dir, 3)
+    jobs.cluster.run("scancel", "--signal=USR1", "--batch", str(number))
+    job = jobs.cluster.wait(number)
+    last = last_line(jobs.cluster.log(number))
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "75:0", "0"), last
+    assert "not requeued" in last and "sbatch again to go on" in last
+    assert saved_step(run_dir) == len(metrics(run_dir)) < STEPS
+
+
 def test_a_stop_file_ends_a_run_gracefully(
     jobs: Jobs, tmp_path: Path, uninterrupted: list[dict[str, Any]]
 ) -> None:
