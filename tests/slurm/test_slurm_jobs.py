@@ -23,6 +23,7 @@ ON_SERVERS = [
     *("generation.vllm.server.dtype=fp32", "generation.vllm.server.max_model_len=512"),
     *("generation.vllm.weight_sync.backend=file", "generation.vllm.server.max_num_seqs=16"),
 ]
+SERVERS_END = "[[ $* == *serve_node* ]] && exit 3; exec"
 LISTEN = """
 import socket, sys, time
 held = []
@@ -204,6 +205,20 @@ def test_containers_are_entered_with_the_mounts_that_they_need(
     wanted += f"workdir={run_dir};no-mount-home=;"
     plan, *ranks = seen.read_text().splitlines()
     assert plan == wanted and ranks == [f"{wanted}also"] * 2
+
+    seen.unlink()
+    python.write_text(python.read_text().replace("exec", SERVERS_END))
+    servers = with_pyxis.submit(
+        *(run_dir, *ON_SERVERS, "algorithm.trajectory=rollout"),
+        servers=(1, 0),
+        SERVER_CONTAINER_IMAGE="vllm/vllm-openai:v0.32.0",
+        **containers,
+    )
+    job = with_pyxis.cluster.wait(servers)
+    assert job["ExitCode"] == "3:0", with_pyxis.cluster.log(servers)
+    assert "a student server on node2: Exited with exit code 3" in with_pyxis.cluster.log(servers)
+    images = [line.split(";")[0].removeprefix("image=") for line in seen.read_text().splitlines()]
+    assert images == [containers["CONTAINER_IMAGE"], "vllm/vllm-openai:v0.32.0"]  # plan, server
 
     missing = with_pyxis.submit(run_dir, CONTAINER_MOUNTS="/no/such:/data", **containers)
     assert_refused(with_pyxis, missing, "the mount /no/such of CONTAINER_MOUNTS does not exist")
