@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from nemo_trd.analysis import first_difference
-from nemo_trd.toy.task import MODULUS, NUMBERS, PRODUCTS, SUMS, Factors, solution
+from nemo_trd.toy.task import MODULUS, NO, NUMBERS, PRODUCTS, SUMS, Factors, solution
 
 _TERMS = {label: terms for label, *terms in SUMS}
 _LAST = SUMS[-1][0]
@@ -19,7 +19,7 @@ class Choice(NamedTuple):
     """Two words that could stand at one place of an answer."""
 
     go_on: str  # what follows from the answer so far, taken at its word
-    turn_back: str  # what the right solution has at this place
+    turn_back: str  # what the right solution has at this place, or "no"
 
 
 def first_error(factors: Factors, words: Sequence[str], end: str) -> int | None:
@@ -34,9 +34,11 @@ def first_error(factors: Factors, words: Sequence[str], end: str) -> int | None:
 def choices(factors: Factors, words: Sequence[str], end: str) -> dict[int, Choice]:
     """The places of an answer at which going on and turning back are different words.
 
-    At the first error, "going on" is the wrong word itself. After it, a place has a choice where
-    a number is copied or computed from a wrong one; it has none where a number that is needed was
-    never written, or a step is none of the task. An answer without an error has no such places.
+    At the first error, "going on" is the wrong word itself. Right after a number that does not
+    follow from its operands, turning back is to say "no". Further on, a place has a choice where a
+    number is copied or computed from a wrong one that was not taken back; it has none where a
+    number that is needed was never written, or a step is none of the task. An answer without an
+    error has no such places.
     """
     error = first_error(factors, words, end)
     if error is None:
@@ -49,13 +51,15 @@ def choices(factors: Factors, words: Sequence[str], end: str) -> dict[int, Choic
     for place, word in enumerate(words):
         go_on, turn_back = _values(step, written), _values(step, true)
         # What a step's operands say comes from the answer; what is right does not depend on them.
-        if len(step) == 5 and step[4] == "=":
+        if _wants_result(step):
             turn_back = true.get(step[0])
         if place > error and None not in (go_on, turn_back) and go_on != turn_back:
             found[place] = Choice(str(go_on), str(turn_back))
+        if place > error and _has_slipped(step):
+            found[place] = Choice(";", NO)
         step = [] if word == ";" else [*step, word]
-        if len(step) == 6 and step[5] in NUMBERS:
-            written[step[0]] = int(step[5])
+        if _wants_result(step[:-1]) and word in NUMBERS:
+            written[step[0]] = int(word)
     return found
 
 
@@ -65,13 +69,25 @@ def _values(step: list[str], known: dict[str, int]) -> int | None:
         return known.get(_LAST)
     if not step or step[0] not in (*PRODUCTS, *_TERMS):
         return None
-    if len(step) == 5 and step[4] == "=" and step[1] in NUMBERS and step[3] in NUMBERS:
+    if _wants_result(step) and step[1] in NUMBERS and step[3] in NUMBERS:
         a, b = int(step[1]), int(step[3])
         results = {"*": a * b % MODULUS, "+": (a + b) % MODULUS}
         return results.get(step[2])
     if step[0] in _TERMS and len(step) in (1, 3):
         return known.get(_TERMS[step[0]][len(step) // 2])
     return None
+
+
+def _wants_result(step: list[str]) -> bool:
+    """Whether the next word is the number that a step comes to, be it after a "no"."""
+    return len(step) >= 5 and step[4] == "=" and step[-1] in ("=", NO)
+
+
+def _has_slipped(step: list[str]) -> bool:
+    """Whether a step ends with a number that does not follow from its operands."""
+    if not _wants_result(step[:-1]) or step[-1] not in NUMBERS:
+        return False
+    return _values(step[:-1], {}) not in (None, int(step[-1]))
 
 
 def _steps(words: Sequence[str]) -> list[list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -14,8 +14,15 @@ from nemo_trd.toy import task
 from nemo_trd.toy.tokenizer import unknown_words
 
 IGNORED = -100  # a position without a label
-KINDS = ("solve", "rewrite", "follow", "follow_attempt")
-Row = tuple[list[int], list[int]]  # context, labels
+KINDS = ("solve", "recover", "rewrite", "follow", "follow_attempt")
+
+
+class Row(NamedTuple):
+    """Token ids. Nothing is learnt at `unlearnt`, which are indices into `labels`."""
+
+    context: list[int]
+    labels: list[int]
+    unlearnt: tuple[int, ...] = ()
 
 
 def check_templates(templates: RefinementTemplates) -> None:
@@ -38,7 +45,8 @@ def check_templates(templates: RefinementTemplates) -> None:
 class RowMaker:
     """Makes training rows of each kind from warm-start problems.
 
-    solve: problem -> solution. rewrite: problem and attempt -> solution. follow: problem and
+    solve: problem -> solution. recover: problem -> solution with slips, but nothing is learnt at
+    the wrong numbers themselves. rewrite: problem and attempt -> solution. follow: problem and
     reference solution -> solution. follow_attempt: all three -> solution.
     """
 
@@ -55,10 +63,14 @@ class RowMaker:
     def row(self, kind: str, rng: random.Random) -> Row:
         """One row; the attempt that is shown has 0 to 3 errors."""
         factors = task.draw_problem(rng, "warm_start")
+        if kind == "recover":
+            text, wrong = task.slips(factors, rng)
+            asked = self.context("solve", task.problem_text(factors), "", "")
+            return Row(asked, self.labels(text), wrong)
         problem, solution = task.problem_text(factors), task.solution(factors)
         errors = rng.choices((0, 1, 2, 3), weights=(30, 30, 25, 15))[0]
         rollout = task.corrupted(factors, rng, errors)
-        return self.context(kind, problem, rollout, solution), self.labels(solution)
+        return Row(self.context(kind, problem, rollout, solution), self.labels(solution))
 
     def context(self, kind: str, problem: str, rollout: str, solution: str) -> list[int]:
         """What stands before the labels, the generation prompt included."""
@@ -80,11 +92,12 @@ class RowMaker:
 
 def as_tensors(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded token ids and next-token labels, both int64 [rows, longest - 1]."""
-    length = max(len(context) + len(labels) for context, labels in rows)
+    length = max(len(row.context) + len(row.labels) for row in rows)
     tokens = torch.zeros(len(rows), length, dtype=torch.int64)
     targets = torch.full((len(rows), length), IGNORED, dtype=torch.int64)
-    for i, (context, labels) in enumerate(rows):
+    for i, (context, labels, unlearnt) in enumerate(rows):
         end = len(context) + len(labels)
         tokens[i, :end] = torch.tensor(context + labels)
         targets[i, len(context) : end] = torch.tensor(labels)
+        targets[i, [len(context) + place for place in unlearnt]] = IGNORED
     return tokens[:, :-1], targets[:, 1:]

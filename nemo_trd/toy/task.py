@@ -1,12 +1,17 @@
-"""The toy task: a sum of three products modulo 13, worked out step by step.
+"""The toy task: a sum of three products modulo 7, worked out step by step.
 
-    problem   p 3 * 9 q 8 * 2 r 5 * 9 ?
-    solution  p 3 * 9 = 1 ; q 8 * 2 = 3 ; r 5 * 9 = 6 ; s 1 + 3 = 4 ; t 4 + 6 = 10 ; #### 10
+    problem   p 3 * 5 q 4 * 2 r 5 * 6 ?
+    solution  p 3 * 5 = 1 ; q 4 * 2 = 1 ; r 5 * 6 = 2 ; s 1 + 1 = 2 ; t 2 + 2 = 4 ; #### 4
 
 p, q and r are the products, s = p + q and t = s + r. Everything is text: words separated by one
-space, numbers are the words 0 .. 12. A problem has exactly one right solution.
+space, numbers are the words 0 .. 6. A problem has exactly one right answer, and one solution
+without slips. Whoever slips may notice, and put the right number after "no", or go on with the
+wrong one:
 
-Every problem has a number (its six factors as digits in base 13), and its number modulo 8 says
+    noticed      p 3 * 5 = 2 no 1 ; q 4 * 2 = 1 ; r 5 * 6 = 2 ; s 1 + 1 = 2 ; t 2 + 2 = 4 ; #### 4
+    not noticed  p 3 * 5 = 2 ; q 4 * 2 = 1 ; r 5 * 6 = 2 ; s 2 + 1 = 3 ; t 3 + 2 = 5 ; #### 5
+
+Every problem has a number (its six factors as digits in base 7), and its number modulo 8 says
 which split it belongs to, so that warm-start, training and validation problems never overlap,
 whatever the seeds are.
 """
@@ -14,17 +19,24 @@ whatever the seeds are.
 from __future__ import annotations
 
 import random
-from typing import Literal, get_args
+from typing import Literal
 
-MODULUS = 13
+MODULUS = 7
 PRODUCTS = ("p", "q", "r")
 SUMS = (("s", "p", "q"), ("t", "s", "r"))  # label, labels of the two terms
 NUMBERS = tuple(str(number) for number in range(MODULUS))
-MARKS = (*PRODUCTS, "s", "t", "*", "+", "=", ";", "?", "####")
+NO = "no"  # takes back the number before it
+MARKS = (*PRODUCTS, "s", "t", "*", "+", "=", ";", "?", "####", NO)
+SLIPPING = 0.4  # in a text with slips, how often a step has one
+NOTICED = 0.5  # how often a slip is noticed: as undecided as can be
 
 Factors = tuple[tuple[int, int], ...]  # one pair per product
 Split = Literal["warm_start", "train", "validation"]
-ErrorKind = Literal["result", "operand", "skip", "repeat", "answer", "cut"]
+ErrorKind = Literal["result", "noticed", "operand", "skip", "repeat", "answer", "cut"]
+ERROR_WEIGHTS: dict[ErrorKind, int] = {
+    **{"result": 8, "noticed": 8, "operand": 3},
+    **{"skip": 1, "repeat": 1, "answer": 1, "cut": 1},
+}
 RESIDUES: dict[Split, tuple[int, ...]] = {
     "validation": (0,),
     "train": (1, 2, 3),
@@ -71,13 +83,13 @@ def answer(factors: Factors) -> str:
 
 
 def solution(factors: Factors) -> str:
-    """The one right worked solution."""
+    """The one worked solution without slips."""
     return attempt(factors, {}, random.Random(0))
 
 
 def corrupted(factors: Factors, rng: random.Random, errors: int) -> str:
     """An attempt with so many errors of random kinds, carried on in the steps that follow."""
-    kinds = rng.choices(get_args(ErrorKind), weights=(12, 3, 1, 1, 1, 1), k=errors)
+    kinds = rng.choices([*ERROR_WEIGHTS], weights=[*ERROR_WEIGHTS.values()], k=errors)
     steps = rng.sample(range(len(PRODUCTS) + len(SUMS)), errors)
     return attempt(factors, dict(zip(steps, kinds, strict=True)), rng)
 
@@ -85,9 +97,10 @@ def corrupted(factors: Factors, rng: random.Random, errors: int) -> str:
 def attempt(factors: Factors, errors: dict[int, ErrorKind], rng: random.Random) -> str:
     """A worked solution in which step i goes wrong as `errors[i]` says.
 
-    result: a wrong number after "="; operand: another number is combined; skip: the step is
-    missing and its value is a guess; repeat: the step is written twice; answer: the last number
-    is not the result of the last step; cut: the attempt ends in this step.
+    result: a wrong number after "="; noticed: and then "no" and the right one; operand: another
+    number is combined; skip: the step is missing and its value is a guess;
+    repeat: the step is written twice; answer: the last number is not the result of the last step;
+    cut: the attempt ends in this step.
     """
     values: dict[str, int] = {}
     steps: list[str] = []
@@ -104,7 +117,10 @@ def attempt(factors: Factors, errors: dict[int, ErrorKind], rng: random.Random) 
         if kind in ("result", "skip"):
             value = _other(value, rng)
         values[label] = value
-        words = [label, str(a), sign, str(b), "=", str(value), ";"]
+        shown = [str(value)]
+        if kind == "noticed":
+            shown = [str(_other(value, rng)), NO, str(value)]
+        words = [label, str(a), sign, str(b), "=", *shown, ";"]
         if kind == "cut":
             return " ".join([*steps, *words[: rng.randrange(1, len(words) - 1)]])
         steps += [] if kind == "skip" else [" ".join(words)] * (2 if kind == "repeat" else 1)
@@ -112,6 +128,18 @@ def attempt(factors: Factors, errors: dict[int, ErrorKind], rng: random.Random) 
     if "answer" in errors.values():
         last = _other(last, rng)
     return " ".join([*steps, "####", str(last)])
+
+
+def slips(factors: Factors, rng: random.Random) -> tuple[str, tuple[int, ...]]:
+    """A solution with slips, noticed with probability `NOTICED`, and where their numbers stand."""
+    errors: dict[int, ErrorKind] = {
+        step: "noticed" if rng.random() < NOTICED else "result"
+        for step in range(len(PRODUCTS) + len(SUMS))
+        if rng.random() < SLIPPING
+    }
+    text = attempt(factors, errors, rng)
+    results = [place + 1 for place, word in enumerate(text.split()) if word == "="]
+    return text, tuple(results[step] for step in errors)
 
 
 def _other(number: int, rng: random.Random) -> int:
@@ -126,9 +154,9 @@ def extract_answer(text: str) -> str | None:
 
 
 def first_wrong_step(factors: Factors, text: str) -> int | None:
-    """Where an attempt leaves the right solution, as an index into its steps.
+    """Where an attempt leaves the solution without slips, as an index into its steps.
 
-    Steps end with ";", the answer is the last one (5). None: the attempt is right.
+    Steps end with ";", the answer is the last one (5). None: it never does.
     """
     right, tried = _steps(solution(factors)), _steps(text)
     for index, step in enumerate(right):

@@ -3,7 +3,8 @@
     python -m nemo_trd.toy.warm_start --out runs/toy --seed 1234
 
 Both models are trained from scratch on the warm-start problems, until their gates are passed on
-held-out problems. The teacher learns to solve and to rewrite attempts, the student to solve.
+held-out problems. The teacher learns to solve and to rewrite attempts, the student to solve and
+to follow a solution that it is shown. Both learn how a solution goes on after a wrong number.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from nemo_trd.config import RefinementTemplates, conf_dir
 from nemo_trd.toy import task
 from nemo_trd.toy.rows import IGNORED, Row, RowMaker, as_tensors
-from nemo_trd.toy.tokenizer import build_tokenizer
+from nemo_trd.toy.tokenizer import PAD, build_tokenizer
 
 HEAD_DIM = 32
 TRAIN_PROBLEMS, VALIDATION_PROBLEMS = 4000, 250
@@ -47,7 +48,7 @@ class Recipe:
     held_out: int = 128  # rows of each kind that the gates look at
     check_interval: int = 20
     warmup_steps: int = 20
-    cooling_from: float = 0.8  # at this accuracy the learning rates start to fall to a tenth
+    cooling_from: float = 0.8  # with so many solved, the learning rates start to fall to a tenth
     cooling_steps: int = 150
     matrix_lr: float = 0.02  # Muon
     other_lr: float = 3e-3  # AdamW: embedding and norms
@@ -58,7 +59,7 @@ STUDENT = Recipe(
     hidden=64,
     feed_forward=192,
     max_steps=1000,
-    shares={"solve": 32},
+    shares={"solve": 24, "recover": 8},
     gates={"solve": 0.4},
     check_interval=5,
     matrix_lr=0.03,
@@ -68,8 +69,8 @@ TEACHER = Recipe(
     hidden=128,
     feed_forward=384,
     max_steps=800,
-    shares={"solve": 16, "rewrite": 16},
-    gates={"solve": 0.97, "rewrite": 0.97},
+    shares={"solve": 12, "recover": 16, "rewrite": 12},
+    gates={"solve": 0.97, "rewrite": 0.97, "notice": 0.4},
 )
 
 
@@ -109,24 +110,51 @@ def accuracy(model: Qwen3ForCausalLM, rows: list[Row]) -> float:
     return (-token_losses(model, rows).sum(dim=1)).exp().mean().item()
 
 
+@torch.no_grad()
+def noticing(model: Qwen3ForCausalLM, rows: list[Row], tokenizer: PreTrainedTokenizerFast) -> float:
+    """How much likelier a result is taken back where it is wrong: about `task.NOTICED` at best.
+
+    Args:
+        rows: of the kind "recover".
+    """
+    equals, no, pad = tokenizer.convert_tokens_to_ids(["=", task.NO, PAD])
+    tokens, _ = as_tensors([Row(row.context, [*row.labels, pad]) for row in rows])
+    probability = model(input_ids=tokens, use_cache=False).logits.softmax(-1)[..., no]
+    found: dict[bool, list[float]] = {True: [], False: []}  # by whether the result is wrong
+    for row, taken_back in zip(rows, probability.tolist(), strict=True):
+        for place in (after + 1 for after, label in enumerate(row.labels) if label == equals):
+            found[place in row.unlearnt].append(taken_back[len(row.context) + place])
+    wrong, right = (sum(found[kind]) / len(found[kind]) for kind in (True, False))
+    return wrong - right
+
+
 def train(
-    recipe: Recipe, rows: RowMaker, seed: int, name: str
+    recipe: Recipe,
+    rows: RowMaker,
+    seed: int,
+    name: str,
+    start: Qwen3ForCausalLM | None = None,
 ) -> tuple[Qwen3ForCausalLM, dict[str, float]]:
-    """Train until the gates are passed or `max_steps` is reached.
+    """Train a new model, or `start` further, until the gates are passed or `max_steps` is reached.
 
     Returns:
         the model and its accuracy for every kind of row in `shares`.
     """
     rng = random.Random(f"{name} {seed}")
     held_out = {k: [rows.row(k, rng) for _ in range(recipe.held_out)] for k in recipe.shares}
-    model = new_model(recipe, rows.tokenizer, seed)
+    model = start or new_model(recipe, rows.tokenizer, seed)
     optimizers = _optimizers(model, recipe)
     reached: dict[str, float] = {}
     cooling_since = recipe.max_steps
 
-    def passed(kind: str) -> bool:
-        reached[kind] = accuracy(model, held_out[kind])
-        return reached[kind] >= recipe.gates[kind]
+    def measure(gate: str) -> float:
+        if gate == "notice":
+            return noticing(model, held_out["recover"], rows.tokenizer)
+        return accuracy(model, held_out[gate])
+
+    def passed(gate: str) -> bool:
+        reached[gate] = measure(gate)
+        return reached[gate] >= recipe.gates[gate]
 
     progress = tqdm(range(1, recipe.max_steps + 1), desc=f"warm start of the {name}", unit="step")
     for step in progress:
@@ -141,13 +169,13 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
         if step % recipe.check_interval == 0:
-            if all(passed(kind) for kind in recipe.gates):
+            if all(passed(gate) for gate in recipe.gates):
                 break
-            if min(reached.values()) >= recipe.cooling_from:
+            if reached.get("solve", 0.0) >= recipe.cooling_from:
                 cooling_since = min(cooling_since, step)
             progress.set_postfix({kind: f"{value:.2f}" for kind, value in reached.items()})
     progress.close()
-    return model, {kind: accuracy(model, held_out[kind]) for kind in recipe.shares}
+    return model, {gate: measure(gate) for gate in {**recipe.shares, **recipe.gates}}
 
 
 def _optimizers(
