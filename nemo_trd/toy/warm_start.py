@@ -52,6 +52,7 @@ class Recipe:
     cooling_steps: int = 150
     matrix_lr: float = 0.02  # Muon
     other_lr: float = 3e-3  # AdamW: embedding and norms
+    before: Recipe | None = None  # of the same model: what it learns first
 
 
 STUDENT = Recipe(
@@ -117,7 +118,8 @@ def noticing(model: Qwen3ForCausalLM, rows: list[Row], tokenizer: PreTrainedToke
     Args:
         rows: of the kind "recover".
     """
-    equals, no, pad = tokenizer.convert_tokens_to_ids(["=", task.NO, PAD])
+    ids = tokenizer.get_vocab()
+    equals, no, pad = ids["="], ids[task.NO], ids[PAD]
     tokens, _ = as_tensors([Row(row.context, [*row.labels, pad]) for row in rows])
     probability = model(input_ids=tokens, use_cache=False).logits.softmax(-1)[..., no]
     found: dict[bool, list[float]] = {True: [], False: []}  # by whether the result is wrong
@@ -129,20 +131,19 @@ def noticing(model: Qwen3ForCausalLM, rows: list[Row], tokenizer: PreTrainedToke
 
 
 def train(
-    recipe: Recipe,
-    rows: RowMaker,
-    seed: int,
-    name: str,
-    start: Qwen3ForCausalLM | None = None,
+    recipe: Recipe, rows: RowMaker, seed: int, name: str
 ) -> tuple[Qwen3ForCausalLM, dict[str, float]]:
-    """Train a new model, or `start` further, until the gates are passed or `max_steps` is reached.
+    """Train until the gates are passed or `max_steps` is reached.
 
     Returns:
         the model and its accuracy for every kind of row in `shares`.
     """
     rng = random.Random(f"{name} {seed}")
     held_out = {k: [rows.row(k, rng) for _ in range(recipe.held_out)] for k in recipe.shares}
-    model = start or new_model(recipe, rows.tokenizer, seed)
+    if recipe.before is None:
+        model = new_model(recipe, rows.tokenizer, seed)
+    else:
+        model, _ = train(recipe.before, rows, seed, f"{name}, first part")
     optimizers = _optimizers(model, recipe)
     reached: dict[str, float] = {}
     cooling_since = recipe.max_steps
