@@ -227,8 +227,13 @@ class Run:
         """What is known of a step's samples before the student moves: age, rewriting, servers."""
         rollouts = [refinement.request.rollout for refinement in refinements]
         versions = [rollout.completion.weight_version for rollout in rollouts]
+        rewrites = [refinement.completion for refinement in refinements if refinement.completion]
         return {
             "staleness": self._state.weight_version - sum(versions) / len(versions),
+            "generated_tokens": sum(
+                len(completion.token_ids)
+                for completion in (*(rollout.completion for rollout in rollouts), *rewrites)
+            ),
             **mean_change(merge_shares([change(*p) for p in own_share(rewritten(refinements))])),
             **rollout_nll(rollouts),
             **agreement.figures(self._differences(rollouts)),

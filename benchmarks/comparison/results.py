@@ -1,0 +1,108 @@
+"""What the runs of the comparison recorded, and how sure it is. Pure functions of their files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from math import sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+
+from scipy import stats
+
+# What a step is for. Evaluation and records are left out of wall time.
+PHASES = ("rollout", "refinement", "teacher", "student", "weight_sync")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A student after some steps of one run."""
+
+    method: str
+    seed: int
+    step: int
+    avg: float  # avg@k over the problems
+    passed: float  # pass@k
+    generated_tokens: int  # by student and teacher since the run began
+    seconds: float  # of the steps so far
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds with its 95 % interval by Student's t; p: of no difference, where asked."""
+
+    mean: float
+    half_width: float | None  # None: one seed alone
+    p: float | None = None
+
+
+def read_run(run_dir: Path, method: str, seed: int, k: int) -> list[Point]:
+    """All evaluations of a run."""
+    tokens, seconds = {0: 0}, {0: 0.0}
+    for line in _lines(run_dir / "metrics.jsonl"):
+        step = line["step"]
+        tokens[step] = tokens[step - 1] + line["generated_tokens"]
+        spent = sum(line.get(f"seconds/{phase}") or 0.0 for phase in PHASES)
+        seconds[step] = seconds[step - 1] + spent
+    return [
+        Point(
+            method,
+            seed,
+            line["step"],
+            line[f"avg@{k}"],
+            line[f"pass@{k}"],
+            tokens[line["step"]],
+            seconds[line["step"]],
+        )
+        for line in _lines(run_dir / "evaluation.jsonl")
+    ]
+
+
+def _lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def interval(values: Sequence[float], of_difference: bool = False) -> Interval:
+    """Of one value a seed. The test is the paired t-test, where `values` are differences."""
+    n = len(values)
+    if n < 2:
+        return Interval(fmean(values), None)
+    half_width = float(stats.t.ppf(0.975, n - 1)) * stdev(values) / sqrt(n)
+    p = None
+    if of_difference and stdev(values) > 0:
+        p = float(stats.ttest_1samp(values, 0.0).pvalue)
+    return Interval(fmean(values), half_width, p)
+
+
+def differences(a: Iterable[Point], b: Iterable[Point]) -> list[float]:
+    """avg@k of `a` minus that of `b`, seed by seed; each has one point for a seed.
+
+    Raises:
+        ValueError: they do not have the same seeds.
+    """
+    left, right = ({point.seed: point.avg for point in points} for points in (a, b))
+    if left.keys() != right.keys():
+        raise ValueError(f"seeds {sorted(left)} cannot be paired with seeds {sorted(right)}")
+    return [left[seed] - right[seed] for seed in sorted(left)]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted for their number (Holm 1979): the chance of any false alarm stays at the level."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def as_csv(points: Sequence[Point]) -> str:
+    """One line for each point."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*asdict(points[0])], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(point) for point in points)
+    return text.getvalue()

@@ -1,0 +1,316 @@
+"""Trajectory-refined distillation beside plain on-policy distillation, on the toy task.
+
+    python benchmarks/trd_vs_opd.py                  # 5 seeds; what docs/comparison.md quotes
+    python benchmarks/trd_vs_opd.py --quick          # every method for 2 steps: does it all run?
+    python benchmarks/trd_vs_opd.py --tune           # choose learning rate and steps of each method
+
+Every seed has a student and a teacher of its own (comparison/models.py), which all methods
+(comparison/methods.yaml) share, as they share prompts, optimizer, schedule and batch. A method that
+rewrites samples two answers a prompt and runs for BUDGET steps; one that does not samples one and
+runs for twice as many. So their ends compare at equal tokens, and BUDGET steps at equal steps.
+avg@16 and pass@16 are of 200 test problems.
+
+    chosen        learning rate and steps of each method (comparison/chosen.yaml): the best of
+                  LEARNING_RATES and of the evaluated steps on 200 other problems, for models of a
+                  seed that the comparison does not have
+    intervals     95 % over seeds, Student's t
+    p             paired t-test over seeds of TRD minus the method, not adjusted; the JSON file has
+                  Holm's adjustment over all rows of a column
+
+Everything is written to `--output`: runs, points.csv, results.json, table.md, avg.svg, pass.svg. A
+run that is there is kept. Two runs at a time, one thread each; wall time is that of the steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, TypeVar
+
+import yaml
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+if str(HERE) not in sys.path:  # where this file is imported and not run
+    sys.path.insert(0, str(HERE))
+
+from comparison.figures import plot, table  # noqa: E402
+from comparison.models import write_problems  # noqa: E402
+from comparison.results import (  # noqa: E402
+    Point,
+    as_csv,
+    differences,
+    holm,
+    interval,
+    read_run,
+)
+
+BUDGET, EVALUATIONS = 60, 4  # steps of a method that rewrites; evaluations after the first
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+TUNING_SEEDS = (100,)
+METHODS = HERE / "comparison" / "methods.yaml"
+CHOSEN = HERE / "comparison" / "chosen.yaml"
+REFERENCE = "trd"
+AT_ONCE = 2
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one method."""
+
+    method: str
+    seed: int
+    lr: float
+    steps: int
+    interval: int  # of evaluations
+    k: int  # samples of each problem
+    problems: str
+    directory: Path
+    models: Path
+    settings: tuple[str, ...]
+
+    def overrides(self) -> list[str]:
+        """Settings of the run. All but one part of them are the same for every method."""
+        teacher = "model.teacher.path"
+        own = (
+            []
+            if any(s.startswith(teacher) for s in self.settings)
+            else [f"{teacher}={self.models / 'teacher'}"]
+        )
+        return [
+            *("experiment=quickstart", f"run.dir={self.directory}", f"run.seed={self.seed}"),
+            *(f"model.student.path={self.models / 'student'}", *own),
+            f"data.train.path={self.models / 'train.jsonl'}",
+            f"data.validation.path={self.models.parent / self.problems}.jsonl",
+            *("optimizer.schedule=constant", f"optimizer.lr={self.lr}", "optimizer.min_lr=0"),
+            # The same number of steps, whatever the length of the run.
+            f"optimizer.warmup_fraction={min(1.0, 6 / self.steps)}",
+            *(f"train.num_steps={self.steps}", f"evaluation.interval={self.interval}"),
+            *("evaluation.at_end=false", f"evaluation.samples_per_problem={self.k}"),
+            *("checkpoint.save_interval=1000000", "checkpoint.export_hf=false"),
+            *("logging.tensorboard=false", "logging.progress=false"),
+            *(f"logging.samples_interval={self.interval}", "logging.samples_count=32"),
+            *self.settings,
+        ]
+
+    def command(self) -> list[str]:
+        script = [str(HERE / "comparison" / "sft.py")]
+        module = script if self.method == "sft" else ["-m", "nemo_trd.train"]
+        return [sys.executable, *module, *self.overrides()]
+
+
+def run(command: Sequence[str], log: Path) -> None:
+    """Run a command with one thread, its output in `log`.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it said.
+    """
+    with log.open("w") as output:
+        ended = subprocess.run(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+    if ended.returncode:
+        last = "\n".join(log.read_text().splitlines()[-5:])
+        raise RuntimeError(f"exit code {ended.returncode}, {log}:\n{last}")
+
+
+def run_job(job: Job) -> list[Point]:
+    """The points of a job, which is run unless its very command has been before."""
+    job.directory.parent.mkdir(parents=True, exist_ok=True)
+    done = job.directory.with_suffix(".done")
+    command = json.dumps(job.command())
+    if not done.exists() or done.read_text() != command:
+        shutil.rmtree(job.directory, ignore_errors=True)
+        run(job.command(), job.directory.with_suffix(".log"))
+        done.write_text(command)
+    return read_run(job.directory, job.method, job.seed, job.k)
+
+
+def make_models(models: Path, seed: int, quick: bool) -> None:
+    """Also keeps what is there, if it was made from the same settings."""
+    script = str(HERE / "comparison" / "models.py")
+    arguments = ["--quick"] if quick else []
+    command = [sys.executable, script, str(models / str(seed)), str(seed), *arguments]
+    run(command, models / f"{seed}.log")
+
+
+def at_once(work: Callable[[Item], Result], items: Sequence[Item], what: str) -> list[Result]:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(tqdm(pool.map(work, items), desc=what, total=len(items), unit="run"))
+
+
+def tune(methods: dict[str, Any], root: Path) -> dict[str, dict[str, float]]:
+    """Learning rate and steps of each method that are best on the development problems."""
+    jobs = [
+        job(root / "tuning", method, seed, methods[method], lr, BUDGET, 8, "development")
+        for lr in LEARNING_RATES
+        for seed in TUNING_SEEDS
+        for method in methods
+    ]
+    points = at_once(run_job, jobs, "tuning")
+    found: dict[str, dict[tuple[float, int], list[float]]] = {}
+    for one, its_points in zip(jobs, points, strict=True):
+        for point in its_points:
+            if point.step:
+                setting = (one.lr, point.step)
+                found.setdefault(one.method, {}).setdefault(setting, []).append(point.avg)
+    chosen = {}
+    for method, settings in found.items():
+        (lr, steps), values = max(settings.items(), key=lambda item: fmean(item[1]))
+        chosen[method] = {"lr": lr, "steps": steps, "development_avg": round(fmean(values), 4)}
+    return chosen
+
+
+def job(
+    root: Path,
+    method: str,
+    seed: int,
+    description: dict[str, Any],
+    lr: float,
+    budget: int,
+    k: int,
+    problems: str,
+) -> Job:
+    # Both kinds are evaluated at equal tokens, and the last but one time at equal steps.
+    longer = 1 if description.get("refines") else 2
+    return Job(
+        method=method,
+        seed=seed,
+        lr=lr,
+        steps=longer * budget,
+        interval=longer * budget // EVALUATIONS,
+        k=k,
+        problems=problems,
+        directory=root / method / f"seed_{seed}_lr_{lr:g}",
+        models=root.parent / "models" / str(seed),
+        settings=tuple(description["settings"]),
+    )
+
+
+def rows_of(
+    points: Sequence[Point], methods: dict[str, Any], chosen: dict[str, Any], budget: int
+) -> list[dict[str, Any]]:
+    """What the table has of each method."""
+
+    def at(method: str, step: int) -> list[Point]:
+        return [p for p in points if (p.method, p.step) == (method, step)]
+
+    def end(method: str) -> int:
+        return budget if methods[method].get("refines") else 2 * budget
+
+    def steps_of_chosen(method: str) -> int:
+        steps = {p.step for p in points if p.method == method}
+        return chosen[method]["steps"] if chosen[method]["steps"] in steps else end(method)
+
+    moments: dict[str, Callable[[str], int]] = {
+        "equal_steps": lambda method: budget,
+        "equal_tokens": end,
+        "chosen_steps": steps_of_chosen,
+    }
+    rows = []
+    for method, description in methods.items():
+        last = at(method, end(method))
+        row: dict[str, Any] = {
+            "method": method,
+            "title": description["title"],
+            "lr": chosen[method]["lr"],
+            "steps": steps_of_chosen(method),
+            "start": interval([p.avg for p in at(method, 0)]),
+            "passed": interval([p.passed for p in last]),
+            "tokens": fmean(p.generated_tokens for p in last),
+            "seconds": fmean(p.seconds for p in last),
+        }
+        for name, step in moments.items():
+            row[name] = interval([p.avg for p in at(method, step(method))])
+            row[f"trd_minus_{name}"] = None
+            if method != REFERENCE and REFERENCE in methods:
+                pairs = at(REFERENCE, step(REFERENCE)), at(method, step(method))
+                row[f"trd_minus_{name}"] = interval(differences(*pairs), of_difference=True)
+        rows.append(row)
+    for name in moments:
+        column = [row[f"trd_minus_{name}"] for row in rows]
+        tested = [i for i, one in enumerate(column) if one is not None and one.p is not None]
+        for i, adjusted in zip(tested, holm([column[i].p for i in tested]), strict=True):
+            rows[i][f"holm_p_{name}"] = adjusted
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=Path("runs/trd_vs_opd"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="(default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="(default: OUTPUT/results.json)")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--quick", action="store_true", help="untrained models, 2 seeds, 2 steps")
+    kind.add_argument("--tune", action="store_true", help=f"write {CHOSEN.name}")
+    given = parser.parse_args(arguments)
+    methods = yaml.safe_load(METHODS.read_text())
+    if unknown := [name for name in given.methods or () if name not in methods]:
+        parser.error(f"no method {', '.join(unknown)}: choose from {', '.join(methods)}")
+    methods = {name: methods[name] for name in given.methods or methods}
+    started = time.monotonic()
+    seeds, budget, k = given.seeds, BUDGET, 16
+    if given.quick:
+        given.output, seeds, budget, k = given.output.with_name("quick"), [0, 1], EVALUATIONS, 2
+    if given.tune:
+        seeds = TUNING_SEEDS
+    root = given.output.resolve()
+    models = root / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    write_problems(models)
+    at_once(lambda seed: make_models(models, seed, given.quick), seeds, "warm starts")
+    if given.tune:
+        chosen = tune(methods, root)
+        known = yaml.safe_load(CHOSEN.read_text()) if CHOSEN.exists() else {}
+        CHOSEN.write_text(yaml.safe_dump({**known, **chosen}, sort_keys=False))
+        print(CHOSEN.read_text())
+        return
+    chosen = yaml.safe_load(CHOSEN.read_text())
+    jobs = [
+        job(root / "runs", method, seed, methods[method], chosen[method]["lr"], budget, k, "test")
+        for seed in seeds
+        for method in methods
+    ]
+    points = [p for its_points in at_once(run_job, jobs, "methods") for p in its_points]
+    rows = rows_of(points, methods, chosen, budget)
+    results = {
+        "seeds": seeds,
+        "minutes": (time.monotonic() - started) / 60,
+        "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
+        "rows": rows,
+        "points": points,
+    }
+    text = json.dumps(results, indent=2, default=asdict)
+    (given.json or root / "results.json").write_text(text + "\n")
+    (root / "points.csv").write_text(as_csv(points))
+    (root / "table.md").write_text(table(rows, k) + "\n")
+    titles = {name: description["title"] for name, description in methods.items()}
+    plot(points, titles, k, "avg", root / "avg.svg")
+    plot(points, titles, k, "passed", root / "pass.svg")
+    print(table(rows, k))
+    print(f"\n{len(seeds)} seeds, {results['minutes']:.0f} minutes. Everything is in {root}")
+
+
+if __name__ == "__main__":
+    main()
