@@ -87,8 +87,9 @@ def _choices(found: PrefixFailure) -> Iterator[str]:
         means = after.means
         yield (
             f"After it, at {choices_counted(after):,} tokens, going on with the wrong value and "
-            f"turning back to the right one differ: the teacher goes on with probability "
-            f"{percent(means['go_on'])}, turns back with {percent(means['turn_back'])}, and says "
+            f'turning back (to the right one, or with "no") differ: the teacher goes on with '
+            f"probability {percent(means['go_on'])}, turns back with "
+            f"{percent(means['turn_back'])}, and says "
             f"something else with {percent(means['other'])}. It is of two minds, at least 10% on "
             f"each, at {percent(means['two_peaked'])} of them."
         )

@@ -35,10 +35,10 @@ def choices(factors: Factors, words: Sequence[str], end: str) -> dict[int, Choic
     """The places of an answer at which going on and turning back are different words.
 
     At the first error, "going on" is the wrong word itself. Right after a number that does not
-    follow from its operands, turning back is to say "no". Further on, a place has a choice where a
-    number is copied or computed from a wrong one that was not taken back; it has none where a
-    number that is needed was never written, or a step is none of the task. An answer without an
-    error has no such places.
+    follow from its operands, going on is ";" and turning back is "no". Further on, a place has a
+    choice where a number is copied or computed from a wrong one that was not taken back; it has
+    none where a number that is needed was never written or was taken back and not replaced, or a
+    step is none of the task. An answer without an error has no such places.
     """
     error = first_error(factors, words, end)
     if error is None:
@@ -60,6 +60,8 @@ def choices(factors: Factors, words: Sequence[str], end: str) -> dict[int, Choic
         step = [] if word == ";" else [*step, word]
         if _wants_result(step[:-1]) and word in NUMBERS:
             written[step[0]] = int(word)
+        elif word == NO and _wants_result(step):
+            written.pop(step[0], None)
     return found
 
 

@@ -33,10 +33,11 @@ from nemo_trd.toy.tokenizer import END, build_tokenizer
 from nemo_trd.trackers import public_settings
 from nemo_trd.types import Prompt, Trajectory
 
-FACTORS = ((3, 9), (8, 2), (5, 9))
-PROBLEM = "p 3 * 9 q 8 * 2 r 5 * 9 ?"
-RIGHT = "p 3 * 9 = 1 ; q 8 * 2 = 3 ; r 5 * 9 = 6 ; s 1 + 3 = 4 ; t 4 + 6 = 10 ; #### 10"
-WRONG_P = "p 3 * 9 = 2 ; q 8 * 2 = 3 ; r 5 * 9 = 6 ; s 2 + 3 = 5 ; t 5 + 6 = 11 ; #### 11"
+FACTORS = ((3, 5), (5, 2), (6, 2))
+PROBLEM = "p 3 * 5 q 5 * 2 r 6 * 2 ?"
+RIGHT = "p 3 * 5 = 1 ; q 5 * 2 = 3 ; r 6 * 2 = 5 ; s 1 + 3 = 4 ; t 4 + 5 = 2 ; #### 2"
+WRONG_P = "p 3 * 5 = 6 ; q 5 * 2 = 3 ; r 6 * 2 = 5 ; s 6 + 3 = 2 ; t 2 + 5 = 0 ; #### 0"
+NOTICED = "p 3 * 5 = 6 no 1 ; q 5 * 2 = 3 ; r 6 * 2 = 5 ; s 1 + 3 = 4 ; t 4 + 5 = 2 ; #### 2"
 VOCAB = 300  # that both models have
 AT = {name: column for column, name in enumerate(FIGURES)}
 
@@ -238,9 +239,11 @@ def words(text: str) -> list[str]:
     [
         (f"{RIGHT} {END}", None),
         (f"{WRONG_P} {END}", 5),  # the first step's result
-        (f"{RIGHT.replace('q 8 * 2 = 3', 'q 8 * 2 = 4')} {END}", 12),
-        (f"{RIGHT.replace('q 8 * 2', 'q 7 * 2')} {END}", 8),  # an operand
-        (f"{RIGHT.replace('#### 10', '#### 9')} {END}", 36),
+        (f"{NOTICED} {END}", 5),  # taken back, and yet it was wrong
+        (f"{RIGHT.replace('= 1 ;', '= 1 no 1 ;')} {END}", 6),  # takes a right number back
+        (f"{RIGHT.replace('q 5 * 2 = 3', 'q 5 * 2 = 4')} {END}", 12),
+        (f"{RIGHT.replace('q 5 * 2', 'q 4 * 2')} {END}", 8),  # an operand
+        (f"{RIGHT.replace('#### 2', '#### 1')} {END}", 36),
         (f"{RIGHT[: RIGHT.index('s')]}{END}", 21),  # ends by itself too early
         (RIGHT[: RIGHT.index("s 1")], None),  # cut off: nothing wrong as far as it goes
         (f"{RIGHT} ; p", 37),  # goes on where it should end
@@ -272,37 +275,113 @@ def test_first_errors_lie_in_the_first_wrong_step() -> None:
 
 
 def test_choices_after_an_error_are_where_a_wrong_value_is_used() -> None:
-    """p is 2 and not 1: s copies and adds it, t copies and adds s, the answer copies t."""
+    """p is 6 and not 1: s copies and adds it, t copies and adds s, the answer copies t."""
     found = choices(FACTORS, words(f"{WRONG_P} {END}"), END)
     assert found == {
-        5: ("2", "1"),
-        22: ("2", "1"),  # s _ + 3
-        26: ("5", "4"),  # s 2 + 3 = _
-        29: ("5", "4"),
-        33: ("11", "10"),
-        36: ("11", "10"),
+        5: ("6", "1"),
+        6: (";", "no"),  # the slip could be noticed here
+        22: ("6", "1"),  # s _ + 3
+        26: ("2", "4"),  # s 6 + 3 = _
+        29: ("2", "4"),
+        33: ("0", "2"),
+        36: ("0", "2"),
     }
+
+
+def test_a_slip_that_is_taken_back_leaves_no_choice_further_on() -> None:
+    slip = {5: ("6", "1"), 6: (";", "no")}
+    assert choices(FACTORS, words(f"{NOTICED} {END}"), END) == slip
+    # Nor does one that is taken back at the second try; the first try is itself a slip.
+    again = NOTICED.replace("no 1", "no 2 no 1")
+    assert choices(FACTORS, words(f"{again} {END}"), END) == slip | {8: (";", "no")}
+
+
+def test_after_no_a_wrong_number_is_a_slip_that_steps_use() -> None:
+    text = "p 3 * 5 = 6 no 2 ; q 5 * 2 = 3 ; r 6 * 2 = 5 ; s 2 + 3 = 5 ; t 5 + 5 = 3 ; #### 3"
+    assert choices(FACTORS, words(f"{text} {END}"), END) == {
+        **{5: ("6", "1"), 6: (";", "no"), 8: (";", "no")},
+        **{24: ("2", "1"), 28: ("5", "4"), 31: ("5", "4"), 35: ("3", "2"), 38: ("3", "2")},
+    }
+
+
+@pytest.mark.parametrize(
+    ("rest", "found"),
+    [
+        # s should be 2 by its operands and 4 by rights.
+        (
+            "= 5 ; t 5 + 5 = 3 ; #### 3",
+            {27: (";", "no"), 29: ("5", "4"), 33: ("3", "2"), 36: ("3", "2")},
+        ),
+        (
+            "= 5 no 2 ; t 2 + 5 = 0 ; #### 0",
+            {
+                **{27: (";", "no"), 28: ("2", "4")},
+                **{31: ("2", "4"), 35: ("0", "2"), 38: ("0", "2")},
+            },
+        ),
+        # The right number, which does not follow from the wrong operand.
+        ("= 4 ; t 4 + 5 = 2 ; #### 2", {27: (";", "no")}),
+    ],
+)
+def test_a_second_slip_after_an_unnoticed_one(rest: str, found: dict[int, Any]) -> None:
+    text = f"p 3 * 5 = 6 ; q 5 * 2 = 3 ; r 6 * 2 = 5 ; s 6 + 3 {rest}"
+    first = {5: ("6", "1"), 6: (";", "no"), 22: ("6", "1"), 26: ("2", "4")}
+    assert choices(FACTORS, words(f"{text} {END}"), END) == first | found
+
+
+def test_a_number_that_follows_from_wrong_operands_is_no_slip() -> None:
+    """What is wrong is the operand; "no" takes back results."""
+    text = RIGHT.replace("p 3 * 5 = 1", "p 4 * 5 = 6")
+    assert choices(FACTORS, words(text), END)[5] == ("6", "1")
+    assert 6 not in choices(FACTORS, words(text), END)
 
 
 def test_going_on_takes_the_operands_that_were_written() -> None:
     """A solution that copies a wrong p rightly and then turns back in the operand."""
-    text = WRONG_P.replace("s 2 + 3 = 5 ; t 5 + 6 = 11 ; #### 11", "s 1 + 3 = 4 ; t 4 + 6 = 10")
-    assert set(choices(FACTORS, words(text), END)) == {5, 22}  # from there on all agree
-    wrong_operand = RIGHT.replace("p 3 * 9 = 1", "p 4 * 9 = 10")
-    assert choices(FACTORS, words(wrong_operand), END)[5] == ("10", "1")
+    text = WRONG_P.replace("s 6 + 3 = 2 ; t 2 + 5 = 0 ; #### 0", "s 1 + 3 = 4 ; t 4 + 5 = 2")
+    assert set(choices(FACTORS, words(text), END)) == {5, 6, 22}  # from there on all agree
 
 
 def test_what_was_never_written_is_no_choice() -> None:
-    skipped = RIGHT.replace("q 8 * 2 = 3 ; ", "")
+    skipped = RIGHT.replace("q 5 * 2 = 3 ; ", "")
     found = choices(FACTORS, words(skipped), END)
     assert found == {7: ("r", "q")}
     assert set(choices(FACTORS, words("p = = ; #### ? ; s s s 4 5"), END)) == {1}
+    # Taken back and not replaced: nothing is there that s could go on with.
+    taken_back = "p 3 * 5 = 6 no ; q 5 * 2 = 3 ; r 6 * 2 = 5 ; s 6 + 3"
+    assert set(choices(FACTORS, words(taken_back), END)) == {5, 6}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("no", "= no no ;", "p 3 * 5 = no no ; no", "p 3 * 5 no 1 ; q 5", "= = = = = no 3 4 ;"),
+        *("p 3 * 5 = 6 no no 2 ; s = + ? = no 1", "#### 6 no 2", "p p p p = 3 no ; s no + no = no"),
+    ],
+)
+def test_garbage_goes_wrong_at_its_first_wrong_word(text: str) -> None:
+    found = choices(FACTORS, words(text), END)
+    error = first_error(FACTORS, words(text), END)
+    assert error is not None and min(found) == error
+
+
+def test_any_words_have_choices_of_two_known_words_within_the_answer() -> None:
+    drawn = random.Random(0)
+    known = [*task.MARKS, *task.NUMBERS]
+    for _ in range(500):
+        text = words(RIGHT)[: drawn.randrange(38)]
+        text += drawn.choices(known + ["no", "=", ";"] * 3, k=drawn.randrange(1, 30))
+        text += [END] * drawn.randrange(2)
+        found = choices(FACTORS, text, END)
+        assert (min(found) if found else None) == first_error(FACTORS, text, END)
+        assert all(place < len(text) for place in found)
+        assert all(one != other and {one, other} <= {*known, END} for one, other in found.values())
 
 
 def test_problems_are_read_back_and_others_are_not() -> None:
     assert task.read_problem(PROBLEM) == FACTORS
     assert task.problem_text(FACTORS) == PROBLEM
-    for other in ("", "how many?", PROBLEM[:-2], f"{PROBLEM} ?", PROBLEM.replace("9", "13")):
+    for other in ("", "how many?", PROBLEM[:-2], f"{PROBLEM} ?", PROBLEM.replace("5", "7")):
         assert task.read_problem(other) is None
 
 
@@ -321,7 +400,7 @@ def sample(tokenizer: Any, y_o: str, y_r: str | None, **changed: Any) -> dict[st
     if y_r is not None:
         rewrite = part(y_r, y_r == right, rejection=None, shortened=[])
     return {
-        **{"step": 5, "prompt_index": 0, "sample_index": 0, "problem": PROBLEM, "answer": "10"},
+        **{"step": 5, "prompt_index": 0, "sample_index": 0, "problem": PROBLEM, "answer": "2"},
         **{"rollout": part(y_o, y_o == right), "refinement": rewrite},
         **{"trained_on": None, "labels": None, **changed},
     }
@@ -336,7 +415,7 @@ def prompt_of(tokenizer: Any, problem: str = PROBLEM) -> Prompt:
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": problem}], add_generation_prompt=True, return_dict=False
     )
-    return Prompt(0, problem, tuple(ids), RIGHT, "10")
+    return Prompt(0, problem, tuple(ids), RIGHT, "2")
 
 
 def test_a_right_rollout_went_wrong_nowhere_and_is_counted(tokenizer: Any, config: Config) -> None:
@@ -374,14 +453,14 @@ def test_every_answer_is_read_in_both_contexts_of_the_teacher(
     assert f"problem : {PROBLEM} attempt : {WRONG_P} rewrite :" in seen["refine"]
     # y_r is aligned by the place in y_o, and leaves no choice itself.
     assert {a.error for a in found} == {5}
-    assert [len(a.choices) for a in found] == [6, 6, 0, 0]
-    five, one = tokenizer.convert_tokens_to_ids(["5", "4"])
-    assert found[0].choices[26] == (five, one)
+    assert [len(a.choices) for a in found] == [7, 7, 0, 0]
+    for place, pair in {26: ["2", "4"], 6: [";", "no"]}.items():
+        assert found[0].choices[place] == tuple(tokenizer.convert_tokens_to_ids(pair))
 
 
 def test_a_rewrite_that_parts_earlier_is_not_aligned(tokenizer: Any, config: Config) -> None:
     early = WRONG_P.replace("p 3", "p 4")
-    late = RIGHT.replace("q 8 * 2 = 3", "q 8 * 2 = 4")
+    late = RIGHT.replace("q 5 * 2 = 3", "q 5 * 2 = 4")
     found = read_answers(
         [sample(tokenizer, late, early)], [prompt_of(tokenizer)], config, tokenizer
     )
@@ -481,7 +560,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     for seed, role in enumerate(("student", "teacher")):
         warm_start.new_model(recipe, tokenizer, seed).save_pretrained(root / role)
         tokenizer.save_pretrained(root / role)
-    row = {"problem": PROBLEM, "solution": RIGHT, "answer": "10"}
+    row = {"problem": PROBLEM, "solution": RIGHT, "answer": "2"}
     other = {**row, "problem": task.problem_text(((1, 1), (2, 2), (3, 3)))}
     (root / "train.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(other)}\n")
     config = compose(
