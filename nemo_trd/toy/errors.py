@@ -55,7 +55,7 @@ def choices(factors: Factors, words: Sequence[str], end: str) -> dict[int, Choic
             turn_back = true.get(step[0])
         if place > error and None not in (go_on, turn_back) and go_on != turn_back:
             found[place] = Choice(str(go_on), str(turn_back))
-        if place > error and _has_slipped(step):
+        if _has_slipped(step):
             found[place] = Choice(";", NO)
         step = [] if word == ";" else [*step, word]
         if _wants_result(step[:-1]) and word in NUMBERS:

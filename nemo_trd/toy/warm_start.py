@@ -3,8 +3,8 @@
     python -m nemo_trd.toy.warm_start --out runs/toy --seed 1234
 
 Both models are trained from scratch on the warm-start problems, until their gates are passed on
-held-out problems. The teacher learns to solve and to rewrite attempts, the student to solve and
-to follow a solution that it is shown. Both learn how a solution goes on after a wrong number.
+held-out problems. The teacher learns to solve and to rewrite attempts, the student to solve.
+Both learn how a solution goes on after a wrong number.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ TRAIN_PROBLEMS, VALIDATION_PROBLEMS = 4000, 250
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model is made. `shares` and `gates` are keyed by the kind of row."""
+    """How one model is made. `shares` is keyed by the kind of row, `gates` too, or by "notice"."""
 
     layers: int
     hidden: int
     feed_forward: int
     max_steps: int
     shares: dict[str, int]  # rows in a batch
-    gates: dict[str, float]  # training ends when these accuracies are reached
+    gates: dict[str, float]  # training ends when these accuracies, or `noticing`, are reached
     held_out: int = 128  # rows of each kind that the gates look at
     check_interval: int = 20
     warmup_steps: int = 20
@@ -136,7 +136,7 @@ def train(
     """Train until the gates are passed or `max_steps` is reached.
 
     Returns:
-        the model and its accuracy for every kind of row in `shares`.
+        the model, and what it reaches for every kind of row in `shares` and every gate.
     """
     rng = random.Random(f"{name} {seed}")
     held_out = {k: [rows.row(k, rng) for _ in range(recipe.held_out)] for k in recipe.shares}
