@@ -1,7 +1,7 @@
 """Trajectory-refined distillation beside plain on-policy distillation, on the toy task.
 
     python benchmarks/trd_vs_opd.py                  # 5 seeds; what docs/comparison.md quotes
-    python benchmarks/trd_vs_opd.py --quick          # every method for 2 steps: does it all run?
+    python benchmarks/trd_vs_opd.py --quick          # every method, few steps: does it run?
     python benchmarks/trd_vs_opd.py --tune           # choose learning rate and steps of each method
 
 Every seed has a student and a teacher of its own (comparison/models.py), which all methods
@@ -135,11 +135,11 @@ def run(command: Sequence[str], log: Path) -> None:
 def run_job(job: Job) -> list[Point]:
     """The points of a job, which is run unless its very command has been before."""
     job.directory.parent.mkdir(parents=True, exist_ok=True)
-    done = job.directory.with_suffix(".done")
+    done, log = (job.directory.with_name(job.directory.name + end) for end in (".done", ".log"))
     command = json.dumps(job.command())
     if not done.exists() or done.read_text() != command:
         shutil.rmtree(job.directory, ignore_errors=True)
-        run(job.command(), job.directory.with_suffix(".log"))
+        run(job.command(), log)
         done.write_text(command)
     return read_run(job.directory, job.method, job.seed, job.k)
 
@@ -262,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="(default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="(default: OUTPUT/results.json)")
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--quick", action="store_true", help="untrained models, 2 seeds, 2 steps")
+    kind.add_argument("--quick", action="store_true", help="untrained models, 1 seed, few steps")
     kind.add_argument("--tune", action="store_true", help=f"write {CHOSEN.name}")
     given = parser.parse_args(arguments)
     methods = yaml.safe_load(METHODS.read_text())
@@ -272,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     seeds, budget, k = given.seeds, BUDGET, 16
     if given.quick:
-        given.output, seeds, budget, k = given.output.with_name("quick"), [0, 1], EVALUATIONS, 2
+        given.output, seeds, budget, k = given.output.with_name("quick"), [0], EVALUATIONS, 2
     if given.tune:
         seeds = TUNING_SEEDS
     root = given.output.resolve()

@@ -69,7 +69,7 @@ TEACHER = Recipe(
     layers=4,
     hidden=128,
     feed_forward=384,
-    max_steps=800,
+    max_steps=1200,
     shares={"solve": 12, "recover": 16, "rewrite": 12},
     gates={"solve": 0.97, "rewrite": 0.97, "notice": 0.4},
 )
