@@ -257,7 +257,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=Path("runs/trd_vs_opd"))
+    parser.add_argument(
+        "--output", type=Path, help="(default: runs/trd_vs_opd, with --quick _quick)"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="(default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="(default: OUTPUT/results.json)")
@@ -272,10 +274,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     seeds, budget, k = given.seeds, BUDGET, 16
     if given.quick:
-        given.output, seeds, budget, k = given.output.with_name("quick"), [0], EVALUATIONS, 2
+        seeds, budget, k = [0], EVALUATIONS, 2
     if given.tune:
         seeds = TUNING_SEEDS
-    root = given.output.resolve()
+    name = "trd_vs_opd_quick" if given.quick else "trd_vs_opd"
+    root = (given.output or Path("runs") / name).resolve()
     models = root / "models"
     models.mkdir(parents=True, exist_ok=True)
     write_problems(models)
