@@ -17,8 +17,10 @@ avg@16 and pass@16 are of 200 test problems.
     p             paired t-test over seeds of TRD minus the method, not adjusted; the JSON file has
                   Holm's adjustment over all rows of a column
 
-Everything is written to `--output`: runs, points.csv, results.json, table.md, avg.svg, pass.svg. A
-run that is there is kept. Two runs at a time, one thread each; wall time is that of the steps.
+Everything is written to `--output`: runs, points.csv, results.json, table.md, avg.svg, pass.svg,
+and models.md, which has what each seed's models can do and how its teacher takes the errors in
+rollouts (nemo_trd.prefix_failure). A run that is there is kept. Two runs at a time, one thread
+each; wall time is that of the steps.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ HERE = Path(__file__).resolve().parent
 if str(HERE) not in sys.path:  # where this file is imported and not run
     sys.path.insert(0, str(HERE))
 
-from comparison.figures import plot, table  # noqa: E402
+from comparison.figures import models_table, plot, table  # noqa: E402
 from comparison.models import write_problems  # noqa: E402
 from comparison.results import (  # noqa: E402
     Point,
@@ -53,6 +55,7 @@ from comparison.results import (  # noqa: E402
     differences,
     holm,
     interval,
+    read_models,
     read_run,
 )
 
@@ -142,6 +145,12 @@ def run_job(job: Job) -> list[Point]:
         run(job.command(), log)
         done.write_text(command)
     return read_run(job.directory, job.method, job.seed, job.k)
+
+
+def measure_prefixes(job: Job) -> None:
+    """What the teacher says along the rollouts of a run."""
+    command = [sys.executable, "-m", "nemo_trd.prefix_failure", str(job.directory)]
+    run(command, job.directory / "prefix_failure.log")
 
 
 def make_models(models: Path, seed: int, quick: bool) -> None:
@@ -297,10 +306,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     points = [p for its_points in at_once(run_job, jobs, "methods") for p in its_points]
     rows = rows_of(points, methods, chosen, budget)
+    measured: dict[int, dict[str, float]] = {}
+    if REFERENCE in methods and not given.quick:  # untrained models have nothing to measure
+        references = [one for one in jobs if one.method == REFERENCE]
+        at_once(measure_prefixes, references, "prefix failure")
+        measured = {one.seed: read_models(one.models, one.directory) for one in references}
+        (root / "models.md").write_text(models_table(measured) + "\n")
     results = {
         "seeds": seeds,
         "minutes": (time.monotonic() - started) / 60,
         "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
+        "models": measured,
         "rows": rows,
         "points": points,
     }

@@ -42,6 +42,21 @@ def table(rows: Sequence[Mapping[str, Any]], k: int) -> str:
                 _difference(row["trd_minus_equal_tokens"]),
             ]
         )
+    return _markdown(lines)
+
+
+def models_table(models: Mapping[int, Mapping[str, float]]) -> str:
+    """In Markdown: what the models of each seed can do, and how the teacher takes errors."""
+    head = ["seed", *(name.replace("_", " ") for name in next(iter(models.values())))]
+    lines = [head, ["---:"] * len(head)]
+    lines += [
+        [str(seed), *(f"{value:.3g}" for value in figures.values())]
+        for seed, figures in models.items()
+    ]
+    return _markdown(lines)
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -13,7 +13,11 @@ from statistics import fmean, stdev
 
 from scipy import stats
 
-# What a step is for. Evaluation and records are left out of wall time.
+from nemo_trd.prefixes.record import FILE as PREFIX_FAILURE
+from nemo_trd.prefixes.record import PrefixFailure
+
+# What steps are for. Evaluation and records are left out of wall time.
+VERDICTS = ("wrong_to_right", "wrong_to_wrong", "right_to_right", "right_to_wrong")
 PHASES = ("rollout", "refinement", "teacher", "student", "weight_sync")
 
 
@@ -59,6 +63,42 @@ def read_run(run_dir: Path, method: str, seed: int, k: int) -> list[Point]:
         )
         for line in _lines(run_dir / "evaluation.jsonl")
     ]
+
+
+def read_models(models: Path, run_dir: Path) -> dict[str, float]:
+    """What student and teacher can do, and what the teacher says of the student's rollouts.
+
+    Args:
+        models: where the warm start wrote them; held-out problems.
+        run_dir: a run that refines, measured by nemo_trd.prefix_failure: teacher sees x and y_o.
+    """
+    made = json.loads((models / "warm_start.json").read_text())
+    lines = _lines(run_dir / "metrics.jsonl")
+    counts = {name: sum(line[name] for line in lines) for name in VERDICTS}
+    found = PrefixFailure.model_validate_json((run_dir / PREFIX_FAILURE).read_text())
+    parts = {
+        (group.source, part): {name: one.mean for name, one in figures.means.items()}
+        for group in found.groups
+        if (group.teacher_context, group.verdict) == ("prompt", "wrong")
+        for part, figures in group.parts.items()
+    }
+    after = parts["rollout", "after"]
+    wrong = counts["wrong_to_right"] + counts["wrong_to_wrong"]
+    right = counts["right_to_right"] + counts["right_to_wrong"]
+    return {
+        "student_solves": made["student"]["accuracy"]["solve"],
+        "teacher_solves": made["teacher"]["accuracy"]["solve"],
+        "teacher_rewrites": made["teacher"]["accuracy"]["rewrite"],
+        "notices": made["teacher"]["accuracy"]["notice"],
+        "repaired": counts["wrong_to_right"] / wrong,
+        "spoiled": counts["right_to_wrong"] / right,
+        "entropy_before_error": parts["rollout", "before"]["teacher_entropy"],
+        "entropy_after_error": after["teacher_entropy"],
+        "entropy_of_rewrite": parts["refinement", "after"]["teacher_entropy"],
+        "turns_back": after["turn_back"],
+        "two_peaked": after["two_peaked"],
+        "warm_start_seconds": sum(made[role]["seconds"] for role in ("student", "teacher")),
+    }
 
 
 def _lines(path: Path) -> list[dict]:
