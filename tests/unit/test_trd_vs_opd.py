@@ -156,6 +156,57 @@ def test_intervals_and_p_are_those_of_students_t_over_pairs(results: Any) -> Non
         results.differences(points[0], points[1][:2])
 
 
+def test_what_the_models_can_do_is_read_from_warm_start_run_and_prefix_failure(
+    results: Any, tmp_path: Path
+) -> None:
+    accuracy = {
+        "student": {"solve": 0.4},
+        "teacher": {"solve": 0.98, "rewrite": 0.97, "notice": 0.5},
+    }
+    made = {role: {"accuracy": a, "seconds": 10.0} for role, a in accuracy.items()}
+    (tmp_path / "warm_start.json").write_text(json.dumps(made))
+    verdicts = [(3, 1, 5, 0), (5, 1, 4, 1)]  # of two steps, in the order of VERDICTS
+    lines = [dict(zip(results.VERDICTS, counts, strict=True)) for counts in verdicts]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    estimate = {"mean": 0.0, "low": None, "high": None}
+
+    def part(**means: float) -> dict[str, Any]:
+        return {
+            **{"trajectories": 1, "tokens": 1, "token_share": estimate, "counts": {}},
+            **{"gradient_share": {}, "hidden_gradient_share": {}},
+            "means": {name: {**estimate, "mean": mean} for name, mean in means.items()},
+        }
+
+    def group(source: str, context: str, verdict: str, entropy: float) -> dict[str, Any]:
+        parts = {
+            "before": part(teacher_entropy=entropy),
+            "after": part(teacher_entropy=10 * entropy, turn_back=0.2, two_peaked=0.3),
+        }
+        names = {"source": source, "teacher_context": context, "verdict": verdict}
+        return {**names, "parts": parts}
+
+    measured = {
+        **{"student": "s", "teacher": "t", "mode": "opd", "teacher_context": "refine"},
+        **{"divergence": "forward_kl", "beta": 0.5, "temperature": 1.0, "locator": "toy"},
+        **{"confidence": 0.95, "resamples": 1, "counts": {}, "curves": []},
+        "groups": [
+            group("rollout", "prompt", "wrong", 0.01),
+            group("rollout", "refine", "wrong", 7.0),
+            group("rollout", "prompt", "right", 8.0),
+            group("refinement", "prompt", "wrong", 0.002),
+        ],
+    }
+    (tmp_path / "prefix_failure.json").write_text(json.dumps(measured))
+    found = results.read_models(tmp_path, tmp_path)
+    assert (found["student_solves"], found["teacher_solves"]) == (0.4, 0.98)
+    assert (found["teacher_rewrites"], found["notices"]) == (0.97, 0.5)
+    assert (found["repaired"], found["spoiled"]) == (0.8, 0.1)
+    assert (found["entropy_before_error"], found["entropy_after_error"]) == (0.01, 0.1)
+    assert found["entropy_of_rewrite"] == pytest.approx(0.02)
+    assert (found["turns_back"], found["two_peaked"]) == (0.2, 0.3)
+    assert found["warm_start_seconds"] == 20.0
+
+
 def test_holm_adjusts_as_in_a_worked_example(results: Any) -> None:
     # Sorted 0.005, 0.01, 0.03, 0.04: times 4, 3, 2, 1, and no smaller than the one before.
     assert results.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
