@@ -60,7 +60,7 @@ from comparison.results import (  # noqa: E402
 )
 
 BUDGET, EVALUATIONS = 60, 4  # steps of a method that rewrites; evaluations after the first
-LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 TUNING_SEEDS = (100,)
 METHODS = HERE / "comparison" / "methods.yaml"
 CHOSEN = HERE / "comparison" / "chosen.yaml"
