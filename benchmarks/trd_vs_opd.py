@@ -20,7 +20,7 @@ avg@16 and pass@16 are of 200 test problems.
 Everything is written to `--output`: runs, points.csv, results.json, table.md, avg.svg, pass.svg,
 and models.md, which has what each seed's models can do and how its teacher takes the errors in
 rollouts (nemo_trd.prefix_failure). A run that is there is kept. Two runs at a time, one thread
-each; wall time is that of the steps.
+each; wall time is that of the steps, its median over seeds.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, TypeVar
 
 import yaml
@@ -136,14 +136,15 @@ def run(command: Sequence[str], log: Path) -> None:
 
 
 def run_job(job: Job) -> list[Point]:
-    """The points of a job, which is run unless its very command has been before."""
+    """The points of a job, which is run unless its command has been before, on these models."""
     job.directory.parent.mkdir(parents=True, exist_ok=True)
     done, log = (job.directory.with_name(job.directory.name + end) for end in (".done", ".log"))
-    command = json.dumps(job.command())
-    if not done.exists() or done.read_text() != command:
+    models = json.loads((job.models / "warm_start.json").read_text())["digest"]
+    key = json.dumps({"models": models, "command": job.command()})
+    if not done.exists() or done.read_text() != key:
         shutil.rmtree(job.directory, ignore_errors=True)
         run(job.command(), log)
-        done.write_text(command)
+        done.write_text(key)
     return read_run(job.directory, job.method, job.seed, job.k)
 
 
@@ -245,7 +246,7 @@ def rows_of(
             "start": interval([p.avg for p in at(method, 0)]),
             "passed": interval([p.passed for p in last]),
             "tokens": fmean(p.generated_tokens for p in last),
-            "seconds": fmean(p.seconds for p in last),
+            "seconds": median(p.seconds for p in last),  # a machine may be disturbed in a run
         }
         for name, step in moments.items():
             row[name] = interval([p.avg for p in at(method, step(method))])
@@ -260,6 +261,54 @@ def rows_of(
         for i, adjusted in zip(tested, holm([column[i].p for i in tested]), strict=True):
             rows[i][f"holm_p_{name}"] = adjusted
     return rows
+
+
+def compare(
+    methods: dict[str, Any], seeds: Sequence[int], root: Path, budget: int, k: int
+) -> tuple[list[Job], list[Point], list[dict[str, Any]]]:
+    """The runs of all methods, their points, and a row for each method."""
+    chosen = yaml.safe_load(CHOSEN.read_text())
+    jobs = [
+        job(root / "runs", method, seed, methods[method], chosen[method]["lr"], budget, k, "test")
+        for seed in seeds
+        for method in methods
+    ]
+    points = [p for its_points in at_once(run_job, jobs, "methods") for p in its_points]
+    return jobs, points, rows_of(points, methods, chosen, budget)
+
+
+def measure_models(jobs: Sequence[Job]) -> dict[int, dict[str, float]]:
+    """By seed: what its models can do, and the prefix failure in its run of `REFERENCE`."""
+    references = [one for one in jobs if one.method == REFERENCE]
+    at_once(measure_prefixes, references, "prefix failure")
+    return {one.seed: read_models(one.models, one.directory) for one in references}
+
+
+def write(
+    root: Path,
+    json_file: Path | None,
+    points: Sequence[Point],
+    rows: Sequence[dict[str, Any]],
+    models: dict[int, dict[str, float]],
+    minutes: float,
+    k: int,
+) -> None:
+    results = {
+        "minutes": minutes,
+        "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
+        "models": models,
+        "rows": rows,
+        "points": points,
+    }
+    text = json.dumps(results, indent=2, default=asdict)
+    (json_file or root / "results.json").write_text(text + "\n")
+    (root / "points.csv").write_text(as_csv(points))
+    (root / "table.md").write_text(table(rows, k) + "\n")
+    if models:
+        (root / "models.md").write_text(models_table(models) + "\n")
+    titles = {row["method"]: row["title"] for row in rows}
+    plot(points, titles, k, "avg", root / "avg.svg")
+    plot(points, titles, k, "passed", root / "pass.svg")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -293,42 +342,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_problems(models)
     at_once(lambda seed: make_models(models, seed, given.quick), seeds, "warm starts")
     if given.tune:
-        chosen = tune(methods, root)
         known = yaml.safe_load(CHOSEN.read_text()) if CHOSEN.exists() else {}
-        CHOSEN.write_text(yaml.safe_dump({**known, **chosen}, sort_keys=False))
+        chosen = {**known, **tune(methods, root)}
+        CHOSEN.write_text(yaml.safe_dump(chosen, sort_keys=False))
         print(CHOSEN.read_text())
         return
-    chosen = yaml.safe_load(CHOSEN.read_text())
-    jobs = [
-        job(root / "runs", method, seed, methods[method], chosen[method]["lr"], budget, k, "test")
-        for seed in seeds
-        for method in methods
-    ]
-    points = [p for its_points in at_once(run_job, jobs, "methods") for p in its_points]
-    rows = rows_of(points, methods, chosen, budget)
-    measured: dict[int, dict[str, float]] = {}
-    if REFERENCE in methods and not given.quick:  # untrained models have nothing to measure
-        references = [one for one in jobs if one.method == REFERENCE]
-        at_once(measure_prefixes, references, "prefix failure")
-        measured = {one.seed: read_models(one.models, one.directory) for one in references}
-        (root / "models.md").write_text(models_table(measured) + "\n")
-    results = {
-        "seeds": seeds,
-        "minutes": (time.monotonic() - started) / 60,
-        "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
-        "models": measured,
-        "rows": rows,
-        "points": points,
-    }
-    text = json.dumps(results, indent=2, default=asdict)
-    (given.json or root / "results.json").write_text(text + "\n")
-    (root / "points.csv").write_text(as_csv(points))
-    (root / "table.md").write_text(table(rows, k) + "\n")
-    titles = {name: description["title"] for name, description in methods.items()}
-    plot(points, titles, k, "avg", root / "avg.svg")
-    plot(points, titles, k, "passed", root / "pass.svg")
+    jobs, points, rows = compare(methods, seeds, root, budget, k)
+    # Untrained models have nothing to measure.
+    measured = {} if given.quick else measure_models(jobs)
+    minutes = (time.monotonic() - started) / 60
+    write(root, given.json, points, rows, measured, minutes, k)
     print(table(rows, k))
-    print(f"\n{len(seeds)} seeds, {results['minutes']:.0f} minutes. Everything is in {root}")
+    print(f"\n{len(seeds)} seeds, {minutes:.0f} minutes. Everything is in {root}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from comparison.results import Interval, Point, interval
@@ -85,7 +86,7 @@ def plot(
             groups = [[p for p in points if (p.method, p.step) == (method, s)] for s in steps]
             found = [interval([getattr(p, quantity) for p in group]) for group in groups]
             panel.errorbar(
-                [interval([getattr(p, axis) for p in group]).mean for group in groups],
+                [median(getattr(p, axis) for p in group) for group in groups],
                 [one.mean for one in found],
                 [one.half_width or 0 for one in found],
                 label=title,

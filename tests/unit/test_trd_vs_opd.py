@@ -240,7 +240,7 @@ def test_a_row_compares_at_equal_steps_and_at_equal_tokens(
     assert "<svg" in (tmp_path / "avg.svg").read_text()
 
 
-def test_a_run_is_kept_while_its_settings_stay(
+def test_a_run_is_kept_while_its_settings_and_models_stay(
     benchmark: Any, job: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, started = job("trd"), []
@@ -252,9 +252,11 @@ def test_a_run_is_kept_while_its_settings_stay(
             (one.directory / f"{name}.jsonl").write_text("")
 
     monkeypatch.setattr(benchmark, "run", run)
-    for job_of_turn in (one, one, replace(one, k=8)):
+    one.models.mkdir(parents=True)
+    for digest, job_of_turn in (("a", one), ("a", one), ("a", replace(one, k=8)), ("b", one)):
+        (one.models / "warm_start.json").write_text(json.dumps({"digest": digest}))
         assert benchmark.run_job(job_of_turn) == []
-    assert started == [one.command(), replace(one, k=8).command()]
+    assert started == [one.command(), replace(one, k=8).command(), one.command()]
 
 
 def test_a_failed_run_is_reported_with_the_end_of_its_log(benchmark: Any, tmp_path: Path) -> None:
