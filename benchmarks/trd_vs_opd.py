@@ -10,9 +10,9 @@ rewrites samples two answers a prompt and runs for BUDGET steps; one that does n
 runs for twice as many. So their ends compare at equal tokens, and BUDGET steps at equal steps.
 avg@16 and pass@16 are of 200 test problems.
 
-    chosen        learning rate and steps of each method (comparison/chosen.yaml): the best of
-                  LEARNING_RATES and of the evaluated steps on 200 other problems, for models of a
-                  seed that the comparison does not have
+    chosen        learning rate and steps of each method (comparison/chosen.yaml): the best of the
+                  evaluated steps on 200 other problems, with models of two seeds that the
+                  comparison does not have: all LEARNING_RATES on the first, the two best on both
     intervals     95 % over seeds, Student's t
     p             paired t-test over seeds of TRD minus the method, not adjusted; the JSON file has
                   Holm's adjustment over all rows of a column
@@ -61,7 +61,7 @@ from comparison.results import (  # noqa: E402
 
 BUDGET, EVALUATIONS = 60, 4  # steps of a method that rewrites; evaluations after the first
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-TUNING_SEEDS = (100,)
+TUNING_SEEDS = (100, 101)
 METHODS = HERE / "comparison" / "methods.yaml"
 CHOSEN = HERE / "comparison" / "chosen.yaml"
 REFERENCE = "trd"
@@ -168,24 +168,35 @@ def at_once(work: Callable[[Item], Result], items: Sequence[Item], what: str) ->
 
 
 def tune(methods: dict[str, Any], root: Path) -> dict[str, dict[str, float]]:
-    """Learning rate and steps of each method that are best on the development problems."""
-    jobs = [
-        job(root / "tuning", method, seed, methods[method], lr, BUDGET, 8, "development")
-        for lr in LEARNING_RATES
-        for seed in TUNING_SEEDS
-        for method in methods
-    ]
-    points = at_once(run_job, jobs, "tuning")
-    found: dict[str, dict[tuple[float, int], list[float]]] = {}
-    for one, its_points in zip(jobs, points, strict=True):
-        for point in its_points:
-            if point.step:
-                setting = (one.lr, point.step)
-                found.setdefault(one.method, {}).setdefault(setting, []).append(point.avg)
+    """Learning rate and steps of each method that are best on the development problems.
+
+    All learning rates on the first seed, then the two best of each method on the second.
+    """
+    found: dict[str, dict[tuple[float, int], list[float]]] = {method: {} for method in methods}
+    rates = {method: list(LEARNING_RATES) for method in methods}
+    for seed in TUNING_SEEDS:
+        jobs = [
+            job(root / "tuning", method, seed, methods[method], lr, BUDGET, 8, "development")
+            for method in methods
+            for lr in rates[method]
+        ]
+        points = at_once(run_job, jobs, f"tuning, seed {seed}")
+        for one, its_points in zip(jobs, points, strict=True):
+            for point in its_points:
+                if point.step:
+                    values = found[one.method].setdefault((one.lr, point.step), [])
+                    values.append(point.avg)
+        for method, lrs in rates.items():
+            best = {
+                lr: max(fmean(v) for (rate, _), v in found[method].items() if rate == lr)
+                for lr in lrs
+            }
+            rates[method] = sorted(lrs, key=best.__getitem__, reverse=True)[:2]
     chosen = {}
     for method, settings in found.items():
-        (lr, steps), values = max(settings.items(), key=lambda item: fmean(item[1]))
-        chosen[method] = {"lr": lr, "steps": steps, "development_avg": round(fmean(values), 4)}
+        tried = {s: fmean(v) for s, v in settings.items() if len(v) == len(TUNING_SEEDS)}
+        lr, steps = max(tried, key=lambda setting: tried[setting])
+        chosen[method] = {"lr": lr, "steps": steps, "development_avg": round(tried[lr, steps], 4)}
     return chosen
 
 
