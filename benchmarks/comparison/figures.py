@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 from comparison.results import Interval, Point, interval
@@ -74,6 +74,11 @@ def _difference(found: Interval | None) -> str:
     return f"{100 * found.mean:+.1f}{width}{sure}"
 
 
+def _place(axis: str, group: Sequence[Point]) -> float:
+    values = [getattr(point, axis) for point in group]
+    return min(values) if axis == "seconds" else fmean(values)
+
+
 def plot(
     points: Sequence[Point], titles: Mapping[str, str], k: int, quantity: str, path: Path
 ) -> None:
@@ -86,7 +91,7 @@ def plot(
             groups = [[p for p in points if (p.method, p.step) == (method, s)] for s in steps]
             found = [interval([getattr(p, quantity) for p in group]) for group in groups]
             panel.errorbar(
-                [median(getattr(p, axis) for p in group) for group in groups],
+                [_place(axis, group) for group in groups],
                 [one.mean for one in found],
                 [one.half_width or 0 for one in found],
                 label=title,
