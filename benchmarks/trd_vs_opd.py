@@ -252,6 +252,7 @@ def rows_of(
         row: dict[str, Any] = {
             "method": method,
             "title": description["title"],
+            "variant": description.get("variant", False),
             "lr": chosen[method]["lr"],
             "steps": steps_of_chosen(method),
             "start": interval([p.avg for p in at(method, 0)]),
@@ -317,7 +318,8 @@ def write(
     (root / "table.md").write_text(table(rows, k) + "\n")
     if models:
         (root / "models.md").write_text(models_table(models) + "\n")
-    titles = {row["method"]: row["title"] for row in rows}
+    kinds = [[row for row in rows if row["variant"] == variant] for variant in (False, True)]
+    titles = [{row["method"]: row["title"] for row in kind} for kind in kinds if kind]
     plot(points, titles, k, "avg", root / "avg.svg")
     plot(points, titles, k, "passed", root / "pass.svg")
 

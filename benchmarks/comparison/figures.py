@@ -8,11 +8,12 @@ from statistics import fmean
 from typing import Any
 
 from comparison.results import Interval, Point, interval
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 AXES = {
     "step": "steps",
-    "generated_tokens": "generated tokens",
+    "generated_tokens": "thousands of generated tokens",
     "seconds": "seconds of wall time",
 }
 
@@ -75,37 +76,45 @@ def _difference(found: Interval | None) -> str:
 
 
 def _place(axis: str, group: Sequence[Point]) -> float:
-    values = [getattr(point, axis) for point in group]
-    return min(values) if axis == "seconds" else fmean(values)
+    if axis == "seconds":
+        return min(point.seconds for point in group)
+    return group[0].step if axis == "step" else fmean(p.generated_tokens for p in group) / 1000
 
 
 def plot(
-    points: Sequence[Point], titles: Mapping[str, str], k: int, quantity: str, path: Path
+    points: Sequence[Point],
+    groups: Sequence[Mapping[str, str]],
+    k: int,
+    quantity: str,
+    path: Path,
 ) -> None:
-    """avg@k (`quantity` avg) or pass@k (passed) against steps, tokens and time: mean over seeds."""
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    panels = figure.subplots(1, len(AXES), sharey=True)
-    for (axis, label), panel in zip(AXES.items(), panels, strict=True):
-        for number, (method, title) in enumerate(titles.items()):
-            steps = sorted({p.step for p in points if p.method == method})
-            groups = [[p for p in points if (p.method, p.step) == (method, s)] for s in steps]
-            found = [interval([getattr(p, quantity) for p in group]) for group in groups]
-            panel.errorbar(
-                [_place(axis, group) for group in groups],
-                [one.mean for one in found],
-                [one.half_width or 0 for one in found],
-                label=title,
-                color=f"C{number % 10}",
-                linestyle=("-", "--", ":")[number // 10],
-                marker=("o", "s", "^")[number // 10],
-                markersize=3,
-                capsize=2,
-                linewidth=1.2,
-            )
-        panel.set_xlabel(label)
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel(f"{'avg' if quantity == 'avg' else 'pass'}@{k} on test problems")
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8
-    )
+    """avg@k (`quantity` avg) or pass@k (passed) against steps, tokens and time: mean over seeds.
+
+    Args:
+        groups: title by method, a row of panels for each.
+    """
+    figure = Figure(figsize=(13, 5 * len(groups)), layout="constrained")
+    for group, row in zip(groups, figure.subfigures(len(groups), squeeze=False)[:, 0], strict=True):
+        panels = row.subplots(1, len(AXES), sharey=True)
+        for (axis, label), panel in zip(AXES.items(), panels, strict=True):
+            for number, (method, title) in enumerate(group.items()):
+                _curve(panel, [p for p in points if p.method == method], axis, quantity)
+                panel.lines[-1].set(color=f"C{number}", label=title)
+                panel.collections[-1].set(color=f"C{number}")
+            panel.set(xlabel=label, ylim=(0, 1.02))
+            panel.grid(alpha=0.3)
+        panels[0].set_ylabel(f"{'avg' if quantity == 'avg' else 'pass'}@{k} on test problems")
+        lines = panels[0].lines
+        row.legend(handles=lines, loc="outside lower center", ncols=5, fontsize=9)
     figure.savefig(path)
+
+
+def _curve(panel: Axes, points: Sequence[Point], axis: str, quantity: str) -> None:
+    """A line, and its interval as a shade."""
+    groups = [[p for p in points if p.step == step] for step in sorted({p.step for p in points})]
+    places = [_place(axis, group) for group in groups]
+    found = [interval([getattr(point, quantity) for point in group]) for group in groups]
+    low = [one.mean - (one.half_width or 0) for one in found]
+    high = [one.mean + (one.half_width or 0) for one in found]
+    panel.fill_between(places, low, high, alpha=0.12, linewidth=0)
+    panel.plot(places, [one.mean for one in found], marker="o", markersize=3, linewidth=1.5)

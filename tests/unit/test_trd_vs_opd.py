@@ -236,7 +236,9 @@ def test_a_row_compares_at_equal_steps_and_at_equal_tokens(
     shown = benchmark.table([opd, trd], 16)
     assert "| OPD, reverse KL | 0.1 | 70.5 ± 6.4 | 72.5 ± 6.4 |" in shown
     assert "| +10.0 ± 0.0" in shown and len(shown.splitlines()) == 4
-    benchmark.plot(points, {m: m for m in curves}, 16, "avg", tmp_path / "avg.svg")
+    benchmark.plot(
+        points, [{"trd": "TRD"}, {m: m for m in curves}], 16, "avg", tmp_path / "avg.svg"
+    )
     assert "<svg" in (tmp_path / "avg.svg").read_text()
 
 
