@@ -210,7 +210,7 @@ def job(
     k: int,
     problems: str,
 ) -> Job:
-    # Both kinds are evaluated at equal tokens, and the last but one time at equal steps.
+    # Both kinds are evaluated at equal tokens each time, and at equal steps after `budget` of them.
     longer = 1 if description.get("refines") else 2
     return Job(
         method=method,
@@ -289,7 +289,7 @@ def compare(
     return jobs, points, rows_of(points, methods, chosen, budget)
 
 
-def measure_models(jobs: Sequence[Job]) -> dict[int, dict[str, float]]:
+def measure_models(jobs: Sequence[Job]) -> dict[int, dict[str, float | None]]:
     """By seed: what its models can do, and the prefix failure in its run of `REFERENCE`."""
     references = [one for one in jobs if one.method == REFERENCE]
     at_once(measure_prefixes, references, "prefix failure")
@@ -301,7 +301,7 @@ def write(
     json_file: Path | None,
     points: Sequence[Point],
     rows: Sequence[dict[str, Any]],
-    models: dict[int, dict[str, float]],
+    models: dict[int, dict[str, float | None]],
     minutes: float,
     k: int,
 ) -> None:

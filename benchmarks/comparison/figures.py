@@ -47,12 +47,12 @@ def table(rows: Sequence[Mapping[str, Any]], k: int) -> str:
     return _markdown(lines)
 
 
-def models_table(models: Mapping[int, Mapping[str, float]]) -> str:
+def models_table(models: Mapping[int, Mapping[str, float | None]]) -> str:
     """In Markdown: what the models of each seed can do, and how the teacher takes errors."""
     head = ["seed", *(name.replace("_", " ") for name in next(iter(models.values())))]
     lines = [head, ["---:"] * len(head)]
     lines += [
-        [str(seed), *(f"{value:.3g}" for value in figures.values())]
+        [str(seed), *("" if value is None else f"{value:.3g}" for value in figures.values())]
         for seed, figures in models.items()
     ]
     return _markdown(lines)

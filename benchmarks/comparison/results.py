@@ -65,12 +65,14 @@ def read_run(run_dir: Path, method: str, seed: int, k: int) -> list[Point]:
     ]
 
 
-def read_models(models: Path, run_dir: Path) -> dict[str, float]:
+def read_models(models: Path, run_dir: Path) -> dict[str, float | None]:
     """What student and teacher can do, and what the teacher says of the student's rollouts.
+
+    A figure is None where no rollout bears it: a strong student may have none that is wrong.
 
     Args:
         models: where the warm start wrote them; held-out problems.
-        run_dir: a run that refines, measured by nemo_trd.prefix_failure: teacher sees x and y_o.
+        run_dir: a run that refines, measured by nemo_trd.prefix_failure; the teacher sees x.
     """
     made = json.loads((models / "warm_start.json").read_text())
     lines = _lines(run_dir / "metrics.jsonl")
@@ -82,7 +84,10 @@ def read_models(models: Path, run_dir: Path) -> dict[str, float]:
         if (group.teacher_context, group.verdict) == ("prompt", "wrong")
         for part, figures in group.parts.items()
     }
-    after = parts["rollout", "after"]
+    before, after, rewrite = (
+        parts.get(key, {})
+        for key in (("rollout", "before"), ("rollout", "after"), ("refinement", "after"))
+    )
     wrong = counts["wrong_to_right"] + counts["wrong_to_wrong"]
     right = counts["right_to_right"] + counts["right_to_wrong"]
     return {
@@ -90,13 +95,13 @@ def read_models(models: Path, run_dir: Path) -> dict[str, float]:
         "teacher_solves": made["teacher"]["accuracy"]["solve"],
         "teacher_rewrites": made["teacher"]["accuracy"]["rewrite"],
         "notices": made["teacher"]["accuracy"]["notice"],
-        "repaired": counts["wrong_to_right"] / wrong,
-        "spoiled": counts["right_to_wrong"] / right,
-        "entropy_before_error": parts["rollout", "before"]["teacher_entropy"],
-        "entropy_after_error": after["teacher_entropy"],
-        "entropy_of_rewrite": parts["refinement", "after"]["teacher_entropy"],
-        "turns_back": after["turn_back"],
-        "two_peaked": after["two_peaked"],
+        "repaired": counts["wrong_to_right"] / wrong if wrong else None,
+        "spoiled": counts["right_to_wrong"] / right if right else None,
+        "entropy_before_error": before.get("teacher_entropy"),
+        "entropy_after_error": after.get("teacher_entropy"),
+        "entropy_of_rewrite": rewrite.get("teacher_entropy"),
+        "turns_back": after.get("turn_back"),
+        "two_peaked": after.get("two_peaked"),
         "warm_start_seconds": sum(made[role]["seconds"] for role in ("student", "teacher")),
     }
 

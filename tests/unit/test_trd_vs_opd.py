@@ -205,6 +205,12 @@ def test_what_the_models_can_do_is_read_from_warm_start_run_and_prefix_failure(
     assert found["entropy_of_rewrite"] == pytest.approx(0.02)
     assert (found["turns_back"], found["two_peaked"]) == (0.2, 0.3)
     assert found["warm_start_seconds"] == 20.0
+    # A student without a wrong rollout leaves gaps, and no error at the end of the comparison.
+    (tmp_path / "prefix_failure.json").write_text(json.dumps({**measured, "groups": []}))
+    right = dict(zip(results.VERDICTS, (0, 0, 5, 0), strict=True))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(right) + "\n")
+    found = results.read_models(tmp_path, tmp_path)
+    assert (found["repaired"], found["spoiled"], found["turns_back"]) == (None, 0.0, None)
 
 
 def test_holm_adjusts_as_in_a_worked_example(results: Any) -> None:
