@@ -63,7 +63,7 @@ test-adapters: env aligner-env  ## recipes of other packages: NeMo-Aligner in it
 test-fast: env system-packages  ## unit tests, about a minute
 	$(PY) -m pytest $(PYTEST_ARGS) -m "not slow and not gpu and not distributed" tests/unit
 
-test-slow: env system-packages  ## tests longer than a minute each
+test-slow: env vllm-env system-packages  ## tests longer than a minute each
 	$(PY) -m pytest $(PYTEST_ARGS) -m "slow and not gpu"
 
 test-gpu: env  ## tests for a machine with a CUDA device
