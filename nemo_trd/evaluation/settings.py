@@ -47,7 +47,7 @@ class EvaluationGeneration(Section):
 
 class Verification(Section):
     workers: PositiveInt  # answers that are checked at one time
-    math_timeout_seconds: PositiveFloat  # of one comparison
+    math_timeout_seconds: PositiveFloat  # of processor time, of one comparison
 
 
 class Bootstrap(Section):

@@ -1,8 +1,9 @@
 """Mathematical equality of final answers, by math-verify in a process of its own.
 
-Symbolic comparison can run for ever or eat the memory, in C code that no signal interrupts, and
-math-verify's own limit (signal.alarm) works in the main thread only. So plain numbers and equal
-texts are compared here, and all else in a worker process that is killed when it is late.
+Symbolic comparison can run for ever or eat the memory, in C code that no signal handler interrupts,
+and math-verify's own limit (signal.alarm) works in the main thread only. So plain numbers and equal
+texts are compared here, and all else in a worker process that the kernel ends at its limit. The
+limit is processor time: a busy machine changes no verdict.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import re
 import resource
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -25,13 +27,23 @@ from nemo_trd.verifiers.judgement import Judgement
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120.0  # importing sympy from a cold network file system
+CLOCK_TO_CPU = 60  # a comparison that waits, and does not compute, ends after so many limits
 MEMORY_LIMIT_BYTES = 4 * 2**30
 
 RIGHT, WRONG = Judgement(True, "right"), Judgement(False, "wrong_answer")
 NO_ANSWER = Judgement(False, "no_answer")
-NUMBER = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?(/\d+)?")
+NUMBER = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?([eE][-+]?\d{1,3})?(/\d+)?")
+EXPONENT = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d{1,3})")  # as programs write numbers
+SPACE_IN_NUMBER = re.compile(r"(?<=\d)(?:\\[,;:! ]|~)(?=\d{3}(?!\d))")
+PERCENT = re.compile(r"\s*\\?%$")
 UNITS = re.compile(r"(?<=\d)( [A-Za-z]{3,})+$")  # "18 eggs", but not "18 x" or "2 pi"
 WORDS = re.compile(r"[A-Za-z]+( [A-Za-z]+)*")
+SYNONYMS = {  # what math-verify reads in one way of writing only
+    r"\varnothing": r"\emptyset",
+    "∅": r"\emptyset",
+    "∞": r"\infty ",
+    "·": r"\cdot ",
+}
 TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}")
 
 
@@ -47,12 +59,14 @@ class MathJudge:
 
         The final answer is the last \\boxed{...}, or else the line after the last "####", or else
         what math-verify finds in the text: an announced answer, a last formula, a last number.
-        A text without any answer is wrong, for the reason "no_answer".
+        A text without any answer is wrong, for the reason "no_answer". Units are not compared. With
+        a percent sign on one side only, both 50 and 0.5 equal 50 %.
 
         There is no verdict, and a warning in the log, when the comparison raised or its process
         died ("error"), when it was stopped after `timeout_s` ("timeout"), or when `answer` is not
         something that can be compared ("error").
         """
+        text, answer = _normalised(text), _normalised(answer)
         final = final_answer(text)
         raw_answer = final_answer(answer) or answer
         wanted = _plain(raw_answer)
@@ -70,10 +84,20 @@ class MathJudge:
             return self.worker.compare(text, f"${_undollared(raw_answer)}$")
         if given == wanted:
             return RIGHT
+        judgement = self._compare(given, wanted)
+        if judgement == WRONG:
+            per_cent = [bool(PERCENT.search(side)) for side in (given, wanted)]
+            if per_cent == [True, False]:
+                judgement = self._compare(_hundredth(given), wanted)
+            elif per_cent == [False, True]:
+                judgement = self._compare(given, _hundredth(wanted))
+        return judgement
+
+    def _compare(self, given: str, wanted: str) -> Judgement:
         numbers = _number(UNITS.sub("", given)), _number(UNITS.sub("", wanted))
         if numbers[0] is not None and numbers[1] is not None:
             return RIGHT if numbers[0] == numbers[1] else WRONG
-        return self.worker.compare(f"${_undollared(final)}$", f"${_undollared(raw_answer)}$")
+        return self.worker.compare(f"${_as_formula(given)}$", f"${_as_formula(wanted)}$")
 
 
 def final_answer(text: str) -> str | None:
@@ -88,6 +112,21 @@ def final_answer(text: str) -> str | None:
                 return text[start:position]
     marked = re.findall(r"####[ \t]*(\S[^\n]*)", text)
     return marked[-1] if marked else None
+
+
+def _normalised(text: str) -> str:
+    for written, meant in SYNONYMS.items():
+        text = text.replace(written, meant)
+    return SPACE_IN_NUMBER.sub("", text)
+
+
+def _hundredth(percentage: str) -> str:
+    return rf"\frac{{{PERCENT.sub('', percentage)}}}{{100}}"
+
+
+def _as_formula(answer: str) -> str:
+    number = EXPONENT.fullmatch(answer)
+    return rf"{number[1]} \times 10^{{{number[2]}}}" if number else answer
 
 
 def _undollared(answer: str) -> str:
@@ -112,7 +151,10 @@ def _number(answer: str) -> Fraction | None:
 
 
 class MathWorker:
-    """A process that compares one pair at a time. Started when first needed, again when killed."""
+    """A process that compares one pair at a time. Started when first needed, again when killed.
+
+    `timeout_s` is processor time of one comparison.
+    """
 
     def __init__(self, timeout_s: float = 5.0) -> None:
         self.timeout_s = timeout_s
@@ -128,7 +170,7 @@ class MathWorker:
         with self._lock:
             if self._process is None:
                 self._start()
-            reply = self._ask([text, answer])
+            reply = self._ask(text, answer)
         if reply is None:
             return NO_ANSWER
         if isinstance(reply, bool):
@@ -160,19 +202,22 @@ class MathWorker:
                 "the process that compares mathematical answers did not start"
             ) from error
 
-    def _ask(self, pair: list[str]) -> bool | None | tuple[str, str]:
+    def _ask(self, text: str, answer: str) -> bool | None | tuple[str, str]:
         """The verdict (None: no answer in the text), or why there is none and what happened."""
         assert self._process is not None and self._process.stdin is not None
-        line = memoryview(json.dumps(pair).encode() + b"\n")
+        line = memoryview(json.dumps([text, answer, self.timeout_s]).encode() + b"\n")
         try:
             while line:  # an unbuffered pipe may take a part only
                 line = line[self._process.stdin.write(line) :]
-            reply = self._read(self.timeout_s)
+            reply = self._read(CLOCK_TO_CPU * self.timeout_s)
         except TimeoutError:
             self._kill()
-            return "timeout", f"stopped after {self.timeout_s:g} s"
+            return "timeout", f"stopped after {CLOCK_TO_CPU * self.timeout_s:g} s"
         except (EOFError, BrokenPipeError):
+            process = self._process
             self._kill()
+            if process.returncode == -signal.SIGPROF:
+                return "timeout", f"stopped after {self.timeout_s:g} s of processor time"
             return "error", f"its process died, perhaps out of {MEMORY_LIMIT_BYTES >> 30} GiB"
         return ("error", reply) if isinstance(reply, str) else reply
 
@@ -201,7 +246,8 @@ class MathWorker:
 
 
 def serve() -> None:
-    """The worker: a JSON pair a line on stdin; true, false, null or an error text a line on stdout.
+    """The worker: text, answer and limit as JSON a line on stdin; true, false, null or an error
+    text a line on stdout. At the limit it dies of SIGPROF.
 
     It ends with its stdin, so it never outlives the process that asks.
     """
@@ -213,10 +259,13 @@ def serve() -> None:
 
         print("true", file=replies, flush=True)
         for line in sys.stdin:
+            text, answer, timeout_s = json.loads(line)
+            signal.setitimer(signal.ITIMER_PROF, timeout_s)
             try:
-                reply: bool | str | None = _compare(*json.loads(line))
+                reply: bool | str | None = _compare(text, answer)
             except Exception as error:  # the process border: whatever it was goes to the caller
                 reply = f"{type(error).__name__}: {error}"[:500]
+            signal.setitimer(signal.ITIMER_PROF, 0)
             print(json.dumps(reply), file=replies, flush=True)
 
 
@@ -228,4 +277,8 @@ def _compare(text: str, answer: str) -> bool | None:
     if all(isinstance(reading, str) for reading in gold):
         raise ValueError("math-verify cannot read the expected answer")
     found = parse(text, parsing_timeout=None, raise_on_error=True)
-    return None if not found else verify(gold, found, timeout_seconds=None, raise_on_error=True)
+    if not found:
+        return None
+    return verify(
+        gold, found, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True
+    )

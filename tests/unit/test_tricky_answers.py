@@ -1,0 +1,261 @@
+r"""Answers that are hard to compare, with the verdict that a person would give.
+
+A person who knows the problem forgives how an answer is written, and not what it says. Units are
+left out: they are not compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from nemo_trd.config import compose_as
+from nemo_trd.evaluation.judging import JudgePool
+from nemo_trd.evaluation.settings import EvaluationConfig
+from nemo_trd.verifiers import math as verifier
+from nemo_trd.verifiers.judgement import Judgement
+from nemo_trd.verifiers.math import RIGHT, MathJudge, MathWorker
+
+# What is in the box (or the whole text, where there is a line of words), and the expected answer.
+RIGHT_ANSWERS = {
+    "fractions": [
+        (r"\dfrac{6}{8}", r"\frac{3}{4}"),
+        (r"-\frac{1}{2}", r"\frac{-1}{2}"),
+        (r"\frac12", "0.5"),
+        (r"1\frac{1}{2}", r"\frac{3}{2}"),
+        ("3/4", "0.75"),
+        (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}"),
+        (r"\frac{x^2-1}{x-1}", "x+1"),
+    ],
+    "intervals": [
+        ("[0, 1)", "[0,1)"),
+        (r"(-\infty, 2]", r"(-\infty,2]"),
+        ("(−∞, 2]", r"(-\infty,2]"),
+        (r"(-\infty,-1)\cup(1,\infty)", r"(1,\infty)\cup(-\infty,-1)"),
+        (r"x \in [2, 5]", "[2,5]"),
+        (r"\left[0,\frac12\right]", "[0,0.5]"),
+        ("1 < x < 3", "(1,3)"),
+        ("-∞ < x ≤ 2", r"(-\infty,2]"),
+        (r"(2,\infty)", "x > 2"),
+    ],
+    "units": [
+        (r"18 \text{ eggs}", "18"),
+        ("18 eggs", "18"),
+        (r"5\text{ cm}^2", "5"),
+        (r"12\,\mathrm{m/s}", "12"),
+        (r"\$18.00", "18"),
+        (r"45^\circ", "45"),
+        ("45°", "45"),
+    ],
+    "boxed inside boxed": [
+        (r"\boxed{7}", "7"),
+        (r"x = \boxed{7}", "7"),
+        (r"\text{so } \boxed{12}", "12"),
+    ],
+    "percent": [
+        (r"50\%", r"50\%"),
+        ("50%", r"50\%"),
+        (r"50\%", "0.5"),
+        (r"50\%", "50"),
+        ("50", r"50\%"),
+        ("0.5", r"50\%"),
+        (r"12.5\%", r"\frac{1}{8}"),
+    ],
+    "scientific and large numbers": [
+        (r"3\times 10^8", "300000000"),
+        ("1.5 × 10^3", "1500"),
+        (r"1.5 \times 10^{-3}", "0.0015"),
+        ("1.5e-3", "0.0015"),
+        ("3e8", r"3\times 10^8"),
+        (r"3\times 10^8", "3e8"),
+        (r"6.02 \cdot 10^{23}", r"6.02\times10^{23}"),
+        ("1,234,567", "1234567"),
+        ("1{,}234", "1234"),
+        (r"1\,234", "1234"),
+        ("5.0", "5"),
+        (".5", "1/2"),
+        ("007", "7"),
+    ],
+    "sets and tuples": [
+        (r"\{1,2,3\}", r"\{3,2,1\}"),
+        ("1, 2", r"\{1,2\}"),
+        ("2, 1", "1,2"),
+        (r"3\text{ and }5", "3,5"),
+        (r"\frac{1}{2} \text{ or } 2", r"2, \frac12"),
+        (r"\pm 2", "2, -2"),
+        (r"\emptyset", r"\varnothing"),
+        ("(1,2),(3,4)", "(3,4),(1,2)"),
+    ],
+    "algebra": [
+        ("x=5", "5"),
+        ("y = 2x + 3", "2x+3"),
+        ("x^2+2x+1", "(x+1)^2"),
+        (r"\sqrt{50}", r"5\sqrt{2}"),
+        ("2+3i", "3i+2"),
+        ("2·3x", "6x"),
+        (r"\binom{5}{2}", "10"),
+        ("10!", "3628800"),
+        (r"\log_2 8", "3"),
+        (
+            r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
+            r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}",
+        ),
+    ],
+    "words and letters": [
+        (r"\text{(A)}", "A"),
+        (r"\textbf{(B)}", "B"),
+        (r"\text{Yes}", "yes"),
+        ("2:3", "2:3"),
+    ],
+    "text around": [
+        (r"The answer is \boxed{42}. I am confident.", "42"),
+        ("**Answer:** 42", "42"),
+        (r"Therefore, the final answer is $\frac{3}{4}$.", "3/4"),
+        (r"It costs $\$5$ so the answer is $\boxed{\$5}$.", "5"),
+        ("So she has 3 apples and 4 pears, 7 in total.", "7"),
+        ("Now we know.\n#### 1,234", "1234"),
+    ],
+}
+WRONG_ANSWERS = {
+    "fractions": [("0.33", "1/3"), (r"\frac{3}{4}", r"\frac{4}{3}")],
+    "intervals": [("[0,1]", "[0,1)"), ("(0,1)", "[0,1]"), ("x>3", r"(2,\infty)")],
+    "units": [(r"17 \text{ eggs}", "18")],
+    "boxed inside boxed": [(r"\boxed{7}", "8")],
+    "percent": [(r"5\%", r"50\%"), ("0.05", r"50\%"), (r"10\%", "1")],
+    "scientific and large numbers": [
+        (r"3\times10^8", r"3\times 10^9"),
+        ("1e400", "5"),
+        ("0.123456789", "0.123456788"),
+        ("12345678901234567890", "12345678901234567891"),
+    ],
+    "sets and tuples": [(r"\{1,2\}", r"\{1,2,3\}"), ("(1,2)", "(2,1)")],
+    "algebra": [
+        ("x^2+1", "(x+1)^2"),
+        ("-5", "5"),
+        ("3.14159", r"\pi"),
+        (r"x \ge 2", "x > 2"),
+        (
+            r"\begin{pmatrix}1&2\\3&5\end{pmatrix}",
+            r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}",
+        ),
+    ],
+    "words and letters": [("No", "Yes"), ("2:3", "3:2"), (r"\text{None}", "0")],
+    "text around": [(r"I think 17. No wait, it is \boxed{19}", "17")],
+}
+
+
+def _pair(kind: str, said: str, answer: str) -> tuple[str, str]:
+    return (said if kind == "text around" else rf"\boxed{{{said}}}"), answer
+
+
+PAIRS = [
+    (_pair(kind, *case), verdict)
+    for cases, verdict in ((RIGHT_ANSWERS, True), (WRONG_ANSWERS, False))
+    for kind, of_kind in cases.items()
+    for case in of_kind
+]
+ASKED = [pair for pair, _ in PAIRS]
+
+
+def check(verdicts: list[bool | None]) -> None:
+    found = zip(PAIRS, verdicts, strict=True)
+    assert [pair for (pair, expected), verdict in found if verdict is not expected] == []
+
+
+def test_verdicts_are_those_of_a_person_in_the_main_thread() -> None:
+    judge = MathJudge()
+    try:
+        check([judge(*pair).correct for pair in ASKED])
+    finally:
+        judge.worker.stop()
+
+
+def test_verdicts_are_the_same_in_a_worker_process() -> None:
+    program = (
+        "import json, sys, threading\n"
+        "from nemo_trd.verifiers import verifier\n"
+        "verdicts = []\n"
+        "def work():\n"
+        "    verdicts.extend(verifier('math')(*pair) for pair in json.load(sys.stdin))\n"
+        "thread = threading.Thread(target=work)\n"  # where no signal handler would run
+        "thread.start(); thread.join()\n"
+        "json.dump(verdicts, sys.stdout)\n"
+    )
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(
+        command, input=json.dumps(ASKED), capture_output=True, text=True, timeout=240, check=True
+    )
+    check(json.loads(ended.stdout))
+
+
+@contextmanager
+def busy_machine() -> Iterator[None]:
+    """Three times as many processes that only compute as there are cores."""
+    command = [sys.executable, "-c", "while True: pass"]
+    hogs = [subprocess.Popen(command) for _ in range(3 * (os.cpu_count() or 1))]
+    try:
+        yield
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+
+
+def test_verdicts_are_the_same_under_load() -> None:
+    overrides = ["model.path=x", "benchmark=gsm8k", "verification.math_timeout_seconds=1"]
+    config = compose_as(EvaluationConfig, overrides, "evaluate")
+    found: dict[int, bool | None] = {}
+    with busy_machine(), JudgePool(config) as pool:
+        for number, pair in enumerate(ASKED):
+
+            def keep(judgement: Judgement, number: int = number) -> None:
+                found[number] = judgement.correct
+
+            pool.submit("math", *pair, keep)
+        pool.finish(progress=False)
+    check([found[number] for number in range(len(ASKED))])
+
+
+def compare_while_stopped(worker: MathWorker, seconds: float) -> Judgement:
+    """What comes of a comparison whose process gets no processor for the first `seconds`."""
+    assert worker.compare("$x + x$", "$2x$") == RIGHT
+    assert worker._process is not None
+    stopped = worker._process
+    stopped.send_signal(signal.SIGSTOP)
+    timer = threading.Timer(seconds, lambda: stopped.send_signal(signal.SIGCONT))
+    timer.start()
+    started = time.monotonic()
+    try:
+        verdict = worker.compare("$x + x$", "$2x$")
+        assert time.monotonic() - started >= 1.0  # it did wait
+        return verdict
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def test_a_comparison_that_waits_for_a_processor_is_not_late() -> None:
+    worker = MathWorker(timeout_s=0.5)
+    try:
+        assert compare_while_stopped(worker, 1.5) == RIGHT
+    finally:
+        worker.stop()
+
+
+def test_a_comparison_that_waits_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verifier, "CLOCK_TO_CPU", 3)
+    worker = MathWorker(timeout_s=0.5)
+    try:
+        assert compare_while_stopped(worker, 60.0) == Judgement(None, "timeout")
+        assert worker.compare("$x + x$", "$2x$") == RIGHT
+    finally:
+        worker.stop()
