@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,53 @@ def test_a_worker_that_dies_is_replaced_and_only_its_own_verdict_is_missing() ->
     assert workers
     expected = [Judgement(True, "right"), Judgement(None, "error")] + [Judgement(True, "right")] * 2
     assert seen == expected
+
+
+HOSTILE = {  # what a program does, and the classes that this may end in
+    "fork bomb": (
+        "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+        {"time_limit", "memory_limit"},  # many small processes are large together
+    ),
+    "memory bomb": ("hold = []\nwhile True: hold.append(b'x' * 2**20)", {"memory_limit"}),
+    "memory bomb of many": (
+        "import os, time\nfor _ in range(3): os.fork()\n"
+        "hold = bytearray(90 * 2**20)\nhold[::4096] = b'x' * len(hold[::4096])\ntime.sleep(60)",
+        {"memory_limit"},
+    ),
+    "endless loop": ("while True: pass", {"time_limit"}),
+    "sleep": ("import time\ntime.sleep(1000)", {"time_limit"}),
+    "reads the home directory": ("import os\nprint(os.listdir(HOME))", {"runtime_error"}),
+    "writes outside": ("open(OUTSIDE, 'w').write('x')", {"runtime_error"}),
+    "opens a socket": ("import socket\nsocket.create_connection(ADDRESS)", {"runtime_error"}),
+    "prints gigabytes": ("while True: print('x' * 10**6)", {"output_limit"}),
+}
+
+
+def test_hostile_programs_are_classed_and_the_evaluation_goes_on(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    config = configured(
+        *("benchmarks.jsonl.verifier=code", "verification.workers=2", "sandbox.case_seconds=3"),
+        *("sandbox.memory_mib=256", "sandbox.output_mib=4", "sandbox.cpu_seconds=20"),
+    )
+    tests = json.dumps({"inputs": ["1 2"], "outputs": ["3"]})
+    honest = "print(sum(map(int, input().split())))"
+    found: dict[str, Judgement] = {}
+    with socket.create_server(("127.0.0.1", 0)) as server, JudgePool(config) as pool:
+        server.settimeout(0)
+        known = f"HOME = {str(Path.home())!r}\nOUTSIDE = {str(tmp_path / 'x')!r}\n"
+        known += f"ADDRESS = {server.getsockname()!r}\n"
+        for what, (program, _) in HOSTILE.items():
+            for name, code in ((what, known + program), (f"honest beside {what}", honest)):
+                text = f"```python\n{code}\n```"
+                pool.submit("code", text, tests, lambda v, name=name: found.update({name: v}))
+        pool.finish(progress=False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    for what, (_, classes) in HOSTILE.items():
+        assert found[what].correct is False and found[what].reason in classes, (what, found[what])
+        assert found[f"honest beside {what}"] == Judgement(True, "right")
+    assert list(tmp_path.iterdir()) == []
+    assert not [p for p in psutil.Process().children(recursive=True) if p.name() == "bwrap"]
 
 
 def test_what_goes_wrong_with_a_judgement_ends_the_evaluation() -> None:
