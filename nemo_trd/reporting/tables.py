@@ -112,10 +112,23 @@ def _nonzero(run: RunRecords, prefix: str, names: Sequence[str]) -> dict[str, in
 
 
 def nll(run: RunRecords) -> dict[str, Nll]:
-    """Mean NLL over the run's steps. What was not recorded is None."""
-    rollout = Nll(_mean(run.values("rollout_nll")), None)
-    trained = Nll(_mean(run.values("student_nll")), _mean(run.values("teacher_nll")))
-    return {"trained on": trained, "rollouts y_o, as sampled": rollout}
+    """Mean NLL by what it is of; what is not known is None.
+
+    Over the steps of the run, as far as training came by it, and where prefix failure was measured
+    also of y_o and y_r alike under the student and teacher named there.
+    """
+    rows = {
+        "trained on": Nll(_mean(run.values("student_nll")), _mean(run.values("teacher_nll"))),
+        "rollouts y_o, as sampled": Nll(_mean(run.values("rollout_nll")), None),
+    }
+    for group in run.prefix_failure.groups if run.prefix_failure else ():
+        text = "y_o" if group.source == "rollout" else "y_r"
+        seen = "x" if group.teacher_context == "prompt" else "x, y_o"
+        means = {name: found.mean for name, found in group.parts["whole"].means.items()}
+        rows[f"measured: {text} of {group.verdict} y_o, teacher sees {seen}"] = Nll(
+            means.get("student_nll"), means.get("teacher_nll")
+        )
+    return rows
 
 
 def phase_names(runs: Sequence[RunRecords]) -> list[str]:

@@ -114,6 +114,8 @@ def prefix_failure(text: str = "a student") -> str:
             "teacher_entropy": estimate(0.25),
             "student_entropy": estimate(0),
             "jsd": estimate(2),
+            "student_nll": estimate(1.75),
+            "teacher_nll": estimate(0.5),
         },
         counts={},
     )
@@ -332,6 +334,10 @@ def test_prefix_failure_has_a_section_where_it_was_measured(tmp_path: Path) -> N
         "Teacher&#39;s first token over its second",
     ]
     assert section.count("<svg") == 3 and "Choices in numbers" not in section
+    likelihood = text[text.index('id="likelihood"') : text.index('id="time"')]
+    row = "run measured: y_o of wrong y_o, teacher sees x 1.750 0.500 1.250"
+    cells = [" ".join(Reader(cell).words.split()) for cell in likelihood.split("<td>")]
+    assert row in " ".join(cells)
     several = report(run, make_run(tmp_path / "unmeasured"), run)
     ids = [value for name, value in Reader(several).attributes if name == "id"]
     assert len(ids) == len(set(ids)) and several.count("<h3>JSD between") == 2
