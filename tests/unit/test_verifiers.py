@@ -3,11 +3,14 @@
 import json
 import logging
 import os
+import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from nemo_trd.verifiers import math as verifier_of_math
 from nemo_trd.verifiers import verifier
 from nemo_trd.verifiers.judgement import Judgement
 from nemo_trd.verifiers.math import RIGHT, MathJudge, MathWorker, final_answer
@@ -78,6 +81,21 @@ def test_a_comparison_that_never_ends_is_undecided_and_the_next_one_works(
         worker.timeout_s = 30.0
         assert worker.compare("$x + x$", "$2x$") == RIGHT
     finally:
+        worker.stop()
+
+
+def test_the_limit_holds_where_its_signal_is_ignored_and_blocked() -> None:
+    worker = MathWorker(timeout_s=0.5)
+    handler = signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPROF})
+    try:
+        assert worker.compare("$x + x$", "$2x$") == RIGHT
+        started = time.monotonic()
+        assert worker.compare("$10^{10^{10^{10}}}$", "$5$") == Judgement(None, "timeout")
+        assert time.monotonic() - started < verifier_of_math.CLOCK_TO_CPU * 0.5
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGPROF, handler)
         worker.stop()
 
 
