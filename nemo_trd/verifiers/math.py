@@ -35,7 +35,7 @@ NO_ANSWER = Judgement(False, "no_answer")
 NUMBER = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?([eE][-+]?\d{1,3})?(/\d+)?")
 EXPONENT = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d{1,3})")  # as programs write numbers
 SPACE_IN_NUMBER = re.compile(r"(?<=\d)(?:\\[,;:! ]|~)(?=\d{3}(?!\d))")
-PERCENT = re.compile(r"\s*\\?%$")
+PERCENT = re.compile(r"(?<=[\d)}])\s*\\?%$")
 UNITS = re.compile(r"(?<=\d)( [A-Za-z]{3,})+$")  # "18 eggs", but not "18 x" or "2 pi"
 WORDS = re.compile(r"[A-Za-z]+( [A-Za-z]+)*")
 SYNONYMS = {  # what math-verify reads in one way of writing only

@@ -130,7 +130,7 @@ WRONG_ANSWERS = {
     "intervals": [("[0,1]", "[0,1)"), ("(0,1)", "[0,1]"), ("x>3", r"(2,\infty)")],
     "units": [(r"17 \text{ eggs}", "18")],
     "boxed inside boxed": [(r"\boxed{7}", "8")],
-    "percent": [(r"5\%", r"50\%"), ("0.05", r"50\%"), (r"10\%", "1")],
+    "percent": [(r"5\%", r"50\%"), ("0.05", r"50\%"), (r"10\%", "1"), (r"\%", "5")],
     "scientific and large numbers": [
         (r"3\times10^8", r"3\times 10^9"),
         ("1e400", "5"),
