@@ -98,9 +98,8 @@ def plot(
         panels = row.subplots(1, len(AXES), sharey=True)
         for (axis, label), panel in zip(AXES.items(), panels, strict=True):
             for number, (method, title) in enumerate(group.items()):
-                _curve(panel, [p for p in points if p.method == method], axis, quantity)
-                panel.lines[-1].set(color=f"C{number}", label=title)
-                panel.collections[-1].set(color=f"C{number}")
+                its_points = [p for p in points if p.method == method]
+                _curve(panel, its_points, axis, quantity, f"C{number}", title)
             panel.set(xlabel=label, ylim=(0, 1.02))
             panel.grid(alpha=0.3)
         panels[0].set_ylabel(f"{'avg' if quantity == 'avg' else 'pass'}@{k} on test problems")
@@ -109,12 +108,15 @@ def plot(
     figure.savefig(path)
 
 
-def _curve(panel: Axes, points: Sequence[Point], axis: str, quantity: str) -> None:
+def _curve(
+    panel: Axes, points: Sequence[Point], axis: str, quantity: str, color: str, title: str
+) -> None:
     """A line, and its interval as a shade."""
     groups = [[p for p in points if p.step == step] for step in sorted({p.step for p in points})]
     places = [_place(axis, group) for group in groups]
     found = [interval([getattr(point, quantity) for point in group]) for group in groups]
     low = [one.mean - (one.half_width or 0) for one in found]
     high = [one.mean + (one.half_width or 0) for one in found]
-    panel.fill_between(places, low, high, alpha=0.12, linewidth=0)
-    panel.plot(places, [one.mean for one in found], marker="o", markersize=3, linewidth=1.5)
+    panel.fill_between(places, low, high, color=color, alpha=0.12, linewidth=0)
+    means = [one.mean for one in found]
+    panel.plot(places, means, color=color, label=title, marker="o", markersize=3, linewidth=1.5)

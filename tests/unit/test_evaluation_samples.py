@@ -170,8 +170,8 @@ HOSTILE = {  # what a program does, and the classes that this may end in
 def test_hostile_programs_are_classed_and_the_evaluation_goes_on(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     config = configured(
-        *("benchmarks.jsonl.verifier=code", "verification.workers=2", "sandbox.case_seconds=3"),
-        *("sandbox.memory_mib=256", "sandbox.output_mib=4", "sandbox.cpu_seconds=20"),
+        *("benchmarks.jsonl.verifier=code", "verification.workers=2", "sandbox.case_seconds=5"),
+        *("sandbox.memory_mib=256", "sandbox.output_mib=4", "sandbox.processes=12"),
     )
     tests = json.dumps({"inputs": ["1 2"], "outputs": ["3"]})
     honest = "print(sum(map(int, input().split())))"

@@ -25,7 +25,7 @@ from nemo_trd.verifiers import math as verifier
 from nemo_trd.verifiers.judgement import Judgement
 from nemo_trd.verifiers.math import RIGHT, MathJudge, MathWorker
 
-# What is in the box (or the whole text, where there is a line of words), and the expected answer.
+# What is in the box ("text around": the whole text), and the expected answer.
 RIGHT_ANSWERS = {
     "fractions": [
         (r"\dfrac{6}{8}", r"\frac{3}{4}"),
