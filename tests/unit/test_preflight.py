@@ -496,6 +496,7 @@ def test_context_parallelism_is_refused_with_transformer_engine_too(
     assert "parallel.student.context_parallel_size = 2: sequences are not split" in message
 
 
+@pytest.mark.usefixtures("models")
 def test_programs_are_refused_where_there_is_no_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
     sandbox.check_sandbox.cache_clear()
     monkeypatch.setattr(sandbox, "TOOLS", ("no-such-tool", "prlimit", "setpriv"))
