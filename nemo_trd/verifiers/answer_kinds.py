@@ -15,6 +15,9 @@ NUMBER = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?([eE][-+]?\d{1,3})?(/\
 FRACTION = re.compile(
     r"([-+]?)(\d*)\\[dtc]?frac(?:\{(-?\d+)\}\{(\d+)\}|(\d)(\d)(?!\d)|\{(\d+)\}(\d)|(\d)\{(\d+)\})"
 )
+REPEATING = re.compile(r"([-+]?)(\d*)\.(\d*)\\(?:overline|bar|dot)\{(\d+)\}")
+WITH_AND = re.compile(r"^(-?\d+) and (\d+)/(\d+)$")
+CLOCK = re.compile(r"(\d{1,2})(?::(\d\d))? ?(?:([ap])\.? ?m\.?)?")
 DOUBLE_FACTORIAL = re.compile(r"(?<![\d.)}!])(\d{1,4})!!(?!!)")
 
 _ONES = (
@@ -34,10 +37,11 @@ LETTER = r"(?:\(\s*([A-Ja-j])\s*\)|([A-J])(?:\)|[.:](?=\s|$)|$))"
 CHOICE = re.compile(rf"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer)[\s:]*)?{LETTER}\s*(.*)", re.DOTALL)
 ANNOUNCED_CHOICE = re.compile(
     r"(?i:\b(?:answers?|options?|choices?)\b)[^\n:=]{0,60}?(?:\bis\b|[:=])[\s*$]*"
-    r"(?:(?i:option|choice)\s*)?(?:\(([A-J])\)|([A-J])(?![\w'])(?!\s*[=+^/]))"
+    r"(?:(?i:option|choice)\s*)?(?:\(([A-J])\)|([A-J])(?![\w'])(?!\s*[=+^/])(?!(?<=[AI])\s+(?!because|since|as\b)[a-z]))"
+    r"|(?i:\b(?:answer|option|choice))\s+\(?([A-J])\)?\s+is\s+(?:the\s+)?(?:correct|right|answer)"
 )
 CHOICES = re.compile(r"\(?[A-J]\)?(?:\s*(?:,|and|or|&|;)+\s*\(?[A-J]\)?)+")
-FURTHER = re.compile(r"[,;&(^_=+*/-]|(?:and|or)\b")  # "(A) and (C)" is more than a choice of A
+FURTHER = re.compile(r"[,;&^_=+*/]|- |\( ?[A-J] ?\)|(?:and|or)\b")  # more than A
 OPERATORS = re.compile(
     r"\\(?:cup|cap|setminus|times|mid|in|to|l?vert|begin)(?![A-Za-z])|[|:=<>+*]|\)\s*[\^(]"
 )
@@ -49,6 +53,13 @@ def number(answer: str) -> Fraction | None:
     """The value of a number that is written out: 1,234.5 or 3/4 or 2\\frac{2}{3} or twelve."""
     if len(answer) > 100:
         return None
+    repeating = REPEATING.fullmatch(answer)
+    if repeating:
+        sign, whole, fixed, period = repeating.groups()
+        digits = int(whole + fixed + period) - int((whole + fixed) or 0)
+        value = Fraction(digits, (10 ** len(period) - 1) * 10 ** len(fixed))
+        return -value if sign == "-" else value
+    answer = WITH_AND.sub(r"\1\\frac{\2}{\3}", answer)
     latex = FRACTION.fullmatch(answer)
     if latex:
         sign, whole, *parts = latex.groups()
@@ -125,6 +136,19 @@ def _numeral(answer: str) -> tuple[str, int | None]:
     return answer.replace(" ", "").replace(",", "").lstrip("0") or "0", None
 
 
+# --- times of day ---
+
+
+def same_times(given: str, wanted: str) -> bool | None:
+    """Whether 3:30 PM is 3:30 p.m.; the half of the day may be missing on one side only."""
+    found = [CLOCK.fullmatch(TEXT_COMMAND.sub(r"\1", side).casefold()) for side in (given, wanted)]
+    if found[0] is None or found[1] is None or not (found[0][3] or found[1][3]):
+        return None
+    times = [(int(match[1]), int(match[2] or 0)) for match in found if match]
+    halves = {match[3] for match in found if match and match[3]}
+    return times[0] == times[1] and len(halves) == 1
+
+
 # --- letters of choices ---
 
 
@@ -149,15 +173,20 @@ def choices(answer: str) -> set[str] | None:
 
 def choice_in_words(text: str) -> str | None:
     """The letter that a text announces or ends with, and has not marked: "It must be (D)."."""
+    alone = choice(text) if "\n" not in text.strip() else None
+    if alone is not None:
+        return alone[0]
     announced = ANNOUNCED_CHOICE.findall(TEXT_COMMAND.sub(r"\1 ", text))
     if announced:
         return next(letter for letter in announced[-1] if letter)
     words = text.split()
     last = words[-1].strip("*.!`$") if words else ""
     chosen = choice(last)
-    if chosen is None or chosen[1] or (last in ("A", "I") and len(words) > 1 and words[-2] != "is"):
+    if chosen is None or chosen[1]:
         return None
-    return chosen[0]
+    before = words[-2].strip("*,") if len(words) > 1 else "is"
+    refused = before.lower() in ("not", "isn't", "never", "cannot", "or", "and", "than")
+    return None if refused or (last in ("A", "I") and before != "is") else chosen[0]
 
 
 # --- brackets of lists ---

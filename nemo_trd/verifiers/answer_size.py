@@ -10,7 +10,7 @@ import math
 import re
 
 MAX_CHARACTERS = 1000  # or four times as many as the expected answer has
-MAX_DEPTH = 16  # brackets in one another; every level doubles the parser's work
+MAX_DEPTH = 12  # brackets in one another; every level doubles the work of the parser
 MAX_DIGITS = 100_000.0  # of every number to be computed: 2^{2024}, 1000! and 10^{10000} fit
 MAX_TERMS = 100_000.0  # of a sum or a product
 

@@ -25,12 +25,16 @@ ENUMERATION = re.compile(
     r"[\s$]*(?:[,;]|,? ?(?:\\text\s*\{\s*)?(?:and|or)(?:\s*\})?)[\s$]*"
     r"(?:\\quad)?\s*(?:[A-Za-z]\w*\s*=\s*)?"
 )
+TAGGED = re.compile(r"<answer>((?:(?!</?answer>)[^#]){1,2000})</answer>")
 MARKED = re.compile(r"####[ \t]*(\S[^\n]*)")
 ANNOUNCED = re.compile(
     r"(?i:\b(?:answers?|options?|choices?)\b)[^\n:=]{0,60}?(?:\bis\b|\bare\b|[:=])[\s:*]*([^\n]+)"
 )
+CONCLUDED = re.compile(
+    r"(?:\b(?:is|are|equals?|gets?|gives|takes|obtain)|[=:])\s+((?:[^=:\n]|(?<=\d):(?=\d)){1,60})\s*\Z"
+)
 FORMULA = re.compile(r"(?:\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\])[\s*.]*(?:$|[.!]\s)")
-SENTENCE = re.compile(r"(.+?)[\s*]*(?:\.[\s*]|[.!]?[\s*]*$)")
+SENTENCE = re.compile(r"((?:[A-J]\. )?.+?)[\s*]*(?:\.[\s*]|[.!]?[\s*]*$)")
 
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n")
 SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
@@ -75,7 +79,10 @@ GROUPED = re.compile(
 )
 APART = re.compile(r"(?<=\d)(?<![_^]\d) (?=\d+(?![\d/_]))")  # LaTeX would glue them together
 ARGUMENTS = re.compile(r"\\(?:frac|sqrt|binom)\s*\d")
-MIXED = re.compile(r"(?<![\d.,/^_}])(\d+)(?: and)? (\d+)/(\d+)(?![\d/^])")
+REPEATING = re.compile(r"(\d*\.\d*?)(\d{1,6}?)\2{2,}(?:\.{3}|…|\\[lc]?dots)")  # 0.333...
+REVERSED = re.compile(r"([][(])([^][()]+,[^][()]+)([][)])")  # ]1,2[ is (1,2)
+ONE_TUPLE = re.compile(r"\\\{ ?(\([^()]*,[^()]*\)) ?\\\}")  # the set of one solution
+MIXED = re.compile(r"(?<![\d.,/^_}])(\d+) (\d+)/(\d+)(?![\d/^])")
 MIRRORED = re.compile(r"([^=<>]+)=\s*([A-Za-z])")  # 5 = x
 
 
@@ -88,13 +95,13 @@ def without_thoughts(text: str) -> str:
 
 
 def final_answer(text: str) -> str | None:
-    """What stands in the last complete box, else after the last "####" on its line.
+    """What stands in the last complete box, else in <answer>, else after the last "####".
 
     Boxes that are enumerated, "\\boxed{2} and \\boxed{3}", are one answer, "2, 3".
     """
     boxes = _boxes(text)
     if not boxes:
-        marked = MARKED.findall(text)
+        marked = TAGGED.findall(text) or MARKED.findall(text)
         return marked[-1] if marked else None
     begin, start, end = boxes[-1]
     answers = [text[start:end]]
@@ -125,15 +132,19 @@ def _boxes(text: str) -> list[tuple[int, int, int]]:
 def announced_answer(text: str) -> str | None:
     """The formula or the sentence that ends "the answer is ...", "Answer: ...", the last of them.
 
+    Without any, what the last sentence ends with: "so we get ...".
+
     It may say more than the answer; who asks must look whether it can be one.
     """
-    announced = ANNOUNCED.findall(text)
+    announced = ANNOUNCED.findall(text) or CONCLUDED.findall(text[-200:])
     if not announced:
         return None
-    formula = FORMULA.match(announced[-1])
+    told = announced[-1][:400]
+    told = told if POWER.search(told) else told.partition("**")[0]  # a bold answer ends there
+    formula = FORMULA.match(told)
     if formula:
         return next(part for part in formula.groups() if part)
-    sentence = SENTENCE.match(announced[-1])
+    sentence = SENTENCE.match(told)
     return sentence[1] if sentence else None
 
 
@@ -163,6 +174,7 @@ def tidy(answer: str) -> str:
         return f"{money[2]} {CURRENCIES[money[1]]}"
     answer = re.sub(r"(?<!\\)\\[()\[\]]|\\\$|[$`]", "", answer)
     answer = re.sub(r"\\[lr]angle(?![A-Za-z])", lambda m: "(" if m[0][1] == "l" else ")", answer)
+    answer = REPEATING.sub(r"\1\\overline{\2}", answer.replace(";", ","))
     answer = " ".join(answer.split()).strip("* ").rstrip(".").strip()
     answer = LONG_EXPONENT.sub(r"^{\1}", POWER.sub("^", answer).replace("**", ""))
     while (unwrapped := TEXT_COMMAND.fullmatch(answer)) is not None:
@@ -171,6 +183,11 @@ def tidy(answer: str) -> str:
     answer = GROUPED.sub(lambda match: re.sub(r"[ .']", "", match[0]), answer)
     answer = MIXED.sub(_mixed, answer)
     answer = re.sub(r"(?<=\d) (?=\\frac)", "", answer)
+    reversed_ = REVERSED.fullmatch(answer)
+    if reversed_ and (reversed_[1] == "]" or reversed_[3] == "["):
+        begin, end = reversed_[1].replace("]", "("), reversed_[3].replace("[", ")")
+        answer = begin + reversed_[2] + end
+    answer = ONE_TUPLE.sub(r"\1", answer) if ONE_TUPLE.fullmatch(answer) else answer
     mirrored = MIRRORED.fullmatch(answer)
     if mirrored:
         answer = f"{mirrored[2]} = {mirrored[1].strip()}"
@@ -180,3 +197,13 @@ def tidy(answer: str) -> str:
 def _mixed(match: re.Match[str]) -> str:
     whole, over, under = match.groups()
     return rf"{whole}\frac{{{over}}}{{{under}}}" if int(over) < int(under) else match[0]
+
+
+def same_text(given: str, wanted: str) -> bool:
+    """Whether two tidy answers are the same but for spaces and braces around one character."""
+    return _bare(given) == _bare(wanted)
+
+
+def _bare(answer: str) -> str:
+    answer = re.sub(r"(?<![A-Za-z\d]) | (?![A-Za-z\d])", "", answer)
+    return re.sub(r"(?<=[\^_])\{(\w)\}", r"\1", re.sub(r"\\[dtc]frac", r"\\frac", answer))

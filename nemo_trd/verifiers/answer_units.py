@@ -44,6 +44,8 @@ TABLE: dict[str, dict[str, Fraction | int]] = {
         "oz ounce": POUND / 16,
         "lb pound": POUND,
     },
+    "celsius": {"celsius": 1},  # not converted: their zeros differ
+    "fahrenheit": {"fahrenheit": 1},
     "dollars": {"cent ¢": 1, "dollar usd": 100},
     "euros": {"euro eur": 1},
 }
@@ -81,7 +83,9 @@ def _units() -> dict[str, Unit]:
 UNITS = _units()
 ABBREVIATIONS = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h", "fps": "ft/s", "cc": "cm^3"}
 POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
-FACTOR = re.compile(r"(square|sq|cubic|cu)?\.? ?([a-z¢]+)(?: ?\^ ?\{?([23])\}?| (squared|cubed))?")
+FACTOR = re.compile(
+    r"(?:(square|sq|cubic|cu)(?:\.| |\. ))?([a-z¢]+)(?: ?\^ ?\{?([23])\}?| (squared|cubed))?"
+)
 PLAIN = r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?(?:\\[dt]?frac\{\d+\}\{\d+\})?"
 PART = re.compile(
     rf"({PLAIN}|\\[dt]?frac\{{\d+\}}\{{\d+\}}) ?([A-Za-z¢](?:[A-Za-z¢ ./]|\^ ?\{{?[23]\}}?)*)"
@@ -115,6 +119,8 @@ def quantity(answer: str) -> Quantity | None:
         return None
     answer = " ".join(TEXT_COMMAND.sub(r" \1 ", answer).split()).strip(" .")
     answer = re.sub(r"^[A-Za-z] ?= ?", "", answer)
+    answer = re.sub(r"\^\{?\\circ\}? ?C$|degrees celsius$", " celsius", answer, flags=re.I)
+    answer = re.sub(r"\^\{?\\circ\}? ?F$|degrees fahrenheit$", " fahrenheit", answer, flags=re.I)
     feet = FEET.fullmatch(answer)
     if feet:
         answer = f"{feet[1]} feet {feet[2] or 0} inches"

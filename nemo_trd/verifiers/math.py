@@ -17,6 +17,7 @@ from nemo_trd.verifiers.answer_text import (
     announced_answer,
     final_answer,
     in_plain_latex,
+    same_text,
     tidy,
     without_thoughts,
 )
@@ -32,7 +33,8 @@ PERCENT = re.compile(r"(?<=[\d)}])\s*\\?%$")
 UNKNOWN_UNITS = re.compile(r"(?<=\d)( [A-Za-z]{3,})+$")  # "18 eggs", but not "18 x" or "2 pi"
 WORDS = re.compile(r"[A-Za-z]+( [A-Za-z]+)*")
 LONG_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
-COMPUTED = re.compile(r"\$[^$]+\$|\\\(.+?\\\)|\\\[.+?\\\]|[^\s$]*[\^!][^\s$]*", re.DOTALL)
+COMPUTED = re.compile(r"\$[^$]+\$|\\\(.+?\\\)|\\\[.+?\\\]|[^\s$]+", re.DOTALL)
+NOT_OF_A_SENTENCE = {"sqrt", "pi", "and", "or", "square", "cubic", "unit", "units"}
 FORMULA = re.compile(r"\$|\\|\d")  # where math-verify may find something
 
 
@@ -73,7 +75,7 @@ class MathJudge:
         """Of two tidy answers."""
         if not given:
             return NO_ANSWER
-        if given == wanted:
+        if same_text(given, wanted):
             return RIGHT
         given, wanted = map(kinds.with_double_factorials, (given, wanted))
         if too_large(given, len(wanted)):
@@ -93,6 +95,7 @@ class MathJudge:
             log.warning("no verdict on the answer %r: it is too large to be computed", wanted)
             return Judgement(None, "error")
         same = kinds.same_numerals(given, wanted)
+        same = kinds.same_times(given, wanted) if same is None else same
         if same is not None:
             return RIGHT if same else WRONG
         measured = same_quantities(given, wanted, self._compare)
@@ -141,9 +144,11 @@ class MathJudge:
         return self.worker.compare(text, f"${_as_formula(wanted)}$")
 
     def _judge_with_percent(self, given: str, wanted: str) -> Judgement:
+        per_cent = [bool(PERCENT.search(side)) for side in (given, wanted)]
+        if all(per_cent):
+            given, wanted = (PERCENT.sub("", side) for side in (given, wanted))
         judgement = self._compare(given, wanted)
         if judgement == WRONG:
-            per_cent = [bool(PERCENT.search(side)) for side in (given, wanted)]
             if per_cent == [True, False]:
                 judgement = self._compare(_hundredth(given), wanted)
             elif per_cent == [False, True]:
@@ -159,14 +164,14 @@ class MathJudge:
 
 def _can_be_answer(announced: str) -> bool:
     """Whether what was announced is an answer by itself, with no more words around it."""
-    answer = tidy(in_plain_latex(announced[:200]))
-    if not FORMULA.search(answer) and kinds.choice(answer) is None:
+    answer = tidy(in_plain_latex(announced))
+    if kinds.choice(answer) is not None:
+        return True
+    if not FORMULA.search(answer):
         return False
-    return (
-        quantity(answer) is not None
-        or kinds.choice(answer) is not None
-        or (not set(LONG_WORD.findall(answer)) - {"sqrt", "pi", "and", "or"})
-    )
+    if not set(LONG_WORD.findall(answer)) - NOT_OF_A_SENTENCE:
+        return True
+    return quantity(answer) is not None or kinds.same_times(answer, answer) is not None
 
 
 def _hundredth(percentage: str) -> str:

@@ -160,19 +160,19 @@ def _compare(text: str, answer: str) -> bool | None:
     if not found:
         return None
     return verify(
-        *_with_imaginary_unit(gold, found),
+        *_computed(gold, found),
         timeout_seconds=None,
         raise_on_error=True,
         allow_set_relation_comp=True,
     )
 
 
-def _with_imaginary_unit(*sides: list[Any]) -> list[list[Any]]:
-    """The letter i as a number, where math-verify has seen on one side that it is not real."""
-    from sympy import I, Symbol
+def _computed(*sides: list[Any]) -> list[list[Any]]:
+    """Whole numbers as such: 10^{10^3}. And i as a number, where one side has it as not real."""
+    from sympy import Expr, I, Symbol
 
     complex_i, real_i = Symbol("i", real=False), Symbol("i", real=True)
-    if not any(not isinstance(x, str) and x.has(complex_i) for side in sides for x in side):
-        return list(sides)
-    meant = {complex_i: I, real_i: I}
-    return [[x if isinstance(x, str) else x.subs(meant) for x in side] for side in sides]
+    if any(not isinstance(x, str) and x.has(complex_i) for side in sides for x in side):
+        meant = {complex_i: I, real_i: I}
+        sides = tuple([x if isinstance(x, str) else x.subs(meant) for x in s] for s in sides)
+    return [[x.doit() if isinstance(x, Expr) and x.is_integer else x for x in s] for s in sides]
