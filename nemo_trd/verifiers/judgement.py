@@ -20,4 +20,8 @@ class Judgement:
     reason: str  # "right", or in which way it is wrong: "wrong_answer", "no_answer", ...
 
 
+RIGHT, WRONG = Judgement(True, "right"), Judgement(False, "wrong_answer")
+NO_ANSWER = Judgement(False, "no_answer")
+TOO_LARGE = Judgement(False, "too_large")  # longer, deeper or larger than any answer
+
 Judge = Callable[[str, str], Judgement]  # (generated text, expected answer)

@@ -1,50 +1,41 @@
-"""Mathematical equality of final answers, by math-verify in a process of its own.
+"""Mathematical equality of final answers.
 
-Symbolic comparison can run for ever or eat the memory, in C code that no signal handler interrupts,
-and math-verify's own limit (signal.alarm) works in the main thread only. So plain numbers and equal
-texts are compared here, and all else in a worker process that the kernel ends at its limit. The
-limit is processor time: a busy machine changes no verdict.
+What can be compared as text or as plain numbers is compared here, and all else by math-verify in a
+process of its own (`math_worker`). Answers that no process could compare in its time are refused
+by their size before (`answer_size`).
 """
 
 from __future__ import annotations
 
 import atexit
-import json
 import logging
-import os
 import re
-import resource
-import selectors
-import signal
-import subprocess
-import sys
-import threading
-from fractions import Fraction
-from pathlib import Path
 
-from nemo_trd.verifiers.judgement import Judgement
+from nemo_trd.verifiers import answer_kinds as kinds
+from nemo_trd.verifiers.answer_size import too_large
+from nemo_trd.verifiers.answer_text import (
+    announced_answer,
+    final_answer,
+    in_plain_latex,
+    same_text,
+    tidy,
+    without_thoughts,
+)
+from nemo_trd.verifiers.answer_units import quantity, same_quantities
+from nemo_trd.verifiers.judgement import NO_ANSWER, RIGHT, TOO_LARGE, WRONG, Judgement
+from nemo_trd.verifiers.math_worker import MathWorker
 
 log = logging.getLogger(__name__)
 
-START_TIMEOUT_S = 120.0  # importing sympy from a cold network file system
-CLOCK_TO_CPU = 60  # a comparison that waits, and does not compute, ends after so many limits
-MEMORY_LIMIT_BYTES = 4 * 2**30
-
-RIGHT, WRONG = Judgement(True, "right"), Judgement(False, "wrong_answer")
-NO_ANSWER = Judgement(False, "no_answer")
-NUMBER = re.compile(r"[-+]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?([eE][-+]?\d{1,3})?(/\d+)?")
+PROSE_CHARACTERS = 4000  # of a text without a marked answer, so many from its end are read
 EXPONENT = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d{1,3})")  # as programs write numbers
-SPACE_IN_NUMBER = re.compile(r"(?<=\d)(?:\\[,;:! ]|~)(?=\d{3}(?!\d))")
 PERCENT = re.compile(r"(?<=[\d)}])\s*\\?%$")
-UNITS = re.compile(r"(?<=\d)( [A-Za-z]{3,})+$")  # "18 eggs", but not "18 x" or "2 pi"
+UNKNOWN_UNITS = re.compile(r"(?<=\d)( [A-Za-z]{3,})+$")  # "18 eggs", but not "18 x" or "2 pi"
 WORDS = re.compile(r"[A-Za-z]+( [A-Za-z]+)*")
-SYNONYMS = {  # what math-verify reads in one way of writing only
-    r"\varnothing": r"\emptyset",
-    "∅": r"\emptyset",
-    "∞": r"\infty ",
-    "·": r"\cdot ",
-}
-TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}")
+LONG_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+COMPUTED = re.compile(r"\$[^$]+\$|\\\(.+?\\\)|\\\[.+?\\\]|[^\s$]+", re.DOTALL)
+NOT_OF_A_SENTENCE = {"sqrt", "pi", "and", "or", "square", "cubic", "unit", "units"}
+FORMULA = re.compile(r"\$|\\|\d")  # where math-verify may find something
 
 
 class MathJudge:
@@ -57,36 +48,107 @@ class MathJudge:
     def __call__(self, text: str, answer: str) -> Judgement:
         """Whether the final answer of `text` equals `answer` as mathematics.
 
-        The final answer is the last \\boxed{...}, or else the line after the last "####", or else
-        what math-verify finds in the text: an announced answer, a last formula, a last number.
-        A text without any answer is wrong, for the reason "no_answer". Units are not compared. With
-        a percent sign on one side only, both 50 and 0.5 equal 50 %.
+        The final answer stands after the thoughts: it is the last \\boxed{...}, or else the line
+        after the last "####", or else the last one that is announced ("the answer is"), or else
+        what math-verify finds in the text: a last formula, a last number. A text without any answer
+        is wrong, for the reason "no_answer", and an answer that is longer, deeper or larger than
+        anybody's for the reason "too_large". A unit that one side leaves out, or that is not known,
+        is not compared. With a percent sign on one side only, both 50 and 0.5 equal 50 %.
 
         There is no verdict, and a warning in the log, when the comparison raised or its process
         died ("error"), when it was stopped after `timeout_s` ("timeout"), or when `answer` is not
         something that can be compared ("error").
         """
-        text, answer = _normalised(text), _normalised(answer)
-        final = final_answer(text)
-        raw_answer = final_answer(answer) or answer
-        wanted = _plain(raw_answer)
-        given = _plain(final if final is not None else text)
+        said = without_thoughts(text)
+        wanted = tidy(in_plain_latex(final_answer(answer) or answer))
+        final = final_answer(said)
+        if final is None:
+            announced = announced_answer(said)
+            if announced is None or not _can_be_answer(announced):
+                return self._judge_prose(said, wanted)
+            final = announced
+        if len(final) > 4 * PROSE_CHARACTERS + 4 * len(answer):
+            return TOO_LARGE
+        return self._judge(tidy(in_plain_latex(final)), wanted)
+
+    def _judge(self, given: str, wanted: str) -> Judgement:
+        """Of two tidy answers."""
         if not given:
             return NO_ANSWER
+        if same_text(given, wanted):
+            return RIGHT
+        given, wanted = map(kinds.with_double_factorials, (given, wanted))
+        if too_large(given, len(wanted)):
+            return TOO_LARGE
+        chosen = self._judge_choice(given, wanted)
+        if chosen is not None:
+            return chosen
+        numbers = kinds.number(given), kinds.number(wanted)
+        if numbers[0] is not None and numbers[1] is not None:
+            return RIGHT if numbers[0] == numbers[1] else WRONG
         if WORDS.fullmatch(wanted):  # as a formula a word is a product of its letters
-            if final is None:
-                given = " ".join(given.split()[-len(wanted.split()) :])
             if given.casefold() == wanted.casefold():
                 return RIGHT
-            if len(wanted) > 1:
+            if len(wanted) > 1 and numbers[1] is None:
                 return WRONG
-        if final is None:
-            return self.worker.compare(text, f"${_undollared(raw_answer)}$")
-        if given == wanted:
-            return RIGHT
+        if too_large(wanted, len(wanted)):
+            log.warning("no verdict on the answer %r: it is too large to be computed", wanted)
+            return Judgement(None, "error")
+        same = kinds.same_numerals(given, wanted)
+        same = kinds.same_times(given, wanted) if same is None else same
+        if same is not None:
+            return RIGHT if same else WRONG
+        measured = same_quantities(given, wanted, self._compare)
+        if measured is not None:
+            return measured
+        if kinds.other_brackets(given, wanted):
+            return WRONG
+        return self._judge_with_percent(given, wanted)
+
+    def _judge_choice(self, given: str, wanted: str) -> Judgement | None:
+        """None where no letter of a choice decides."""
+        several = kinds.choices(given), kinds.choices(wanted)
+        if several[0] is not None and several[1] is not None:
+            return RIGHT if several[0] == several[1] else WRONG
+        ours, theirs = kinds.choice(given), kinds.choice(wanted)
+        if ours is None and theirs is None:
+            return None
+        if ours is None or theirs is None:
+            content = ours[1] if ours else theirs[1] if theirs else ""
+            if not content:
+                return None  # perhaps the letter is a variable
+            pair = (content, wanted) if ours else (given, content)
+            return self._judge(*map(tidy, pair))
+        if ours[0] != theirs[0] or not (ours[1] and theirs[1]):
+            return RIGHT if ours[0] == theirs[0] else WRONG
+        return self._judge(tidy(ours[1]), tidy(theirs[1]))
+
+    def _judge_prose(self, text: str, wanted: str) -> Judgement:
+        """Of a text in which no answer is marked."""
+        text = in_plain_latex(text[-PROSE_CHARACTERS:])
+        if not text.strip():
+            return NO_ANSWER
+        wanted_choice = kinds.choice(wanted)
+        if wanted_choice is not None:
+            letter = kinds.choice_in_words(text)
+            if letter is not None or not wanted_choice[1]:
+                return RIGHT if letter == wanted_choice[0] else WRONG
+        if WORDS.fullmatch(wanted) and (len(wanted) > 1 or wanted.casefold() == text.casefold()):
+            last = " ".join(tidy(text).split()[-len(wanted.split()) :])
+            return RIGHT if last.casefold() == wanted.casefold() else WRONG
+        text = re.sub(r"!{2,}", "", text)
+        refused = [m.end() for m in COMPUTED.finditer(text) if too_large(m[0], len(m[0]))]
+        text = text[refused[-1] :] if refused else text
+        if not FORMULA.search(text):
+            return TOO_LARGE if refused else NO_ANSWER
+        return self.worker.compare(text, f"${_as_formula(wanted)}$")
+
+    def _judge_with_percent(self, given: str, wanted: str) -> Judgement:
+        per_cent = [bool(PERCENT.search(side)) for side in (given, wanted)]
+        if all(per_cent):
+            given, wanted = (PERCENT.sub("", side) for side in (given, wanted))
         judgement = self._compare(given, wanted)
         if judgement == WRONG:
-            per_cent = [bool(PERCENT.search(side)) for side in (given, wanted)]
             if per_cent == [True, False]:
                 judgement = self._compare(_hundredth(given), wanted)
             elif per_cent == [False, True]:
@@ -94,30 +156,22 @@ class MathJudge:
         return judgement
 
     def _compare(self, given: str, wanted: str) -> Judgement:
-        numbers = _number(UNITS.sub("", given)), _number(UNITS.sub("", wanted))
+        numbers = [kinds.number(UNKNOWN_UNITS.sub("", side)) for side in (given, wanted)]
         if numbers[0] is not None and numbers[1] is not None:
             return RIGHT if numbers[0] == numbers[1] else WRONG
         return self.worker.compare(f"${_as_formula(given)}$", f"${_as_formula(wanted)}$")
 
 
-def final_answer(text: str) -> str | None:
-    """What stands in the last complete \\boxed{...}, else after the last "####" on its line."""
-    for start in reversed([m.end() for m in re.finditer(r"\\f?boxed\s*\{", text)]):
-        depth = 1
-        for position in range(start, len(text)):
-            character = text[position]
-            if text[position - 1] != "\\":
-                depth += (character == "{") - (character == "}")
-            if depth == 0:
-                return text[start:position]
-    marked = re.findall(r"####[ \t]*(\S[^\n]*)", text)
-    return marked[-1] if marked else None
-
-
-def _normalised(text: str) -> str:
-    for written, meant in SYNONYMS.items():
-        text = text.replace(written, meant)
-    return SPACE_IN_NUMBER.sub("", text)
+def _can_be_answer(announced: str) -> bool:
+    """Whether what was announced is an answer by itself, with no more words around it."""
+    answer = tidy(in_plain_latex(announced))
+    if kinds.choice(answer) is not None:
+        return True
+    if not FORMULA.search(answer):
+        return False
+    if not set(LONG_WORD.findall(answer)) - NOT_OF_A_SENTENCE:
+        return True
+    return quantity(answer) is not None or kinds.same_times(answer, answer) is not None
 
 
 def _hundredth(percentage: str) -> str:
@@ -127,159 +181,3 @@ def _hundredth(percentage: str) -> str:
 def _as_formula(answer: str) -> str:
     number = EXPONENT.fullmatch(answer)
     return rf"{number[1]} \times 10^{{{number[2]}}}" if number else answer
-
-
-def _undollared(answer: str) -> str:
-    return answer.replace("\\$", "").replace("$", "").strip()
-
-
-def _plain(answer: str) -> str:
-    """Without what does not change the meaning: dollar signs, spaces, \\text, a full stop."""
-    words = " ".join(_undollared(answer).split()).rstrip(".").strip()
-    only_text = TEXT_COMMAND.fullmatch(words)
-    return only_text[1].strip() if only_text else words
-
-
-def _number(answer: str) -> Fraction | None:
-    if not NUMBER.fullmatch(answer) or len(answer) > 100:
-        return None
-    numerator, _, denominator = answer.replace(",", "").partition("/")
-    try:
-        return Fraction(numerator) / Fraction(denominator or 1)
-    except (ValueError, ZeroDivisionError):  # no digit at all, or n/0
-        return None
-
-
-class MathWorker:
-    """A process that compares one pair at a time. Started when first needed, again when killed.
-
-    `timeout_s` is processor time of one comparison.
-    """
-
-    def __init__(self, timeout_s: float = 5.0) -> None:
-        self.timeout_s = timeout_s
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def compare(self, text: str, answer: str) -> Judgement:
-        """Whether an answer found in `text` equals `answer`, both in math-verify's notation.
-
-        Raises:
-            RuntimeError: the worker process does not start; its own message is on stderr.
-        """
-        with self._lock:
-            if self._process is None:
-                self._start()
-            reply = self._ask(text, answer)
-        if reply is None:
-            return NO_ANSWER
-        if isinstance(reply, bool):
-            return RIGHT if reply else WRONG
-        reason, told = reply
-        log.warning("no verdict on the answer %r: %s", answer, told)
-        return Judgement(None, reason)
-
-    def stop(self) -> None:
-        with self._lock:
-            self._kill()
-
-    def _start(self) -> None:
-        package_root = str(Path(__file__).parents[2])
-        inherited = os.environ.get("PYTHONPATH")
-        path = package_root if not inherited else os.pathsep.join((package_root, inherited))
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", "from nemo_trd.verifiers.math import serve; serve()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path},
-            bufsize=0,
-        )
-        try:
-            self._read(START_TIMEOUT_S)
-        except (TimeoutError, EOFError) as error:
-            self._kill()
-            raise RuntimeError(
-                "the process that compares mathematical answers did not start"
-            ) from error
-
-    def _ask(self, text: str, answer: str) -> bool | None | tuple[str, str]:
-        """The verdict (None: no answer in the text), or why there is none and what happened."""
-        assert self._process is not None and self._process.stdin is not None
-        line = memoryview(json.dumps([text, answer, self.timeout_s]).encode() + b"\n")
-        try:
-            while line:  # an unbuffered pipe may take a part only
-                line = line[self._process.stdin.write(line) :]
-            reply = self._read(CLOCK_TO_CPU * self.timeout_s)
-        except TimeoutError:
-            self._kill()
-            return "timeout", f"stopped after {CLOCK_TO_CPU * self.timeout_s:g} s"
-        except (EOFError, BrokenPipeError):
-            process = self._process
-            self._kill()
-            if process.returncode == -signal.SIGPROF:
-                return "timeout", f"stopped after {self.timeout_s:g} s of processor time"
-            return "error", f"its process died, perhaps out of {MEMORY_LIMIT_BYTES >> 30} GiB"
-        return ("error", reply) if isinstance(reply, str) else reply
-
-    def _read(self, timeout_s: float) -> bool | str | None:
-        """One reply.
-
-        Raises:
-            TimeoutError: there is none in time.
-            EOFError: the process has ended.
-        """
-        assert self._process is not None and self._process.stdout is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            if not selector.select(timeout_s):
-                raise TimeoutError
-        line = self._process.stdout.readline()
-        if not line:
-            raise EOFError
-        return json.loads(line)
-
-    def _kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
-
-
-def serve() -> None:
-    """The worker: text, answer and limit as JSON a line on stdin; true, false, null or an error
-    text a line on stdout. At the limit it dies of SIGPROF.
-
-    It ends with its stdin, so it never outlives the process that asks.
-    """
-    with os.fdopen(os.dup(1), "w") as replies:
-        os.dup2(2, 1)  # nothing that a library prints may pass for a reply
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
-        logging.getLogger("math_verify").setLevel(logging.ERROR)  # "timeout is disabled": it is
-        _compare("$x$", "$2x$")  # imports and tables belong to the start, not to a limit
-        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # who asks may use a profiler
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
-        print("true", file=replies, flush=True)
-        for line in sys.stdin:
-            text, answer, timeout_s = json.loads(line)
-            signal.setitimer(signal.ITIMER_PROF, timeout_s)
-            try:
-                reply: bool | str | None = _compare(text, answer)
-            except Exception as error:  # the process border: whatever it was goes to the caller
-                reply = f"{type(error).__name__}: {error}"[:500]
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            print(json.dumps(reply), file=replies, flush=True)
-
-
-def _compare(text: str, answer: str) -> bool | None:
-    """None: there is no answer in the text."""
-    from math_verify import parse, verify
-
-    gold = parse(answer, parsing_timeout=None, raise_on_error=True)
-    if all(isinstance(reading, str) for reading in gold):
-        raise ValueError("math-verify cannot read the expected answer")
-    found = parse(text, parsing_timeout=None, raise_on_error=True)
-    if not found:
-        return None
-    return verify(
-        gold, found, timeout_seconds=None, raise_on_error=True, allow_set_relation_comp=True
-    )

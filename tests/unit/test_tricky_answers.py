@@ -1,7 +1,6 @@
 r"""Answers that are hard to compare, with the verdict that a person would give.
 
-A person who knows the problem forgives how an answer is written, and not what it says. Units are
-left out: they are not compared.
+A person who knows the problem forgives how an answer is written, and not what it says.
 """
 
 from __future__ import annotations
@@ -21,9 +20,10 @@ import pytest
 from nemo_trd.config import compose_as
 from nemo_trd.evaluation.judging import JudgePool
 from nemo_trd.evaluation.settings import EvaluationConfig
-from nemo_trd.verifiers import math as verifier
-from nemo_trd.verifiers.judgement import Judgement
-from nemo_trd.verifiers.math import RIGHT, MathJudge, MathWorker
+from nemo_trd.verifiers import math_worker
+from nemo_trd.verifiers.judgement import RIGHT, Judgement
+from nemo_trd.verifiers.math import MathJudge
+from nemo_trd.verifiers.math_worker import MathWorker
 
 # What is in the box ("text around": the whole text), and the expected answer.
 RIGHT_ANSWERS = {
@@ -116,7 +116,89 @@ RIGHT_ANSWERS = {
         (r"\text{Yes}", "yes"),
         ("2:3", "2:3"),
     ],
+    "bases": [
+        (r"1011_{\text{two}}", "1011_2"),
+        ("1011₂", "1011_{2}"),
+        ("1011", "1011_2"),
+        (r"2516_{\text{base }8}", "2516_8"),
+        ("2A in base 16", "2A_{16}"),
+    ],
+    "brackets": [
+        (r"\left\{ 2, 1 \right\}", r"\{1,2\}"),
+        ("1, 2", "(1,2)"),
+        (r"\langle 1,2\rangle", "(1,2)"),
+        (r"\{(1,2),(3,4)\}", "(1,2),(3,4)"),
+        ("]1,2[", "(1,2)"),
+        ("[1,2)", "[1, 2)"),
+    ],
+    "compound units": [
+        (r"2\text{ hours }30\text{ minutes}", r"150\text{ minutes}"),
+        ("2 hours and 30 minutes", "2.5"),
+        ("5 feet 6 inches", "66 inches"),
+        ("5'6\"", "5.5 feet"),
+        ("2 dollars and 50 cents", r"\$2.50"),
+        (r"\frac{1}{2} \text{ hour}", "30 minutes"),
+        ("90 seconds", "1 minute 30 seconds"),
+        ("7 1/2 cups", "7.5"),
+        ("45°C", "45"),
+        ("60 mph", "60 miles per hour"),
+        (r"5\text{ cm}^2", "5 square centimeters"),
+        (r"36\pi \text{ cm}^3", r"36\pi"),
+    ],
+    "signs of Unicode": [
+        ("2√3", r"2\sqrt{3}"),
+        ("∛27", "3"),
+        ("(1+√5)/2", r"\frac{1+\sqrt{5}}{2}"),
+        ("x²", "x^2"),
+        ("2½", "5/2"),
+        ("2π", "2pi"),
+        ("2·10⁵", "200000"),
+        ("−5", "-5"),
+    ],
+    "mixed numbers": [
+        ("1 1/2", "3/2"),
+        ("2 2/3", r"2\frac{2}{3}"),
+        ("-1 1/2", "-1.5"),
+        (r"x = 2 \frac23", "8/3"),
+    ],
+    "groups of digits": [
+        ("1 234 567", "1234567"),
+        (r"1\,234\,567", "1,234,567"),
+        ("1\u202f234\u202f567", "1234567"),
+        ("1.234.567", "1{,}234{,}567"),
+    ],
+    "choices": [
+        (r"\textbf{(C)}\ 42", "C"),
+        (r"\textbf{(C)}\ 42", "42"),
+        ("C) 42", r"\text{(C)}"),
+        (r"\mathrm{C}", "C"),
+        ("42", "(C) 42"),
+        ("(A) and (C)", "A, C"),
+    ],
+    "repeating decimals": [(r"0.1\overline{6}", r"\frac{1}{6}"), ("0.333...", "1/3")],
+    "times of day": [(r"3:30\text{ p.m.}", "3:30 PM")],
+    "numbers in words": [("twelve", "12"), ("21", r"\text{twenty-one}")],
+    "large, but somebody's": [
+        ("2^{2024}", "4^{1012}"),
+        ("100!", r"100 \cdot 99!"),
+        ("3^{1000}-1", "9^{500}-1"),
+        ("7!!", "105"),
+        ("10^{10^{3}}", "10^{1000}"),
+    ],
+    "the imaginary unit": [(r"e^{i\pi}", "-1"), ("(1+i)^2", "2i")],
     "text around": [
+        (r"\fbox{7}", "7"),
+        ("The answer is (D).", "D"),
+        ("Options (A) and (B) are wrong. I choose (D).", "D"),
+        ("**Answer: C**", "C"),
+        ("The answer is B because A is too small.", "B"),
+        ("The answer is 2√3.", r"2\sqrt{3}"),
+        ("The answer is 1 1/2.", "1.5"),
+        ("So it takes 2 hours 30 minutes.", "150 minutes"),
+        ("<reasoning>C or D?</reasoning><answer> C </answer>", "C"),
+        (r"so \boxed{2} and \boxed{3}", "2,3"),
+        (r"<think>maybe \boxed{5}</think> It is \boxed{6}", "6"),
+        (r"[THINK]maybe \boxed{5}[/THINK]The answer is 6.", "6"),
         (r"The answer is \boxed{42}. I am confident.", "42"),
         ("**Answer:** 42", "42"),
         (r"Therefore, the final answer is $\frac{3}{4}$.", "3/4"),
@@ -149,7 +231,48 @@ WRONG_ANSWERS = {
         ),
     ],
     "words and letters": [("No", "Yes"), ("2:3", "3:2"), (r"\text{None}", "0")],
-    "text around": [(r"I think 17. No wait, it is \boxed{19}", "17")],
+    "bases": [
+        ("1011_2", "1011_3"),
+        ("1011_{2}", r"1011_{\text{three}}"),
+        ("11", "1011_2"),
+        ("13_8", "1011_2"),
+    ],
+    "brackets": [
+        ("(1,2)", r"\{1,2\}"),
+        (r"\{1,2\}", "(1,2)"),
+        ("[1,2]", r"\{1,2\}"),
+        ("[1,2)", "[1,2]"),
+        (r"(0,\{1,2\})", "(0,(1,2))"),
+    ],
+    "compound units": [
+        (r"2\text{ hours }30\text{ minutes}", "2"),
+        (r"2\text{ hours }30\text{ minutes}", "30"),
+        ("2 hours", "2 hours 30 minutes"),
+        ("5 feet 6 inches", "5"),
+        ("30 minutes", "30 hours"),
+        (r"5\sqrt{2} \text{ cm}", r"5\sqrt{2} \text{ m}"),
+        ("5 kg", "5 cm"),
+        ("45°C", "45°F"),
+    ],
+    "signs of Unicode": [("2√3", "2"), ("2√3", r"2\sqrt{5}"), ("−5", "5")],
+    "mixed numbers": [("1 1/2", "11/2"), ("1 1/2", "1"), ("2 2/3", "4/3")],
+    "groups of digits": [("1 234 567", "1234568"), ("1 2", "12")],
+    "choices": [(r"\textbf{(C)}\ 42", "D"), ("(A) and (C)", "A"), ("C = 5", "C"), ("A", "42")],
+    "times of day": [("3:30 AM", "3:30 PM")],
+    "numbers in words": [("thirteen", "12")],
+    "large, but somebody's": [("2^{2024}", "2^{2023}")],
+    "text around": [
+        (r"I think 17. No wait, it is \boxed{19}", "17"),
+        (r"<think>maybe \boxed{5}, no wait", "5"),
+        (r"maybe \boxed{5}, no wait</think>", "5"),
+        (r"<think>\boxed{5}</think> It is \boxed{6}.", "5"),
+        (r"<|begin_of_thought|>It is \boxed{5}. Let me check", "5"),
+        ("Options (A) and (B) are wrong.", "A"),
+        ("The answer is 2√3.", "2"),
+        ("It is a", "A"),
+        ("The answer is A cat.", "A"),
+        ("The answer is not (A).", "A"),
+    ],
 }
 
 
@@ -157,7 +280,8 @@ def _pair(kind: str, said: str, answer: str) -> tuple[str, str]:
     return (said if kind == "text around" else rf"\boxed{{{said}}}"), answer
 
 
-PAIRS = [
+Asked = tuple[tuple[str, str], bool]  # (text, expected answer), verdict
+PAIRS: list[Asked] = [
     (_pair(kind, *case), verdict)
     for cases, verdict in ((RIGHT_ANSWERS, True), (WRONG_ANSWERS, False))
     for kind, of_kind in cases.items()
@@ -166,8 +290,8 @@ PAIRS = [
 ASKED = [pair for pair, _ in PAIRS]
 
 
-def check(verdicts: list[bool | None]) -> None:
-    found = zip(PAIRS, verdicts, strict=True)
+def check(verdicts: list[bool | None], pairs: list[Asked] = PAIRS) -> None:
+    found = zip(pairs, verdicts, strict=True)
     assert [pair for (pair, expected), verdict in found if verdict is not expected] == []
 
 
@@ -197,6 +321,45 @@ def test_verdicts_are_the_same_in_a_worker_process() -> None:
     check(json.loads(ended.stdout))
 
 
+DEGENERATE = [
+    "9^{9^{9^9}}",
+    "9^9^9^9",
+    "10^{10^{10}}",
+    "2**(10**10)",
+    "2^{-10^{10}}",
+    "x^{10^{10}}",
+    "10¹⁰⁰⁰⁰⁰⁰",
+    "1000000!",
+    "9!!!!",
+    "(10^{9})!",
+    r"\binom{10^9}{5\cdot 10^8}",
+    r"\prod_{k=1}^{10^9} k",
+    "a" * 20_000,
+    "1" * 20_000,
+    "1+" * 10_000 + "1",
+    "(" * 40 + "1" + ")" * 40,
+    r"\frac{1}{1+" * 40 + "1" + "}" * 40,
+    r"\sqrt{" * 500 + "2" + "}" * 500,
+    r"\begin{pmatrix}" + r"1&2\\" * 1000 + r"\end{pmatrix}",
+    "{" * 20_000,
+]
+
+
+def test_degenerate_answers_are_refused_by_their_size_before_they_are_parsed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    judge = MathJudge()
+    monkeypatch.setattr(judge.worker, "compare", None)  # whoever calls it raises TypeError
+    boxed = [rf"\boxed{{{answer}}}" for answer in DEGENERATE[:-1]] + [r"\boxed" + DEGENERATE[-1]]
+    announced = [f"The answer is ${answer}$." for answer in DEGENERATE[:12]]
+    started = time.process_time()
+    reasons = [judge(text, "5").reason for text in boxed + announced]
+    assert time.process_time() - started < 2.0
+    assert reasons == ["too_large"] * 32
+    assert judge(r"\boxed{10^{10^{10}}}", "10^{10^{10}}") == RIGHT
+    assert judge(r"\boxed{10^{10^{10}}+1}", "10^{10^{10}}").correct is not True
+
+
 @contextmanager
 def busy_machine() -> Iterator[None]:
     """Three times as many processes that only compute as there are cores."""
@@ -213,16 +376,17 @@ def busy_machine() -> Iterator[None]:
 def test_verdicts_are_the_same_under_load() -> None:
     overrides = ["model.path=x", "benchmark=gsm8k", "verification.math_timeout_seconds=1"]
     config = compose_as(EvaluationConfig, overrides, "evaluate")
+    asked = PAIRS[::5]  # of every kind some; each takes the longer the busier the machine
     found: dict[int, bool | None] = {}
     with busy_machine(), JudgePool(config) as pool:
-        for number, pair in enumerate(ASKED):
+        for number, (pair, _) in enumerate(asked):
 
             def keep(judgement: Judgement, number: int = number) -> None:
                 found[number] = judgement.correct
 
             pool.submit("math", *pair, keep)
         pool.finish(progress=False)
-    check([found[number] for number in range(len(ASKED))])
+    check([found[number] for number in range(len(asked))], asked)
 
 
 def compare_while_stopped(worker: MathWorker, seconds: float) -> Judgement:
@@ -252,7 +416,7 @@ def test_a_comparison_that_waits_for_a_processor_is_not_late() -> None:
 
 
 def test_a_comparison_that_waits_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verifier, "CLOCK_TO_CPU", 3)
+    monkeypatch.setattr(math_worker, "CLOCK_TO_CPU", 3)
     worker = MathWorker(timeout_s=0.5)
     try:
         assert compare_while_stopped(worker, 60.0) == Judgement(None, "timeout")
