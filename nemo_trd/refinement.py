@@ -11,9 +11,10 @@ from typing import Any, get_args
 
 from jinja2 import TemplateError
 
+from nemo_trd.chat import check_chat_template, conversation, render_chat
 from nemo_trd.config import Config, ConfigError, rule_broken
 from nemo_trd.context_budget import Render, Texts, fit
-from nemo_trd.prompts import LoadedPrompts, check_chat_template, conversation, render_chat
+from nemo_trd.prompts import LoadedPrompts
 from nemo_trd.templates import PLACEHOLDER, fill_template, placeholder_names
 from nemo_trd.types import (
     Completion,
