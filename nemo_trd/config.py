@@ -144,24 +144,36 @@ class RefinementConfig(Section):
 
 
 class Columns(Section):
-    """Which column of the data holds what. Exactly one of `problem` and `messages` is set."""
+    """Which column of the data holds what. Exactly one of `problem` and `messages` is set.
+
+    A name with dots is a path: `reward_model.ground_truth`, `solutions.0`.
+    """
 
     problem: str | None
-    messages: str | None  # chat messages: a list of {role, content}
-    reference_solution: str | None
+    # A conversation: a list of {role, content}, or of {from, value}.
+    messages: str | None
+    reference_solution: str | None  # a text, or a list of which the first is taken
     # Of verifier code: its tests, where they are in several columns a list of these.
     answer: str | list[str] | None
+    system: str | None = None  # system prompts, for rows whose messages begin with none
 
 
 class Dataset(Section):
-    path: str  # a .jsonl or .parquet file, or the name of a `datasets` dataset
+    path: str  # a file, a directory, or the name of a `datasets` dataset: see docs/data.md
     name: str | None  # the configuration of a `datasets` dataset
     split: str
     columns: Columns
-    answer_pattern: str | None  # regular expression: group 1 of its last match is the answer
+    # Regular expression: group 1 of its last match is the answer. Or: boxed, for what stands in the
+    # last \boxed{...}. Searched in columns.answer, else in the reference solution.
+    answer_pattern: str | None
     limit: PositiveInt | None  # use the first so many rows
     # The user's turn: {problem}, and {NAME} of any other column of texts. null: the problem alone.
     template: str | None = None
+    # Where a row has a list of answers: any of them is right, or only all together.
+    answer_list: Literal["any", "all"] = "any"
+    # What a conversation that ends with the assistant's turn means: it is a bad row, or that turn
+    # is taken away and is the reference solution.
+    last_assistant_turn: Literal["refuse", "reference_solution"] = "refuse"
 
 
 class PromptRules(Section):
@@ -171,6 +183,8 @@ class PromptRules(Section):
     chat_template_kwargs: dict[str, Any]
     max_prompt_tokens: PositiveInt
     verifier: VerifierName
+    on_bad_row: Literal["error", "skip"] = "skip"  # skip: left out, counted and reported
+    max_bad_share: Fraction = 0.05  # of the rows; more bad ones than that are refused
 
 
 class Data(PromptRules):

@@ -25,6 +25,20 @@ Rejection = Literal[
 
 
 @dataclass(frozen=True)
+class AnswerList:
+    """Several answers to one problem: any of them is right, or all together are."""
+
+    texts: tuple[str, ...]
+    needed: Literal["any", "all"]
+
+    def __str__(self) -> str:
+        return (" or " if self.needed == "any" else " and ").join(self.texts)
+
+
+Answer = str | AnswerList
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One problem of the dataset."""
 
@@ -32,7 +46,7 @@ class Prompt:
     problem: str  # the text that refinement templates show to the teacher
     token_ids: TokenIds  # x: the student's chat template, generation prompt included
     reference_solution: str | None = None  # y*: worked solution, seen by the teacher in OPSD only
-    answer: str | None = None  # final answer, for the verifier
+    answer: Answer | None = None  # final answer, for the verifier
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,13 @@ def _load_prompts(config: Config, student_tokenizer: Any, teacher_tokenizer: Any
             "choose a teacher of the student's family",
         )
     check_templates(config, teacher_tokenizer)
-    loaded = load_prompts(config.data.train, "data.train", config.data, student_tokenizer)
+    loaded = load_prompts(
+        config.data.train,
+        "data.train",
+        config.data,
+        student_tokenizer,
+        needs_reference=config.algorithm.mode == "opsd",
+    )
     return fitting_prompts(loaded, config, teacher_tokenizer).prompts
 
 

@@ -173,7 +173,11 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
             "data.train.columns.answer=null",
             "data.train.columns.reference_solution=null",
         ],
-        ("data.train.answer_pattern = '####(.+)'", "searched in", "name one of these columns"),
+        (
+            "data.train.answer_pattern = '####(.+)'",
+            "searched in",
+            "name columns.answer or columns.reference_solution",
+        ),
     ),
     "subset without a verifier": (
         ["refinement.subset=wrong", "data.verifier=none"],
