@@ -128,7 +128,7 @@ def _report_bad_rows(
             dataset.path,
             f"{len(bad)} of {read} rows ({len(bad) / read:.1%}) cannot be used, which is more than "
             f"{section}.max_bad_share = {rules.max_bad_share:g}: {reasons}. The first: {first}",
-            f"name the right columns, correct the rows, or raise {section}.max_bad_share",
+            f"{bad[0].fix}; or raise {section}.max_bad_share",
         )
     log.warning(
         "%s: left out %d of %d rows (%.1f%%) that cannot be used: %s. The first: %s",

@@ -25,6 +25,7 @@ class BadRow(ConfigError):
         super().__init__(f"{told}. Fix: {fix}.")
         self.reason = reason
         self.told = told
+        self.fix = fix
 
 
 # Where it stands, for messages; its columns, or why it cannot be read.
