@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from nemo_trd.config import ConfigError
 from nemo_trd.row import BadRow, Row
@@ -24,7 +24,7 @@ def _integer(digits: str) -> Any:
 DECODER = json.JSONDecoder(parse_int=_integer)
 
 
-def open_bytes(path: Path) -> IO[bytes]:
+def open_bytes(path: Path) -> io.BufferedIOBase:
     return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
 
 

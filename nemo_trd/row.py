@@ -194,7 +194,9 @@ def listed(value: Any) -> list[Any] | None:
 
 
 def _written(number: int | float | Decimal) -> str:
-    if isinstance(number, int) or (number == int(number) and abs(number) < EXACT_FLOATS):
+    if isinstance(number, int):
+        return str(number)
+    if -EXACT_FLOATS < number < EXACT_FLOATS and number == int(number):
         return str(int(number))
     return str(number)
 

@@ -375,6 +375,8 @@ class Run:
         self._logger.summary(
             {
                 "steps": self.step,
+                "prompts": self._state.num_prompts,
+                "prompts_left_out": self._inputs.prompts.skipped,
                 "before": evaluations.get(0),
                 "after": evaluations.get(self.step),
                 "refinement": {
