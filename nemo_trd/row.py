@@ -184,7 +184,7 @@ def listed(value: Any) -> list[Any] | None:
     """A list, also one of texts that is written as JSON in a text; None where it is no list."""
     if isinstance(value, list):
         return value
-    if not isinstance(value, str) or not re.fullmatch(r"\s*\[.*\]\s*", value, re.DOTALL):
+    if not isinstance(value, str) or (value.strip()[:1], value.strip()[-1:]) != ("[", "]"):
         return None
     try:
         held = json.loads(value)

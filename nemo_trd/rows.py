@@ -245,5 +245,14 @@ def _dataset_rows(dataset: Dataset, field: str) -> Iterator[Row]:
             f"give a file ({FORMATS}), a directory of such files, or the name of a dataset that "
             "is in the local cache",
         ) from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{dataset.path} ({dataset.split}) row {number}", row
+    number = 0
+    try:
+        for number, row in enumerate(rows, start=1):
+            yield f"{dataset.path} ({dataset.split}) row {number}", row
+    except Exception as error:  # decoding: images, texts that are no UTF-8, files that are gone
+        raise rule_broken(
+            f"{field}.path",
+            dataset.path,
+            f"`datasets` cannot read row {number + 1}: {type(error).__name__}: {error}",
+            "correct or remove the row",
+        ) from error

@@ -47,7 +47,8 @@ def test_every_benchmark_validates_and_hides_no_setting(benchmark: str) -> None:
     evaluation = with_placeholders(
         composed(f"benchmark={benchmark}", "generation.vllm.replicas=1", config_name="evaluate")
     )
-    assert list(validate_as(EvaluationConfig, evaluation).benchmarks) == [benchmark]
+    benchmarks = validate_as(EvaluationConfig, evaluation).benchmarks
+    assert list(benchmarks) == [benchmark] and benchmarks[benchmark].on_bad_row == "error"
     settings: Any = OmegaConf.to_container(evaluation, resolve=True)
     assert absent_settings(EvaluationConfig, settings, "") == []
     assert absent_settings(Benchmark, settings["benchmarks"][benchmark], "") == []

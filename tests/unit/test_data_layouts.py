@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy
 import pandas
 import pyarrow
@@ -258,6 +259,13 @@ def test_files_of_another_split_stay_unread(tmp_path: Path) -> None:
     write_lines(tmp_path / "data" / "train-00000-of-00001.jsonl", [row])
     message = refused("deepscaler", tmp_path)
     assert "train-00000-of-00001.jsonl and train-00000-of-00001.parquet" in message
+
+
+def test_rows_that_datasets_cannot_read_are_refused_with_their_number(tmp_path: Path) -> None:
+    texts = pyarrow.array([b"a", b"\xff"]).view(pyarrow.string())
+    table = pyarrow.table({"problem": texts, "answer": pyarrow.array([1, 2])})
+    datasets.Dataset(table).save_to_disk(str(tmp_path / "saved"))
+    assert "`datasets` cannot read row" in refused("deepscaler", tmp_path / "saved")
 
 
 def test_a_directory_that_its_card_divides_is_read_by_datasets(tmp_path: Path) -> None:
