@@ -22,11 +22,11 @@ from jinja2 import TemplateError
 from nemo_trd.chat import (
     ROLES,
     Message,
-    check_chat_template,
     conversation,
     render_chat,
     transcript,
 )
+from nemo_trd.chat_checks import check_chat_template, left_out
 from nemo_trd.config import ConfigError, Dataset, PromptRules, VerifierName, rule_broken
 from nemo_trd.rows import read_rows
 from nemo_trd.templates import PLACEHOLDER, fill_template
@@ -59,7 +59,13 @@ def load_prompts(dataset: Dataset, field: str, rules: PromptRules, tokenizer: An
             exist, a tokenizer without a chat template, or nothing left to train on.
     """
     section = field if dataset is rules else field.rpartition(".")[0]
-    check_chat_template(tokenizer, rules.chat_template_kwargs, section)
+    check_chat_template(
+        tokenizer,
+        rules.chat_template_kwargs,
+        section,
+        rules.system_prompt,
+        f"{section}.system_prompt",
+    )
     _check_answer_pattern(dataset, field)
     prompts: list[Prompt] = []
     skipped: Counter[str] = Counter()
@@ -183,13 +189,19 @@ def _prompt(
     answer = _answer(reader, dataset, reference, rules.verifier)
     try:
         token_ids = render_chat(messages, tokenizer, rules.chat_template_kwargs)
+        gone = left_out(messages, tokenizer, rules.chat_template_kwargs) if messages[1:] else []
     except TemplateError as error:
         raise ConfigError(
             f"{where}: the chat template of {tokenizer.name_or_path!r} refuses this "
-            f"conversation: {error}. Fix: correct the row, or system_prompt=null for "
-            "a template without system messages."
+            f"conversation: {error}. Fix: correct the row, or leave it out."
         ) from error
-    return Prompt(index, problem, token_ids, reference, answer)
+    if gone:
+        raise ConfigError(
+            f"{where}: the chat template of {tokenizer.name_or_path!r} leaves out the message of "
+            f"the {messages[gone[0]]['role']} = {_shown(messages[gone[0]]['content'])}. Fix: "
+            "correct the row, or leave it out, or take a model whose template shows it."
+        )
+    return Prompt(index, problem, token_ids, reference, answer, tuple(messages))
 
 
 def _answer(

@@ -13,8 +13,6 @@ from nemo_trd.config import Config, ConfigError, compose, conf_dir
 from nemo_trd.prompts import LoadedPrompts
 from nemo_trd.refinement import (
     ContextOverflow,
-    check_templates,
-    fill_template,
     fitting_prompts,
     judge,
     privileged_context,
@@ -22,6 +20,8 @@ from nemo_trd.refinement import (
     refinement_counts,
     refinement_prompts,
 )
+from nemo_trd.refinement_checks import check_templates
+from nemo_trd.templates import fill_template
 from nemo_trd.types import Completion, Prompt, Refinement, RefinementPrompt, Rollout
 from nemo_trd.verifiers import verifier
 
