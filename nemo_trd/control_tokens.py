@@ -14,7 +14,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -29,6 +29,7 @@ RenderText = Callable[[Sequence[Message]], str]
 # Letters and digits, that a template does not trim, escape or search for; no text holds them.
 _SECRET = f"Q{secrets.token_hex(8)}x"
 _HIDDEN = re.compile(rf"{_SECRET}(\d+)Q")
+_NAME = re.compile(rf"{_SECRET}N\d+Q")
 
 
 def encode_chat(
@@ -49,11 +50,7 @@ def encode_chat(
     pieces = _HIDDEN.split(hidden)
     data = [controls.strings[int(number)] for number in pieces[1::2]]
     if tokenizer.is_fast:
-        names, plain, ids = _renamed(tokenizer, template)
-        written = [controls.pattern.sub(lambda m: names[m[0]], piece) for piece in pieces[::2]]
-        text = written[0] + "".join(map("".join, zip(data, written[1:], strict=True)))
-        encoded = plain.encode(text, add_special_tokens=False).ids
-        return tuple(ids.get(token, token) for token in encoded)
+        return _renamed(tokenizer, template).encode(pieces[::2], data)
     # A tokenizer written in Python takes no new names: cut what data spell behind its first letter.
     parts = [""]
     for written_by_template, spelt in zip(pieces[::2], [*data, ""], strict=True):
@@ -177,23 +174,60 @@ def _hide(
 # --- the tokenizer that reads them under other names ---
 
 
-@lru_cache(maxsize=8)
-def _renamed(tokenizer: Any, template: str) -> tuple[dict[str, str], Tokenizer, dict[int, int]]:
-    """The names of control tokens, a tokenizer that knows them by these, and ids from its to ours.
+@dataclass(frozen=True)
+class Renamed:
+    """A tokenizer that knows control tokens by other names.
 
-    It does with the names what `tokenizer` does with the tokens, and what these are spelt like is
-    to it a text like any other.
+    It does with the names what the tokenizer that it was made of does with the tokens, and how
+    these are spelt is to it a text like any other.
     """
+
+    core: Tokenizer
+    names: Mapping[str, str]
+    pattern: re.Pattern[str]  # of control tokens
+    ids: Mapping[int, int]  # from its own of added tokens to those of the other
+
+    def encode(self, written: Sequence[str], data: Sequence[str]) -> TokenIds:
+        """Pieces that the template wrote, control tokens included, with what data spell between."""
+        named = [self.pattern.sub(lambda found: self.names[found[0]], text) for text in written]
+        text = named[0] + "".join(map("".join, zip(data, named[1:], strict=True)))
+        encoded = self.core.encode(text, add_special_tokens=False)
+        known = [
+            span
+            for token, span in zip(encoded.ids, encoded.offsets, strict=True)
+            if self.core.id_to_token(token) in self.tokens
+        ]
+        if len(known) < text.count(_SECRET):  # some it passes over, as the other does there
+            text = _NAME.sub(
+                lambda found: (
+                    found[0]
+                    if any(a <= found.start() and found.end() <= b for a, b in known)
+                    else self.tokens[found[0]]
+                ),
+                text,
+            )
+            encoded = self.core.encode(text, add_special_tokens=False)
+        return tuple(self.ids.get(token, token) for token in encoded.ids)
+
+    @cached_property
+    def tokens(self) -> dict[str, str]:
+        """By name."""
+        return {name: token for token, name in self.names.items()}
+
+
+@lru_cache(maxsize=8)
+def _renamed(tokenizer: Any, template: str) -> Renamed:
     controls = control_tokens(tokenizer, template)
-    names = {token: f"{_SECRET}N{i}Q" for i, token in enumerate(controls.strings)}
+    names = {token: f"{_SECRET}N{number}Q" for token, number in controls.numbers.items()}
     copied = json.loads(tokenizer.backend_tokenizer.to_str())
     copied["truncation"] = copied["padding"] = copied["post_processor"] = None
     for token in copied["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])
     _rename_in_model(copied["model"], names)
-    plain = Tokenizer.from_str(json.dumps(copied))
+    core = Tokenizer.from_str(json.dumps(copied))
     added = tokenizer.added_tokens_decoder.items()
-    return names, plain, {plain.token_to_id(names.get(t.content, t.content)): i for i, t in added}
+    ids = {core.token_to_id(names.get(t.content, t.content)): index for index, t in added}
+    return Renamed(core, names, controls.pattern, ids)
 
 
 def _rename_in_model(model: dict[str, Any], names: Mapping[str, str]) -> None:

@@ -23,7 +23,6 @@ from nemo_trd.config import (
     ConfigError,
     explain_refused_override,
     validate,
-    with_free_keys,
 )
 from nemo_trd.generation import GenerationFailed
 from nemo_trd.lookahead import Lookahead
@@ -126,7 +125,6 @@ def main(composed: DictConfig) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # or Hydra prints its own advice and exits
     try:
-        sys.argv[1:] = with_free_keys(sys.argv[1:])
         hydra_entry(main)()
     except (HydraException, OmegaConfBaseException) as refused:
         end_process(f"nemo_trd: {explain_refused_override(str(refused), sys.argv[1:])}", 2)
