@@ -6,7 +6,6 @@ Imports neither torch nor transformers; `tokenizer` is always a Hugging Face tok
 from __future__ import annotations
 
 import difflib
-import logging
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -19,8 +18,6 @@ from jinja2.parser import Parser
 from nemo_trd.chat import chat_template, conversation, render_text
 from nemo_trd.config import ConfigError, rule_broken
 from nemo_trd.control_tokens import Message
-
-log = logging.getLogger(__name__)
 
 # What apply_chat_template takes besides the variables of a template.
 RESERVED_TEMPLATE_KWARGS = {
@@ -40,14 +37,14 @@ def check_chat_template(
     section: str = "data",
     system_prompt: str | None = None,
     system_field: str = "data.system_prompt",
-    inherited_by: str | None = None,
+    inherited: bool = False,
 ) -> None:
     """Refuse a chat template that does not show what it is given.
 
     Args:
         section: where `chat_template_kwargs` stand, and `system_field` the system prompt.
-        inherited_by: the section that has the arguments from there, where one does. One that this
-            template does not read is then no mistake, but worth a warning.
+        inherited: whether they stand there for another template, which may read what this one
+            does not.
 
     Raises:
         ConfigError: there is none, or it has a syntax error; an argument is ours, or is never
@@ -69,7 +66,8 @@ def check_chat_template(
             "remove them",
         )
     _check_rendering(tokenizer, chat_template_kwargs, system_prompt, system_field)
-    _check_names(tokenizer, chat_template_kwargs, section, inherited_by)
+    if not inherited:
+        _check_names(tokenizer, chat_template_kwargs, section)
     _check_generation_prompt(tokenizer, chat_template_kwargs)
 
 
@@ -136,24 +134,20 @@ def _refusal(
     return None
 
 
-def _check_names(
-    tokenizer: Any, kwargs: dict[str, Any], section: str, inherited_by: str | None
-) -> None:
-    """Every argument is a variable of the template."""
+def unread(tokenizer: Any, chat_template_kwargs: dict[str, Any]) -> list[str]:
+    """Arguments that are no variables of the template."""
+    read = _variables(chat_template(tokenizer, chat_template_kwargs))
+    return [key for key in chat_template_kwargs if key not in read]
+
+
+def _check_names(tokenizer: Any, kwargs: dict[str, Any], section: str) -> None:
     read = _variables(chat_template(tokenizer, kwargs))
-    for key in kwargs:
-        if key in read:
-            continue
-        if inherited_by is not None:
-            log.warning(
-                "%s.chat_template_kwargs.%s: the chat template of %r never reads it; %s."
-                "chat_template_kwargs={} leaves it out there",
-                *(section, key, _name(tokenizer), inherited_by),
-            )
-            continue
+    for key in unread(tokenizer, kwargs):
         close = difflib.get_close_matches(key, read, n=1)
         settable = ", ".join(sorted(read - {"messages", "add_generation_prompt"}))
-        fix = f"did you mean {close[0]}?" if close else f"it reads {settable or 'none'}"
+        fix = f"did you mean {close[0]}?" if close else f"it reads {settable}"
+        if not settable:
+            fix = "remove it"
         if section == "data":
             fix += "; what only the teacher's reads goes into chat_template_kwargs of refinement "
             fix += "and teacher"

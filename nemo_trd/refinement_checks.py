@@ -5,7 +5,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from nemo_trd.chat_checks import check_chat_template, opening, thinking_variables, thought
+from nemo_trd.chat_checks import (
+    check_chat_template,
+    opening,
+    thinking_variables,
+    thought,
+    unread,
+)
 from nemo_trd.config import Config, rule_broken
 from nemo_trd.refinement import renderer, rewriting_kwargs, scoring_kwargs
 from nemo_trd.templates import PLACEHOLDER, placeholder_names
@@ -72,7 +78,7 @@ def _check_chat_templates(config: Config, tokenizer: Any) -> None:
         "data" if own is None else "refinement",
         config.refinement.templates.system,
         "refinement.templates.system",
-        inherited_by="refinement" if own is None else None,
+        inherited=own is None,
     )
     own = config.teacher.chat_template_kwargs
     if own is None and not config.shows_prompt_to_teacher:
@@ -83,14 +89,15 @@ def _check_chat_templates(config: Config, tokenizer: Any) -> None:
         "data" if own is None else "teacher",
         config.data.system_prompt if config.shows_prompt_to_teacher else None,
         "data.system_prompt",
-        inherited_by="teacher" if own is None else None,
+        inherited=own is None,
     )
 
 
 def check_openings(config: Config, student_tokenizer: Any, teacher_tokenizer: Any) -> None:
-    """Warn where an assistant's turn opens differently for student and teacher.
+    """Warn where a block of thought is open, or was, for only one of student and teacher.
 
     y_r is what follows the opening of the teacher's turn, and is trained on after the student's.
+    Arguments that the teacher's template has from the student's and does not read are told too.
     """
     student = opening(student_tokenizer, config.data.chat_template_kwargs)
     contexts: dict[str, tuple[str, dict[str, Any]]] = {}  # section of its arguments -> where, they
@@ -101,23 +108,43 @@ def check_openings(config: Config, student_tokenizer: Any, teacher_tokenizer: An
     elif config.teacher.chat_template_kwargs is not None:
         contexts["teacher"] = "where it scores", config.teacher.chat_template_kwargs
     for section, (where, kwargs) in contexts.items():
+        if kwargs is config.data.chat_template_kwargs:
+            _warn_of_unread(teacher_tokenizer, kwargs, section)
         teacher = opening(teacher_tokenizer, kwargs)
-        if teacher == student:
-            continue
         states = thought(teacher), thought(student)
-        harm = "the student learns after its own opening what was written after the other"
-        if section == "teacher":
-            harm = "the teacher scores after another opening than the student answers to"
-        elif states[0] == "open" != states[1]:
-            harm = "a rewrite is then `thought </think> answer`, all of which the student learns"
-            harm += " as its answer"
-        elif states[1] == "open" != states[0]:
-            harm = "a rewrite has no thought, and the student learns to answer inside of its own"
-        switches = thinking_variables(teacher_tokenizer, kwargs)
+        # A teacher that is kept from thinking answers like a student that never does.
+        if states[0] == states[1] or states == ("closed", "none"):
+            continue
+        switches = [
+            f"{section}.chat_template_kwargs.{name}" + ("=false" if states[0] == "open" else "")
+            for name in thinking_variables(teacher_tokenizer, kwargs)
+        ]
         log.warning(
             "the teacher's chat template opens the assistant's turn %s with %r, the student's "
-            "with %r: %s. Fix: %s, or a teacher with the student's template",
-            *(where, teacher, student, harm),
-            " or ".join(f"set {section}.chat_template_kwargs.{name}" for name in switches)
-            or "set chat_template_kwargs of data, refinement and teacher",
+            "with %r: %s. Fix: %s, or take a teacher with the student's template",
+            *(where, teacher, student, _harm(section, *states)),
+            " or ".join(switches) or "chat_template_kwargs of data, refinement and teacher",
         )
+
+
+def _warn_of_unread(tokenizer: Any, kwargs: dict[str, Any], section: str) -> None:
+    for name in unread(tokenizer, kwargs):
+        log.warning(
+            "the teacher's chat template never reads data.chat_template_kwargs.%s; "
+            "%s.chat_template_kwargs={} leaves it out there",
+            *(name, section),
+        )
+
+
+def _harm(section: str, teacher: str, student: str) -> str:
+    """What comes of blocks of thought in these states; see `chat_checks.thought`."""
+    if section == "teacher":
+        return "it then scores after another opening than the student answers to"
+    if teacher == "open":
+        return (
+            "a rewrite is then `thought </think> answer`, all of which the student learns as "
+            "its answer"
+        )
+    if student == "open":
+        return "a rewrite has no thought, and the student learns to answer inside of its own"
+    return "the rewrite may hold thoughts, and the student learns them where it has none"

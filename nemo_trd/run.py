@@ -72,8 +72,8 @@ def load_inputs(config: Config, world_size: int) -> Inputs:
     student_tokenizer, teacher_tokenizer = student.tokenizer, teacher.tokenizer
     check_packages(config.logging)
     check_templates(config, teacher_tokenizer)
-    check_openings(config, student_tokenizer, teacher_tokenizer)
     prompts = load_prompts(config.data.train, "data.train", config.data, student_tokenizer)
+    check_openings(config, student_tokenizer, teacher_tokenizer)
     prompts = fitting_prompts(prompts, config, teacher_tokenizer)
     validation: list[Prompt] = []
     if config.data.validation is not None:

@@ -234,8 +234,8 @@ def _load_prompts(config: Config, student_tokenizer: Any, teacher_tokenizer: Any
             "choose a teacher of the student's family",
         )
     check_templates(config, teacher_tokenizer)
-    check_openings(config, student_tokenizer, teacher_tokenizer)
     loaded = load_prompts(config.data.train, "data.train", config.data, student_tokenizer)
+    check_openings(config, student_tokenizer, teacher_tokenizer)
     return fitting_prompts(loaded, config, teacher_tokenizer).prompts
 
 

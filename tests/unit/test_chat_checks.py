@@ -1,6 +1,5 @@
 """What is refused of a chat template at the start, and with which words."""
 
-import logging
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from tiny_tokenizers import (
     chatml_tokenizer,
 )
 
-from nemo_trd.chat_checks import check_chat_template, opening, thought
+from nemo_trd.chat_checks import check_chat_template, opening, thought, unread
 from nemo_trd.config import ConfigError
 from nemo_trd.toy.tokenizer import build_tokenizer
 
@@ -100,13 +99,10 @@ def test_an_argument_that_is_never_read_is_named_with_the_one_that_was_meant() -
     assert "set by the program" in refused(CHATML_TEMPLATE, {"messages": []})
 
 
-def test_an_inherited_argument_that_is_not_read_is_worth_a_warning(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    with caplog.at_level(logging.WARNING):
-        check(ALWAYS, {"think": False}, inherited_by="refinement")
-    assert "data.chat_template_kwargs.think: " in caplog.text
-    assert "refinement.chat_template_kwargs={} leaves it out there" in caplog.text
+def test_an_argument_that_stands_there_for_another_template_is_no_mistake() -> None:
+    check(ALWAYS, {"think": False}, inherited=True)
+    assert unread(chatml_tokenizer("bytes", ALWAYS), {"think": False}) == ["think"]
+    assert "Fix: remove it" in refused(ALWAYS, {"think": False})
 
 
 @pytest.mark.parametrize(

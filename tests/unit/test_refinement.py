@@ -405,7 +405,7 @@ def test_arguments_of_the_chat_template_can_differ_for_rewriting_and_scoring() -
         (({"enable_thinking": False}, None), []),
         (
             ({"enable_thinking": False}, {"enable_thinking": True}),
-            [("where it scores", "the teacher scores after another opening")],
+            [("where it scores", "it then scores after another opening")],
         ),
     ],
 )
@@ -421,6 +421,17 @@ def test_a_turn_that_opens_differently_for_the_teacher_is_warned_about(
     for message, parts in zip(caplog.messages, warned, strict=True):
         assert all(part in message for part in parts)
         assert "chat_template_kwargs.enable_thinking" in message
+
+
+def test_an_argument_that_only_the_students_template_reads_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = with_data(configured(), chat_template_kwargs={"think": False})
+    check_openings(config, TOKENIZER, chatml_tokenizer())
+    assert "never reads data.chat_template_kwargs.think; refinement.chat" in caplog.messages[0]
+    caplog.clear()
+    check_openings(config, TOKENIZER, TOKENIZER)
+    assert caplog.messages == []
 
 
 def test_prompts_that_the_teacher_cannot_be_shown_are_left_out_and_counted() -> None:
