@@ -8,33 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nemo_trd.config import rule_broken
+from nemo_trd.control_tokens import Message, encode_chat
 from nemo_trd.types import TokenIds
 
-Message = dict[str, Any]  # {"role": ..., "content": ...}
 ROLES = ("system", "user", "assistant")
-RESERVED_TEMPLATE_KWARGS = {"tokenize", "add_generation_prompt", "conversation", "chat_template"}
-
-
-def check_chat_template(
-    tokenizer: Any, chat_template_kwargs: dict[str, Any], section: str = "data"
-) -> None:
-    """Raises ConfigError when the tokenizer has no chat template or an argument is ours."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise rule_broken(
-            "tokenizer",
-            getattr(tokenizer, "name_or_path", ""),
-            "it has no chat template, which turns a problem into a prompt",
-            "use the directory of an instruct model, or put a chat_template.jinja into this one",
-        )
-    reserved = RESERVED_TEMPLATE_KWARGS & set(chat_template_kwargs)
-    if reserved:
-        raise rule_broken(
-            f"{section}.chat_template_kwargs",
-            sorted(reserved),
-            "these arguments are set by the program",
-            "remove them",
-        )
 
 
 def render_chat(
@@ -42,15 +19,41 @@ def render_chat(
 ) -> TokenIds:
     """The conversation as token ids, ending where the assistant's turn begins.
 
+    Control tokens are what the template writes; what messages spell is text (`control_tokens`).
+
     Raises:
         jinja2.TemplateError: the template does not take such a conversation.
     """
-    text = tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=True, **chat_template_kwargs
+    return encode_chat(
+        messages,
+        lambda given: render_text(given, tokenizer, chat_template_kwargs),
+        tokenizer,
+        chat_template(tokenizer, chat_template_kwargs),
     )
-    # The template has written the special tokens; the tokenizer must not add a second BOS.
-    # `verbose` off: the caller checks lengths and reports them with numbers.
-    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def render_text(
+    messages: Sequence[Message],
+    tokenizer: Any,
+    chat_template_kwargs: dict[str, Any],
+    generation_prompt: bool = True,
+) -> str:
+    """What the chat template makes of a conversation.
+
+    Raises:
+        jinja2.TemplateError: the template does not take such a conversation.
+    """
+    return tokenizer.apply_chat_template(
+        list(messages),
+        tokenize=False,
+        add_generation_prompt=generation_prompt,
+        **chat_template_kwargs,
+    )
+
+
+def chat_template(tokenizer: Any, chat_template_kwargs: dict[str, Any]) -> str:
+    """The source of the template that `render_text` uses; some tokenizers have several."""
+    return tokenizer.get_chat_template(tools=chat_template_kwargs.get("tools"))
 
 
 def conversation(system: str | None, user: str) -> list[Message]:

@@ -17,9 +17,10 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from nemo_trd.chat import Message, check_chat_template, conversation, render_chat, transcript
+from nemo_trd.chat import Message, conversation, render_chat, transcript
+from nemo_trd.chat_checks import check_chat_template, left_out
 from nemo_trd.config import Dataset, PromptRules, VerifierName, rule_broken
-from nemo_trd.row import BOXED, BadRow, RowReader
+from nemo_trd.row import BOXED, BadRow, RowReader, shown
 from nemo_trd.rows import read_rows
 from nemo_trd.turns import ends_with_user, read_messages
 from nemo_trd.types import Answer, AnswerList, Prompt
@@ -60,7 +61,13 @@ def load_prompts(
             not exist, a tokenizer without a chat template, or nothing left to train on.
     """
     section = field if dataset is rules else field.rpartition(".")[0]
-    check_chat_template(tokenizer, rules.chat_template_kwargs, section)
+    check_chat_template(
+        tokenizer,
+        rules.chat_template_kwargs,
+        section,
+        rules.system_prompt,
+        f"{section}.system_prompt",
+    )
     _check_answer_pattern(dataset, field)
     prompts: list[Prompt] = []
     bad: list[BadRow] = []
@@ -232,18 +239,27 @@ def _prompt(
         reference = _reference(reader, dataset, last_turn, needed)
         answer = _answer(reader, dataset, reference, rules.verifier)
         token_ids = render_chat(messages, tokenizer, rules.chat_template_kwargs)
+        gone = left_out(messages, tokenizer, rules.chat_template_kwargs) if messages[1:] else []
     except TemplateError as error:
         raise BadRow(
             "chat_template",
             f"{reader.where}: the chat template of {tokenizer.name_or_path!r} refuses this "
             f"conversation: {error}",
-            "correct the row, or system_prompt=null for a template without system messages",
+            "correct the row, or leave it out",
         ) from error
     except RecursionError:
         raise BadRow(
             "nested_too_deep", f"{reader.where}: a value is nested too deeply", "correct the row"
         ) from None
-    return Prompt(index, problem, token_ids, reference, answer)
+    if gone:
+        message = messages[gone[0]]
+        raise BadRow(
+            "chat_template",
+            f"{reader.where}: the chat template of {tokenizer.name_or_path!r} leaves out the "
+            f"message of the {message['role']} = {shown(message['content'])}",
+            "correct the row, or leave it out, or take a model whose template shows it",
+        )
+    return Prompt(index, problem, token_ids, reference, answer, tuple(messages))
 
 
 def _messages(reader: RowReader, dataset: Dataset) -> tuple[list[Message], str | None]:

@@ -34,11 +34,11 @@ from nemo_trd.megatron.teacher import Teacher
 from nemo_trd.metrics import RunLogger, Timers
 from nemo_trd.prompts import LoadedPrompts, load_prompts, prompts_of_step
 from nemo_trd.refinement import (
-    check_templates,
     fitting_prompts,
     privileged_context,
     refinement_counts,
 )
+from nemo_trd.refinement_checks import check_openings, check_templates
 from nemo_trd.samples import Sample
 from nemo_trd.sampling import Sampler, reject_outside_support
 from nemo_trd.server_teacher import ServerTeacher
@@ -79,6 +79,7 @@ def load_inputs(config: Config, world_size: int) -> Inputs:
         student_tokenizer,
         needs_reference=config.algorithm.mode == "opsd",
     )
+    check_openings(config, student_tokenizer, teacher_tokenizer)
     prompts = fitting_prompts(prompts, config, teacher_tokenizer)
     validation: list[Prompt] = []
     if config.data.validation is not None:

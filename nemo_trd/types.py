@@ -7,7 +7,7 @@ ranks, written as JSON and compared in tests. Only `Microbatch` holds tensors.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +47,9 @@ class Prompt:
     token_ids: TokenIds  # x: the student's chat template, generation prompt included
     reference_solution: str | None = None  # y*: worked solution, seen by the teacher in OPSD only
     answer: Answer | None = None  # final answer, for the verifier
+    # What `token_ids` were rendered from, for a teacher with a chat template of its own. None
+    # where only the ids are known: such a teacher sees these.
+    messages: tuple[dict[str, Any], ...] | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,13 @@ class RefinementPrompt:
     token_ids: TokenIds | None  # None exactly when `rejection` is set
     rejection: Rejection | None = None  # "subset", "context_overflow" or "aborted" (y_o itself)
     shortened: tuple[str, ...] = ()  # which of "rollout", "reference_solution" was cut to fit
+    # The same as the teacher sees it that scores, where teacher.chat_template_kwargs differ.
+    scored_token_ids: TokenIds | None = None
+
+    @property
+    def scoring_context(self) -> TokenIds | None:
+        """c_T of the loss with `algorithm.teacher_context=refine`."""
+        return self.scored_token_ids or self.token_ids
 
 
 @dataclass(frozen=True)
