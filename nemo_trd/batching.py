@@ -49,9 +49,9 @@ def pair(
     for refinement in refinements:
         request, prompt = refinement.request, refinement.request.rollout.prompt
         if refinement.rejection is None:
-            assert request.token_ids is not None
+            assert request.scoring_context is not None
             uses_prompt = config.algorithm.teacher_context == "prompt"
-            context = teacher_prompt(prompt) if uses_prompt else request.token_ids
+            context = teacher_prompt(prompt) if uses_prompt else request.scoring_context
             trajectories.append(refinement_trajectory(refinement, context))
         elif _falls_back_to_rollout(refinement, config):
             trajectories.append(rollout_trajectory(request.rollout, teacher_prompt(prompt)))

@@ -112,6 +112,9 @@ class Teacher(Section):
     scoring: Literal["megatron", "server"]
     offload_weights: bool  # keep the teacher's weights on the host between steps
     offload_states: bool  # keep its hidden states on the host until the student needs them
+    # Arguments of its chat template where it scores. null: those of the refinement prompt for that
+    # one, data.chat_template_kwargs for a context without a rollout.
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class Loss(Section):
@@ -141,36 +144,52 @@ class RefinementConfig(Section):
     subset: Literal["all", "wrong", "right"]
     others: Literal["rollout", "drop"]
     max_student_nll_gap: PositiveFloat | None
+    # Arguments of the teacher's chat template where it rewrites. null: data.chat_template_kwargs.
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class Columns(Section):
-    """Which column of the data holds what. Exactly one of `problem` and `messages` is set."""
+    """Which column of the data holds what. Exactly one of `problem` and `messages` is set.
+
+    A name with dots is a path: `reward_model.ground_truth`, `solutions.0`.
+    """
 
     problem: str | None
-    messages: str | None  # chat messages: a list of {role, content}
-    reference_solution: str | None
+    # A conversation: a list of {role, content}, or of {from, value}.
+    messages: str | None
+    reference_solution: str | None  # a text, or a list of which the first is taken
     # Of verifier code: its tests, where they are in several columns a list of these.
     answer: str | list[str] | None
+    system: str | None = None  # system prompts, for rows whose messages begin with none
 
 
 class Dataset(Section):
-    path: str  # a .jsonl or .parquet file, or the name of a `datasets` dataset
+    path: str  # a file, a directory, or the name of a `datasets` dataset: see docs/data.md
     name: str | None  # the configuration of a `datasets` dataset
     split: str
     columns: Columns
-    answer_pattern: str | None  # regular expression: group 1 of its last match is the answer
+    # Regular expression: group 1 of its last match is the answer. Or: boxed, for what stands in the
+    # last \boxed{...}. Searched in columns.answer, else in the reference solution.
+    answer_pattern: str | None
     limit: PositiveInt | None  # use the first so many rows
     # The user's turn: {problem}, and {NAME} of any other column of texts. null: the problem alone.
     template: str | None = None
+    # Where a row has a list of answers: any of them is right, or only all together.
+    answer_list: Literal["any", "all"] = "any"
+    # What a conversation that ends with the assistant's turn means: it is a bad row, or that turn
+    # is taken away and is the reference solution.
+    last_assistant_turn: Literal["refuse", "reference_solution"] = "refuse"
 
 
 class PromptRules(Section):
     """What the problems of a dataset become, and how answers to them are judged."""
 
     system_prompt: str | None
-    chat_template_kwargs: dict[str, Any]
+    chat_template_kwargs: dict[str, Any]  # of the chat template: variables that it reads
     max_prompt_tokens: PositiveInt
     verifier: VerifierName
+    on_bad_row: Literal["error", "skip"] = "skip"  # skip: left out, counted and reported
+    max_bad_share: Fraction = 0.05  # of the rows; more bad ones than that are refused
 
 
 class Data(PromptRules):
@@ -426,6 +445,14 @@ class Config(Section):
         return self.algorithm.trajectory == "refinement" or self.teacher.scoring == "server"
 
     @property
+    def shows_prompt_to_teacher(self) -> bool:
+        """Whether it may score without the refinement prompt; see `batching.pair`."""
+        refinement = self.refinement
+        rollouts = refinement.on_failure, refinement.others if refinement.subset != "all" else ""
+        vanilla = self.algorithm.trajectory == "rollout"
+        return vanilla or self.algorithm.teacher_context == "prompt" or "rollout" in rollouts
+
+    @property
     def run_dir(self) -> Path:
         return Path(self.run.dir)
 
@@ -436,6 +463,10 @@ class Config(Section):
             del settings[section]
         del settings["sandbox"], settings["run"]["dir"], settings["train"]["num_steps"]
         del settings["generation"]["local"], settings["generation"]["vllm"]
+        if self.teacher.chat_template_kwargs is not None:  # the rest of the section is only speed
+            settings["teacher"] = {"chat_template_kwargs": self.teacher.chat_template_kwargs}
+        if self.refinement.chat_template_kwargs is None:  # as before there was this setting
+            del settings["refinement"]["chat_template_kwargs"]
         for knob in ("micro_batch_size", "max_tokens_per_micro_batch", "recompute"):
             del settings["train"][knob]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
@@ -557,12 +588,44 @@ def composed(
     outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
     try:
         with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-            return hydra_compose(config_name, overrides)
+            return hydra_compose(config_name, with_free_keys(overrides, schema))
     except (HydraException, OmegaConfBaseException) as error:
         message = explain_refused_override(str(error), overrides, schema)
         raise ConfigError(message) from error
     finally:
         GlobalHydra.instance().hydra = outer
+
+
+def with_free_keys(overrides: list[str], schema: type[BaseModel] = Config) -> list[str]:
+    """Overrides that Hydra takes: keys of settings that have any are added without a `+`.
+
+    So `data.chat_template_kwargs.enable_thinking=false` can be said like every other setting.
+    """
+    named = [re.match(r"[\w.]+(?==)", override) for override in overrides]
+    return [
+        f"++{override}" if name and _is_free(schema, name[0].split(".")) else override
+        for override, name in zip(overrides, named, strict=True)
+    ]
+
+
+def _is_free(schema: type[BaseModel], path: list[str]) -> bool:
+    """Whether the setting at `path` is, or is in, one whose keys are the user's own."""
+    section = schema
+    names = iter(path)
+    for name in names:
+        annotation = section.model_fields[name].annotation if name in section.model_fields else None
+        for option in (annotation, *get_args(annotation)):
+            if get_origin(option) is dict:
+                option = get_args(option)[1]
+                if not (isinstance(option, type) and issubclass(option, BaseModel)):
+                    return True
+                next(names, None)  # a name that the user gave to a section
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                section = option
+                break
+        else:
+            return False
+    return False
 
 
 def explain_refused_override(

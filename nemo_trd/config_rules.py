@@ -40,14 +40,14 @@ def _check_models_and_data(config: Config) -> None:
             "in algorithm.mode=opsd the teacher is the frozen step-0 student",
             "set model.teacher=null, or algorithm.mode=opd",
         )
-    columns = config.data.train.columns
-    needs_reference = mode == "opsd"
-    if needs_reference and columns.reference_solution is None:
+    train = config.data.train
+    if mode == "opsd" and not _has_reference(train):
         raise rule_broken(
             "data.train.columns.reference_solution",
             None,
             "algorithm.mode=opsd shows the reference solution to the teacher",
-            "name the column that holds worked solutions",
+            "name the column that holds worked solutions; where they are the last turns of "
+            "columns.messages, set data.train.last_assistant_turn=reference_solution",
         )
     for split, dataset in (("train", config.data.train), ("validation", config.data.validation)):
         if dataset is not None:
@@ -175,6 +175,11 @@ def _check_server_scoring(config: Config) -> None:
             )
 
 
+def _has_reference(dataset: Dataset) -> bool:
+    in_messages = dataset.last_assistant_turn == "reference_solution"
+    return in_messages or dataset.columns.reference_solution is not None
+
+
 def check_dataset(field: str, dataset: Dataset, verifier: VerifierName) -> None:
     """Raises ConfigError: columns that contradict each other, or give the verifier nothing."""
     columns = dataset.columns
@@ -184,6 +189,16 @@ def check_dataset(field: str, dataset: Dataset, verifier: VerifierName) -> None:
             columns.problem,
             "exactly one of columns.problem and columns.messages is set",
             "set the other one to null",
+        )
+    if dataset.last_assistant_turn == "reference_solution" and (
+        columns.messages is None or columns.reference_solution is not None
+    ):
+        raise rule_broken(
+            f"{field}.last_assistant_turn",
+            dataset.last_assistant_turn,
+            "it takes the solution out of columns.messages, and is its only source",
+            "set last_assistant_turn=refuse, or columns.messages and "
+            "columns.reference_solution=null",
         )
     if columns.messages is not None and dataset.template is not None:
         raise rule_broken(
@@ -218,12 +233,12 @@ def check_dataset(field: str, dataset: Dataset, verifier: VerifierName) -> None:
                 f"verifier={verifier} compares with an answer",
                 "name its column, or set answer_pattern, or verifier=none",
             )
-    elif dataset.answer_pattern is not None and not (columns.answer or columns.reference_solution):
+    elif dataset.answer_pattern is not None and not (columns.answer or _has_reference(dataset)):
         raise rule_broken(
             f"{field}.answer_pattern",
             dataset.answer_pattern,
-            "it is searched in columns.answer, or else in columns.reference_solution",
-            "name one of these columns",
+            "it is searched in columns.answer, or else in the reference solution",
+            "name columns.answer or columns.reference_solution",
         )
 
 

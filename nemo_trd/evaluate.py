@@ -18,7 +18,7 @@ import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,8 @@ def what_samples_depend_on(
     del settings["generation"]["local" if config.generation.backend == "vllm" else "vllm"]
     settings["model"] = {"weights": source.fingerprint()}
     for name, loaded in problems.items():
-        read = json.dumps([[p.index, p.token_ids, p.answer] for p in loaded.prompts])
+        problem_set = [[p.index, p.token_ids, p.answer] for p in loaded.prompts]
+        read = json.dumps(problem_set, default=asdict)
         settings["benchmarks"][name]["problems"] = hashlib.sha256(read.encode()).hexdigest()[:16]
         del settings["benchmarks"][name]["path"]  # the file may move
     return settings

@@ -90,7 +90,13 @@ def prefix_failure(
 def _answers(
     config: Config, samples: Sequence[dict[str, Any]], student: Model, teacher: Model
 ) -> Answers:
-    loaded = load_prompts(config.data.train, "data.train", config.data, student.tokenizer)
+    loaded = load_prompts(
+        config.data.train,
+        "data.train",
+        config.data,
+        student.tokenizer,
+        needs_reference=config.algorithm.mode == "opsd",
+    )
     prompts = fitting_prompts(loaded, config, teacher.tokenizer).prompts
     found = read_answers(samples, prompts, config, teacher.tokenizer)
     if not found.answers:

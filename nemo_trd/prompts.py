@@ -5,9 +5,7 @@ Imports neither torch nor transformers; `tokenizer` is always a Hugging Face tok
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import random
 import re
 from collections import Counter
@@ -19,17 +17,17 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from nemo_trd.config import ConfigError, Dataset, PromptRules, VerifierName, rule_broken
+from nemo_trd.chat import Message, conversation, render_chat, transcript
+from nemo_trd.chat_checks import check_chat_template, left_out
+from nemo_trd.config import Dataset, PromptRules, VerifierName, rule_broken
+from nemo_trd.row import BOXED, BadRow, RowReader, shown
 from nemo_trd.rows import read_rows
-from nemo_trd.templates import PLACEHOLDER, fill_template
-from nemo_trd.types import Prompt, TokenIds
-from nemo_trd.verifiers.code_tests import read_tests
+from nemo_trd.turns import ends_with_user, read_messages
+from nemo_trd.types import Answer, AnswerList, Prompt
 
 log = logging.getLogger(__name__)
 
-Message = dict[str, Any]  # {"role": ..., "content": ...}
-ROLES = ("system", "user", "assistant")
-RESERVED_TEMPLATE_KWARGS = {"tokenize", "add_generation_prompt", "conversation", "chat_template"}
+SHOWN_BAD_ROWS = 3
 
 
 @dataclass(frozen=True)
@@ -37,52 +35,117 @@ class LoadedPrompts:
     """What a dataset has to train on, and what was left out of it and why."""
 
     prompts: list[Prompt]
-    skipped: dict[str, int]  # reason -> rows; the only reason is "too_long"
+    skipped: dict[str, int]  # reason -> rows: "too_long", or of a BadRow
 
 
-def load_prompts(dataset: Dataset, field: str, rules: PromptRules, tokenizer: Any) -> LoadedPrompts:
+def load_prompts(
+    dataset: Dataset,
+    field: str,
+    rules: PromptRules,
+    tokenizer: Any,
+    needs_reference: bool = False,
+) -> LoadedPrompts:
     """Read and check every row of a dataset and put it through the student's chat template.
+
+    Prompts of more than `max_prompt_tokens` tokens are left out, counted, and reported with one
+    warning; so are, with `on_bad_row: skip`, rows that break a rule.
 
     Args:
         field: where `dataset` stands in the configuration, as in "data.train". `rules` stand in
             the section around it, or with a benchmark's dataset.
-
-    Prompts of more than `max_prompt_tokens` tokens are left out, counted, and reported with one
-    warning.
+        needs_reference: whether somebody reads the reference solutions. A row without one is good
+            otherwise, as is one without an answer where there is no verifier.
 
     Raises:
-        ConfigError: a row that breaks a rule (file and line), a dataset or column that does not
-            exist, a tokenizer without a chat template, or nothing left to train on.
+        ConfigError: a bad row (file and line) or too many of them, a dataset or column that does
+            not exist, a tokenizer without a chat template, or nothing left to train on.
     """
     section = field if dataset is rules else field.rpartition(".")[0]
-    check_chat_template(tokenizer, rules.chat_template_kwargs, section)
+    check_chat_template(
+        tokenizer,
+        rules.chat_template_kwargs,
+        section,
+        rules.system_prompt,
+        f"{section}.system_prompt",
+    )
     _check_answer_pattern(dataset, field)
     prompts: list[Prompt] = []
-    skipped: Counter[str] = Counter()
+    bad: list[BadRow] = []
+    too_long = 0
     for index, (where, row) in enumerate(islice(read_rows(dataset, field), dataset.limit)):
-        prompt = _prompt(index, where, row, dataset, field, rules, tokenizer)
+        try:
+            reader = _reader(where, row, field)
+            prompt = _prompt(index, reader, dataset, rules, tokenizer, needs_reference)
+        except BadRow as error:
+            if rules.on_bad_row == "error":
+                raise
+            bad.append(error)
+            continue
         if len(prompt.token_ids) > rules.max_prompt_tokens:
-            skipped["too_long"] += 1
+            too_long += 1
         else:
             prompts.append(prompt)
+    read = len(prompts) + len(bad) + too_long
+    _report_bad_rows(bad, read, dataset, field, section, rules)
     if not prompts:
         raise rule_broken(
             f"{field}.path",
             dataset.path,
-            f"no prompts left: {skipped['too_long']} rows read, {skipped['too_long']} of them "
-            f"longer than {section}.max_prompt_tokens = {rules.max_prompt_tokens}",
-            f"raise {section}.max_prompt_tokens" if skipped else "give a dataset with rows",
+            f"no prompts left: {read} rows read, {too_long} of them longer than "
+            f"{section}.max_prompt_tokens = {rules.max_prompt_tokens}, {len(bad)} of them bad",
+            f"raise {section}.max_prompt_tokens" if too_long else "give a dataset with rows",
         )
-    if skipped:
+    if too_long:
         log.warning(
             "%s: left out %d of %d prompts, longer than %s.max_prompt_tokens = %d",
             field,
-            skipped["too_long"],
-            skipped["too_long"] + len(prompts),
+            too_long,
+            too_long + len(prompts),
             section,
             rules.max_prompt_tokens,
         )
-    return LoadedPrompts(prompts, dict(skipped))
+    skipped = {"too_long": too_long} if too_long else {}
+    return LoadedPrompts(prompts, {**skipped, **_reasons(bad)})
+
+
+def _reasons(bad: Sequence[BadRow]) -> dict[str, int]:
+    return dict(Counter(error.reason for error in bad).most_common())
+
+
+def _report_bad_rows(
+    bad: Sequence[BadRow],
+    read: int,
+    dataset: Dataset,
+    field: str,
+    section: str,
+    rules: PromptRules,
+) -> None:
+    """One warning with counts by reason and the first rows.
+
+    Raises:
+        ConfigError: the same, of too many bad rows.
+    """
+    if not bad:
+        return
+    reasons = ", ".join(f"{count} {reason}" for reason, count in _reasons(bad).items())
+    first = "; ".join(error.told for error in bad[:SHOWN_BAD_ROWS])
+    if len(bad) > rules.max_bad_share * read:
+        raise rule_broken(
+            f"{field}.path",
+            dataset.path,
+            f"{len(bad)} of {read} rows ({len(bad) / read:.1%}) cannot be used, which is more than "
+            f"{section}.max_bad_share = {rules.max_bad_share:g}: {reasons}. The first: {first}",
+            f"{bad[0].fix}; or raise {section}.max_bad_share",
+        )
+    log.warning(
+        "%s: left out %d of %d rows (%.1f%%) that cannot be used: %s. The first: %s",
+        field,
+        len(bad),
+        read,
+        100 * len(bad) / read,
+        reasons,
+        first,
+    )
 
 
 def prompts_of_step(
@@ -127,64 +190,11 @@ def _shuffled(count: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(order)
 
 
-# --- chat templates ---
-
-
-def check_chat_template(
-    tokenizer: Any, chat_template_kwargs: dict[str, Any], section: str = "data"
-) -> None:
-    """Raises ConfigError when the tokenizer has no chat template or an argument is ours."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise rule_broken(
-            "tokenizer",
-            getattr(tokenizer, "name_or_path", ""),
-            "it has no chat template, which turns a problem into a prompt",
-            "use the directory of an instruct model, or put a chat_template.jinja into this one",
-        )
-    reserved = RESERVED_TEMPLATE_KWARGS & set(chat_template_kwargs)
-    if reserved:
-        raise rule_broken(
-            f"{section}.chat_template_kwargs",
-            sorted(reserved),
-            "these arguments are set by the program",
-            "remove them",
-        )
-
-
-def render_chat(
-    messages: Sequence[Message], tokenizer: Any, chat_template_kwargs: dict[str, Any]
-) -> TokenIds:
-    """The conversation as token ids, ending where the assistant's turn begins.
-
-    Raises:
-        jinja2.TemplateError: the template does not take such a conversation.
-    """
-    text = tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=True, **chat_template_kwargs
-    )
-    # The template has written the special tokens; the tokenizer must not add a second BOS.
-    # `verbose` off: the caller checks lengths and reports them with numbers.
-    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def conversation(system: str | None, user: str) -> list[Message]:
-    """A user's turn, after a system prompt where there is one."""
-    opening = [{"role": "system", "content": system}] if system else []
-    return [*opening, {"role": "user", "content": user}]
-
-
-def _transcript(messages: list[Message]) -> str:
-    """What a refinement template shows as the problem: all that the student was told."""
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
-
-
 # --- one row ---
 
 
 def _check_answer_pattern(dataset: Dataset, field: str) -> None:
-    if dataset.answer_pattern is None:
+    if dataset.answer_pattern in (None, BOXED):
         return
     try:
         groups = re.compile(dataset.answer_pattern).groups
@@ -204,155 +214,121 @@ def _check_answer_pattern(dataset: Dataset, field: str) -> None:
         )
 
 
+def _reader(where: str, row: dict[str, Any] | BadRow, field: str) -> RowReader:
+    if isinstance(row, BadRow):
+        raise row
+    return RowReader(where, row, field)
+
+
 def _prompt(
     index: int,
-    where: str,
-    row: dict[str, Any],
+    reader: RowReader,
     dataset: Dataset,
-    field: str,
     rules: PromptRules,
     tokenizer: Any,
+    needs_reference: bool,
 ) -> Prompt:
-    columns = dataset.columns
-    reader = _RowReader(where, row, field)
-    if columns.messages is not None:
-        messages = reader.messages(columns.messages)
-        problem = _transcript(messages)
+    """Raises BadRow."""
+    try:
+        messages, last_turn = _messages(reader, dataset)
+        problem = transcript(messages)
         if messages[0]["role"] != "system" and rules.system_prompt:
             messages = [{"role": "system", "content": rules.system_prompt}, *messages]
+        searched = dataset.answer_pattern is not None and dataset.columns.answer is None
+        needed = needs_reference or (searched and rules.verifier != "none")
+        reference = _reference(reader, dataset, last_turn, needed)
+        answer = _answer(reader, dataset, reference, rules.verifier)
+        token_ids = render_chat(messages, tokenizer, rules.chat_template_kwargs)
+        gone = left_out(messages, tokenizer, rules.chat_template_kwargs) if messages[1:] else []
+    except TemplateError as error:
+        raise BadRow(
+            "chat_template",
+            f"{reader.where}: the chat template of {tokenizer.name_or_path!r} refuses this "
+            f"conversation: {error}",
+            "correct the row, or leave it out",
+        ) from error
+    except RecursionError:
+        raise BadRow(
+            "nested_too_deep", f"{reader.where}: a value is nested too deeply", "correct the row"
+        ) from None
+    if gone:
+        message = messages[gone[0]]
+        raise BadRow(
+            "chat_template",
+            f"{reader.where}: the chat template of {tokenizer.name_or_path!r} leaves out the "
+            f"message of the {message['role']} = {shown(message['content'])}",
+            "correct the row, or leave it out, or take a model whose template shows it",
+        )
+    return Prompt(index, problem, token_ids, reference, answer, tuple(messages))
+
+
+def _messages(reader: RowReader, dataset: Dataset) -> tuple[list[Message], str | None]:
+    """What a row tells the student, and the solution that was its last turn."""
+    columns, solution = dataset.columns, None
+    if columns.messages is not None:
+        messages = read_messages(reader, columns.messages)
+        takes_last = dataset.last_assistant_turn == "reference_solution"
+        if takes_last and messages[-1]["role"] == "assistant":
+            solution = messages.pop()["content"]
+        setting = f"{reader.field}.last_assistant_turn"
+        ends_with_user(reader, columns.messages, messages, setting)
     else:
-        assert columns.problem is not None  # config_rules.check_consistent
+        assert columns.problem is not None  # config_rules.check_dataset
         problem = reader.text("problem", columns.problem)
         if dataset.template is not None:
             problem = reader.filled(dataset.template, problem)
-        messages = conversation(rules.system_prompt, problem)
-    reference = None
-    if columns.reference_solution is not None:
-        reference = reader.text("reference_solution", columns.reference_solution)
-    answer = _answer(reader, dataset, reference, rules.verifier)
+        messages = conversation(None, problem)
+    if columns.system is not None and messages[0]["role"] != "system":
+        system = reader.system(columns.system)
+        messages = [*conversation(system, "")[:-1], *messages]
+    return messages, solution
+
+
+def _reference(
+    reader: RowReader, dataset: Dataset, last_turn: str | None, needed: bool
+) -> str | None:
+    """y*. Where nobody needs it, one that is missing or broken is none."""
+    column = dataset.columns.reference_solution
+    if last_turn is not None or (column is None and not needed):
+        return last_turn
+    if column is None:
+        raise BadRow(
+            "missing_reference_solution",
+            f"{reader.where}: the conversation does not end with a turn of the assistant",
+            "correct the row, or leave it out",
+        )
     try:
-        token_ids = render_chat(messages, tokenizer, rules.chat_template_kwargs)
-    except TemplateError as error:
-        raise ConfigError(
-            f"{where}: the chat template of {tokenizer.name_or_path!r} refuses this "
-            f"conversation: {error}. Fix: correct the row, or system_prompt=null for "
-            "a template without system messages."
-        ) from error
-    return Prompt(index, problem, token_ids, reference, answer)
+        return reader.reference(column)
+    except BadRow:
+        if needed:
+            raise
+        return None
 
 
 def _answer(
-    reader: _RowReader, dataset: Dataset, reference: str | None, verifier: VerifierName
-) -> str | None:
-    """The final answer of a row; of verifier code its tests, which must be readable."""
-    column = dataset.columns.answer
+    reader: RowReader, dataset: Dataset, reference: str | None, verifier: VerifierName
+) -> Answer | None:
+    """What the verifier compares with; of verifier code the tests, which must be readable.
+
+    Without a verifier one that is missing or broken is none.
+    """
+    column, pattern = dataset.columns.answer, dataset.answer_pattern
     if verifier == "code":
         assert column is not None  # config_rules.check_dataset
         return reader.tests(column)
     assert not isinstance(column, list)  # config_rules.check_dataset
-    answer = reader.number_or_text("answer", column) if column else None
-    if dataset.answer_pattern is not None:
-        searched = answer if answer is not None else reference
-        assert searched is not None  # config_rules.check_dataset
-        answer = reader.search(dataset.answer_pattern, searched)
-    return answer
-
-
-@dataclass(frozen=True)
-class _RowReader:
-    """Takes values out of one row. Every method raises ConfigError that names the place."""
-
-    where: str
-    row: dict[str, Any]
-    field: str  # of the dataset, as in "data.train"
-
-    def value(self, key: str, column: str) -> Any:
-        if column not in self.row:
-            raise ConfigError(
-                f"{self.where}: no column {column!r}, which {self.field}.columns.{key} names. "
-                f"Fix: name one of {', '.join(map(repr, self.row))}, or correct the row."
-            )
-        return self.row[column]
-
-    def text(self, key: str, column: str) -> str:
-        value = self.value(key, column)
-        if not isinstance(value, str) or not value.strip():
-            raise self.broken(column, value, "it must be a text that is not empty")
-        return value
-
-    def number_or_text(self, key: str, column: str) -> str:
-        value = self.value(key, column)
-        if isinstance(value, str) and value.strip():
-            return value
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value):
-            raise self.broken(column, value, "it must be a number or a text that is not empty")
-        return str(value)
-
-    def filled(self, template: str, problem: str) -> str:
-        """The template with the problem and whatever other columns it names."""
-        names = set(PLACEHOLDER.findall(template)) - {"problem"}
-        values = {name: self.value("problem", name) for name in names}
-        for name, value in values.items():
-            lines = value if isinstance(value, list) else [value]
-            if not all(isinstance(line, str) for line in lines):
-                rule = f"{self.field}.template puts it in: it must be a text, or a list of lines"
-                raise self.broken(name, value, rule)
-            values[name] = "\n".join(lines)
-        return fill_template(template, problem=problem, **values)
-
-    def tests(self, column: str | list[str]) -> str:
-        """The tests of a program as JSON; several columns, without their nulls, form an object."""
-        if isinstance(column, list):
-            values = {name: self.value("answer", name) for name in column}
-            held: Any = {name: value for name, value in values.items() if value is not None}
+    try:
+        if column is not None:
+            texts = reader.answers(column)
         else:
-            held = self.value("answer", column)
-        text = held if isinstance(held, str) else json.dumps(held)
-        try:
-            read_tests(text)
-        except ValueError as error:
-            raise self.broken(str(column), held, str(error)) from None
-        return text
-
-    def search(self, pattern: str, text: str) -> str:
-        matches = list(re.finditer(pattern, text))
-        answer = matches[-1][1] if matches else None
-        if answer is None or not answer.strip():
-            raise ConfigError(
-                f"{self.where}: {self.field}.answer_pattern = {pattern!r} finds no answer in "
-                f"{_shown(text)}. Fix: correct the pattern, or the row."
-            )
-        return answer.strip()
-
-    def messages(self, column: str) -> list[Message]:
-        value = self.value("messages", column)
-        if not isinstance(value, list) or not value:
-            raise self.broken(column, value, "it must be a list of messages that is not empty")
-        messages = []
-        for position, message in enumerate(value):
-            if not isinstance(message, dict) or message.get("role") not in ROLES:
-                rule = f"message {position} must be an object whose role is one of {ROLES}"
-                raise self.broken(column, value, rule)
-            if message["role"] == "system" and position > 0:
-                raise self.broken(column, value, "only the first message may be from the system")
-            content = message.get("content")
-            if not isinstance(content, str) or not content.strip():
-                rule = f"the content of message {position} must be a text that is not empty"
-                raise self.broken(column, value, rule)
-            # Parquet gives every message every key; a null stands for a key that is not there.
-            messages.append({key: item for key, item in message.items() if item is not None})
-        if messages[-1]["role"] != "user":
-            raise self.broken(column, value, "the last message must be from the user")
-        return messages
-
-    def broken(self, column: str, value: object, rule: str) -> ConfigError:
-        return ConfigError(
-            f"{self.where}, column {column!r} = {_shown(value)}: {rule}. "
-            "Fix: correct the row, or leave it out."
-        )
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
+            texts = [reference] if reference is not None and pattern is not None else []
+        if pattern is not None:
+            texts = [reader.search(pattern, text) for text in texts]
+    except BadRow:
+        if verifier != "none":
+            raise
+        return None
+    different = tuple(dict.fromkeys(texts))
+    if len(different) > 1:
+        return AnswerList(different, dataset.answer_list)
+    return different[0] if different else None

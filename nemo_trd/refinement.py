@@ -11,10 +11,12 @@ from typing import Any, get_args
 
 from jinja2 import TemplateError
 
+from nemo_trd.chat import conversation, render_chat
 from nemo_trd.config import Config, ConfigError, rule_broken
 from nemo_trd.context_budget import Render, Texts, fit
-from nemo_trd.prompts import LoadedPrompts, check_chat_template, conversation, render_chat
-from nemo_trd.templates import PLACEHOLDER, fill_template, placeholder_names
+from nemo_trd.control_tokens import Message
+from nemo_trd.prompts import LoadedPrompts
+from nemo_trd.templates import fill_template
 from nemo_trd.types import (
     Completion,
     Prompt,
@@ -26,64 +28,24 @@ from nemo_trd.types import (
 )
 from nemo_trd.verifiers import Verifier, judge_all
 
-TEMPLATE_FIELDS: dict[str, frozenset[str]] = {
-    "system": frozenset(),
-    "opd": frozenset({"problem", "rollout"}),
-    "opsd": frozenset({"problem", "reference_solution", "rollout"}),
-    "privileged_prompt": frozenset({"problem", "reference_solution"}),
-}
-
 
 class ContextOverflow(ValueError):
     """A teacher context that does not fit `refinement.max_context_tokens`, however shortened."""
 
 
-# --- templates ---
-
-
-def check_templates(config: Config, teacher_tokenizer: Any) -> None:
-    """Refuse templates that cannot be filled or rendered.
-
-    Raises:
-        ConfigError: an unknown or a missing placeholder, a chat template that does not take
-            these messages, or instructions that alone exceed the context budget.
-    """
-    templates = config.refinement.templates
-    for name, needed in TEMPLATE_FIELDS.items():
-        template = getattr(templates, name)
-        if template is None:
-            continue
-        field = f"refinement.templates.{name}"
-        used = set(PLACEHOLDER.findall(template))
-        if used - needed:
-            raise rule_broken(
-                field,
-                template,
-                f"it has no value for {placeholder_names(used - needed)}",
-                f"use {placeholder_names(needed)}" if needed else "write it without placeholders",
-            )
-        if needed - used:
-            raise rule_broken(
-                field,
-                template,
-                f"{placeholder_names(needed - used)} must appear in it",
-                "put in what is missing",
-            )
-    check_chat_template(teacher_tokenizer, config.data.chat_template_kwargs)
-    template = templates.opd if config.algorithm.mode == "opd" else templates.opsd
-    nothing = {"problem": "", "rollout": "", "reference_solution": ""}
-    length = len(_renderer(template, templates.system, config, teacher_tokenizer)(nothing))
-    if length >= config.refinement.max_context_tokens:
-        raise rule_broken(
-            "refinement.max_context_tokens",
-            config.refinement.max_context_tokens,
-            f"the instructions of refinement.templates.{config.algorithm.mode} alone take "
-            f"{length} tokens",
-            "raise it, or shorten the template",
-        )
-
-
 # --- contexts of the teacher ---
+
+
+def rewriting_kwargs(config: Config) -> dict[str, Any]:
+    """Arguments of the chat template for refinement prompts."""
+    own = config.refinement.chat_template_kwargs
+    return config.data.chat_template_kwargs if own is None else own
+
+
+def scoring_kwargs(config: Config) -> dict[str, Any]:
+    """Arguments of the teacher's chat template for a context without a rollout."""
+    own = config.teacher.chat_template_kwargs
+    return config.data.chat_template_kwargs if own is None else own
 
 
 def refinement_prompts(
@@ -108,11 +70,27 @@ def _refinement_prompt(rollout: Rollout, config: Config, tokenizer: Any) -> Refi
     if config.algorithm.mode == "opsd":
         texts["reference_solution"] = _reference(rollout.prompt)
         template = templates.opsd
-    render = _renderer(template, templates.system, config, tokenizer)
-    token_ids, shortened = fit(texts, render, config.refinement, tokenizer)
-    if token_ids is None:
+    render = renderer(template, templates.system, rewriting_kwargs(config), tokenizer)
+    scored = config.teacher.chat_template_kwargs
+    if scored in (None, rewriting_kwargs(config)):
+        token_ids, shortened = fit(texts, render, config.refinement, tokenizer)
+        if token_ids is None:
+            return RefinementPrompt(rollout, None, "context_overflow")
+        return RefinementPrompt(rollout, token_ids, shortened=shortened)
+    pairs: dict[TokenIds, tuple[TokenIds, TokenIds]] = {}
+    render_scored = renderer(template, templates.system, scored, tokenizer)
+
+    def longer(texts: Texts) -> TokenIds:
+        """Of the two contexts; both of them have to fit."""
+        pair = render(texts), render_scored(texts)
+        pairs[max(pair, key=len)] = pair
+        return max(pair, key=len)
+
+    fitting, shortened = fit(texts, longer, config.refinement, tokenizer)
+    if fitting is None:
         return RefinementPrompt(rollout, None, "context_overflow")
-    return RefinementPrompt(rollout, token_ids, shortened=shortened)
+    asked, scored_ids = pairs[fitting]
+    return RefinementPrompt(rollout, asked, None, shortened, scored_ids)
 
 
 def _in_subset(rollout: Rollout, config: Config) -> bool:
@@ -125,17 +103,20 @@ def _in_subset(rollout: Rollout, config: Config) -> bool:
 def privileged_context(prompt: Prompt, config: Config, tokenizer: Any) -> TokenIds:
     """The teacher's context without a rollout (`teacher_context=prompt`): x, in OPSD (x, y*).
 
-    In OPSD it has the student's system prompt, not the one of the rewriting instructions, and
-    y* is shortened as in a refinement prompt.
+    In OPD the student's messages through the teacher's own chat template. In OPSD it has the
+    student's system prompt, not the one of the rewriting instructions, and y* is shortened as in
+    a refinement prompt.
 
     Raises:
         ContextOverflow: it does not fit; `fitting_prompts` leaves such prompts out beforehand.
     """
     if config.algorithm.mode == "opd":
-        return prompt.token_ids
+        if prompt.messages is None:
+            return prompt.token_ids
+        return _rendered(prompt.messages, scoring_kwargs(config), tokenizer)
     texts = {"problem": prompt.problem, "reference_solution": _reference(prompt)}
     template = config.refinement.templates.privileged_prompt
-    render = _renderer(template, config.data.system_prompt, config, tokenizer)
+    render = renderer(template, config.data.system_prompt, scoring_kwargs(config), tokenizer)
     token_ids, _ = fit(texts, render, config.refinement, tokenizer)
     if token_ids is None:
         raise ContextOverflow(
@@ -151,13 +132,9 @@ def fitting_prompts(loaded: LoadedPrompts, config: Config, tokenizer: Any) -> Lo
     Raises:
         ConfigError: none is left.
     """
-    prompts = []
-    for prompt in loaded.prompts:
-        try:
-            privileged_context(prompt, config, tokenizer)
-        except ContextOverflow:
-            continue
-        prompts.append(prompt)
+    if config.algorithm.mode == "opd" and not config.shows_prompt_to_teacher:
+        return loaded
+    prompts = [prompt for prompt in loaded.prompts if _fits(prompt, config, tokenizer)]
     left_out = len(loaded.prompts) - len(prompts)
     if not left_out:
         return loaded
@@ -165,10 +142,22 @@ def fitting_prompts(loaded: LoadedPrompts, config: Config, tokenizer: Any) -> Lo
         raise rule_broken(
             "refinement.max_context_tokens",
             config.refinement.max_context_tokens,
-            f"no prompts left: all {left_out} need more with their reference solution",
+            f"no prompts left: all {left_out} need more as the teacher is to see them",
             "raise it, or set refinement.on_overflow=shorten",
         )
     return LoadedPrompts(prompts, {**loaded.skipped, "context_overflow": left_out})
+
+
+def _fits(prompt: Prompt, config: Config, tokenizer: Any) -> bool:
+    """Whether the teacher can be shown a prompt. What is the student's own always fits."""
+    try:
+        token_ids = privileged_context(prompt, config, tokenizer)
+    except ContextOverflow:
+        return False
+    limit = config.refinement.max_context_tokens
+    if config.algorithm.trajectory == "rollout" and config.algorithm.mode == "opd":
+        limit = config.data.max_prompt_tokens  # what the run is planned for
+    return len(token_ids) <= limit or token_ids == prompt.token_ids
 
 
 def _reference(prompt: Prompt) -> str:
@@ -176,19 +165,28 @@ def _reference(prompt: Prompt) -> str:
     return prompt.reference_solution
 
 
-def _renderer(template: str, system: str | None, config: Config, tokenizer: Any) -> Render:
+def renderer(
+    template: str, system: str | None, chat_template_kwargs: dict[str, Any], tokenizer: Any
+) -> Render:
+    """What fills a template and puts it through the teacher's chat template."""
+
     def render(texts: Texts) -> TokenIds:
         messages = conversation(system, fill_template(template, **texts))
-        try:
-            return render_chat(messages, tokenizer, config.data.chat_template_kwargs)
-        except TemplateError as error:
-            raise ConfigError(
-                f"the chat template of {tokenizer.name_or_path!r} refuses the teacher's "
-                f"messages: {error}. Fix: refinement.templates.system=null and "
-                "data.system_prompt=null for a template without system messages."
-            ) from error
+        return _rendered(messages, chat_template_kwargs, tokenizer)
 
     return render
+
+
+def _rendered(
+    messages: Sequence[Message], chat_template_kwargs: dict[str, Any], tokenizer: Any
+) -> TokenIds:
+    try:
+        return render_chat(messages, tokenizer, chat_template_kwargs)
+    except TemplateError as error:
+        raise ConfigError(
+            f"the chat template of {tokenizer.name_or_path!r} refuses the teacher's "
+            f"messages: {error}. Fix: a teacher whose template takes what the data have."
+        ) from error
 
 
 # --- acceptance ---

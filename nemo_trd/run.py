@@ -34,11 +34,11 @@ from nemo_trd.megatron.teacher import Teacher
 from nemo_trd.metrics import RunLogger, Timers
 from nemo_trd.prompts import LoadedPrompts, load_prompts, prompts_of_step
 from nemo_trd.refinement import (
-    check_templates,
     fitting_prompts,
     privileged_context,
     refinement_counts,
 )
+from nemo_trd.refinement_checks import check_openings, check_templates
 from nemo_trd.samples import Sample
 from nemo_trd.sampling import Sampler, reject_outside_support
 from nemo_trd.server_teacher import ServerTeacher
@@ -72,7 +72,14 @@ def load_inputs(config: Config, world_size: int) -> Inputs:
     student_tokenizer, teacher_tokenizer = student.tokenizer, teacher.tokenizer
     check_packages(config.logging)
     check_templates(config, teacher_tokenizer)
-    prompts = load_prompts(config.data.train, "data.train", config.data, student_tokenizer)
+    prompts = load_prompts(
+        config.data.train,
+        "data.train",
+        config.data,
+        student_tokenizer,
+        needs_reference=config.algorithm.mode == "opsd",
+    )
+    check_openings(config, student_tokenizer, teacher_tokenizer)
     prompts = fitting_prompts(prompts, config, teacher_tokenizer)
     validation: list[Prompt] = []
     if config.data.validation is not None:
@@ -369,6 +376,8 @@ class Run:
         self._logger.summary(
             {
                 "steps": self.step,
+                "prompts": self._state.num_prompts,
+                "prompts_left_out": self._inputs.prompts.skipped,
                 "before": evaluations.get(0),
                 "after": evaluations.get(self.step),
                 "refinement": {

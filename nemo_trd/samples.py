@@ -40,7 +40,7 @@ def _section(sample: Sample, decode_token: Callable[[int], str]) -> str:
     parts = [f"## Prompt {prompt.index}, sample {rollout.sample_index}: {_outcome(sample)}"]
     parts.append(f"**Problem**\n\n{fenced(prompt.problem)}")
     if prompt.answer is not None:
-        parts.append(f"**Reference answer**\n\n{fenced(prompt.answer)}")
+        parts.append(f"**Reference answer**\n\n{fenced(str(prompt.answer))}")
     completion = rollout.completion
     facts = (
         f"{_VERDICTS[rollout.correct]}, {len(completion.token_ids)} tokens, ended by "
@@ -120,7 +120,7 @@ def sample_record(step: int, sample: Sample, decode: Decode) -> dict[str, Any]:
         "prompt_index": rollout.prompt.index,
         "sample_index": rollout.sample_index,
         "problem": rollout.prompt.problem,
-        "answer": rollout.prompt.answer,
+        "answer": None if rollout.prompt.answer is None else str(rollout.prompt.answer),
         "rollout": {
             "correct": rollout.correct,
             "text": rollout.text,

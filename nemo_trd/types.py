@@ -7,7 +7,7 @@ ranks, written as JSON and compared in tests. Only `Microbatch` holds tensors.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,20 @@ Rejection = Literal[
 
 
 @dataclass(frozen=True)
+class AnswerList:
+    """Several answers to one problem: any of them is right, or all together are."""
+
+    texts: tuple[str, ...]
+    needed: Literal["any", "all"]
+
+    def __str__(self) -> str:
+        return (" or " if self.needed == "any" else " and ").join(self.texts)
+
+
+Answer = str | AnswerList
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One problem of the dataset."""
 
@@ -32,7 +46,10 @@ class Prompt:
     problem: str  # the text that refinement templates show to the teacher
     token_ids: TokenIds  # x: the student's chat template, generation prompt included
     reference_solution: str | None = None  # y*: worked solution, seen by the teacher in OPSD only
-    answer: str | None = None  # final answer, for the verifier
+    answer: Answer | None = None  # final answer, for the verifier
+    # What `token_ids` were rendered from, for a teacher with a chat template of its own. None
+    # where only the ids are known: such a teacher sees these.
+    messages: tuple[dict[str, Any], ...] | None = field(default=None, hash=False)
 
 
 @dataclass(frozen=True)
@@ -82,6 +99,13 @@ class RefinementPrompt:
     token_ids: TokenIds | None  # None exactly when `rejection` is set
     rejection: Rejection | None = None  # "subset", "context_overflow" or "aborted" (y_o itself)
     shortened: tuple[str, ...] = ()  # which of "rollout", "reference_solution" was cut to fit
+    # The same as the teacher sees it that scores, where teacher.chat_template_kwargs differ.
+    scored_token_ids: TokenIds | None = None
+
+    @property
+    def scoring_context(self) -> TokenIds | None:
+        """c_T of the loss with `algorithm.teacher_context=refine`."""
+        return self.scored_token_ids or self.token_ids
 
 
 @dataclass(frozen=True)

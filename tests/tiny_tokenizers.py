@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
@@ -52,3 +60,75 @@ def byte_level_tokenizer(
         chat_template=chat_template,
         name_or_path="tiny byte-level BPE",
     )
+
+
+# As Qwen3's: an earlier turn is shown without its thoughts, and thinking can be switched off.
+CHATML_TEMPLATE = (
+    "{% for m in messages %}{% set content = m.content %}"
+    "{% if m.role == 'assistant' and '</think>' in content %}"
+    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}"
+)
+DROPS_SYSTEM = CHATML_TEMPLATE.replace(" in messages %}", " in messages if m.role != 'system' %}")
+IGNORES_PROMPT = CHATML_TEMPLATE.partition("{% if add_generation_prompt %}")[0]
+OPENS_THOUGHT = CHATML_TEMPLATE.replace(
+    "{% endif %}{% endif %}", "{% else %}<think>\n{% endif %}{% endif %}"
+)
+CHATML_CONTROLS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>")
+
+
+def chatml_tokenizer(
+    spelling: str = "bytes", chat_template: str = CHATML_TEMPLATE
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of the Qwen kind (`bytes`), or one that spells words in another way.
+
+    bytes: byte-level BPE. first, always, legacy: words that begin with ▁, which text after a
+    control token gets as well, or not (Llama 2). unigram: its model knows control tokens too.
+    `<think>` is an added token, but not a special one.
+    """
+    trainer: trainers.Trainer
+    if spelling == "bytes":
+        core = Tokenizer(models.BPE())
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=350, initial_alphabet=alphabet, show_progress=False
+        )
+    else:
+        letters = [chr(code) for code in range(33, 127)] + ["▁", "\n"]
+        special = ["<unk>", *CHATML_CONTROLS[:3]]
+        scheme = "first" if spelling == "legacy" else spelling.replace("unigram", "always")
+        core = Tokenizer(models.BPE(unk_token="<unk>"))
+        trainer = trainers.BpeTrainer(
+            vocab_size=200, special_tokens=special, initial_alphabet=letters, show_progress=False
+        )
+        if spelling == "unigram":
+            core = Tokenizer(models.Unigram())
+            trainer = trainers.UnigramTrainer(
+                vocab_size=200,
+                special_tokens=special,
+                unk_token="<unk>",
+                initial_alphabet=letters,
+                show_progress=False,
+            )
+        if spelling == "legacy":
+            prepended = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+            core.normalizer = normalizers.Sequence(prepended)
+        else:
+            core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+        core.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    core.train_from_iterator(CORPUS * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=chat_template,
+        name_or_path=f"tiny ChatML {spelling}",
+    )
+    tokenizer.add_tokens(["<think>", "</think>"])
+    return tokenizer

@@ -41,11 +41,11 @@ from nemo_trd.model_rules import sequence_alignment
 from nemo_trd.preflight import shared_vocab_size
 from nemo_trd.prompts import load_prompts, prompts_of_step
 from nemo_trd.refinement import (
-    check_templates,
     fitting_prompts,
     privileged_context,
     refinement_counts,
 )
+from nemo_trd.refinement_checks import check_openings, check_templates
 from nemo_trd.sampling import Sampler
 from nemo_trd.types import Microbatch, Prompt, Trajectory
 
@@ -234,7 +234,14 @@ def _load_prompts(config: Config, student_tokenizer: Any, teacher_tokenizer: Any
             "choose a teacher of the student's family",
         )
     check_templates(config, teacher_tokenizer)
-    loaded = load_prompts(config.data.train, "data.train", config.data, student_tokenizer)
+    loaded = load_prompts(
+        config.data.train,
+        "data.train",
+        config.data,
+        student_tokenizer,
+        needs_reference=config.algorithm.mode == "opsd",
+    )
+    check_openings(config, student_tokenizer, teacher_tokenizer)
     return fitting_prompts(loaded, config, teacher_tokenizer).prompts
 
 

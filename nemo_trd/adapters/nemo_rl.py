@@ -22,6 +22,7 @@ from nemo_trd.adapters import needed
 from nemo_trd.config import Config, rule_broken
 from nemo_trd.generation import Generator, request_seed
 from nemo_trd.refinement import judge, read_rollout, refinement_counts, refinement_prompts
+from nemo_trd.refinement_checks import check_templates
 from nemo_trd.types import Completion, GenerationRequest, Prompt, Refinement, TokenIds
 from nemo_trd.verifiers import verifier
 
@@ -41,7 +42,7 @@ class TRDGeneration:
 
     Raises:
         ImportError: without NeMo-RL.
-        ConfigError: settings that NeMo-RL's trainer cannot follow.
+        ConfigError: settings that NeMo-RL's trainer, or the chat template, cannot follow.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class TRDGeneration:
         # Not by inheritance: what the interface defines would hide what the student's has.
         GenerationInterface.register(TRDGeneration)
         _check(config)
+        check_templates(config, tokenizer)
         self._student = student
         self._teacher = teacher
         self._config = config

@@ -7,12 +7,13 @@ logging and its experiment manager are what it still has for a run of TRD. Extra
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import hydra
 
-from nemo_trd.config import conf_dir
+from nemo_trd.config import conf_dir, with_free_keys
 
 Task = Callable[..., None]
 
@@ -20,8 +21,10 @@ Task = Callable[..., None]
 def hydra_entry(task: Task) -> Callable[[], Any]:
     """`task`, called with what Hydra composes of conf/config.yaml and the command line.
 
-    Importing NeMo takes seconds, so this is called when the program starts, not on import.
+    Importing NeMo takes seconds, so this is called when the program starts, not on import. It
+    changes `sys.argv`, from which both take their overrides; see `config.with_free_keys`.
     """
+    sys.argv[1:] = with_free_keys(sys.argv[1:])
     where = str(conf_dir().resolve())
     if not has_hydra_runner():
         return hydra.main(config_path=where, config_name="config", version_base="1.3")(task)

@@ -11,9 +11,11 @@ from tqdm import tqdm
 
 from nemo_trd.config import VerifierName
 from nemo_trd.evaluation.settings import EvaluationConfig
+from nemo_trd.types import Answer
 from nemo_trd.verifiers import judge_of
 from nemo_trd.verifiers.judgement import Judge, Judgement
 from nemo_trd.verifiers.math import MathJudge
+from nemo_trd.verifiers.several import judge_answer
 
 
 class JudgePool:
@@ -37,14 +39,18 @@ class JudgePool:
                 self._idle[name].put(judge)
 
     def submit(
-        self, verifier: VerifierName, text: str, answer: str, then: Callable[[Judgement], None]
+        self,
+        verifier: VerifierName,
+        text: str,
+        answer: Answer,
+        then: Callable[[Judgement], None],
     ) -> None:
         """Judge the answer some time, and hand the judgement to `then` in a thread of the pool."""
 
         def work() -> None:
             judge = self._idle[verifier].get()
             try:
-                judgement = judge(text, answer)
+                judgement = judge_answer(judge, text, answer)
             finally:
                 self._idle[verifier].put(judge)
             then(judgement)

@@ -34,6 +34,9 @@ class EvaluatedModel(Section):
 class Benchmark(Dataset, PromptRules):
     """Problems with answers, and how they are asked and judged. See conf/benchmark/."""
 
+    # Figures over fewer problems are not those of the benchmark.
+    on_bad_row: Literal["error", "skip"] = "error"
+
 
 class Servers(VllmPool, VllmSettings):
     """vLLM servers: running ones by their URLs, or so many replicas that are started."""

@@ -110,8 +110,8 @@ def _add(
     contexts: dict[TeacherContext, TokenIds] = {
         "prompt": privileged_context(prompt, config, tokenizer)
     }
-    if request.token_ids is not None:
-        contexts["refine"] = request.token_ids
+    if request.scoring_context is not None:
+        contexts["refine"] = request.scoring_context
     for name, context in contexts.items():
         own = rollout_trajectory(rollout, context)
         found.answers.append(Answer(own, name, verdict, error, choices))

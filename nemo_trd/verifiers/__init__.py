@@ -13,9 +13,11 @@ from functools import lru_cache, partial
 from typing import TypeVar
 
 from nemo_trd.config import Sandbox, VerifierName
+from nemo_trd.types import Answer
 from nemo_trd.verifiers.judgement import Judge, Judgement
+from nemo_trd.verifiers.several import judge_answer
 
-Verifier = Callable[[str, str], bool | None]  # (generated text, expected answer)
+Verifier = Callable[[str, Answer], bool | None]  # (generated text, expected answer)
 Item = TypeVar("Item")
 Judged = TypeVar("Judged")
 THREADS = 8
@@ -28,7 +30,7 @@ def verifier(name: VerifierName, sandbox: Sandbox | None = None) -> Verifier:
     All of them may be called from any thread. "code" needs the limits of its sandbox.
     """
     judge = judge_of(name, sandbox)
-    return lambda text, answer: judge(text, answer).correct
+    return lambda text, answer: judge_answer(judge, text, answer).correct
 
 
 def judge_of(name: VerifierName, sandbox: Sandbox | None, math_timeout_s: float = 5.0) -> Judge:

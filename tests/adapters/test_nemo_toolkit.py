@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+THINKING = "data.chat_template_kwargs.enable_thinking=false"
 HAS_NEMO = importlib.util.find_spec("nemo") is not None
 PROGRAM = """
 import sys
@@ -21,6 +22,7 @@ def task(cfg):
     config = validate(cfg)
     print("used NeMo:", "nemo.core.config.hydra_runner" in sys.modules, has_hydra_runner())
     print(config.train.prompts_per_step, config.train.num_steps, config.loss.divergence)
+    print(config.data.chat_template_kwargs)
     print("and again:", compose(["train.num_steps=7"]).train.num_steps)
 
 hydra_entry(task)()
@@ -34,9 +36,10 @@ def run(*overrides: str) -> subprocess.CompletedProcess[str]:
 
 def test_entry_takes_overrides_and_resolvers_of_nemo() -> None:
     sizes = ["train.prompts_per_step=${multiply:4,16}", "train.num_steps=${sum:2,3}"]
-    done = run("experiment=quickstart", *sizes, "loss.divergence=reverse_kl")
+    done = run("experiment=quickstart", *sizes, "loss.divergence=reverse_kl", THINKING)
     assert done.returncode == 0, done.stderr
-    assert f"used NeMo: {HAS_NEMO} {HAS_NEMO}\n64 5 reverse_kl\nand again: 7\n" in done.stdout
+    assert f"used NeMo: {HAS_NEMO} {HAS_NEMO}\n64 5 reverse_kl\n" in done.stdout
+    assert "{'enable_thinking': False}\nand again: 7\n" in done.stdout
 
 
 @pytest.mark.parametrize("override", ["train.nm_steps=3", "experiment=no_such"])

@@ -13,7 +13,15 @@ from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel
 
-from nemo_trd.config import Config, ConfigError, compose, conf_dir, validate, validate_as
+from nemo_trd.config import (
+    Config,
+    ConfigError,
+    compose,
+    compose_as,
+    conf_dir,
+    validate,
+    validate_as,
+)
 from nemo_trd.evaluation.settings import Benchmark, EvaluationConfig
 
 OPSD = ["algorithm.mode=opsd", "model.teacher=null"]
@@ -47,7 +55,8 @@ def test_every_benchmark_validates_and_hides_no_setting(benchmark: str) -> None:
     evaluation = with_placeholders(
         composed(f"benchmark={benchmark}", "generation.vllm.replicas=1", config_name="evaluate")
     )
-    assert list(validate_as(EvaluationConfig, evaluation).benchmarks) == [benchmark]
+    benchmarks = validate_as(EvaluationConfig, evaluation).benchmarks
+    assert list(benchmarks) == [benchmark] and benchmarks[benchmark].on_bad_row == "error"
     settings: Any = OmegaConf.to_container(evaluation, resolve=True)
     assert absent_settings(EvaluationConfig, settings, "") == []
     assert absent_settings(Benchmark, settings["benchmarks"][benchmark], "") == []
@@ -79,6 +88,27 @@ def test_every_setting_is_visible_in_conf() -> None:
     settings = OmegaConf.to_container(composed("generation=vllm"), resolve=True)
     assert isinstance(settings, dict)
     assert absent_settings(Config, settings, "") == []  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("section", ["data", "refinement", "teacher"])
+def test_a_setting_with_keys_of_the_users_own_takes_them_like_any_other(section: str) -> None:
+    kwargs = f"{section}.chat_template_kwargs"
+    for override in (f"{kwargs}.enable_thinking=false", kwargs + "={enable_thinking: false}"):
+        given = compose([override, f"+{kwargs}.further=1"])
+        assert getattr(given, section).chat_template_kwargs == {
+            "enable_thinking": False,
+            "further": 1,
+        }
+    assert compose(["teacher.chat_template_kwargs={}"]).teacher.chat_template_kwargs == {}
+    with pytest.raises(ConfigError, match=f"did you mean {kwargs}.x"):
+        compose([f"{section}.chat_template_kwarg.x=1"])
+
+
+def test_a_benchmark_takes_arguments_of_the_chat_template() -> None:
+    overrides = ["benchmark=gsm8k", "benchmarks.gsm8k.path=p", "model.path=m"]
+    thinking = "benchmarks.gsm8k.chat_template_kwargs.enable_thinking=false"
+    config = compose_as(EvaluationConfig, [*overrides, thinking], "evaluate")
+    assert config.benchmarks["gsm8k"].chat_template_kwargs == {"enable_thinking": False}
 
 
 def test_value_left_open_is_named() -> None:
@@ -115,7 +145,7 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "unknown key like no other": (
         ["+teacher.x=1"],
-        ("teacher.x = 1", "known keys here: offload_states, offload_weights"),
+        ("teacher.x = 1", "known keys here: chat_template_kwargs, offload_states"),
     ),
     "unknown file": (["model=nope"], ("model/nope", "local", "toy")),
     "override without a value": (["train.num_steps"], ("train.num_steps", "missing EQUAL")),
@@ -173,7 +203,11 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
             "data.train.columns.answer=null",
             "data.train.columns.reference_solution=null",
         ],
-        ("data.train.answer_pattern = '####(.+)'", "searched in", "name one of these columns"),
+        (
+            "data.train.answer_pattern = '####(.+)'",
+            "searched in",
+            "name columns.answer or columns.reference_solution",
+        ),
     ),
     "subset without a verifier": (
         ["refinement.subset=wrong", "data.verifier=none"],
@@ -347,6 +381,8 @@ def test_digest_does_not_depend_on_where_and_how_a_run_is_computed(override: str
         "loss.temperature=2.0",
         "refinement.on_failure=rollout",
         "refinement.max_context_tokens=99",
+        "refinement.chat_template_kwargs={}",
+        "teacher.chat_template_kwargs={}",
         "data.max_prompt_tokens=32",
         "generation.rollout.temperature=1.0",
         "optimizer.lr=1.0",

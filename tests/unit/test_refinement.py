@@ -1,20 +1,28 @@
 """Refinement prompts, their context budget, and which rewrites are accepted."""
 
+import dataclasses
 import re
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import NO_SYSTEM_TEMPLATE, byte_level_tokenizer
+from tiny_tokenizers import (
+    CHAT_TEMPLATE,
+    NO_SYSTEM_TEMPLATE,
+    OPENS_THOUGHT,
+    byte_level_tokenizer,
+    chatml_tokenizer,
+)
 
+from nemo_trd.batching import pair
+from nemo_trd.chat import render_chat
 from nemo_trd.config import Config, ConfigError, compose, conf_dir
 from nemo_trd.prompts import LoadedPrompts
 from nemo_trd.refinement import (
     ContextOverflow,
-    check_templates,
-    fill_template,
     fitting_prompts,
     judge,
     privileged_context,
@@ -22,6 +30,8 @@ from nemo_trd.refinement import (
     refinement_counts,
     refinement_prompts,
 )
+from nemo_trd.refinement_checks import check_openings, check_templates
+from nemo_trd.templates import fill_template
 from nemo_trd.types import Completion, Prompt, Refinement, RefinementPrompt, Rollout
 from nemo_trd.verifiers import verifier
 
@@ -294,6 +304,134 @@ def test_privileged_context_is_x_in_opd_and_shows_the_reference_in_opsd() -> Non
     text = TOKENIZER.decode(privileged_context(sample.prompt, config, TOKENIZER))
     assert text.startswith("<s><|system|>the student's<|end|><|user|>1 + 1?\n")
     assert "1 + 1 = 2 # 2" in text and text.endswith("<|end|><|assistant|>")
+
+
+def test_what_rollouts_and_references_spell_is_text_to_the_teacher() -> None:
+    """`1 <|end|>` in letters, as a model may write it, ends nobody's turn."""
+    spelt = "1<|end|><|system|>2</s>"
+    letters = [
+        TOKENIZER(part, add_special_tokens=False).input_ids for part in re.split("(.)", spelt)
+    ]
+    answer = Completion((*chain(*letters), END), "stop", 0)
+    prompt = rollout(problem=f"{spelt}?", reference=f"ref {spelt}").prompt
+    sample = read_rollout(prompt, 0, answer, TOKENIZER, verifier("none"))
+    assert sample.text == spelt
+    plain = rollout("a", "b", "c")
+    for mode in ("opd", "opsd"):
+        config = with_template(configured(mode), system="S")
+        for context in (
+            lambda r, config=config: built(r, config).token_ids,
+            lambda r, config=config: privileged_context(
+                dataclasses.replace(r.prompt, messages=(turn(r.prompt.problem),)), config, TOKENIZER
+            ),
+        ):
+            added = TOKENIZER.added_tokens_decoder
+            assert [i for i in context(sample) if i in added] == [
+                i for i in context(plain) if i in added
+            ]
+            assert spelt in TOKENIZER.decode(context(sample))
+
+
+def turn(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def with_data(config: Config, **data: Any) -> Config:
+    return config.model_copy(update={"data": config.data.model_copy(update=data)})
+
+
+def with_teacher(config: Config, kwargs: dict[str, Any] | None, **algorithm: str) -> Config:
+    changes = {
+        "teacher": config.teacher.model_copy(update={"chat_template_kwargs": kwargs}),
+        "algorithm": config.algorithm.model_copy(update=algorithm),
+    }
+    return config.model_copy(update=changes)
+
+
+def test_in_opd_the_teacher_sees_the_problem_through_its_own_template() -> None:
+    messages = (turn("1 + 1?"),)
+    student, teacher = TOKENIZER, byte_level_tokenizer(f"<|system|>T<|end|>{CHAT_TEMPLATE}")
+    ids = render_chat(messages, student, {})
+    prompt = Prompt(0, "1 + 1?", ids, None, "2", messages)
+    config = with_teacher(configured(), None, trajectory="rollout")
+    assert privileged_context(prompt, config, student) == ids
+    own = privileged_context(prompt, config, teacher)
+    assert teacher.decode(own) == "<|system|>T<|end|>" + student.decode(ids)
+    # ... and with its own arguments, where it has some
+    scoring = with_teacher(with_data(config, chat_template_kwargs={"think": 1}), {"think": False})
+    assert TOKENIZER.decode(privileged_context(prompt, scoring, student)).endswith("</think>")
+    # What the teacher sees must fit too; what is the student's own prompt does as it stands.
+    loaded = LoadedPrompts([prompt], {})
+    for limits in ({"max_prompt_tokens": len(own) - 1}, {"max_prompt_tokens": len(own)}):
+        limited = with_data(config, **limits)
+        assert fitting_prompts(loaded, limited, student) is loaded
+        if limits["max_prompt_tokens"] == len(own):
+            assert fitting_prompts(loaded, limited, teacher) is loaded
+        else:
+            with pytest.raises(ConfigError, match="no prompts left: all 1"):
+                fitting_prompts(loaded, limited, teacher)
+
+
+def test_arguments_of_the_chat_template_can_differ_for_rewriting_and_scoring() -> None:
+    thought = "<think></think>"
+    config = with_data(configured(chat_template_kwargs={"think": False}), chat_template_kwargs={})
+    request = built(rollout(), config)
+    assert text_of(request).endswith(thought) and request.scoring_context == request.token_ids
+    config = with_teacher(config, {})
+    request = built(rollout(), config)
+    assert text_of(request).endswith(thought)
+    scored = TOKENIZER.decode(request.scoring_context)
+    assert scored == text_of(request).removesuffix(thought)
+    refined = Refinement(request, completion("2"), "2", True, None)
+    [trajectory] = pair([refined], config, lambda prompt: (9,))
+    assert trajectory.teacher_context == request.scoring_context
+    # Both contexts fit the budget, and show the same of the rollout.
+    long = rollout(lines("step", 100))
+    for kwargs in ({}, {"think": False}):
+        swapped = {"chat_template_kwargs": {"think": False} if kwargs == {} else {}}
+        config = with_teacher(configured(max_context_tokens=600, **swapped), kwargs)
+        request = built(long, config)
+        assert request.token_ids is not None and request.scoring_context is not None
+        lengths = sorted((len(request.token_ids), len(request.scoring_context)))
+        assert 560 < lengths[0] < lengths[1] <= 600 and request.shortened == ("rollout",)
+        texts = {text_of(request), TOKENIZER.decode(request.scoring_context)}
+        assert len({text.replace(thought, "") for text in texts}) == 1 < len(texts)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "warned"),
+    [
+        ((None, None), [("after the refinement prompt", "`thought </think> answer`")]),
+        (({"enable_thinking": False}, None), []),
+        (
+            ({"enable_thinking": False}, {"enable_thinking": True}),
+            [("where it scores", "it then scores after another opening")],
+        ),
+    ],
+)
+def test_a_turn_that_opens_differently_for_the_teacher_is_warned_about(
+    kwargs: Any, warned: list[tuple[str, str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    student, teacher = chatml_tokenizer(), chatml_tokenizer("bytes", OPENS_THOUGHT)
+    config = with_teacher(configured(chat_template_kwargs=kwargs[0]), kwargs[1])
+    if kwargs[0] == {"enable_thinking": False}:
+        config = with_data(config, chat_template_kwargs={"enable_thinking": False})
+    check_openings(config, student, teacher)
+    assert len(caplog.messages) == len(warned)
+    for message, parts in zip(caplog.messages, warned, strict=True):
+        assert all(part in message for part in parts)
+        assert "chat_template_kwargs.enable_thinking" in message
+
+
+def test_an_argument_that_only_the_students_template_reads_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = with_data(configured(), chat_template_kwargs={"think": False})
+    check_openings(config, TOKENIZER, chatml_tokenizer())
+    assert "never reads data.chat_template_kwargs.think; refinement.chat" in caplog.messages[0]
+    caplog.clear()
+    check_openings(config, TOKENIZER, TOKENIZER)
+    assert caplog.messages == []
 
 
 def test_prompts_that_the_teacher_cannot_be_shown_are_left_out_and_counted() -> None:
