@@ -188,7 +188,7 @@ class TRD:
         states = self._teacher.states(plan)
         own = plan[self._groups.dp.rank()]
         self.micro_batches = deque(zip(own, states, strict=True))
-        return refinement_counts(refinements)
+        return refinement_counts(refinements, trajectories)
 
     def _plan(self, trajectories: list[Trajectory], wanted: int) -> list[list[Microbatch]]:
         """As many micro-batches for every rank as Bridge will ask for; the last may be fillers."""
