@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -20,6 +22,7 @@ from nemo_trd.config import LocalGeneration, Sampling, rule_broken
 from nemo_trd.generation import Done
 from nemo_trd.generation.eos import eos_token_ids
 from nemo_trd.generation.gumbel import SeededSampler, seed_tensor
+from nemo_trd.hf_directory import tensors_with_copies
 from nemo_trd.types import Completion, GenerationRequest
 
 # The environment of NeMo-Aligner has transformers 4, which knows the old name only.
@@ -265,4 +268,8 @@ def load_model(
             f"{min(loading['missing_keys'])} among them",
             "copy the directory again",
         )
+    with torch.no_grad():
+        for name, file in tensors_with_copies(Path(path), "path of the model").items():
+            with safe_open(file, framework="pt") as opened:
+                model.state_dict()[name].copy_(opened.get_tensor(name))
     return model.eval().requires_grad_(False)

@@ -237,6 +237,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         lambda m: damage_header(m / "teacher" / "model.safetensors"),
         (TEACHER, "model.safetensors", "header is no JSON", "copy the directory again"),
     ),
+    "single file beside an index": (
+        lambda m: shutil.copy(m / "teacher" / "model.safetensors", m / "student"),
+        (STUDENT, "student/model.safetensors", INDEX, "model-00001-of-0", "remove the one"),
+    ),
+    "adapter without its model": (
+        lambda m: (m / "teacher" / "config.json").rename(m / "teacher" / "adapter_config.json"),
+        (TEACHER, "teacher/adapter_config.json", "without its model", "merge it"),
+    ),
     "no weights": (
         lambda m: (m / "teacher" / "model.safetensors").unlink(),
         (TEACHER, "models/teacher", "neither model.safetensors nor", "save_pretrained"),
@@ -257,7 +265,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     ),
     "missing tensor": (
         lambda m: edit_json(m / "teacher" / "config.json", tie_word_embeddings=False),
-        (TEACHER, "models/teacher", "lack lm_head.weight", "copy the directory again"),
+        (TEACHER, "models/teacher", "lack lm_head.weight", "set tie_word_embeddings to true"),
     ),
     "tensor of another name": (
         lambda m: edit_header(m / "teacher" / "model.safetensors", rename_tensor),
