@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_trd.config import RefinementConfig
-from nemo_trd.types import FittedContext, TokenIds
+from nemo_trd.types import TokenIds
 
 Texts = Mapping[str, str]  # placeholder of the template -> what is put in its place
 Render = Callable[[Texts], TokenIds]
@@ -45,46 +45,46 @@ Shorten = Callable[[Measured, int], str]  # (text, tokens to keep beside the not
 
 def fit(
     texts: Texts, render: Render, refinement: RefinementConfig, tokenizer: Any
-) -> FittedContext | None:
+) -> tuple[TokenIds | None, tuple[str, ...]]:
     """Render at most `refinement.max_context_tokens` tokens, by the rule at the top.
 
     A text that is no longer than the notice which would replace it stays whole. Of the budget no
     more than some ten tokens and a word are left unused.
 
     Returns:
-        The token ids with the names of what was shortened; None when they do not fit.
+        The token ids, None when they do not fit, and the names of what was shortened.
     """
     budget = refinement.max_context_tokens
     token_ids = render(texts)
     if len(token_ids) <= budget:
-        return FittedContext(token_ids)
+        return token_ids, ()
     if refinement.on_overflow == "refuse":
-        return None
+        return None, ()
     measured = {name: measure(texts[name], tokenizer) for name in SHORTEN if name in texts}
     notice = _count(f"\n{_notice(len(token_ids))}\n", tokenizer)
 
-    def attempt(room: int) -> FittedContext:
+    def attempt(room: int) -> tuple[TokenIds, tuple[str, ...]]:
         given = _shares({name: text.tokens for name, text in measured.items()}, room)
         cut = {
             name: SHORTEN[name](text, max(0, given[name] - notice))
             for name, text in measured.items()
             if text.tokens > max(given[name], notice)
         }
-        return FittedContext(render({**texts, **cut}), tuple(cut))
+        return render({**texts, **cut}), tuple(cut)
 
-    best: FittedContext | None = None
+    best: tuple[TokenIds, tuple[str, ...]] | None = None
     room = budget - len(render({**texts, **dict.fromkeys(measured, "")}))
     for _ in range(ATTEMPTS):
         fitted = attempt(max(room, 0))
-        slack = budget - len(fitted.token_ids)
-        if slack >= 0 and (best is None or len(fitted.token_ids) > len(best.token_ids)):
+        slack = budget - len(fitted[0])
+        if slack >= 0 and (best is None or len(fitted[0]) > len(best[0])):
             best = fitted
         if 0 <= slack <= CLOSE or (slack < 0 and room <= 0):
             break
         room += slack
     if best is None:
         fitted = attempt(0)
-        best = fitted if len(fitted.token_ids) <= budget else None
+        return fitted if len(fitted[0]) <= budget else (None, ())
     return best
 
 

@@ -114,10 +114,10 @@ def _refinement_prompt(rollout: Rollout, config: Config, tokenizer: Any) -> Refi
         texts["reference_solution"] = _reference(rollout.prompt)
         template = templates.opsd
     render = _renderer(template, templates.system, config, tokenizer)
-    fitted = fit(texts, render, config.refinement, tokenizer)
-    if fitted is None:
+    token_ids, shortened = fit(texts, render, config.refinement, tokenizer)
+    if token_ids is None:
         return RefinementPrompt(rollout, None, "context_overflow")
-    return RefinementPrompt(rollout, fitted.token_ids, shortened=fitted.shortened)
+    return RefinementPrompt(rollout, token_ids, shortened=shortened)
 
 
 def _in_subset(rollout: Rollout, config: Config) -> bool:
@@ -141,13 +141,13 @@ def privileged_context(prompt: Prompt, config: Config, tokenizer: Any) -> Fitted
     texts = {"problem": prompt.problem, "reference_solution": _reference(prompt)}
     template = config.refinement.templates.privileged_prompt
     render = _renderer(template, config.data.system_prompt, config, tokenizer)
-    fitted = fit(texts, render, config.refinement, tokenizer)
-    if fitted is None:
+    token_ids, shortened = fit(texts, render, config.refinement, tokenizer)
+    if token_ids is None:
         raise ContextOverflow(
             f"prompt {prompt.index}: problem and reference solution do not fit "
             f"refinement.max_context_tokens = {config.refinement.max_context_tokens}"
         )
-    return fitted
+    return FittedContext(token_ids, shortened)
 
 
 def fitting_prompts(loaded: LoadedPrompts, config: Config, tokenizer: Any) -> LoadedPrompts:

@@ -117,7 +117,9 @@ class Run:
             self.teacher = Teacher(config, self.student.groups)
         self._generators = Generators(config, stop.signalled)
         if self._generators.scorer is not None:
-            self.teacher = ServerTeacher(config, self._generators.scorer, self.student.groups)
+            self.teacher = ServerTeacher(
+                config, self._generators.scorer, self.student.groups, self.student.vocab_size
+            )
         self.sampler = Sampler(
             config,
             self._generators.student,
