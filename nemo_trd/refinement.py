@@ -6,6 +6,7 @@ wording of the prompts is ours and stands in `conf/refinement/`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -19,14 +20,18 @@ from nemo_trd.prompts import LoadedPrompts
 from nemo_trd.templates import fill_template
 from nemo_trd.types import (
     Completion,
+    FittedContext,
     Prompt,
     Refinement,
     RefinementPrompt,
     Rejection,
     Rollout,
     TokenIds,
+    Trajectory,
 )
 from nemo_trd.verifiers import Verifier, judge_all
+
+log = logging.getLogger(__name__)
 
 
 class ContextOverflow(ValueError):
@@ -100,7 +105,7 @@ def _in_subset(rollout: Rollout, config: Config) -> bool:
     return rollout.correct in wanted[config.refinement.subset]
 
 
-def privileged_context(prompt: Prompt, config: Config, tokenizer: Any) -> TokenIds:
+def privileged_context(prompt: Prompt, config: Config, tokenizer: Any) -> FittedContext:
     """The teacher's context without a rollout (`teacher_context=prompt`): x, in OPSD (x, y*).
 
     In OPD the student's messages through the teacher's own chat template. In OPSD it has the
@@ -112,29 +117,44 @@ def privileged_context(prompt: Prompt, config: Config, tokenizer: Any) -> TokenI
     """
     if config.algorithm.mode == "opd":
         if prompt.messages is None:
-            return prompt.token_ids
-        return _rendered(prompt.messages, scoring_kwargs(config), tokenizer)
+            return FittedContext(prompt.token_ids)
+        return FittedContext(_rendered(prompt.messages, scoring_kwargs(config), tokenizer))
     texts = {"problem": prompt.problem, "reference_solution": _reference(prompt)}
     template = config.refinement.templates.privileged_prompt
     render = renderer(template, config.data.system_prompt, scoring_kwargs(config), tokenizer)
-    token_ids, _ = fit(texts, render, config.refinement, tokenizer)
+    token_ids, shortened = fit(texts, render, config.refinement, tokenizer)
     if token_ids is None:
         raise ContextOverflow(
             f"prompt {prompt.index}: problem and reference solution do not fit "
             f"refinement.max_context_tokens = {config.refinement.max_context_tokens}"
         )
-    return token_ids
+    return FittedContext(token_ids, shortened)
 
 
 def fitting_prompts(loaded: LoadedPrompts, config: Config, tokenizer: Any) -> LoadedPrompts:
     """Leave out the prompts that the teacher could not be shown, counted as "context_overflow".
+
+    One warning tells how many are shown shortened.
 
     Raises:
         ConfigError: none is left.
     """
     if config.algorithm.mode == "opd" and not config.shows_prompt_to_teacher:
         return loaded
-    prompts = [prompt for prompt in loaded.prompts if _fits(prompt, config, tokenizer)]
+    prompts, shortened = [], 0
+    for prompt in loaded.prompts:
+        context = _fitting_context(prompt, config, tokenizer)
+        if context is not None:
+            prompts.append(prompt)
+            shortened += bool(context.shortened)
+    if shortened and config.shows_prompt_to_teacher:
+        log.warning(
+            "the reference solutions of %d of %d prompts are shortened to fit "
+            "refinement.max_context_tokens = %d where the teacher judges an answer",
+            shortened,
+            len(prompts),
+            config.refinement.max_context_tokens,
+        )
     left_out = len(loaded.prompts) - len(prompts)
     if not left_out:
         return loaded
@@ -148,16 +168,17 @@ def fitting_prompts(loaded: LoadedPrompts, config: Config, tokenizer: Any) -> Lo
     return LoadedPrompts(prompts, {**loaded.skipped, "context_overflow": left_out})
 
 
-def _fits(prompt: Prompt, config: Config, tokenizer: Any) -> bool:
-    """Whether the teacher can be shown a prompt. What is the student's own always fits."""
+def _fitting_context(prompt: Prompt, config: Config, tokenizer: Any) -> FittedContext | None:
+    """What the teacher can be shown of a prompt, None: nothing. The student's own always fits."""
     try:
-        token_ids = privileged_context(prompt, config, tokenizer)
+        context = privileged_context(prompt, config, tokenizer)
     except ContextOverflow:
-        return False
+        return None
     limit = config.refinement.max_context_tokens
     if config.algorithm.trajectory == "rollout" and config.algorithm.mode == "opd":
         limit = config.data.max_prompt_tokens  # what the run is planned for
-    return len(token_ids) <= limit or token_ids == prompt.token_ids
+    fits = len(context.token_ids) <= limit or context.token_ids == prompt.token_ids
+    return context if fits else None
 
 
 def _reference(prompt: Prompt) -> str:
@@ -243,11 +264,16 @@ def _verdict(text: str, prompt: Prompt, verify: Verifier) -> bool | None:
     return None if prompt.answer is None else verify(text, prompt.answer)
 
 
-def refinement_counts(refinements: Sequence[Refinement]) -> dict[str, int]:
+def refinement_counts(
+    refinements: Sequence[Refinement], trajectories: Sequence[Trajectory]
+) -> dict[str, int]:
     """What became of the rollouts of a step; every key is always there, so that ranks can add.
 
     `rollouts` = `accepted` + all `rejected_*`; `accepted` = the four `*_to_*` + `undecided`.
+    `shortened_*` are rollouts for which the teacher saw a text cut, where it rewrote them or
+    where it judged their trajectory.
     """
+    judged = {(t.prompt_index, t.sample_index): t.shortened for t in trajectories}
     changes = [f"{a}_to_{b}" for a in ("wrong", "right") for b in ("wrong", "right")]
     counts = dict.fromkeys(
         [
@@ -259,13 +285,15 @@ def refinement_counts(refinements: Sequence[Refinement]) -> dict[str, int]:
     says = {True: "right", False: "wrong"}
     for refinement in refinements:
         counts["rollouts"] += 1
-        for name in refinement.request.shortened:
+        rollout = refinement.request.rollout
+        shown = judged.get((rollout.prompt.index, rollout.sample_index), ())
+        for name in {*refinement.request.shortened, *shown}:
             counts[f"shortened_{name}"] += 1
         if refinement.rejection is not None:
             counts[f"rejected_{refinement.rejection}"] += 1
             continue
         counts["accepted"] += 1
-        before, after = refinement.request.rollout.correct, refinement.correct
+        before, after = rollout.correct, refinement.correct
         if before is None or after is None:
             counts["undecided"] += 1
         else:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -16,10 +18,11 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from nemo_trd.config import LocalGeneration, Sampling, rule_broken
+from nemo_trd.config import LocalGeneration, ModelSource, Sampling, rule_broken
 from nemo_trd.generation import Done
-from nemo_trd.generation.eos import eos_token_ids
+from nemo_trd.generation.eos import Vocabulary, read_vocabulary
 from nemo_trd.generation.gumbel import SeededSampler, seed_tensor
+from nemo_trd.hf_directory import tensors_with_copies
 from nemo_trd.types import Completion, GenerationRequest
 
 # The environment of NeMo-Aligner has transformers 4, which knows the old name only.
@@ -34,7 +37,8 @@ _PROGRESS_INTERVAL = 16  # tokens between two looks at which rows have ended
 class LocalGenerator:
     """A Hugging Face model that samples in this process, on CUDA where there is any.
 
-    Implements `nemo_trd.generation.Generator`. `weight_version` is 0 until `load_weights`, and
+    Implements `nemo_trd.generation.Generator`. Its `vocabulary` is the model's own, unless one is
+    given. `weight_version` is 0 until `load_weights`, and
     stays 0 for a frozen teacher.
 
     Raises:
@@ -42,7 +46,12 @@ class LocalGenerator:
     """
 
     def __init__(
-        self, path: str, local: LocalGeneration, trust_remote_code: bool, progress: bool
+        self,
+        path: str,
+        local: LocalGeneration,
+        trust_remote_code: bool,
+        progress: bool,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self.path = path
         self.batch_size = local.batch_size
@@ -53,7 +62,9 @@ class LocalGenerator:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(path, DTYPES[local.dtype], trust_remote_code)
         self.model.to(self.device)
-        self.eos_token_ids = eos_token_ids(path, trust_remote_code)
+        source = ModelSource(path=path, trust_remote_code=trust_remote_code)
+        self.vocabulary = vocabulary or read_vocabulary(source)
+        self.eos_token_ids = frozenset(self.vocabulary.ends)
         # Sampling defaults that come with a model (Qwen3: temperature 0.6, top-k 20) would
         # otherwise join in wherever a call leaves a value open.
         self.model.generation_config = GenerationConfig()
@@ -107,6 +118,7 @@ class LocalGenerator:
                 use_cache=True,
                 disable_compile=True,
                 eos_token_id=sorted(self.eos_token_ids) or None,
+                suppress_tokens=list(self.vocabulary.never) or None,
                 pad_token_id=_FILLER,
             ),
             logits_processor=[sampler],
@@ -123,10 +135,11 @@ class LocalGenerator:
         return completions
 
     def _cut(self, token_ids: list[int]) -> Completion:
-        """What was generated up to the first EOS, that one included."""
+        """What was generated up to the first id that ends it, with the end that it is given."""
         for position, token_id in enumerate(token_ids):
             if token_id in self.eos_token_ids:
-                return Completion(tuple(token_ids[: position + 1]), "stop", self.weight_version)
+                whole = self.vocabulary.ended(tuple(token_ids[: position + 1]))
+                return Completion(whole, "stop", self.weight_version)
         return Completion(tuple(token_ids), "length", self.weight_version)
 
     def _check(
@@ -265,4 +278,8 @@ def load_model(
             f"{min(loading['missing_keys'])} among them",
             "copy the directory again",
         )
+    with torch.no_grad():
+        for name, file in tensors_with_copies(Path(path), "path of the model").items():
+            with safe_open(file, framework="pt") as opened:
+                model.state_dict()[name].copy_(opened.get_tensor(name))
     return model.eval().requires_grad_(False)

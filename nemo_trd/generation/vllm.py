@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -24,6 +24,7 @@ from nemo_trd.generation import Done, GenerationFailed
 from nemo_trd.generation.pool import Dispatcher, Member
 from nemo_trd.generation.vllm_api import (
     GENERATE,
+    Answer,
     AttemptFailed,
     Connection,
     StaleWeights,
@@ -40,6 +41,7 @@ from nemo_trd.types import Completion, GenerationRequest, TokenIds
 if TYPE_CHECKING:
     import torch
 
+    from nemo_trd.generation.eos import Vocabulary
     from nemo_trd.generation.weight_sync import WeightSync
 
 Result = TypeVar("Result")
@@ -71,7 +73,7 @@ class VllmGenerator:
     def __init__(
         self,
         urls: Sequence[str],
-        eos_token_ids: frozenset[int],
+        vocabulary: Vocabulary,
         settings: VllmClient,
         *,
         api_key: SecretStr | None = None,
@@ -83,7 +85,9 @@ class VllmGenerator:
         self.weight_version = 0
         self._stopping = stopping
         self._members = [Member(url) for url in urls]
-        self._eos_token_ids = eos_token_ids
+        self.vocabulary = vocabulary
+        self._eos_token_ids = frozenset(vocabulary.ends)
+        self._never = frozenset(vocabulary.never)
         self._settings = settings
         self._api_key = api_key
         self._sync = sync
@@ -113,6 +117,7 @@ class VllmGenerator:
 
         def read(content: Any, url: str, position: int) -> tuple[Completion, int]:
             answer = read_answer(content, url, sampling, self._eos_token_ids, self._logprobs)
+            answer = self._in_own_words(answer, url)
             version = self._accept(answer.weight_versions, url)
             completion = Completion(
                 answer.token_ids, answer.finish_reason, version, answer.logprobs
@@ -121,24 +126,30 @@ class VllmGenerator:
                 done(position, completion)
             return completion, len(answer.token_ids)
 
-        jobs = [
-            _Job(
-                generation_body(request, sampling, self._eos_token_ids, self._logprobs),
-                request.affinity,
-                partial(read, position=position),
-            )
-            for position, request in enumerate(requests)
-        ]
+        constraint = self.vocabulary.constraint
+        jobs = []
+        for position, request in enumerate(requests):
+            body = generation_body(request, sampling, self._eos_token_ids, self._logprobs)
+            body["sampling_params"] |= constraint
+            jobs.append(_Job(body, request.affinity, partial(read, position=position)))
         lengths = [len(request.prompt_token_ids) for request in requests]
         return self._run(jobs, lengths, sampling.max_tokens, description)
 
     def score(
-        self, sequences: Sequence[tuple[TokenIds, int]], top_k: int, description: str
+        self,
+        sequences: Sequence[tuple[TokenIds, int]],
+        top_k: int,
+        description: str,
+        *,
+        vocab_size: int | None = None,
+        spare: int = 0,
     ) -> list[TokenScores]:
         """What the model thinks of the tokens from `label_start` on, given all before each.
 
         `sequences` are (token ids, label_start) with label_start of 1 or more; one token of the
-        servers' context must be left. Raises as `generate`.
+        servers' context must be left. With a `vocab_size`, ids from there on are left out, and
+        the others are given as much more of the probability; `spare` more ids are asked for, so
+        that `top_k` remain. Raises as `generate`.
         """
         jobs = []
         for number, (token_ids, label_start) in enumerate(sequences):
@@ -151,12 +162,27 @@ class VllmGenerator:
             def read(
                 content: Any, url: str, ids: TokenIds = token_ids, start: int = label_start
             ) -> tuple[TokenScores, int]:
-                scores, versions = read_scores(content, url, ids, start, top_k)
+                scores, versions = read_scores(content, url, ids, start, top_k, vocab_size)
                 self._accept(versions, url)
                 return scores, len(scores.label_logprobs)
 
-            jobs.append(_Job(scoring_body(token_ids, top_k), None, read))
+            jobs.append(_Job(scoring_body(token_ids, top_k + spare), None, read))
         return self._run(jobs, [len(ids) for ids, _ in sequences], 1, description)
+
+    def _in_own_words(self, answer: Answer, url: str) -> Answer:
+        """With the end that a completion is given.
+
+        Raises:
+            AttemptFailed: it holds an id that no server of this model may sample.
+        """
+        outside = self._never.intersection(answer.token_ids)
+        if outside:
+            raise AttemptFailed(
+                url,
+                f"it sampled id {min(outside)}, which has no token and was forbidden: it ignores "
+                "logit_bias and allowed_token_ids, or serves another model",
+            )
+        return replace(answer, token_ids=self.vocabulary.ended(answer.token_ids))
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Bring these weights to all replicas; see `WeightSync.load_weights`. Collective."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from nemo_trd.batching import make_micro_batch, plan_micro_batches
 from nemo_trd.config import Config
 from nemo_trd.divergences import TopK
+from nemo_trd.generation.eos import load_tokenizer
 from nemo_trd.losses import (
     DivergenceOutput,
     divergence,
@@ -39,7 +40,7 @@ from nemo_trd.megatron.parallel import process_groups
 from nemo_trd.megatron.runtime import device
 from nemo_trd.megatron.schedule import is_last_stage, label_rows, run_model, run_schedule
 from nemo_trd.model_rules import sequence_alignment
-from nemo_trd.preflight import shared_vocab_size
+from nemo_trd.preflight import real_vocab_size, shared_vocab_size
 from nemo_trd.types import LabelFigures, Microbatch, Trajectory
 
 
@@ -87,6 +88,12 @@ class Student:
         self.optimizer = _optimizer(config, self.chunks, self.groups)
         self.scheduler = _scheduler(config, self.optimizer)
         self._load_teacher_head()
+        self._vocab_size = real_vocab_size(self._vocab_size, load_tokenizer(source))
+
+    @property
+    def vocab_size(self) -> int:
+        """Over how many token ids the divergence runs."""
+        return self._vocab_size
 
     def _load_teacher_head(self) -> None:
         """Copy the teacher's frozen output weight to the last stage, in this model's sharding."""
@@ -232,7 +239,11 @@ class Student:
 
     @torch.no_grad()
     def token_nll(self, trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
-        """Negative log-likelihood of each label token, in nats, by trajectory name."""
+        """Negative log-likelihood of each label token, in nats, by trajectory name.
+
+        Under the student's own distribution, over all columns of its output layer: what a server
+        of this student tells.
+        """
         for chunk in self.chunks:
             chunk.eval()
         plan = self.pack(trajectories)
@@ -305,7 +316,7 @@ class Student:
             self.models[-1].output_weight(),
             micro_batch.labels.to(device()),
             temperature=1.0,
-            vocab_size=self._vocab_size,
+            vocab_size=self.hf.vocab_size,
             chunk_size=self._config.loss.chunk_size,
             group=self.groups.tp,
         )

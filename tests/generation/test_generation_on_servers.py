@@ -26,10 +26,10 @@ from safetensors.torch import load_file
 from tiny_models import make_model
 from transformers import AutoModelForCausalLM
 
-from nemo_trd.config import LocalGeneration, Sampling, VllmClient, VllmServer
+from nemo_trd.config import LocalGeneration, ModelSource, Sampling, VllmClient, VllmServer
 from nemo_trd.config import WeightSync as WeightSyncSettings
 from nemo_trd.evaluate import main as evaluate_main
-from nemo_trd.generation.eos import eos_token_ids
+from nemo_trd.generation.eos import read_vocabulary
 from nemo_trd.generation.guard import descendants
 from nemo_trd.generation.local import LocalGenerator
 from nemo_trd.generation.pool import AllReplicasDown
@@ -111,7 +111,7 @@ def generator(
 ) -> VllmGenerator:
     return VllmGenerator(
         urls,
-        eos_token_ids(str(model), trust_remote_code=False),
+        read_vocabulary(ModelSource(path=str(model))),
         CLIENT,
         api_key=SecretStr(KEY),
         logprobs=logprobs,
