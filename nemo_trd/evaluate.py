@@ -145,7 +145,9 @@ def what_samples_depend_on(
         del settings[name]
     del settings["verification"]["workers"], settings["generation"]["local"]["batch_size"]
     # Servers may be other ones, of the same model.
-    settings["generation"]["vllm"] = {"dtype": config.generation.vllm.server.dtype}
+    settings["generation"]["vllm"] = {
+        name: getattr(config.generation.vllm.server, name) for name in ("dtype", "quantization")
+    }
     del settings["generation"]["local" if config.generation.backend == "vllm" else "vllm"]
     settings["model"] = {"weights": source.fingerprint()}
     for name, loaded in problems.items():

@@ -42,6 +42,7 @@ from nemo_trd.refinement import (
 from nemo_trd.samples import Sample
 from nemo_trd.sampling import Sampler, reject_outside_support
 from nemo_trd.server_teacher import ServerTeacher
+from nemo_trd.teacher_check import check_teacher_servers
 from nemo_trd.trackers import Tracker, check_packages
 from nemo_trd.types import GenerationRequest, Prompt, Refinement, Rollout, TokenIds, Trajectory
 from nemo_trd.verifiers import verifier
@@ -181,9 +182,21 @@ class Run:
 
         Raises:
             Disagreement: the servers' log-probabilities are not the trainer's.
+            ConfigError: the teacher's servers serve something else.
         """
         if self.config.generation.vllm is not None:
             self._check_servers(self.config.generation.vllm.compared_rollouts)
+        if self._generators.teacher_urls:
+            check_teacher_servers(
+                self.config,
+                self._generators.teacher_urls,
+                self._generators.api_key,
+                self._inputs.teacher_tokenizer,
+                self.training_prompts[0].token_ids,
+                self.student,
+                self.teacher,
+                self.step,
+            )
         if self.config.evaluation.at_start and self.step == 0:
             self.evaluate()
         self.timers.take()

@@ -40,6 +40,7 @@ from nemo_trd.megatron.runtime import device
 from nemo_trd.megatron.schedule import is_last_stage, label_rows, run_model, run_schedule
 from nemo_trd.model_rules import sequence_alignment
 from nemo_trd.preflight import shared_vocab_size
+from nemo_trd.served_model import is_only_served, read_served
 from nemo_trd.types import LabelFigures, Microbatch, Trajectory
 
 
@@ -90,7 +91,12 @@ class Student:
 
     def _load_teacher_head(self) -> None:
         """Copy the teacher's frozen output weight to the last stage, in this model's sharding."""
-        source = self._config.teacher_source
+        source, vllm = self._config.teacher_source, self._config.generation.vllm
+        if is_only_served(self._config):
+            assert vllm is not None  # config_rules: servers score
+            served = read_served(source, "model.teacher.path", vllm.teacher.server)
+            self._vocab_size = shared_vocab_size(self.hf, served)
+            return
         teacher = load_hf_config(source.path, source.trust_remote_code)
         self._vocab_size = shared_vocab_size(self.hf, teacher)
         if is_last_stage(self.groups) and self._config.teacher.scoring == "megatron":
