@@ -82,6 +82,7 @@ class Generators:
         role: str,
     ) -> VllmGenerator:
         from nemo_trd.generation.eos import eos_token_ids
+        from nemo_trd.generation.stop_strings import decoder
         from nemo_trd.generation.vllm import VllmGenerator
         from nemo_trd.generation.weight_sync import WeightSync
 
@@ -101,6 +102,7 @@ class Generators:
             logprobs=role == "student",
             progress=self._progress,
             stopping=self._stopping,
+            decode=decoder(source.path, source.trust_remote_code),
         )
 
     def _start(self, vllm: Vllm, key: SecretStr) -> dict[str, list[str]]:

@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 
 from nemo_trd.config import Config, ConfigError, rule_broken
 from nemo_trd.context_budget import Render, Texts, fit
+from nemo_trd.generation.stop_strings import completion_text
 from nemo_trd.prompts import LoadedPrompts, check_chat_template, conversation, render_chat
 from nemo_trd.templates import PLACEHOLDER, fill_template, placeholder_names
 from nemo_trd.types import (
@@ -198,7 +199,7 @@ def read_rollout(
     prompt: Prompt, sample_index: int, completion: Completion, tokenizer: Any, verify: Verifier
 ) -> Rollout:
     """y_o with its text and the verifier's verdict."""
-    text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    text = completion_text(completion, tokenizer)
     return Rollout(prompt, sample_index, completion, text, _verdict(text, prompt, verify))
 
 
@@ -229,13 +230,13 @@ def _judge_one(
 ) -> Refinement:
     if completion is None:
         return Refinement(request, None, "", None, request.rejection)
-    text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    text = completion_text(completion, tokenizer)
     rejection: Rejection | None = None
     if completion.finish_reason == "abort":
         rejection = "aborted"
     elif completion.finish_reason == "length":
         rejection = "truncated"
-    elif not text.strip():
+    elif not completion.token_ids or not text.strip():
         rejection = "empty"
     verdict = _verdict(text, request.rollout.prompt, verify) if rejection is None else None
     return Refinement(request, completion, text, verdict, rejection)

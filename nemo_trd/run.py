@@ -205,7 +205,9 @@ class Run:
         """Compare the log-probabilities of short answers to a few prompts."""
         asked = self._inputs.prompts.prompts[:prompts]
         seed, rollout = self.config.run.seed, self.config.generation.rollout
-        sampling = rollout.model_copy(update={"max_tokens": min(64, rollout.max_tokens)})
+        sampling = rollout.model_copy(
+            update={"max_tokens": min(64, rollout.max_tokens), "stop": []}
+        )
         completions = self.sampler.complete(
             [GenerationRequest(p.token_ids, request_seed(seed, "check", p.index)) for p in asked],
             sampling,

@@ -107,10 +107,8 @@ def check_name(served: Served, directory: Path, served_name: str | None) -> None
     raise rule_broken(
         URLS,
         served.url,
-        f"it serves {_named(served)}, and the teacher is "
-        f"{' or '.join(sorted(expected))} ("
-        + (NAME if served_name else "model.teacher.path")
-        + ")",
+        f"it serves {_named(served)}, and {NAME if served_name else 'model.teacher.path'} is "
+        f"{' or '.join(sorted(expected))}",
         f"serve the teacher there; if it is the teacher, set {NAME}={last_name(served.names[-1])}",
     )
 

@@ -272,7 +272,7 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "a scoring server that tells too little": (
         [*SERVER, "generation.vllm.server.arguments=[--max-logprobs,'19']"],
-        ("generation.vllm.server.arguments", "loss.top_k = 20", "leave it out"),
+        ("generation.vllm.teacher.server.arguments", "loss.top_k = 20", "leave it out"),
     ),
     "a scoring server and a teacher to offload": (
         [*SERVER, "teacher.offload_weights=true"],

@@ -27,7 +27,7 @@ MOE = {
     **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
     **{"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
 }
-# What a directory of a published teacher says of itself, and the (vocabulary, positions) that count.
+# What the directory of a teacher says of itself, and the (vocabulary, positions) that count.
 TEACHERS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
     "Qwen3-MoE": ({**MOE, **SIZES}, (300, 200)),
     "Gemma 3, which leaves its sizes to transformers": (
