@@ -30,7 +30,7 @@ class FakeVllm:
     """`fault(number)` names what becomes of the generation request with that number, from 0 on.
 
     "ok", "500", "503", "garbage", "shape", "half", "hang", "hangup", "short", "stale", "abort",
-    "400".
+    "400", "cut" (the reason is "stop", and there is no EOS).
     """
 
     def __init__(self, fault: Callable[[int], str] = lambda number: "ok", port: int = 0) -> None:
@@ -127,6 +127,8 @@ class FakeVllm:
             return
         if fault == "short":
             ids, reason = ids[:-1], "length"
+        if fault == "cut":
+            ids = ids[:-1]
         if fault == "abort":
             ids, reason = ids[:-1], "abort"
         if fault == "stale":
