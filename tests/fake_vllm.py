@@ -38,6 +38,8 @@ class FakeVllm:
         self.version = "default"
         self.paused = False
         self.max_model_len = 512
+        self.root: str | None = "/models/fake"
+        self.tokens: list[int] = []  # what it makes of any text; none: it does not tell
         self.delay = 0.0
         self.healthy = True
         self.served: list[tuple[int, ...]] = []  # prompts of the requests answered well
@@ -56,7 +58,11 @@ class FakeVllm:
                 owner.answer_question(self)
 
             def do_POST(self) -> None:
-                owner.generate(self)
+                if self.path == "/tokenize":
+                    self.rfile.read(int(self.headers["Content-Length"]))
+                    _send(self, 200 if owner.tokens else 404, {"tokens": owner.tokens})
+                else:
+                    owner.generate(self)
 
             def log_message(self, *arguments: Any) -> None:
                 pass
@@ -85,7 +91,9 @@ class FakeVllm:
         answers: dict[str, Any] = {
             "/weight_info": {"weight_version": self.version},
             "/is_paused": {"is_paused": self.paused},
-            "/v1/models": {"data": [{"id": "nemo_trd", "max_model_len": self.max_model_len}]},
+            "/v1/models": {
+                "data": [{"id": "nemo_trd", "root": self.root, "max_model_len": self.max_model_len}]
+            },
         }
         if handler.headers["Authorization"] != f"Bearer {KEY}":
             _send(handler, 401, {"error": f"Unauthorized: {handler.headers['Authorization']}"})

@@ -7,9 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_vllm import KEY, FakeVllm
+from pydantic import SecretStr
 from tiny_models import byte_tokenizer, make_model
 
 from nemo_trd.config import Config, ConfigError, compose
+from nemo_trd.generation.identity import (
+    PROBE,
+    Served,
+    ask,
+    check_log_probabilities,
+    check_name,
+    check_weights_and_tokenizer,
+    names_of,
+)
 from nemo_trd.plan import make_plan
 from nemo_trd.planning.show import figures, text
 from nemo_trd.preflight import check
@@ -143,3 +154,75 @@ def test_a_length_that_is_set_takes_the_place_of_the_models(student: Path, tmp_p
     assert check(config, 1)[1].hf.max_position_embeddings == 193
     with pytest.raises(ConfigError, match="the 192 tokens of the teacher's servers"):
         check(settings(student, directory, "generation.vllm.server.max_model_len=192"), 1)
+
+
+def asked(server: FakeVllm) -> Served:
+    served = ask(server.url, SecretStr(KEY))
+    assert served is not None
+    return served
+
+
+@pytest.mark.parametrize(
+    ("root", "directory", "served_name", "accepted"),
+    [
+        ("/models/Qwen3-30B-A3B", "/data/qwen3-30b-a3b", None, True),
+        ("Qwen/Qwen3-30B-A3B", "/data/Qwen3-30B-A3B", None, True),
+        ("/cache/models--Qwen--Qwen3-30B-A3B/snapshots/0a1b", "/data/Qwen3-30B-A3B", None, True),
+        ("/models/Qwen3-8B", "/data/Qwen3-30B-A3B", None, False),
+        ("/models/Qwen3-8B", "/data/Qwen3-30B-A3B", "Qwen3-8B", True),
+        ("/models/Qwen3-8B", "/data/Qwen3-8B", "Qwen3-30B-A3B", False),
+        (None, "/data/nemo_trd", None, True),  # a server that gives no more than an id
+    ],
+)
+def test_a_server_must_report_the_teachers_name(
+    root: str | None, directory: str, served_name: str | None, accepted: bool
+) -> None:
+    with FakeVllm() as server:
+        server.root = root
+        served = asked(server)
+        if accepted:
+            check_name(served, Path(directory), served_name)
+            return
+        with pytest.raises(ConfigError) as refused:
+            check_name(served, Path(directory), served_name)
+    told = str(refused.value)
+    assert f"generation.vllm.teacher.urls = '{server.url}'" in told
+    for part in (f"nemo_trd from {root}", "Qwen3-30B-A3B", "set generation.vllm.teacher.served"):
+        assert part in told
+
+
+def test_a_directory_is_known_by_what_it_links_to_and_by_its_own_record(tmp_path: Path) -> None:
+    directory = teacher(tmp_path / "Real-7B", {"_name_or_path": "org/Recorded-7B"})
+    (tmp_path / "teacher").symlink_to(directory)
+    assert names_of(tmp_path / "teacher") == {"teacher", "Real-7B", "Recorded-7B"}
+
+
+def test_a_server_of_another_tokenizer_or_with_replaced_weights_is_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tokenizer = byte_tokenizer()
+    with FakeVllm() as server:
+        check_weights_and_tokenizer(asked(server), tokenizer)  # one that does not tell
+        server.tokens = tokenizer(PROBE)["input_ids"]
+        check_weights_and_tokenizer(asked(server), tokenizer)
+        server.tokens = [7, *server.tokens]
+        with pytest.raises(ConfigError, match=r"whose tokenizer makes \[7, "):
+            check_weights_and_tokenizer(asked(server), tokenizer)
+        server.tokens, server.version = [], "3"
+        with pytest.raises(ConfigError, match=r"replaced \(version 3\).*freshly started"):
+            check_weights_and_tokenizer(asked(server), tokenizer)
+        server.healthy = False
+        url = server.url
+    assert ask(url, None) is None and f"{url} was not asked" in caplog.text
+
+
+def test_a_server_of_other_weights_is_refused_by_its_log_probabilities() -> None:
+    served = Served("http://t:1", ("alias", "/models/x"), None, None)
+    own, tokens = [-1.0, -2.0, -3.0], ["a", "b", "c"]
+    near = [-1.0, -2.1, -3.2]
+    assert check_log_probabilities(served, near, own, 0.3, tokens) == pytest.approx(0.1)
+    with pytest.raises(ConfigError) as refused:
+        check_log_probabilities(served, [-1.0, -3.5, -3.0], own, 0.3, tokens)
+    for part in ("'http://t:1'", "alias from /models/x", "0.5000 nats", "at 'b': -3.500 there"):
+        assert part in str(refused.value)
+    assert "generation.vllm.teacher.max_difference" in str(refused.value)
