@@ -6,12 +6,14 @@ Pure: every rank calls these with the same trajectories and gets the same plan.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from nemo_trd.config import Config, Train
 from nemo_trd.types import (
     ContextBatch,
+    FittedContext,
     Microbatch,
     Prompt,
     Refinement,
@@ -30,7 +32,7 @@ class RefinementError(RuntimeError):
 def pair(
     refinements: Sequence[Refinement],
     config: Config,
-    teacher_prompt: Callable[[Prompt], TokenIds],
+    teacher_prompt: Callable[[Prompt], FittedContext],
 ) -> list[Trajectory]:
     """Give every trained sequence its two contexts: x for the student, c_T for the teacher.
 
@@ -51,10 +53,15 @@ def pair(
         if refinement.rejection is None:
             assert request.token_ids is not None
             uses_prompt = config.algorithm.teacher_context == "prompt"
-            context = teacher_prompt(prompt) if uses_prompt else request.token_ids
-            trajectories.append(refinement_trajectory(refinement, context))
+            own = FittedContext(request.token_ids, request.shortened)
+            context = teacher_prompt(prompt) if uses_prompt else own
+            trajectory = refinement_trajectory(refinement, context.token_ids)
         elif _falls_back_to_rollout(refinement, config):
-            trajectories.append(rollout_trajectory(request.rollout, teacher_prompt(prompt)))
+            context = teacher_prompt(prompt)
+            trajectory = rollout_trajectory(request.rollout, context.token_ids)
+        else:
+            continue
+        trajectories.append(replace(trajectory, shortened=context.shortened))
     return trajectories
 
 

@@ -171,7 +171,7 @@ def generator(config: EvaluationConfig, source: Source, output: Path) -> Iterato
         yield LocalGenerator(str(directory), settings.local, trusted, config.progress)
         return
     from nemo_trd.generation.api_key import read_api_key
-    from nemo_trd.generation.eos import eos_token_ids
+    from nemo_trd.generation.eos import read_vocabulary
     from nemo_trd.generation.server import servers_of, start_all, stop_all
     from nemo_trd.generation.stop_strings import decoder
     from nemo_trd.generation.vllm import VllmGenerator
@@ -186,7 +186,7 @@ def generator(config: EvaluationConfig, source: Source, output: Path) -> Iterato
         start_all(servers)
         yield VllmGenerator(
             vllm.urls or [server.url for server in servers],
-            eos_token_ids(served.path, served.trust_remote_code),
+            read_vocabulary(served),
             vllm.client,
             api_key=key,
             progress=config.progress,

@@ -14,6 +14,7 @@ from pydantic import SecretStr
 
 from nemo_trd.config import Config, ModelSource, Vllm, VllmPool
 from nemo_trd.generation import Generator
+from nemo_trd.generation.eos import read_vocabulary
 from nemo_trd.megatron.parallel import from_first_rank
 
 if TYPE_CHECKING:
@@ -55,7 +56,11 @@ class Generators:
         from nemo_trd.generation.local import LocalGenerator
 
         return LocalGenerator(
-            source.path, self._config.generation.local, source.trust_remote_code, self._progress
+            source.path,
+            self._config.generation.local,
+            source.trust_remote_code,
+            self._progress,
+            read_vocabulary(source, self._config.model.student),
         )
 
     def _on_servers(self) -> Callable[[ModelSource, str], VllmGenerator]:
@@ -81,7 +86,6 @@ class Generators:
         source: ModelSource,
         role: str,
     ) -> VllmGenerator:
-        from nemo_trd.generation.eos import eos_token_ids
         from nemo_trd.generation.stop_strings import decoder
         from nemo_trd.generation.vllm import VllmGenerator
         from nemo_trd.generation.weight_sync import WeightSync
@@ -95,7 +99,7 @@ class Generators:
             self._stack.callback(sync.close)
         return VllmGenerator(
             urls,
-            eos_token_ids(source.path, source.trust_remote_code),
+            read_vocabulary(source, self._config.model.student),
             vllm.client,
             api_key=api_key,
             sync=sync,

@@ -7,19 +7,25 @@ maps tensor names to dtype, shape and [begin, end) offsets, then the bytes of th
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import logging
 import math
 import struct
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from nemo_trd.config import ConfigError, rule_broken
 
+log = logging.getLogger(__name__)
+
 SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
 BYTES_PER_ELEMENT = {"F32": 4, "F16": 2, "BF16": 2}
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+ADAPTER_NAME = "adapter_config.json"
 COPY_AGAIN = "copy the directory again, whole"
 
 
@@ -74,6 +80,7 @@ def check_model_type(directory: Path, field: str) -> None:
             "give a local Hugging Face directory; nothing is downloaded",
         )
     config_file = directory / "config.json"
+    _check_adapter(directory, config_file, field)
     settings = read_json(config_file, field)
     model_type = settings.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
@@ -93,12 +100,38 @@ def check_model_type(directory: Path, field: str) -> None:
         )
 
 
+def _check_adapter(directory: Path, config_file: Path, field: str) -> None:
+    """A LoRA adapter is not read: not where it is alone, nor where it lies beside a model."""
+    adapter = directory / ADAPTER_NAME
+    if not adapter.exists():
+        return
+    if not config_file.exists():
+        raise rule_broken(
+            field,
+            str(adapter),
+            f"this is an adapter without its model: there is no {config_file.name}",
+            "merge it into its model and give the directory of the merged model",
+        )
+    if importlib.util.find_spec("peft") is not None:
+        raise rule_broken(
+            field,
+            str(adapter),
+            "transformers would put this adapter on the weights beside it, since the package "
+            "peft is installed; Megatron and vLLM would not",
+            "merge the adapter if it is not merged yet, and remove the file",
+        )
+    _warn_once(f"{adapter} is not read; the weights beside it are")
+
+
 def stored_tensors(directory: Path, field: str) -> dict[str, StoredTensor]:
     """Every tensor of the directory by name, after checking that its bytes are all there.
 
+    Where several shards hold a tensor, it is the one that the index names.
+
     Raises:
         ConfigError: no safetensors, a missing shard, a truncated or damaged file, an index that
-            disagrees with the files, a dtype that is not fp32, fp16 or bf16.
+            disagrees with the files, a single file beside it, a dtype that is not fp32, fp16 or
+            bf16.
     """
     index_file = directory / INDEX_NAME
     if not index_file.exists():
@@ -110,13 +143,18 @@ def stored_tensors(directory: Path, field: str) -> dict[str, StoredTensor]:
                 "save the model as safetensors (save_pretrained of transformers does)",
             )
         return _tensors_of_file(directory / SINGLE_NAME, field)
-    weight_map = read_json(index_file, field).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    weight_map = _weight_map(index_file, field)
+    shards = sorted(set(weight_map.values()))
+    if (directory / SINGLE_NAME).exists() and shards != [SINGLE_NAME]:
         raise rule_broken(
-            field, str(index_file), "it has no weight_map", "repair the file or copy it again"
+            field,
+            str(directory / SINGLE_NAME),
+            f"it lies beside {index_file.name}, which keeps the weights in {_some(shards)}: "
+            "Megatron would read those, transformers this file",
+            "remove the one that is out of date",
         )
-    tensors: dict[str, StoredTensor] = {}
-    for shard in sorted(set(weight_map.values())):
+    held: dict[str, dict[str, StoredTensor]] = {}
+    for shard in shards:
         file = directory / shard
         if not file.is_file():
             count = sum(owner == shard for owner in weight_map.values())
@@ -126,16 +164,59 @@ def stored_tensors(directory: Path, field: str) -> dict[str, StoredTensor]:
                 f"this shard is missing; {index_file.name} keeps {count} tensors in it",
                 COPY_AGAIN,
             )
-        tensors |= _tensors_of_file(file, field)
+        held[shard] = _tensors_of_file(file, field)
     for name, shard in weight_map.items():
-        if name not in tensors or tensors[name].file.name != Path(shard).name:
+        if name not in held[shard]:
             raise rule_broken(
                 field,
                 str(directory / shard),
                 f"{index_file.name} says that it holds {name}, which it does not",
                 COPY_AGAIN,
             )
-    return tensors
+    for name, shard in _copies(held, weight_map):
+        _warn_once(
+            f"{directory / shard} also holds {name}, which is read from {weight_map[name]} as "
+            f"{index_file.name} says"
+        )
+    found = {name: tensor for tensors in held.values() for name, tensor in tensors.items()}
+    return found | {name: held[shard][name] for name, shard in weight_map.items()}
+
+
+def tensors_with_copies(directory: Path, field: str) -> dict[str, Path]:
+    """Names of the tensors that more than one shard holds, and the file that the index names.
+
+    transformers takes whichever it reads last.
+
+    Raises:
+        ConfigError: an index or a shard cannot be read.
+    """
+    index_file = directory / INDEX_NAME
+    if not index_file.exists() or (directory / SINGLE_NAME).exists():
+        return {}
+    weight_map = _weight_map(index_file, field)
+    held = {shard: _tensors_of_file(directory / shard, field) for shard in set(weight_map.values())}
+    return {name: directory / weight_map[name] for name, _ in _copies(held, weight_map)}
+
+
+def _copies(
+    held: dict[str, dict[str, StoredTensor]], weight_map: dict[str, str]
+) -> list[tuple[str, str]]:
+    """(tensor, shard) of those that the index says are in another shard."""
+    return [
+        (name, shard)
+        for shard, tensors in held.items()
+        for name in tensors
+        if weight_map.get(name, shard) != shard
+    ]
+
+
+def _weight_map(index_file: Path, field: str) -> dict[str, str]:
+    weight_map = read_json(index_file, field).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise rule_broken(
+            field, str(index_file), "it has no weight_map", "repair the file or copy it again"
+        )
+    return weight_map
 
 
 def _tensors_of_file(file: Path, field: str) -> dict[str, StoredTensor]:
@@ -228,6 +309,15 @@ def check_weights(directory: Path, hf: Any, field: str) -> dict[str, StoredTenso
     """
     stored, expected = stored_tensors(directory, field), expected_shapes(hf)
     missing = sorted(expected.keys() - stored.keys())
+    if missing == ["lm_head.weight"]:
+        raise rule_broken(
+            field,
+            str(directory),
+            "its safetensors lack lm_head.weight, and config.json does not say that the model "
+            "has none (tie_word_embeddings)",
+            "set tie_word_embeddings to true there if the embedding is the output layer too, "
+            f"else {COPY_AGAIN}",
+        )
     if missing:
         raise rule_broken(
             field, str(directory), f"its safetensors lack {_some(missing)}", COPY_AGAIN
@@ -255,6 +345,12 @@ def check_weights(directory: Path, hf: Any, field: str) -> dict[str, StoredTenso
             "give a plain model of this architecture, adapters merged",
         )
     return stored
+
+
+@cache
+def _warn_once(text: str) -> None:
+    """A directory is read several times in a run."""
+    log.warning(text)
 
 
 def _some(names: list[str]) -> str:

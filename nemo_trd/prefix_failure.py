@@ -30,7 +30,7 @@ from nemo_trd.prefixes.positions import measure
 from nemo_trd.prefixes.record import FILE, Counts, PrefixFailure
 from nemo_trd.prefixes.summary import Measured, curves, groups
 from nemo_trd.prefixes.words import choice_table, divergence_table, for_terminal, sentences
-from nemo_trd.preflight import Model, check_models, shared_vocab_size
+from nemo_trd.preflight import Model, check_models, real_vocab_size, shared_vocab_size
 from nemo_trd.prompts import load_prompts
 from nemo_trd.refinement import fitting_prompts
 from nemo_trd.reporting.records import read_runs
@@ -58,7 +58,8 @@ def prefix_failure(
     )
     of_student, of_teacher = check_models(config.model_copy(update={"model": models}))
     found = _answers(config, samples, of_student, of_teacher)
-    vocab_size = shared_vocab_size(of_student.hf, of_teacher.hf)
+    columns = shared_vocab_size(of_student.hf, of_teacher.hf)
+    vocab_size = real_vocab_size(columns, of_student.tokenizer)
     figures = measure(
         _load(of_student, models.student, config),
         _load(of_teacher, config.teacher_source, config),

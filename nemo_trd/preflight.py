@@ -89,12 +89,26 @@ def model_problems(
 
 
 def shared_vocab_size(student_hf: Any, teacher_hf: Any) -> int:
-    """Over how many token ids the divergence runs: those for which both models have a column.
+    """For how many token ids both models have a column.
 
     Families pad their output layer differently (Qwen: 151,936 or 152,064 columns for the same
-    ids). With equal tokenizer maps, which `check` demands, the smaller one covers every real id.
+    ids).
     """
     return min(student_hf.vocab_size, teacher_hf.vocab_size)
+
+
+def real_vocab_size(columns: int, tokenizer: Any | None) -> int:
+    """Over how many of the shared columns the divergence runs: ids of the student's tokenizer.
+
+    Columns that pad (Qwen's last 267), and those for tokens that only the teacher knows, are left
+    out on both sides. That the teacher knows the student's tokens is what `check` demands. A
+    model without a tokenizer has all of them.
+    """
+    return columns if tokenizer is None else min(columns, _largest_id(tokenizer) + 1)
+
+
+def _largest_id(tokenizer: Any) -> int:
+    return max(tokenizer.get_vocab().values(), default=-1)
 
 
 def longest_trajectory(config: Config) -> int:
@@ -311,7 +325,7 @@ def _layout_problems(field: str, layout: Layout, model: Model) -> Iterator[Confi
 def _tokenizer_problems(model: Model) -> Iterator[ConfigError]:
     """What prompts, labels and the embedding need of a tokenizer."""
     tokenizer, where = model.tokenizer, f"{model.field} (tokenizer)"
-    largest = max(tokenizer.get_vocab().values(), default=-1)
+    largest = _largest_id(tokenizer)
     if largest >= model.hf.vocab_size:
         yield rule_broken(
             where,
@@ -336,10 +350,15 @@ def _tokenizer_problems(model: Model) -> Iterator[ConfigError]:
 
 
 def _different_tokenizers(student: Model, teacher: Model) -> Iterator[ConfigError]:
-    """One vocabulary, or the teacher's ids mean nothing to the student."""
+    """The teacher knows the student's tokens, by the same ids, and ends as the student does.
+
+    It may know more of them: it never samples those (`generation.eos.read_vocabulary`).
+    """
     ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    from nemo_trd.generation.eos import stop_ids
+
     by_id = [{index: token for token, index in vocab.items()} for vocab in (ours, theirs)]
-    differing = sorted({index for _, index in ours.items() ^ theirs.items()})
+    differing = sorted({index for _, index in ours.items() - theirs.items()})
     if differing:
         examples = "; ".join(
             f"id {index}: {by_id[0].get(index)!r} (student), {by_id[1].get(index)!r} (teacher)"
@@ -348,18 +367,26 @@ def _different_tokenizers(student: Model, teacher: Model) -> Iterator[ConfigErro
         yield rule_broken(
             TEACHER,
             str(teacher.directory),
-            f"student and teacher must map tokens to the same ids; {len(differing)} differ: "
+            f"the teacher must map the student's tokens to the same ids; {len(differing)} differ: "
             f"{examples}",
             "choose a teacher of the student's family",
         )
-    elif student.tokenizer.eos_token_id != teacher.tokenizer.eos_token_id:
+        return
+    try:
+        stops = stop_ids(student.directory, student.hf, student.tokenizer)
+        stop_ids(teacher.directory, teacher.hf, teacher.tokenizer)
+    except ConfigError as error:
+        yield error
+        return
+    if teacher.tokenizer.eos_token_id not in {None, *stops}:
         yield rule_broken(
             TEACHER,
             str(teacher.directory),
             f"its EOS token is {teacher.tokenizer.eos_token!r}, the student's is "
             f"{student.tokenizer.eos_token!r}: the student would learn to end with a token that "
             "it is not stopped at",
-            "set the same eos_token in both tokenizer_config.json files",
+            "set the same eos_token in both tokenizer_config.json files, or add the teacher's to "
+            "eos_token_id in the student's generation_config.json",
         )
 
 
@@ -384,7 +411,9 @@ def _length_problems(config: Config, student: Model, teacher: Model) -> Iterator
 
 
 def _loss_problems(config: Config, student: Model, teacher: Model) -> Iterator[ConfigError]:
-    top_k, shared = config.loss.top_k, shared_vocab_size(student.hf, teacher.hf)
+    top_k = config.loss.top_k
+    columns = shared_vocab_size(student.hf, teacher.hf)
+    shared = real_vocab_size(columns, student.tokenizer)
     if top_k is not None and top_k > shared:
         yield rule_broken(
             "loss.top_k",

@@ -6,6 +6,7 @@ wording of the prompts is ours and stands in `conf/refinement/`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -18,14 +19,18 @@ from nemo_trd.prompts import LoadedPrompts, check_chat_template, conversation, r
 from nemo_trd.templates import PLACEHOLDER, fill_template, placeholder_names
 from nemo_trd.types import (
     Completion,
+    FittedContext,
     Prompt,
     Refinement,
     RefinementPrompt,
     Rejection,
     Rollout,
     TokenIds,
+    Trajectory,
 )
 from nemo_trd.verifiers import Verifier, judge_all
+
+log = logging.getLogger(__name__)
 
 TEMPLATE_FIELDS: dict[str, frozenset[str]] = {
     "system": frozenset(),
@@ -123,7 +128,7 @@ def _in_subset(rollout: Rollout, config: Config) -> bool:
     return rollout.correct in wanted[config.refinement.subset]
 
 
-def privileged_context(prompt: Prompt, config: Config, tokenizer: Any) -> TokenIds:
+def privileged_context(prompt: Prompt, config: Config, tokenizer: Any) -> FittedContext:
     """The teacher's context without a rollout (`teacher_context=prompt`): x, in OPSD (x, y*).
 
     In OPSD it has the student's system prompt, not the one of the rewriting instructions, and
@@ -133,32 +138,42 @@ def privileged_context(prompt: Prompt, config: Config, tokenizer: Any) -> TokenI
         ContextOverflow: it does not fit; `fitting_prompts` leaves such prompts out beforehand.
     """
     if config.algorithm.mode == "opd":
-        return prompt.token_ids
+        return FittedContext(prompt.token_ids)
     texts = {"problem": prompt.problem, "reference_solution": _reference(prompt)}
     template = config.refinement.templates.privileged_prompt
     render = _renderer(template, config.data.system_prompt, config, tokenizer)
-    token_ids, _ = fit(texts, render, config.refinement, tokenizer)
+    token_ids, shortened = fit(texts, render, config.refinement, tokenizer)
     if token_ids is None:
         raise ContextOverflow(
             f"prompt {prompt.index}: problem and reference solution do not fit "
             f"refinement.max_context_tokens = {config.refinement.max_context_tokens}"
         )
-    return token_ids
+    return FittedContext(token_ids, shortened)
 
 
 def fitting_prompts(loaded: LoadedPrompts, config: Config, tokenizer: Any) -> LoadedPrompts:
     """Leave out the prompts that the teacher could not be shown, counted as "context_overflow".
 
+    One warning tells how many are shown shortened.
+
     Raises:
         ConfigError: none is left.
     """
-    prompts = []
+    prompts, shortened = [], 0
     for prompt in loaded.prompts:
         try:
-            privileged_context(prompt, config, tokenizer)
+            shortened += bool(privileged_context(prompt, config, tokenizer).shortened)
         except ContextOverflow:
             continue
         prompts.append(prompt)
+    if shortened and _shows_references(config):
+        log.warning(
+            "the reference solutions of %d of %d prompts are shortened to fit "
+            "refinement.max_context_tokens = %d where the teacher judges an answer",
+            shortened,
+            len(prompts),
+            config.refinement.max_context_tokens,
+        )
     left_out = len(loaded.prompts) - len(prompts)
     if not left_out:
         return loaded
@@ -170,6 +185,17 @@ def fitting_prompts(loaded: LoadedPrompts, config: Config, tokenizer: Any) -> Lo
             "raise it, or set refinement.on_overflow=shorten",
         )
     return LoadedPrompts(prompts, {**loaded.skipped, "context_overflow": left_out})
+
+
+def _shows_references(config: Config) -> bool:
+    """Whether some trajectory may have the teacher's context without a rollout."""
+    algorithm, refinement = config.algorithm, config.refinement
+    return (
+        algorithm.trajectory == "rollout"
+        or algorithm.teacher_context == "prompt"
+        or refinement.on_failure == "rollout"
+        or (refinement.subset != "all" and refinement.others == "rollout")
+    )
 
 
 def _reference(prompt: Prompt) -> str:
@@ -246,11 +272,16 @@ def _verdict(text: str, prompt: Prompt, verify: Verifier) -> bool | None:
     return None if prompt.answer is None else verify(text, prompt.answer)
 
 
-def refinement_counts(refinements: Sequence[Refinement]) -> dict[str, int]:
+def refinement_counts(
+    refinements: Sequence[Refinement], trajectories: Sequence[Trajectory]
+) -> dict[str, int]:
     """What became of the rollouts of a step; every key is always there, so that ranks can add.
 
     `rollouts` = `accepted` + all `rejected_*`; `accepted` = the four `*_to_*` + `undecided`.
+    `shortened_*` are rollouts for which the teacher saw a text cut, where it rewrote them or
+    where it judged their trajectory.
     """
+    judged = {(t.prompt_index, t.sample_index): t.shortened for t in trajectories}
     changes = [f"{a}_to_{b}" for a in ("wrong", "right") for b in ("wrong", "right")]
     counts = dict.fromkeys(
         [
@@ -262,13 +293,15 @@ def refinement_counts(refinements: Sequence[Refinement]) -> dict[str, int]:
     says = {True: "right", False: "wrong"}
     for refinement in refinements:
         counts["rollouts"] += 1
-        for name in refinement.request.shortened:
+        rollout = refinement.request.rollout
+        shown = judged.get((rollout.prompt.index, rollout.sample_index), ())
+        for name in {*refinement.request.shortened, *shown}:
             counts[f"shortened_{name}"] += 1
         if refinement.rejection is not None:
             counts[f"rejected_{refinement.rejection}"] += 1
             continue
         counts["accepted"] += 1
-        before, after = refinement.request.rollout.correct, refinement.correct
+        before, after = rollout.correct, refinement.correct
         if before is None or after is None:
             counts["undecided"] += 1
         else:

@@ -44,7 +44,15 @@ from nemo_trd.sampling import Sampler, reject_outside_support
 from nemo_trd.server_teacher import ServerTeacher
 from nemo_trd.teacher_check import check_teacher_servers
 from nemo_trd.trackers import Tracker, check_packages
-from nemo_trd.types import GenerationRequest, Prompt, Refinement, Rollout, TokenIds, Trajectory
+from nemo_trd.types import (
+    FittedContext,
+    GenerationRequest,
+    Prompt,
+    Refinement,
+    Rollout,
+    TokenIds,
+    Trajectory,
+)
 from nemo_trd.verifiers import verifier
 
 log = logging.getLogger(__name__)
@@ -110,7 +118,9 @@ class Run:
             self.teacher = Teacher(config, self.student.groups)
         self._generators = Generators(config, stop.signalled)
         if self._generators.scorer is not None:
-            self.teacher = ServerTeacher(config, self._generators.scorer, self.student.groups)
+            self.teacher = ServerTeacher(
+                config, self._generators.scorer, self.student.groups, self.student.vocab_size
+            )
         self.sampler = Sampler(
             config,
             self._generators.student,
@@ -227,7 +237,7 @@ class Run:
             self.config.run.seed,
         )
 
-    def teacher_prompt(self, prompt: Prompt) -> TokenIds:
+    def teacher_prompt(self, prompt: Prompt) -> FittedContext:
         """What the teacher sees in the place of a refinement prompt: x, in OPSD (x, y*)."""
         return privileged_context(prompt, self.config, self._inputs.teacher_tokenizer)
 
@@ -282,7 +292,7 @@ class Run:
         Raises:
             RuntimeError: `train.max_failed_steps` in a row had nothing to train on.
         """
-        counts = refinement_counts(refinements)
+        counts = refinement_counts(refinements, trajectories)
         self._state = replace(
             self._state,
             step=self.step + 1,

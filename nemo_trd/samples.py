@@ -46,9 +46,11 @@ def _section(sample: Sample, decode_token: Callable[[int], str]) -> str:
         f"{_VERDICTS[rollout.correct]}, {len(completion.token_ids)} tokens, ended by "
         f"{completion.finish_reason}, weight version {completion.weight_version}"
     )
+    if shortened := _shown_shortened(sample, "rollout"):
+        facts += f", the teacher saw a shortened {' and '.join(shortened)}"
     parts.append(f"**Rollout** ({facts})\n\n{fenced(rollout.text)}")
     if sample.refinement is not None:
-        parts.append(_refinement(sample.refinement))
+        parts.append(_refinement(sample.refinement, _shown_shortened(sample, "refinement")))
     if sample.trajectory is not None and sample.figures is not None:
         parts.append(_divergence(sample.trajectory, sample.figures.divergence, decode_token))
     return "\n\n".join(parts)
@@ -63,7 +65,16 @@ def _outcome(sample: Sample) -> str:
     return f"{words}, trained on {source}"
 
 
-def _refinement(refinement: Refinement) -> str:
+def _shown_shortened(sample: Sample, source: str) -> tuple[str, ...]:
+    """What was cut where the teacher rewrote a rollout, or judged the trajectory of `source`."""
+    trajectory, refinement = sample.trajectory, sample.refinement
+    shown = set(trajectory.shortened) if trajectory and trajectory.source == source else set()
+    if source == "refinement" and refinement is not None:
+        shown |= set(refinement.request.shortened)
+    return tuple(sorted(shown, reverse=True))
+
+
+def _refinement(refinement: Refinement, shortened: tuple[str, ...]) -> str:
     facts = []
     if refinement.rejection is not None:
         facts.append(f"rejected: {refinement.rejection}")
@@ -71,8 +82,8 @@ def _refinement(refinement: Refinement) -> str:
         completion = refinement.completion
         facts.append(_VERDICTS[refinement.correct])
         facts.append(f"{len(completion.token_ids)} tokens, ended by {completion.finish_reason}")
-    if refinement.request.shortened:
-        facts.append(f"the teacher saw a shortened {' and '.join(refinement.request.shortened)}")
+    if shortened:
+        facts.append(f"the teacher saw a shortened {' and '.join(shortened)}")
     text = f"**Refinement** ({', '.join(facts)})"
     return text if refinement.completion is None else f"{text}\n\n{fenced(refinement.text)}"
 
@@ -124,6 +135,7 @@ def sample_record(step: int, sample: Sample, decode: Decode) -> dict[str, Any]:
         "rollout": {
             "correct": rollout.correct,
             "text": rollout.text,
+            "shortened": _shown_shortened(sample, "rollout"),
             **_completion(rollout.completion, decode),
         },
         "refinement": None
@@ -131,7 +143,7 @@ def sample_record(step: int, sample: Sample, decode: Decode) -> dict[str, Any]:
         else {
             "correct": refinement.correct,
             "rejection": refinement.rejection,
-            "shortened": refinement.request.shortened,
+            "shortened": _shown_shortened(sample, "refinement"),
             "text": refinement.text,
             **(_completion(refinement.completion, decode) if refinement.completion else {}),
         },

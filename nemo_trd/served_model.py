@@ -39,11 +39,12 @@ def has_weights(directory: Path) -> bool:
     return any(next(directory.glob(f"*.{kind}"), None) for kind in ("safetensors", "bin", "gguf"))
 
 
-def read_served(source: ModelSource, field: str, server: VllmServer) -> SimpleNamespace:
-    """`vocab_size`, `max_position_embeddings`, `model_type` and `name_or_path` of a directory.
+def read_served(source: ModelSource, field: str, server: VllmServer | None) -> SimpleNamespace:
+    """`vocab_size`, `max_position_embeddings`, `eos_token_id`, `model_type` and `name_or_path`.
 
     Where `server.max_model_len` is set it takes the place of what the model says: servers extend a
-    model's positions (YaRN), and refuse a length at which it cannot work.
+    model's positions (YaRN), and refuse a length at which it cannot work. Without a `server`
+    lengths do not matter, and positions are left out.
 
     Raises:
         ConfigError: there is no such directory, config.json is damaged or tells no sizes.
@@ -60,10 +61,10 @@ def read_served(source: ModelSource, field: str, server: VllmServer) -> SimpleNa
     file = directory / "config.json"
     settings = read_json(file, field)
     known = _from_transformers(source, directory)
-    if server.max_model_len is not None:
+    if server is not None and server.max_model_len is not None:
         known["max_position_embeddings"] = server.max_model_len
-    sizes = {}
-    for name in NAMES:
+    found: dict[str, Any] = {}
+    for name in NAMES if server is not None else ("vocab_size",):
         value = known.get(name) or _from_json(settings, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             other = f", or set {SERVER_FIELD}.max_model_len" if name != "vocab_size" else ""
@@ -73,9 +74,10 @@ def read_served(source: ModelSource, field: str, server: VllmServer) -> SimpleNa
                 "config.json must tell it, here or in text_config, as a positive integer",
                 f"add it as the model's authors state it{other}",
             )
-        sizes[name] = value
-    model_type = settings.get("model_type")
-    return SimpleNamespace(**sizes, model_type=model_type, name_or_path=str(directory))
+        found[name] = value
+    found |= {"eos_token_id": _from_json(settings, "eos_token_id")}
+    found |= {"model_type": settings.get("model_type"), "name_or_path": str(directory)}
+    return SimpleNamespace(**found)
 
 
 def _from_transformers(source: ModelSource, directory: Path) -> dict[str, Any]:
@@ -95,13 +97,14 @@ def _from_transformers(source: ModelSource, directory: Path) -> dict[str, Any]:
     return {name: getattr(text, name, None) for name in NAMES}
 
 
-def _from_json(settings: Mapping[str, Any], size: str) -> Any:
+def _from_json(settings: Mapping[str, Any], key: str) -> Any:
     """The value under any of its names, of the text's part first."""
     for part in TEXT_PARTS:
         inner = settings.get(part)
-        if isinstance(inner, Mapping) and (found := _from_json(inner, size)) is not None:
+        if isinstance(inner, Mapping) and (found := _from_json(inner, key)) is not None:
             return found
-    return next((settings[name] for name in NAMES[size] if settings.get(name) is not None), None)
+    names = NAMES.get(key, (key,))
+    return next((settings[name] for name in names if settings.get(name) is not None), None)
 
 
 def check_served_weights(config: Config, directory: Path) -> None:

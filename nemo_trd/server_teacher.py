@@ -15,7 +15,7 @@ from nemo_trd.generation.vllm_api import TokenScores
 from nemo_trd.megatron.parallel import merge_shares, own_share
 from nemo_trd.megatron.schedule import is_last_stage
 from nemo_trd.sampling import fail_together
-from nemo_trd.types import Microbatch, Trajectory
+from nemo_trd.types import Microbatch, TokenIds, Trajectory
 
 
 class ServerTeacher:
@@ -26,11 +26,19 @@ class ServerTeacher:
     """
 
     def __init__(
-        self, config: Config, scorer: VllmGenerator, student_groups: ProcessGroupCollection
+        self,
+        config: Config,
+        scorer: VllmGenerator,
+        student_groups: ProcessGroupCollection,
+        vocab_size: int,
     ) -> None:
         assert config.loss.top_k is not None
         self._scorer = scorer
         self._top_k = config.loss.top_k
+        self._vocab_size = vocab_size
+        # Beside the ids that the loss is about, a server may name some that only pad its output
+        # layer, or that only the teacher's tokenizer knows.
+        self._spare = min(scorer.vocabulary.columns - vocab_size, 16 + self._top_k // 4)
         self._replica = student_groups.dp.rank()
         self._computes_loss = is_last_stage(student_groups)
         # On the host: what is exchanged never needs a device.
@@ -45,7 +53,7 @@ class ServerTeacher:
     def _check(self) -> None:
         """Servers that do not give as many log-probabilities refuse before the first step."""
         sequences = [((0, 0), 1)] if dist.get_rank() == 0 else []
-        fail_together(lambda: self._scorer.score(sequences, self._top_k, "check of scores"))
+        fail_together(lambda: self._score(sequences, "check of scores"))
 
     def states(self, micro_batches: Sequence[Sequence[Microbatch]]) -> list[TopK | None]:
         """The teacher's top k at the labels of each of this rank's own micro-batches.
@@ -69,7 +77,18 @@ class ServerTeacher:
 
     def _ask(self, trajectories: Sequence[Trajectory]) -> list[TokenScores]:
         sequences = [(t.teacher_context + t.labels, len(t.teacher_context)) for t in trajectories]
-        return self._scorer.score(sequences, self._top_k, "scores")
+        return self._score(sequences, "scores")
+
+    def _score(
+        self, sequences: Sequence[tuple[TokenIds, int]], description: str
+    ) -> list[TokenScores]:
+        return self._scorer.score(
+            sequences,
+            self._top_k,
+            description,
+            vocab_size=self._vocab_size,
+            spare=self._spare,
+        )
 
     def _join(self, scores: Sequence[TokenScores]) -> TopK:
         """Of one micro-batch, in the order of its labels; of a filler, no rows."""

@@ -12,6 +12,7 @@ from pydantic import SecretStr
 
 from nemo_trd.config import Config, TeacherPool
 from nemo_trd.generation import GenerationFailed
+from nemo_trd.generation.eos import Vocabulary
 from nemo_trd.generation.identity import (
     ask,
     check_log_probabilities,
@@ -92,7 +93,7 @@ def _reported(
     assert config.generation.vllm is not None
     client = config.generation.vllm.client
     client = client.model_copy(update={"recovery_timeout_seconds": 0.0, "stale_weights": "keep"})
-    scorer = VllmGenerator([url], frozenset(), client, api_key=api_key)
+    scorer = VllmGenerator([url], Vocabulary(0, (), {}), client, api_key=api_key)
     try:
         (scores,) = scorer.score([(text, 1)], 1, "check of the teacher's servers")
     except GenerationFailed as error:
@@ -124,7 +125,7 @@ def _of_megatron(trajectory: Trajectory, student: Student, teacher: Teacher) -> 
     found: list[list[float]] = []
     for micro_batch, states in zip(own, teacher.states(plan), strict=True):
         if states is not None and len(micro_batch.labels):
-            known = student.teacher_top_k(states, micro_batch.labels, 1)
+            known = student.teacher_top_k(states, micro_batch.labels, 1, padded=True)
             found.append(known.label_log_probs.tolist())
     return merge_shares(found)[0]
 

@@ -78,6 +78,14 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class FittedContext:
+    """A context of the teacher within its token budget."""
+
+    token_ids: TokenIds
+    shortened: tuple[str, ...] = ()  # which of "rollout", "reference_solution" was cut to fit
+
+
+@dataclass(frozen=True)
 class RefinementPrompt:
     """c_T for one rollout, or the reason why the teacher is not asked to rewrite it."""
 
@@ -109,6 +117,7 @@ class Trajectory:
     teacher_context: TokenIds
     labels: TokenIds  # y, its terminating EOS included
     weight_version: int  # of the student that sampled y_o
+    shortened: tuple[str, ...] = ()  # what was cut to fit the teacher's context
 
     @property
     def name(self) -> str:

@@ -38,7 +38,7 @@ from nemo_trd.megatron.runtime import device
 from nemo_trd.megatron.schedule import is_last_stage, label_rows, run_model
 from nemo_trd.megatron.teacher import Teacher
 from nemo_trd.model_rules import sequence_alignment
-from nemo_trd.preflight import shared_vocab_size
+from nemo_trd.preflight import real_vocab_size, shared_vocab_size
 from nemo_trd.prompts import load_prompts, prompts_of_step
 from nemo_trd.refinement import (
     check_templates,
@@ -149,8 +149,8 @@ class TRD:
         self._groups = groups
         self._teacher_config = load_hf_config(teacher.path, teacher.trust_remote_code)
         sizes = _hf(AutoConfig, student).get_text_config(), self._teacher_config
-        self.forward_step.vocab_size = shared_vocab_size(*sizes)
         tokenizers = _hf(AutoTokenizer, student), _hf(AutoTokenizer, teacher)
+        self.forward_step.vocab_size = real_vocab_size(shared_vocab_size(*sizes), tokenizers[0])
         self._teacher_tokenizer = tokenizers[1]
         self._prompts = raise_together(partial(_load_prompts, config, *tokenizers))
         self._teacher = Teacher(config, groups)
@@ -188,7 +188,7 @@ class TRD:
         states = self._teacher.states(plan)
         own = plan[self._groups.dp.rank()]
         self.micro_batches = deque(zip(own, states, strict=True))
-        return refinement_counts(refinements)
+        return refinement_counts(refinements, trajectories)
 
     def _plan(self, trajectories: list[Trajectory], wanted: int) -> list[list[Microbatch]]:
         """As many micro-batches for every rank as Bridge will ask for; the last may be fillers."""
@@ -226,7 +226,7 @@ def _hf(reader: Any, source: ModelSource) -> Any:
 
 
 def _load_prompts(config: Config, student_tokenizer: Any, teacher_tokenizer: Any) -> list[Prompt]:
-    if student_tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
+    if student_tokenizer.get_vocab().items() - teacher_tokenizer.get_vocab().items():
         raise rule_broken(
             "model.teacher.path",
             config.teacher_source.path,

@@ -105,7 +105,7 @@ class TRDStudent(AlignableGenerativeInterface):
                 states = run.teacher.states(plan)
             with run.timers("student"):
                 result = run.student.compute_gradients(plan, states, run.watched(trajectories))
-        loss, metrics = _loss_and_metrics(refinements, measured, result)
+        loss, metrics = _loss_and_metrics(refinements, trajectories, measured, result)
         self._pending = _Pending(refinements, trajectories, result, measured, metrics)
         return loss, metrics
 
@@ -118,7 +118,7 @@ class TRDStudent(AlignableGenerativeInterface):
         if trajectories:
             plan = run.student.pack(trajectories)
             result = run.student.compare(plan, run.teacher.states(plan))
-        return _loss_and_metrics(refinements, {}, result)
+        return _loss_and_metrics(refinements, trajectories, {}, result)
 
     def update(self) -> None:
         """One step of the optimizer, the step's record, and the new weights for the generator."""
@@ -204,9 +204,12 @@ class _Pending:
 
 
 def _loss_and_metrics(
-    refinements: Sequence[Refinement], measured: Mapping[str, float], result: StepResult | None
+    refinements: Sequence[Refinement],
+    trajectories: Sequence[Trajectory],
+    measured: Mapping[str, float],
+    result: StepResult | None,
 ) -> tuple[float, Batch]:
-    metrics = {"loss": float("nan"), **refinement_counts(refinements), **measured}
+    metrics = {"loss": float("nan"), **refinement_counts(refinements, trajectories), **measured}
     metrics |= result.metrics if result else {}
     return metrics["loss"], metrics
 
@@ -266,7 +269,7 @@ class TRDTrainer:
     def generate_rollouts(self) -> tuple[list[Refinement], dict[str, float], dict[str, float]]:
         """The samples of this step: refinements, each with its rollout; counts; seconds."""
         refinements = sample(self.run, self.run.step, self.run.timers)
-        return refinements, dict(refinement_counts(refinements)), self.run.timers.phases()
+        return refinements, dict(refinement_counts(refinements, ())), self.run.timers.phases()
 
     def run_training(self, refinements: Sequence[Refinement]) -> tuple[float, dict[str, float]]:
         """One update along these refinements: loss and metrics."""

@@ -109,7 +109,7 @@ class TRDGeneration:
             contexts.append(context)
             rollouts.append(read_rollout(prompt, 0, answer, self._tokenizer, self._verify))
         refinements = self._refine(rollouts)
-        for name, value in refinement_counts(refinements).items():
+        for name, value in refinement_counts(refinements, ()).items():
             self.counts[name] = self.counts.get(name, 0) + value
         answers = [_answer(refinement, self._config) for refinement in refinements]
         return self._output(type(output), contexts, answers)

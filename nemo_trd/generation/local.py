@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -16,11 +18,12 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from nemo_trd.config import LocalGeneration, Sampling, rule_broken
+from nemo_trd.config import LocalGeneration, ModelSource, Sampling, rule_broken
 from nemo_trd.generation import Done
-from nemo_trd.generation.eos import eos_token_ids
+from nemo_trd.generation.eos import Vocabulary, read_vocabulary
 from nemo_trd.generation.gumbel import SeededSampler, seed_tensor
 from nemo_trd.generation.stop_strings import StopStrings, decoder
+from nemo_trd.hf_directory import tensors_with_copies
 from nemo_trd.types import Completion, GenerationRequest, TokenIds
 
 # The environment of NeMo-Aligner has transformers 4, which knows the old name only.
@@ -35,7 +38,8 @@ _PROGRESS_INTERVAL = 16  # tokens between two looks at which rows have ended
 class LocalGenerator:
     """A Hugging Face model that samples in this process, on CUDA where there is any.
 
-    Implements `nemo_trd.generation.Generator`. `weight_version` is 0 until `load_weights`, and
+    Implements `nemo_trd.generation.Generator`. Its `vocabulary` is the model's own, unless one is
+    given. `weight_version` is 0 until `load_weights`, and
     stays 0 for a frozen teacher.
 
     Raises:
@@ -43,7 +47,12 @@ class LocalGenerator:
     """
 
     def __init__(
-        self, path: str, local: LocalGeneration, trust_remote_code: bool, progress: bool
+        self,
+        path: str,
+        local: LocalGeneration,
+        trust_remote_code: bool,
+        progress: bool,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self.path = path
         self.batch_size = local.batch_size
@@ -54,7 +63,9 @@ class LocalGenerator:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load_model(path, DTYPES[local.dtype], trust_remote_code)
         self.model.to(self.device)
-        self.eos_token_ids = eos_token_ids(path, trust_remote_code)
+        source = ModelSource(path=path, trust_remote_code=trust_remote_code)
+        self.vocabulary = vocabulary or read_vocabulary(source)
+        self.eos_token_ids = frozenset(self.vocabulary.ends)
         self._decode = decoder(path, trust_remote_code)
         # Sampling defaults that come with a model (Qwen3: temperature 0.6, top-k 20) would
         # otherwise join in wherever a call leaves a value open.
@@ -114,6 +125,7 @@ class LocalGenerator:
                 use_cache=True,
                 disable_compile=True,
                 eos_token_id=sorted(self.eos_token_ids) or None,
+                suppress_tokens=list(self.vocabulary.never) or None,
                 pad_token_id=_FILLER,
             ),
             logits_processor=[sampler],
@@ -131,14 +143,15 @@ class LocalGenerator:
         return completions
 
     def _cut(self, token_ids: list[int], prompt: TokenIds, sampling: Sampling) -> Completion:
-        """What was generated up to the first EOS, that one included, or a text of `stop`."""
+        """What was generated before a text of `stop`, or up to the first id that ends it, with the
+        end that it is given."""
         ids, version = tuple(token_ids), self.weight_version
         ends = [position for position, token in enumerate(ids) if token in self.eos_token_ids]
         before = ids[: ends[0]] if ends else ids
         if sampling.stop and (found := self._stops(sampling).cut(prompt, before)) is not None:
             return Completion(found.token_ids, "stop_string", version, tail=found.tail)
         if ends:
-            return Completion(ids[: ends[0] + 1], "stop", version)
+            return Completion(self.vocabulary.ended(ids[: ends[0] + 1]), "stop", version)
         return Completion(ids, "length", version)
 
     def _stops(self, sampling: Sampling) -> StopStrings:
@@ -306,4 +319,8 @@ def load_model(
             f"{min(loading['missing_keys'])} among them",
             "copy the directory again",
         )
+    with torch.no_grad():
+        for name, file in tensors_with_copies(Path(path), "path of the model").items():
+            with safe_open(file, framework="pt") as opened:
+                model.state_dict()[name].copy_(opened.get_tensor(name))
     return model.eval().requires_grad_(False)

@@ -42,6 +42,7 @@ from nemo_trd.types import Completion, GenerationRequest, TokenIds
 if TYPE_CHECKING:
     import torch
 
+    from nemo_trd.generation.eos import Vocabulary
     from nemo_trd.generation.weight_sync import WeightSync
 
 Result = TypeVar("Result")
@@ -74,7 +75,7 @@ class VllmGenerator:
     def __init__(
         self,
         urls: Sequence[str],
-        eos_token_ids: frozenset[int],
+        vocabulary: Vocabulary,
         settings: VllmClient,
         *,
         api_key: SecretStr | None = None,
@@ -87,7 +88,9 @@ class VllmGenerator:
         self.weight_version = 0
         self._stopping = stopping
         self._members = [Member(url) for url in urls]
-        self._eos_token_ids = eos_token_ids
+        self.vocabulary = vocabulary
+        self._eos_token_ids = frozenset(vocabulary.ends)
+        self._never = frozenset(vocabulary.never)
         self._settings = settings
         self._api_key = api_key
         self._sync = sync
@@ -118,6 +121,7 @@ class VllmGenerator:
 
         def read(content: Any, url: str, position: int) -> tuple[Completion, int]:
             answer = read_answer(content, url, sampling, self._eos_token_ids, self._logprobs)
+            self._check_sampled(answer, url)
             version = self._accept(answer.weight_versions, url)
             prompt = requests[position].prompt_token_ids
             completion = self._completion(answer, version, prompt, sampling, url)
@@ -125,21 +129,20 @@ class VllmGenerator:
                 done(position, completion)
             return completion, len(answer.token_ids)
 
-        jobs = [
-            _Job(
-                generation_body(request, sampling, self._eos_token_ids, self._logprobs),
-                request.affinity,
-                partial(read, position=position),
-            )
-            for position, request in enumerate(requests)
-        ]
+        constraint = self.vocabulary.constraint
+        jobs = []
+        for position, request in enumerate(requests):
+            body = generation_body(request, sampling, self._eos_token_ids, self._logprobs)
+            body["sampling_params"] |= constraint
+            jobs.append(_Job(body, request.affinity, partial(read, position=position)))
         lengths = [len(request.prompt_token_ids) for request in requests]
         return self._run(jobs, lengths, sampling.max_tokens, description)
 
     def _completion(
         self, answer: Answer, version: int, prompt: TokenIds, sampling: Sampling, url: str
     ) -> Completion:
-        """Cut as in this process, so that both ways of generating agree on every token.
+        """Cut as in this process, so that both ways of generating agree on every token; with the
+        end that it is given.
 
         Raises:
             AttemptFailed: it ended with neither an EOS token nor a text of `sampling.stop`.
@@ -155,15 +158,23 @@ class VllmGenerator:
                 return Completion(found.token_ids, "stop_string", version, kept, found.tail)
             if answer.finish_reason == "stop" and not ended:
                 raise AttemptFailed(url, f"it ended a completion at none of {sampling.stop}")
-        return Completion(ids, answer.finish_reason, version, logprobs)
+        return Completion(self.vocabulary.ended(ids), answer.finish_reason, version, logprobs)
 
     def score(
-        self, sequences: Sequence[tuple[TokenIds, int]], top_k: int, description: str
+        self,
+        sequences: Sequence[tuple[TokenIds, int]],
+        top_k: int,
+        description: str,
+        *,
+        vocab_size: int | None = None,
+        spare: int = 0,
     ) -> list[TokenScores]:
         """What the model thinks of the tokens from `label_start` on, given all before each.
 
         `sequences` are (token ids, label_start) with label_start of 1 or more; one token of the
-        servers' context must be left. Raises as `generate`.
+        servers' context must be left. With a `vocab_size`, ids from there on are left out, and
+        the others are given as much more of the probability; `spare` more ids are asked for, so
+        that `top_k` remain. Raises as `generate`.
         """
         jobs = []
         for number, (token_ids, label_start) in enumerate(sequences):
@@ -176,12 +187,22 @@ class VllmGenerator:
             def read(
                 content: Any, url: str, ids: TokenIds = token_ids, start: int = label_start
             ) -> tuple[TokenScores, int]:
-                scores, versions = read_scores(content, url, ids, start, top_k)
+                scores, versions = read_scores(content, url, ids, start, top_k, vocab_size)
                 self._accept(versions, url)
                 return scores, len(scores.label_logprobs)
 
-            jobs.append(_Job(scoring_body(token_ids, top_k), None, read))
+            jobs.append(_Job(scoring_body(token_ids, top_k + spare), None, read))
         return self._run(jobs, [len(ids) for ids, _ in sequences], 1, description)
+
+    def _check_sampled(self, answer: Answer, url: str) -> None:
+        """Raises AttemptFailed: it holds an id that no server of this model may sample."""
+        outside = self._never.intersection(answer.token_ids)
+        if outside:
+            raise AttemptFailed(
+                url,
+                f"it sampled id {min(outside)}, which has no token and was forbidden: it ignores "
+                "logit_bias and allowed_token_ids, or serves another model",
+            )
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Bring these weights to all replicas; see `WeightSync.load_weights`. Collective."""

@@ -7,6 +7,7 @@ answers say which weights sampled which tokens; vLLM's OpenAI endpoints do not.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -214,8 +215,18 @@ def read_answer(
     return Answer(tuple(ids), choice.finish_reason, sampled, _versions(choice, url))
 
 
-def read_scores(content: Any, url: str, token_ids: TokenIds, label_start: int, top_k: int) -> Any:
+def read_scores(
+    content: Any,
+    url: str,
+    token_ids: TokenIds,
+    label_start: int,
+    top_k: int,
+    vocab_size: int | None = None,
+) -> tuple[TokenScores, tuple[str, ...]]:
     """Check what a server answered to `scoring_body`: (TokenScores, weight versions).
+
+    Without the ids from `vocab_size` on: the log-probabilities are those of the others, given
+    that it is none of these.
 
     Raises:
         AttemptFailed: a label or one of its `top_k` tokens is missing.
@@ -226,12 +237,16 @@ def read_scores(content: Any, url: str, token_ids: TokenIds, label_start: int, t
         raise AttemptFailed(url, "the answer lacks the log-probabilities of the prompt")
     top_ids, top_logprobs, label_logprobs = [], [], []
     for label, place in zip(token_ids[label_start:], places[label_start:], strict=True):
-        if place is None or label not in place or len(place) < top_k:
+        real = {i: entry.logprob for i, entry in (place or {}).items() if _is_real(i, vocab_size)}
+        if place is None or label not in real or len(real) < top_k:
             raise AttemptFailed(url, f"the answer lacks log-probabilities around token {label}")
-        best = sorted(place.items(), key=lambda item: (-item[1].logprob, item[0]))[:top_k]
+        # Exact for the ids that are in the answer; those further down weigh next to nothing.
+        left_out = sum(math.exp(e.logprob) for i, e in place.items() if i not in real)
+        rest = math.log1p(-left_out) if left_out < 1 else math.nan
+        best = sorted(real.items(), key=lambda item: (-item[1], item[0]))[:top_k]
         top_ids.append([token for token, _ in best])
-        top_logprobs.append([entry.logprob for _, entry in best])
-        label_logprobs.append(place[label].logprob)
+        top_logprobs.append([logprob - rest for _, logprob in best])
+        label_logprobs.append(real[label] - rest)
     if not np.isfinite([*chain(*top_logprobs), *label_logprobs]).all():
         raise AttemptFailed(url, "the answer has log-probabilities that are not finite")
     shape = (len(label_logprobs), top_k)
@@ -241,6 +256,10 @@ def read_scores(content: Any, url: str, token_ids: TokenIds, label_start: int, t
         np.array(label_logprobs, np.float32),
     )
     return scores, _versions(answer.choices[0], url)
+
+
+def _is_real(token_id: int, vocab_size: int | None) -> bool:
+    return vocab_size is None or token_id < vocab_size
 
 
 def version_number(label: str) -> int | None:

@@ -17,6 +17,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,13 @@ SPLIT_AXIS = {
     "down_proj": 1,
 }
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")  # not weights
+# What would let a reader look for other weights, an adapter, quantized or renamed ones, or tells
+# of another training.
+NOT_COPIED = (
+    *("*.index.json", "adapter_*", "quant*", "hf_quant*", "modules.json", "params.json"),
+    *("trainer_state.json", "training_args.json", "*_results.json"),
+)
+CHAT_TEMPLATES = "additional_chat_templates"
 
 
 @dataclass(frozen=True)
@@ -322,8 +330,11 @@ def _write_shards(
 
 def _copy_settings(source: Path, directory: Path, dtype: torch.dtype) -> None:
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix in COPIED_SUFFIXES and file.name != INDEX_NAME:
+        unwanted = any(fnmatch(file.name, pattern) for pattern in NOT_COPIED)
+        if file.is_file() and file.suffix in COPIED_SUFFIXES and not unwanted:
             shutil.copyfile(file, directory / file.name)
+    if (source / CHAT_TEMPLATES).is_dir():
+        shutil.copytree(source / CHAT_TEMPLATES, directory / CHAT_TEMPLATES)
     config = json.loads((directory / "config.json").read_text())
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
     config |= dict.fromkeys(keys, str(dtype).removeprefix("torch."))

@@ -108,7 +108,7 @@ def _add(
     y_o = rollout.completion.token_ids
     error, choices = _located(factors, rollout, refinement, tokenizer, counts)
     contexts: dict[TeacherContext, TokenIds] = {
-        "prompt": privileged_context(prompt, config, tokenizer)
+        "prompt": privileged_context(prompt, config, tokenizer).token_ids
     }
     if request.token_ids is not None:
         contexts["refine"] = request.token_ids

@@ -102,7 +102,14 @@ SOME_RECIPES = ["opd refine forward", "opsd prompt jsd", "opd prompt bucket"]
 def trajectories(config: Any, step: int) -> list[Any]:
     """What one step trains on, through the code that pairs contexts."""
     from nemo_trd.batching import pair
-    from nemo_trd.types import Completion, Prompt, Refinement, RefinementPrompt, Rollout
+    from nemo_trd.types import (
+        Completion,
+        FittedContext,
+        Prompt,
+        Refinement,
+        RefinementPrompt,
+        Rollout,
+    )
 
     rng = random.Random(step)
 
@@ -118,7 +125,7 @@ def trajectories(config: Any, step: int) -> list[Any]:
         # One of seven trains on its rollout, and one is left out.
         rejection = {2: "subset", 5: "truncated"}.get(index)
         refinements.append(Refinement(request, answer, "", None, rejection))
-    return pair(refinements, config, lambda prompt: (7, *prompt.token_ids))
+    return pair(refinements, config, lambda prompt: FittedContext((7, *prompt.token_ids)))
 
 
 def run_cases(directory: str, cases: dict[str, list[str]], results: str) -> None:

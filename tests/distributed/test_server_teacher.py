@@ -16,6 +16,7 @@ from oracles import DIVERGENCES, make_loss
 from tiny_models import make_model
 
 from nemo_trd.divergences import TopK, dense_divergence
+from nemo_trd.generation.eos import Vocabulary
 from nemo_trd.losses import divergence_from_top_k
 from nemo_trd.types import TokenIds, Trajectory
 
@@ -90,18 +91,26 @@ class Scorer:
         from transformers import AutoModelForCausalLM
 
         self._model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        self.vocabulary = Vocabulary(VOCABULARY, (), {})
         self.asked = 0
         self.broken = False
 
     @torch.no_grad()
     def score(
-        self, sequences: Sequence[tuple[TokenIds, int]], top_k: int, description: str
+        self,
+        sequences: Sequence[tuple[TokenIds, int]],
+        top_k: int,
+        description: str,
+        *,
+        vocab_size: int,
+        spare: int,
     ) -> list[Any]:
         from nemo_trd.generation import GenerationFailed
         from nemo_trd.generation.vllm_api import TokenScores
 
         if self.broken:
             raise GenerationFailed("http://localhost:1: gone")
+        assert (vocab_size, spare) == (VOCABULARY, 0)
         self.asked += len(sequences)
         scores = []
         for ids, start in sequences:
@@ -145,13 +154,13 @@ def check_layouts(directory: str) -> None:
         # What its servers are asked for at the start, against the model as transformers has it.
         text = trajectories()[4].labels
         own = _own_log_probabilities(config, text, student, teacher, 0)
-        (scored,) = scorer.score([(text, 1)], 1, "a text")
+        (scored,) = scorer.score([(text, 1)], 1, "a text", vocab_size=VOCABULARY, spare=0)
         np.testing.assert_allclose(own, scored.label_logprobs, atol=1e-4)
         expected = [student.train_step(plan, teacher.states(plan)).metrics for _ in range(2)]
 
         config = compose([*base, *layout, *SERVED])
         student = Student(config)
-        served = ServerTeacher(config, scorer, student.groups)
+        served = ServerTeacher(config, scorer, student.groups, student.vocab_size)
         found = _own_log_probabilities(config, text, student, served, 0)
         np.testing.assert_allclose(found, scored.label_logprobs, atol=1e-4)
         scorer.asked = 0

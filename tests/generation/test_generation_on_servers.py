@@ -26,10 +26,17 @@ from safetensors.torch import load_file
 from tiny_models import byte_tokenizer, make_model
 from transformers import AutoModelForCausalLM
 
-from nemo_trd.config import ConfigError, LocalGeneration, Sampling, VllmClient, VllmServer
+from nemo_trd.config import (
+    ConfigError,
+    LocalGeneration,
+    ModelSource,
+    Sampling,
+    VllmClient,
+    VllmServer,
+)
 from nemo_trd.config import WeightSync as WeightSyncSettings
 from nemo_trd.evaluate import main as evaluate_main
-from nemo_trd.generation.eos import eos_token_ids
+from nemo_trd.generation.eos import read_vocabulary
 from nemo_trd.generation.guard import descendants
 from nemo_trd.generation.identity import (
     ask,
@@ -118,7 +125,7 @@ def generator(
 ) -> VllmGenerator:
     return VllmGenerator(
         urls,
-        eos_token_ids(str(model), trust_remote_code=False),
+        read_vocabulary(ModelSource(path=str(model))),
         CLIENT,
         api_key=SecretStr(KEY),
         logprobs=logprobs,

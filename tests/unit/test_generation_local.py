@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import make_model
+from tiny_models import byte_tokenizer, make_model
 from transformers import (
     AutoModelForCausalLM,
     LogitsProcessorList,
@@ -18,8 +18,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from nemo_trd.config import ConfigError, LocalGeneration, Sampling
+from nemo_trd.config import ConfigError, LocalGeneration, ModelSource, Sampling
 from nemo_trd.generation import request_seed
+from nemo_trd.generation.eos import read_vocabulary
 from nemo_trd.generation.gumbel import gumbel_noise, sample, seed_tensor
 from nemo_trd.generation.local import LocalGenerator
 from nemo_trd.types import GenerationRequest
@@ -278,7 +279,76 @@ def test_eos_at_the_length_limit_is_a_stop(model_dir: Path, tmp_path: Path) -> N
 def test_tokenizer_eos_counts_beside_the_generation_config(tmp_path: Path) -> None:
     path = make_model(tmp_path / "m", "qwen3", tokenizer=True, eos_token_id=7)
     tokenizer_eos = 3
-    assert generator(path).eos_token_ids == {tokenizer_eos, 7}
+    assert generator(path).vocabulary.ends == {tokenizer_eos: tokenizer_eos, 7: 7}
+
+
+def prefer(path: Path, *token_ids: int) -> None:
+    """Make these tokens the most likely ones everywhere, the first most of all."""
+    weights = load_file(path / "model.safetensors")
+    norm, head = weights["model.norm.weight"], weights["lm_head.weight"]
+    norm.fill_(0)
+    norm[0] = 1  # then the logits are the first column of the head, times the hidden state's sign
+    head[:, 0] = 0
+    for rank, token_id in enumerate(token_ids):
+        head[token_id, 0] = 9 - rank
+    embedding = weights["model.embed_tokens.weight"]
+    embedding[:, 0] = 50.0
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+PADDED = {"vocab_size": 300}  # the tokenizer has 261
+
+
+def test_ids_without_a_token_are_never_sampled(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m", "qwen3", tokenizer=True, **(SMALL | PADDED))
+    prefer(path, 299, 261, 70)
+    hot = PLAIN.model_copy(update={"temperature": 3.0})
+    local = generator(path)
+    assert local.vocabulary.never == tuple(range(261, 300))
+    greedy = local.generate(requests(4), GREEDY, "rollouts")
+    assert {token for c in greedy for token in c.token_ids} == {70}
+    sampled = local.generate(requests(16), hot, "rollouts")
+    assert max(token for c in sampled for token in c.token_ids) < 261
+
+
+def test_a_teacher_speaks_in_the_words_of_its_student_and_ends_as_it_does(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The teacher stops at 3 and 70 and knows two tokens more; the student stops at 3."""
+    student = make_model(tmp_path / "s", "qwen3", tokenizer=True, **(SMALL | PADDED))
+    teacher = make_model(tmp_path / "t", "qwen3", **(SMALL | PADDED))
+    richer = byte_tokenizer()
+    assert richer.add_tokens(["<|think|>", "<|/think|>"]) == 2
+    richer.save_pretrained(teacher)
+    for path, ends in ((student, 3), (teacher, [3, 70])):
+        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    sources = [ModelSource(path=str(path)) for path in (teacher, student)]
+    vocabulary = read_vocabulary(*sources)
+    assert vocabulary.ends == {3: 3, 70: 3} and vocabulary.never == tuple(range(261, 300))
+    assert f"ends its turn with {richer.decode([70])!r} (id 70)" in caplog.text
+    assert "2 tokens that" in caplog.text and "<|think|>" in caplog.text
+    assert read_vocabulary(sources[0]).never == tuple(range(263, 300))
+
+    prefer(teacher, 261, 70)
+    local = LocalGeneration(batch_size=64, dtype="fp32")
+    model = LocalGenerator(str(teacher), local, False, False, vocabulary)
+    answers = model.generate(requests(4), GREEDY, "refinements")
+    assert [(c.token_ids, c.finish_reason) for c in answers] == [((3,), "stop")] * 4
+
+    # Where the student stops at it too, nothing is put in its place.
+    (student / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 70]}))
+    assert read_vocabulary(*sources).ends == {3: 3, 70: 70}
+    # A rewrite also ends where the student's turn would: what follows could not be said.
+    (student / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 99]}))
+    assert read_vocabulary(*sources).ends == {3: 3, 70: 3, 99: 99}
+
+
+@pytest.mark.parametrize("content", ["{", '{"eos_token_id": "two"}', '{"eos_token_id": [1, "2"]}'])
+def test_a_generation_config_that_cannot_be_read_is_refused(tmp_path: Path, content: str) -> None:
+    path = make_model(tmp_path / "m", "qwen3", tokenizer=True, **(SMALL | PADDED))
+    (path / "generation_config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"generation_config.json"):
+        read_vocabulary(ModelSource(path=str(path)))
 
 
 def test_sampling_defaults_of_the_model_have_no_effect(model_dir: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ tests/generation shows the same generator on real ones.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 import traceback
@@ -18,9 +19,10 @@ from fake_vllm import EOS, KEY, FakeVllm, tokens_for
 from pydantic import SecretStr
 
 from nemo_trd.config import ConfigError, Sampling, VllmClient
+from nemo_trd.generation.eos import Vocabulary
 from nemo_trd.generation.pool import AllReplicasDown, Member, choose
 from nemo_trd.generation.vllm import RequestFailed, VllmGenerator
-from nemo_trd.generation.vllm_api import Refused, generation_body, read_scores
+from nemo_trd.generation.vllm_api import AttemptFailed, Refused, generation_body, read_scores
 from nemo_trd.types import Completion, GenerationRequest
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.9, top_k=5, max_tokens=8)
@@ -34,12 +36,14 @@ CLIENT = VllmClient(
     stale_weights="retry",
 )
 
+WHOLE = Vocabulary(columns=10**6, never=(), ends={EOS: EOS})
+
 
 def generator(*servers: FakeVllm | str, **options: Any) -> VllmGenerator:
     settings = CLIENT.model_copy(update=options.pop("client", {}))
     urls = [server if isinstance(server, str) else server.url for server in servers]
     options = {"api_key": SecretStr(KEY)} | options
-    return VllmGenerator(urls, frozenset({EOS}), settings, **options)
+    return VllmGenerator(urls, options.pop("vocabulary", WHOLE), settings, **options)
 
 
 def requests(count: int) -> list[GenerationRequest]:
@@ -320,6 +324,46 @@ def test_request_says_everything_that_changes_a_sample() -> None:
     assert "seed" not in body["sampling_params"]
 
 
+@pytest.mark.parametrize(
+    ("never", "constraint"),
+    [
+        ((8, 9), {"logit_bias": {"8": -100.0, "9": -100.0}}),
+        (tuple(range(4, 10)), {"allowed_token_ids": [0, 1, 2, 3]}),
+        ((), {}),
+    ],
+)
+def test_a_request_forbids_ids_without_a_token(
+    never: tuple[int, ...], constraint: dict[str, Any]
+) -> None:
+    vocabulary = Vocabulary(columns=10, never=never, ends={EOS: EOS})
+    assert vocabulary.constraint == constraint
+    with FakeVllm() as server:
+        generator(server, vocabulary=vocabulary).generate(requests(1), SAMPLING, "rollouts")
+        (params,) = server.params
+    assert {k: v for k, v in params.items() if k in ("logit_bias", "allowed_token_ids")} == (
+        constraint
+    )
+
+
+def test_an_id_that_was_forbidden_is_no_sample() -> None:
+    asked = requests(12)
+    said = {token for completion in expected(asked) for token in completion.token_ids}
+    one = max(said)
+    vocabulary = Vocabulary(columns=300, never=(one,), ends={EOS: EOS})
+    with FakeVllm() as server, pytest.raises(RequestFailed, match=f"sampled id {one}, which has"):
+        generator(server, vocabulary=vocabulary).generate(asked, SAMPLING, "rollouts")
+
+
+def test_a_completion_ends_as_the_student_does() -> None:
+    vocabulary = Vocabulary(columns=300, never=(), ends={EOS: 7, 7: 7})
+    asked = requests(12)
+    with FakeVllm() as server:
+        answers = generator(server, vocabulary=vocabulary).generate(asked, SAMPLING, "refinements")
+        assert server.params[0]["stop_token_ids"] == [EOS, 7]
+    for answer, whole in zip(answers, expected(asked), strict=True):
+        assert answer.token_ids == (*whole.token_ids[:-1], 7) and answer.finish_reason == "stop"
+
+
 def test_scores_are_read_in_order_of_probability_whether_or_not_the_label_is_among_them() -> None:
     def place(**logprobs: float) -> dict[str, Any]:
         return {k[1:]: {"logprob": v, "rank": 1} for k, v in logprobs.items()}
@@ -339,3 +383,14 @@ def test_scores_are_read_in_order_of_probability_whether_or_not_the_label_is_amo
     assert scores.top_ids.tolist() == [[2, 6], [3, 4]]
     assert scores.top_logprobs.flatten().tolist() == pytest.approx([-0.5, -1.0, -0.1, -0.2])
     assert scores.label_logprobs.tolist() == pytest.approx([-1.0, -7.0])
+
+    # Ids from 4 on are not in the student's vocabulary: the others share their probability.
+    content["prompt_logprobs"] = [None, place(t6=-1.0, t2=-0.5), place(t9=-7.0, t3=-0.1, t4=-3.0)]
+    scores, _ = read_scores(content, "http://a:1", (5, 2, 3), 1, 1, vocab_size=4)
+    assert scores.top_ids.tolist() == [[2], [3]]
+    rest = [1 - math.exp(-1.0), 1 - math.exp(-7.0) - math.exp(-3.0)]
+    logprobs = [-0.5 - math.log(rest[0]), -0.1 - math.log(rest[1])]
+    assert scores.top_logprobs[:, 0].tolist() == pytest.approx(logprobs)
+    assert scores.label_logprobs.tolist() == pytest.approx(logprobs)
+    with pytest.raises(AttemptFailed, match="lacks log-probabilities around token 2"):
+        read_scores(content, "http://a:1", (5, 2, 3), 1, 2, vocab_size=4)

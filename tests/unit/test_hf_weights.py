@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nemo_trd import hf_directory
 from nemo_trd.config import ConfigError, Layout, Precision
+from nemo_trd.generation.local import load_model
 from nemo_trd.megatron.hf_weights import (
     export_hf_weights,
     load_hf_weights,
@@ -112,6 +115,64 @@ def test_a_saved_directory_is_what_transformers_reads(
     written, original = (json.loads((d / "config.json").read_text()) for d in (out, source))
     assert written | {"dtype": None} == original | {"dtype": None}
     assert AutoTokenizer.from_pretrained(out)("a b")["input_ids"]
+
+
+def test_a_saved_directory_has_nothing_that_changes_how_it_loads(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "source", "llama", num_hidden_layers=1, tokenizer=True)
+    tensors = stored_tensors(source)
+    left = [
+        *("adapter_config.json", "adapter_model.json", "pytorch_model.bin.index.json"),
+        *("model.fp16.safetensors.index.json", "quantize_config.json", "hf_quant_config.json"),
+        *("trainer_state.json", "optimizer.pt", "consolidated.safetensors", "params.json"),
+    ]
+    for name in left:
+        (source / name).write_text("{}")
+    templates = source / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("{{ messages }}")
+    out = tmp_path / "out"
+    save_hf_directory(tensors.items(), str(source), out)
+    kept = {file.name for file in source.iterdir()} - set(left)
+    assert {file.name for file in out.iterdir()} == kept
+    assert (out / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
+
+
+def test_of_a_tensor_that_two_shards_hold_all_readers_take_the_one_of_the_index(
+    tmp_path: Path, one_rank: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_model(tmp_path, "llama", max_shard_size="100KB", num_hidden_layers=1)
+    expected = stored_tensors(tmp_path)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    for shard in (shards[0], shards[-1]):  # transformers takes whichever it reads last
+        copied = next(name for name, owner in index.items() if owner == shards[1].name)
+        tensors = load_file(shard) | {copied: torch.full_like(expected[copied], 9.0)}
+        save_file(tensors, shard, metadata={"format": "pt"})
+    assert_same(round_trip(tmp_path, one_rank, FP32), expected)
+    assert f"{shards[0]} also holds {copied}, which is read from {shards[1].name}" in caplog.text
+    loaded = load_model(str(tmp_path), torch.float32, trust_remote_code=False)
+    assert_same(dict(loaded.state_dict()), expected)
+
+
+def test_an_index_may_name_the_single_file(tmp_path: Path) -> None:
+    make_model(tmp_path, "llama", num_hidden_layers=1)
+    expected = hf_directory.stored_tensors(tmp_path, "model")
+    index = {"weight_map": dict.fromkeys(expected, "model.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert hf_directory.stored_tensors(tmp_path, "model") == expected
+
+
+def test_an_adapter_is_refused_where_transformers_would_add_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_model(tmp_path, "llama", num_hidden_layers=1)
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    hf_directory.check_model_type(tmp_path, "model")
+    assert "adapter_config.json is not read" in caplog.text
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(ConfigError, match=r"adapter_config.json'.*peft is installed.*remove"):
+        hf_directory.check_model_type(tmp_path, "model")
 
 
 def test_a_save_that_fails_leaves_the_old_directory_alone(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from transformers import (
 
 from nemo_trd import preflight, sandbox
 from nemo_trd.config import Config, ConfigError, compose
-from nemo_trd.preflight import check, longest_trajectory, shared_vocab_size
+from nemo_trd.preflight import check, longest_trajectory, real_vocab_size, shared_vocab_size
 
 WORDS = ["<eos>", "<pad>", "one", "two", "three"]
 SHAPE: dict[str, Any] = dict(
@@ -237,6 +237,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         lambda m: damage_header(m / "teacher" / "model.safetensors"),
         (TEACHER, "model.safetensors", "header is no JSON", "copy the directory again"),
     ),
+    "single file beside an index": (
+        lambda m: shutil.copy(m / "teacher" / "model.safetensors", m / "student"),
+        (STUDENT, "student/model.safetensors", INDEX, "model-00001-of-0", "remove the one"),
+    ),
+    "adapter without its model": (
+        lambda m: (m / "teacher" / "config.json").rename(m / "teacher" / "adapter_config.json"),
+        (TEACHER, "teacher/adapter_config.json", "without its model", "merge it"),
+    ),
     "no weights": (
         lambda m: (m / "teacher" / "model.safetensors").unlink(),
         (TEACHER, "models/teacher", "neither model.safetensors nor", "save_pretrained"),
@@ -257,7 +265,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     ),
     "missing tensor": (
         lambda m: edit_json(m / "teacher" / "config.json", tie_word_embeddings=False),
-        (TEACHER, "models/teacher", "lack lm_head.weight", "copy the directory again"),
+        (TEACHER, "models/teacher", "lack lm_head.weight", "set tie_word_embeddings to true"),
     ),
     "tensor of another name": (
         lambda m: edit_header(m / "teacher" / "model.safetensors", rename_tensor),
@@ -297,7 +305,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     ),
     "other EOS": (
         lambda m: save_tokenizer(m / "teacher", eos_token="<pad>"),
-        (TEACHER, "models/teacher", "'<pad>', the student's is '<eos>'", "same eos_token"),
+        (TEACHER, "models/teacher", "'<pad>', the student's is '<eos>'", "same eos_token", "add"),
     ),
     "no EOS": (
         lambda m: save_tokenizer(m / "student", eos_token=None),
@@ -388,7 +396,7 @@ RULES: dict[str, tuple[list[str], int, tuple[str, ...]]] = {
         1,
         ("refinement.max_context_tokens = 128", "the 192 tokens", "server.max_model_len"),
     ),
-    "top_k": (["loss.top_k=9"], 1, ("loss.top_k = 9", "vocabulary of 8", "lower it")),
+    "top_k": (["loss.top_k=9"], 1, ("loss.top_k = 9", "vocabulary of 5", "lower it")),
     "fp8 of the student": (
         ["precision.fp8=hybrid"],
         1,
@@ -475,9 +483,21 @@ def test_longest_trajectory_follows_what_is_generated_and_shown() -> None:
     assert longest_trajectory(settings(*rollout)) == 64 + 32  # the teacher sees x only
 
 
-def test_divergence_runs_over_the_smaller_output_layer() -> None:
+def test_divergence_runs_over_the_students_tokens(models: Path) -> None:
     small, large = LlamaConfig(vocab_size=151_936), LlamaConfig(vocab_size=152_064)
     assert shared_vocab_size(small, large) == shared_vocab_size(large, small) == 151_936
+    save_tokenizer(models / "teacher", [*WORDS, "four", "five"])  # in the same 8 columns
+    student, teacher = check(settings(), world_size=1)
+    columns = shared_vocab_size(student.hf, teacher.hf)
+    assert columns == 8 and real_vocab_size(columns, student.tokenizer) == len(WORDS)
+    assert real_vocab_size(columns, teacher.tokenizer) == len(WORDS) + 2
+    assert real_vocab_size(columns, None) == columns
+
+
+def test_another_eos_token_will_do_where_the_student_stops_at_it(models: Path) -> None:
+    save_tokenizer(models / "teacher", eos_token="<pad>")
+    (models / "student" / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
+    check(settings(), world_size=1)
 
 
 def test_module_imports_without_torch() -> None:

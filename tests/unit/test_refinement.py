@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import NO_SYSTEM_TEMPLATE, byte_level_tokenizer
+from transformers import PreTrainedTokenizerFast
 
+from nemo_trd.batching import pair
 from nemo_trd.config import Config, ConfigError, compose, conf_dir
 from nemo_trd.prompts import LoadedPrompts
 from nemo_trd.refinement import (
@@ -22,6 +24,7 @@ from nemo_trd.refinement import (
     refinement_counts,
     refinement_prompts,
 )
+from nemo_trd.samples import Sample, sample_record, samples_page
 from nemo_trd.types import Completion, Prompt, Refinement, RefinementPrompt, Rollout
 from nemo_trd.verifiers import verifier
 
@@ -230,7 +233,7 @@ def lines(name: str, count: int) -> str:
     return "\n".join(f"{name} {number}: 3 + 12 = 15." for number in range(count))
 
 
-def test_the_rollout_gives_way_first_and_keeps_its_beginning() -> None:
+def test_the_longer_text_gives_way_and_a_rollout_keeps_its_beginning() -> None:
     sample = rollout(lines("step", 100), "How many?", lines("reference", 10))
     config = configured("opsd")
     whole = built(sample, with_budget(config, 10**6)).token_ids
@@ -246,18 +249,65 @@ def test_the_rollout_gives_way_first_and_keeps_its_beginning() -> None:
     assert 500 < missing < 540
 
 
-def test_the_reference_gives_way_next_and_keeps_its_beginning_and_its_answer() -> None:
-    sample = rollout(lines("step", 50), "How many?", lines("reference", 100) + "\n#### 42")
+def shared(attempt: str, reference: str, room: int) -> tuple[RefinementPrompt, str]:
+    """The prompt with `room` tokens for both texts, in OPSD."""
     config = configured("opsd")
     frame = built(rollout("", "How many?", ""), config).token_ids
     assert frame is not None
-    request = built(sample, with_budget(config, len(frame) + 300))
-    text = text_of(request)
-    assert request.shortened == ("rollout", "reference_solution")
-    assert not re.search(r"step \d", text)
+    request = built(
+        rollout(attempt, "How many?", reference), with_budget(config, len(frame) + room)
+    )
+    assert request.token_ids is not None
+    assert len(frame) + room - 30 < len(request.token_ids) <= len(frame) + room
+    return request, text_of(request)
+
+
+def test_a_reference_keeps_its_beginning_and_its_answer_and_leaves_a_short_rollout_whole() -> None:
+    attempt = "so 3 + 12 = 16, I think"
+    request, text = shared(attempt, lines("reference", 400) + "\n#### 42", 400)
+    assert request.shortened == ("reference_solution",)
+    assert f"\n{attempt}\n" in text
     assert "reference 0: 3 + 12 = 15." in text and "#### 42" in text
-    assert "reference 60:" not in text
-    assert len(NOTICE.findall(text)) == 2
+    assert "reference 60:" not in text and len(NOTICE.findall(text)) == 1
+
+
+def test_where_both_are_too_long_each_gets_half() -> None:
+    request, text = shared(lines("step", 50), lines("reference", 100) + "\n#### 42", 400)
+    assert request.shortened == ("rollout", "reference_solution")
+    assert "step 0: 3 + 12 = 15." in text and "#### 42" in text
+    start, end = text.index("reference 0:"), text.index("#### 42")
+    of_reference = len(TOKENIZER(text[start:end], add_special_tokens=False)["input_ids"])
+    start = text.index("step 0:")
+    of_rollout = len(
+        TOKENIZER(text[start : text.index("...]", start)], add_special_tokens=False)["input_ids"]
+    )
+    assert 170 < of_reference < 210 and 170 < of_rollout < 210
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_long_text_is_tokenized_twice(fast: bool) -> None:
+    read: list[int] = []
+
+    class Counting(PreTrainedTokenizerFast):
+        is_fast = fast
+
+        def __call__(self, text: str, **options: Any) -> Any:  # type: ignore[override]
+            read.append(len(text))
+            return super().__call__(text, **options)
+
+    tokenizer = Counting(
+        tokenizer_object=TOKENIZER.backend_tokenizer,
+        eos_token=TOKENIZER.eos_token,
+        bos_token=TOKENIZER.bos_token,
+        chat_template=TOKENIZER.chat_template,
+    )
+    reference = lines("reference", 8_000) + "\n#### 42"
+    assert len(reference) > 200_000
+    sample = rollout("1 + 1 = 3", reference=reference)
+    (request,) = refinement_prompts([sample], configured("opsd"), tokenizer)
+    assert request.shortened == ("reference_solution",) and "#### 42" in text_of(request)
+    assert request.token_ids is not None and 4900 < len(request.token_ids) <= 5000
+    assert sum(read) < 2.3 * len(reference)
 
 
 def test_a_number_is_not_cut_in_two() -> None:
@@ -287,11 +337,13 @@ def test_a_problem_that_does_not_fit_is_refused_not_cut() -> None:
 
 def test_privileged_context_is_x_in_opd_and_shows_the_reference_in_opsd() -> None:
     sample = rollout()
-    assert privileged_context(sample.prompt, configured(), TOKENIZER) == sample.prompt.token_ids
+    assert privileged_context(sample.prompt, configured(), TOKENIZER).token_ids == (
+        sample.prompt.token_ids
+    )
     config = configured("opsd")
     data = config.data.model_copy(update={"system_prompt": "the student's"})
     config = with_template(config.model_copy(update={"data": data}), system="the editor's")
-    text = TOKENIZER.decode(privileged_context(sample.prompt, config, TOKENIZER))
+    text = TOKENIZER.decode(privileged_context(sample.prompt, config, TOKENIZER).token_ids)
     assert text.startswith("<s><|system|>the student's<|end|><|user|>1 + 1?\n")
     assert "1 + 1 = 2 # 2" in text and text.endswith("<|end|><|assistant|>")
 
@@ -308,7 +360,7 @@ def test_prompts_that_the_teacher_cannot_be_shown_are_left_out_and_counted() -> 
     assert [prompt.index for prompt in fitting.prompts] == [0, 2]
     assert fitting.skipped == {"too_long": 3, "context_overflow": 1}
     for prompt in fitting.prompts:
-        assert len(privileged_context(prompt, config, TOKENIZER)) <= 400
+        assert len(privileged_context(prompt, config, TOKENIZER).token_ids) <= 400
     with pytest.raises(ContextOverflow, match="prompt 1"):
         privileged_context(prompts[1], config, TOKENIZER)
     refusing = configured("opsd", max_context_tokens=400, on_overflow="refuse")
@@ -316,6 +368,44 @@ def test_prompts_that_the_teacher_cannot_be_shown_are_left_out_and_counted() -> 
     with pytest.raises(ConfigError, match="no prompts left: all 3"):
         fitting_prompts(loaded, with_budget(refusing, 20), TOKENIZER)
     assert fitting_prompts(loaded, configured(max_context_tokens=20), TOKENIZER) is loaded  # opd
+
+
+@pytest.mark.parametrize(
+    ("changes", "rejection", "source"),
+    [
+        ({"trajectory": "rollout"}, "subset", "rollout"),
+        ({"on_failure": "rollout"}, "truncated", "rollout"),
+        ({"teacher_context": "prompt"}, None, "refinement"),
+        ({}, None, "refinement"),  # what the rewrite was made from, which is counted once
+    ],
+)
+def test_a_reference_cut_where_the_teacher_judges_is_counted_and_shown(
+    changes: dict[str, Any], rejection: Any, source: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    sample = rollout(reference=lines("reference", 300))
+    config = configured("opsd", max_context_tokens=600)
+    algorithm = config.algorithm.model_copy(
+        update={k: v for k, v in changes.items() if k != "on_failure"}
+    )
+    refining = config.refinement.model_copy(
+        update={k: v for k, v in changes.items() if k == "on_failure"}
+    )
+    config = config.model_copy(update={"algorithm": algorithm, "refinement": refining})
+    asked = RefinementPrompt(sample, (1,), shortened=() if changes else ("reference_solution",))
+    refinement = Refinement(asked, completion("y"), "y", None, rejection)
+    loaded = LoadedPrompts([sample.prompt], {})
+    assert fitting_prompts(loaded, config, TOKENIZER) is loaded
+    assert ("1 of 1 prompts are shortened" in caplog.text) == bool(changes)
+    trajectories = pair(
+        [refinement], config, lambda prompt: privileged_context(prompt, config, TOKENIZER)
+    )
+    assert [(t.source, t.shortened) for t in trajectories] == [(source, ("reference_solution",))]
+    assert refinement_counts([refinement], trajectories)["shortened_reference_solution"] == 1
+    shown = None if rejection == "subset" else refinement
+    page = samples_page(1, [Sample(sample, shown, trajectories[0], None)], str)
+    assert page.count("the teacher saw a shortened reference_solution") == 1
+    record = sample_record(1, Sample(sample, shown, trajectories[0], None), str)
+    assert record[source]["shortened"] == ("reference_solution",)
 
 
 # --- acceptance ---
@@ -388,12 +478,12 @@ def test_counts_add_up_and_always_have_the_same_keys() -> None:
         *[refined(True, None, "empty")] * 2,
         refined(False, None, "nll_gap"),
     ]
-    counts = refinement_counts(refinements)
+    counts = refinement_counts(refinements, ())
     assert (counts["wrong_to_right"], counts["wrong_to_wrong"]) == (4, 3)
     assert (counts["right_to_right"], counts["right_to_wrong"], counts["undecided"]) == (2, 1, 2)
     assert (counts["accepted"], counts["rejected_empty"], counts["rejected_nll_gap"]) == (12, 2, 1)
     assert counts["rollouts"] == 15 == counts["shortened_rollout"]
     rejected = sum(n for key, n in counts.items() if key.startswith("rejected_"))
     assert counts["accepted"] + rejected == counts["rollouts"]
-    assert refinement_counts([]).keys() == counts.keys()
-    assert set(refinement_counts([]).values()) == {0}
+    assert refinement_counts([], ()).keys() == counts.keys()
+    assert set(refinement_counts([], ()).values()) == {0}

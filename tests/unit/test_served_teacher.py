@@ -12,6 +12,7 @@ from pydantic import SecretStr
 from tiny_models import byte_tokenizer, make_model
 
 from nemo_trd.config import Config, ConfigError, compose
+from nemo_trd.generation.eos import read_vocabulary
 from nemo_trd.generation.identity import (
     PROBE,
     Served,
@@ -93,6 +94,9 @@ def test_a_teacher_on_servers_may_be_of_any_architecture_and_elsewhere(
     _, served = check(config, 1)
     assert served.hf.vocab_size == vocabulary
     assert served.hf.max_position_embeddings == positions
+    assert config.model.teacher is not None
+    known = read_vocabulary(config.model.teacher, config.model.student)
+    assert known.columns == vocabulary and 3 in known.ends
     with pytest.raises(ConfigError, match="supported are llama"):
         check(settings(student, tmp_path, "teacher.scoring=megatron"), 1)
     plan = make_plan(settings(student, tmp_path, "cluster.teacher_server_nodes=1"))
