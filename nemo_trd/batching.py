@@ -73,8 +73,8 @@ def _falls_back_to_rollout(refinement: Refinement, config: Config) -> bool:
             f"usable ({refinement.rejection}) and refinement.on_failure = 'error'. Fix: raise "
             "the limit that it met, or set refinement.on_failure=drop or rollout."
         )
-    if rollout.completion.finish_reason == "abort":
-        return False
+    if rollout.completion.finish_reason == "abort" or not rollout.completion.token_ids:
+        return False  # nothing to train on
     if config.algorithm.trajectory == "rollout":
         return True
     if refinement.rejection == "subset":

@@ -16,7 +16,16 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from nemo_trd.config_error import ConfigError, rule_broken
 from nemo_trd.config_rules import check_consistent
@@ -197,11 +206,47 @@ class Data(PromptRules):
     validation: Dataset | None
 
 
+# What switches a setting of `Sampling` off.
+_OFF: dict[str, Any] = {
+    **{"top_p": 1, "top_k": 0, "min_p": 0, "presence_penalty": 0, "repetition_penalty": 1},
+    "stop": [],
+}
+
+
 class Sampling(Section):
-    temperature: NonNegativeFloat
-    top_p: Annotated[float, Field(gt=0, le=1)]
-    top_k: NonNegativeInt
+    """How tokens are drawn: the same on servers and in this process, in the order of vLLM.
+
+    Penalties act on the logits, then temperature, min_p, top_k, top_p.
+    """
+
+    temperature: NonNegativeFloat  # 0: the most likely token
+    top_p: Annotated[float, Field(gt=0, le=1)]  # 1: off
+    top_k: NonNegativeInt  # 0: off
     max_tokens: PositiveInt
+    # Least probability of a token, as a share of that of the most likely one. 0: off.
+    min_p: Fraction = 0.0
+    # Taken off the logit of every token that the completion has already. 0: off.
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    # Logits of tokens that prompt or completion have: divided by it, where negative multiplied
+    # with it. 1: off.
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    # Texts that end a completion and are cut from it; see generation/stop_strings.py.
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _say_what_is_off(cls, value: Any, info: ValidationInfo) -> Any:
+        """Elsewhere -1 or null mean "off"; the words of a number's range do not tell what does."""
+        name = info.field_name or ""
+        if name == "stop" and isinstance(value, str):
+            return [value]  # as OpenAI's API takes it
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        # A penalty below 0 is one: it favours what is there.
+        too_low = number and name != "presence_penalty" and value <= 0 and value != _OFF.get(name)
+        if name in _OFF and (value is None or too_low):
+            off = {"off": json.dumps(_OFF[name])}
+            raise PydanticCustomError("off", "there is no such value, {off} is off", off)
+        return value
 
 
 class LocalGeneration(Section):
@@ -237,12 +282,31 @@ class VllmServer(Section):
 
     python: str | None  # an interpreter that has vLLM; null: $NEMO_TRD_VLLM_PYTHON or .venv-vllm
     dtype: Literal["auto", "fp32", "bf16"]  # auto: as the model is stored
+    # A method of vLLM, such as fp8; null: as the model is stored. Not for a student.
+    quantization: Annotated[str, Field(min_length=1)] | None = None
     tensor_parallel_size: PositiveInt
     max_model_len: PositiveInt | None  # null: what the model allows
     max_num_seqs: PositiveInt  # sequences that a server works on at one time
     arguments: list[str]  # further ones of vLLM's API server
     start_timeout_seconds: PositiveFloat
     stop_timeout_seconds: PositiveFloat  # afterwards it is killed
+
+
+class ServedPool(VllmPool):
+    """With how its servers are started. conf/ takes what is not set from generation.vllm.server."""
+
+    server: VllmServer
+
+
+class TeacherPool(ServedPool):
+    """The teacher's servers."""
+
+    # The name that servers at `urls` report of their model, where it is another than that of the
+    # teacher's directory; null: that one. See generation/identity.py.
+    served_name: Annotated[str, Field(min_length=1)] | None
+    # Mean |difference|, in nats, that the servers' log-probabilities may have to those of the
+    # teacher's weights, where they are at hand. null: what their precision explains.
+    max_difference: PositiveFloat | None
 
 
 class VllmClient(Section):
@@ -258,7 +322,10 @@ class VllmClient(Section):
 
 
 class VllmSettings(Section):
-    """What holds for all servers that somebody asks, and for those that he starts."""
+    """What holds for all servers that somebody asks, and for those that he starts.
+
+    Of a training run `server` is only what those of a role, which are read, inherit.
+    """
 
     server: VllmServer
     client: VllmClient
@@ -270,8 +337,8 @@ class VllmSettings(Section):
 class Vllm(VllmSettings):
     """Generation on vLLM servers."""
 
-    student: VllmPool
-    teacher: VllmPool
+    student: ServedPool
+    teacher: TeacherPool
     weight_sync: WeightSync
     compared_rollouts: PositiveInt  # so many, at the start and in every step, are scored by both
 

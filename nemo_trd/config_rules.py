@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from nemo_trd.config_error import rule_broken
 
 if TYPE_CHECKING:
-    from nemo_trd.config import Config, Dataset, Layout, VerifierName, VllmPool, VllmServer
+    from nemo_trd.config import Config, Dataset, Layout, ServedPool, VerifierName, Vllm
 
 
 def check_consistent(config: Config) -> None:
@@ -115,8 +116,9 @@ def _check_layouts_and_servers(config: Config) -> None:
         _check_layout(f"parallel.{role}", getattr(config.parallel, role), role)
         if config.generation.vllm is not None:
             vllm = config.generation.vllm
-            check_pool(f"generation.vllm.{role}", getattr(vllm, role), vllm.server)
+            check_pool(f"generation.vllm.{role}", getattr(vllm, role))
     if config.generation.vllm is not None:
+        _check_servers_of_roles(config, config.generation.vllm)
         call_limit = config.generation.vllm.weight_sync.call_timeout_seconds
         if call_limit >= 60 * config.parallel.timeout_minutes:
             raise rule_broken(
@@ -126,6 +128,32 @@ def _check_layouts_and_servers(config: Config) -> None:
                 f"parallel.timeout_minutes = {config.parallel.timeout_minutes:g}",
                 "lower it, or raise parallel.timeout_minutes",
             )
+
+
+def _check_servers_of_roles(config: Config, vllm: Vllm) -> None:
+    """What holds of the student's servers beside the teacher's."""
+    served = {address_of(url): url for url in vllm.student.urls}
+    shared = [url for url in vllm.teacher.urls if address_of(url) in served]
+    if shared and config.asks_teacher:
+        raise rule_broken(
+            "generation.vllm.teacher.urls",
+            shared[0],
+            f"generation.vllm.student.urls has the same server ({served[address_of(shared[0])]}), "
+            "and that one is given the student's weights after every step",
+            "give servers of the teacher alone",
+        )
+    given = vllm.student.server
+    quantized = [a for a in given.arguments if re.match(r"(--quantization|-q)(=|\s|$)", a)]
+    if given.quantization is not None or quantized:
+        raise rule_broken(
+            "generation.vllm.student.server." + ("arguments" if quantized else "quantization"),
+            given.arguments if quantized else given.quantization,
+            "the student is given new weights after every step, and its rollouts must be samples "
+            "of the model that is trained",
+            "leave it out of arguments"
+            if quantized
+            else "set it to null for the student; generation.vllm.teacher.server may have it",
+        )
 
 
 def _check_server_scoring(config: Config) -> None:
@@ -152,12 +180,13 @@ def _check_server_scoring(config: Config) -> None:
             "with teacher.scoring=server log-probabilities are those at temperature 1",
             f"set it to 1, {megatron}",
         )
-    arguments = " ".join(generation.vllm.server.arguments)
+    given = generation.vllm.teacher.server.arguments
+    arguments = " ".join(given)
     limits = re.findall(r"--max[-_]logprobs[ =](\d+)", arguments)
     if limits and int(limits[-1]) < loss.top_k:
         raise rule_broken(
-            "generation.vllm.server.arguments",
-            generation.vllm.server.arguments,
+            "generation.vllm.teacher.server.arguments",
+            given,
             f"--max-logprobs must allow for loss.top_k = {loss.top_k}",
             "leave it out: servers are started without a limit",
         )
@@ -275,15 +304,27 @@ def _check_layout(field: str, layout: Layout, role: str) -> None:
         )
 
 
-def check_pool(field: str, pool: VllmPool, server: VllmServer) -> None:
+def address_of(url: str) -> tuple[str, int] | None:
+    """(host, port) of http://HOST:PORT, the same for two spellings of it; None: malformed."""
+    if not re.fullmatch(r"https?://[^/@?#\s]+", url):
+        return None
+    parts = urlsplit(url)
+    try:
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    except ValueError:
+        return None
+    host = (parts.hostname or "").rstrip(".")
+    return ("localhost" if host in ("127.0.0.1", "0.0.0.0", "::1", "::") else host), port
+
+
+def check_pool(field: str, pool: ServedPool) -> None:
     """Raises ConfigError: servers that are named twice, or not at all, or for too few GPUs."""
-    wanted = pool.replicas * server.tensor_parallel_size
+    wanted = pool.replicas * pool.server.tensor_parallel_size
     if pool.devices and len(set(pool.devices)) != wanted:
         raise rule_broken(
             f"{field}.devices",
             pool.devices,
-            f"replicas x generation.vllm.server.tensor_parallel_size = {wanted} GPUs are needed, "
-            "each once",
+            f"replicas x {field}.server.tensor_parallel_size = {wanted} GPUs are needed, each once",
             "give that many, or [] for all visible ones",
         )
     if bool(pool.urls) == bool(pool.replicas):
@@ -294,7 +335,8 @@ def check_pool(field: str, pool: VllmPool, server: VllmServer) -> None:
             f"set {field}.replicas=0 beside URLs of running servers, or urls=[]",
         )
     for url in pool.urls:
-        if not re.fullmatch(r"https?://[^/@\s]+", url) or pool.urls.count(url) > 1:
+        places = [address_of(other) for other in pool.urls]
+        if address_of(url) is None or places.count(address_of(url)) > 1:
             raise rule_broken(
                 f"{field}.urls",
                 url,

@@ -32,6 +32,7 @@ from nemo_trd.evaluation.settings import EvaluationConfig
 from nemo_trd.evaluation.source import Source, find_source, load_tokenizer
 from nemo_trd.generation import GenerationFailed, Generator, request_seed
 from nemo_trd.generation.server import ServerError
+from nemo_trd.generation.stop_strings import completion_text
 from nemo_trd.prompts import LoadedPrompts, load_prompts
 from nemo_trd.sandbox import check_sandbox
 from nemo_trd.types import Completion, GenerationRequest, Prompt
@@ -145,7 +146,9 @@ def what_samples_depend_on(
         del settings[name]
     del settings["verification"]["workers"], settings["generation"]["local"]["batch_size"]
     # Servers may be other ones, of the same model.
-    settings["generation"]["vllm"] = {"dtype": config.generation.vllm.server.dtype}
+    settings["generation"]["vllm"] = {
+        name: getattr(config.generation.vllm.server, name) for name in ("dtype", "quantization")
+    }
     del settings["generation"]["local" if config.generation.backend == "vllm" else "vllm"]
     settings["model"] = {"weights": source.fingerprint()}
     for name, loaded in problems.items():
@@ -171,6 +174,7 @@ def generator(config: EvaluationConfig, source: Source, output: Path) -> Iterato
     from nemo_trd.generation.api_key import read_api_key
     from nemo_trd.generation.eos import read_vocabulary
     from nemo_trd.generation.server import servers_of, start_all, stop_all
+    from nemo_trd.generation.stop_strings import decoder
     from nemo_trd.generation.vllm import VllmGenerator
 
     vllm = settings.vllm
@@ -187,6 +191,7 @@ def generator(config: EvaluationConfig, source: Source, output: Path) -> Iterato
             vllm.client,
             api_key=key,
             progress=config.progress,
+            decode=decoder(served.path, served.trust_remote_code),
         )
     finally:
         stop_all(servers)
@@ -204,7 +209,7 @@ def draw_and_judge(
 
         def judge(position: int, completion: Completion) -> None:
             task = tasks[position]
-            text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+            text = completion_text(completion, tokenizer)
 
             def keep(judgement: Judgement) -> None:
                 store.append(_sample(task, completion, text, judgement))

@@ -36,6 +36,9 @@ class Generators:
         self._stack = ExitStack()
         self._progress = config.logging.progress and dist.get_rank() == 0
         self.scorer: VllmGenerator | None = None
+        # Running servers of the teacher that are asked, and their key; none of the run's own.
+        self.teacher_urls: list[str] = []
+        self.api_key: SecretStr | None = None
         make: Callable[[ModelSource, str], Generator] = self._local
         if config.generation.vllm is not None:
             make = on_servers = self._on_servers()
@@ -67,6 +70,9 @@ class Generators:
         assert vllm is not None
         given = from_first_rank(lambda: read_api_key(vllm.api_key_env, vllm.api_key_file))
         # Servers of our own never stand open, whether or not anybody thought of a key.
+        self.api_key = given
+        if self._config.asks_teacher:
+            self.teacher_urls = vllm.teacher.urls
         key = given or from_first_rank(lambda: SecretStr(secrets.token_urlsafe(32)))
         servers = from_first_rank(lambda: self._start(vllm, key))
         return partial(self._vllm, vllm, given, key, servers)
@@ -80,6 +86,7 @@ class Generators:
         source: ModelSource,
         role: str,
     ) -> VllmGenerator:
+        from nemo_trd.generation.stop_strings import decoder
         from nemo_trd.generation.vllm import VllmGenerator
         from nemo_trd.generation.weight_sync import WeightSync
 
@@ -99,6 +106,7 @@ class Generators:
             logprobs=role == "student",
             progress=self._progress,
             stopping=self._stopping,
+            decode=decoder(source.path, source.trust_remote_code),
         )
 
     def _start(self, vllm: Vllm, key: SecretStr) -> dict[str, list[str]]:
@@ -111,7 +119,15 @@ class Generators:
         backends = {"student": vllm.weight_sync.backend, "teacher": None}
         logs = self._config.run_dir / "servers"
         servers = {
-            role: servers_of(source, getattr(vllm, role), vllm, logs / role, key, backends[role])
+            role: servers_of(
+                source,
+                getattr(vllm, role),
+                vllm,
+                logs / role,
+                key,
+                backends[role],
+                field=f"generation.vllm.{role}",
+            )
             for role, source in models.items()
         }
         together = list(chain(*servers.values()))

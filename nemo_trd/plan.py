@@ -30,6 +30,7 @@ from nemo_trd.planning.cost import (
 )
 from nemo_trd.planning.memory import GpuMemory, training_memory
 from nemo_trd.planning.plot import plot
+from nemo_trd.planning.shapes import has_shape
 from nemo_trd.preflight import Model
 
 
@@ -44,7 +45,7 @@ class Plan:
     memory: list[GpuMemory] = field(default_factory=list)
     tried: Config | None = None  # layouts that fill the GPUs, where the settings' do not
     advice: Advice | None = None
-    flops: StepFlops | None = None
+    flops: StepFlops | None = None  # with all below: None where the teacher's shape is unknown
     split: Split | None = None
     fastest: Split | None = None  # of the same nodes
     evenest: Split | None = None  # of the same nodes: the longer of generation and training least
@@ -68,7 +69,9 @@ def make_plan(config: Config) -> Plan:
     plan = Plan(config, findings, student, teacher)
     if student is None or teacher is None:
         return plan
-    layouts = (config.parallel.student, config.parallel.teacher)
+    layouts = [config.parallel.student]
+    if config.teacher.scoring == "megatron":
+        layouts.append(config.parallel.teacher)
     if any(config.cluster.world_size % layout.model_parallel_size for layout in layouts):
         plan.tried = on_fewer_gpus(config)
         if plan.tried is None:
@@ -77,6 +80,9 @@ def make_plan(config: Config) -> Plan:
     plan.memory = training_memory(config, student.hf, teacher.hf)
     if not plan.fits:
         plan.advice = advise(config, student.hf, teacher.hf)
+    plan.disk = disk_needed(config, student)
+    if not has_shape(teacher.hf):
+        return plan
     plan.flops = step_flops(config, student.hf, teacher.hf)
     plan.split = split_of(config, student.hf, teacher.hf)
     splits = [split_of(other, student.hf, teacher.hf) for other in possible_splits(config)]
@@ -87,7 +93,6 @@ def make_plan(config: Config) -> Plan:
         )
     if config.generation.vllm is not None:
         plan.evening = evening_servers(config, student.hf, teacher.hf)
-    plan.disk = disk_needed(config, student)
     return plan
 
 

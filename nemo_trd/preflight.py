@@ -10,6 +10,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from nemo_trd.config import Config, ConfigError, Layout, ModelSource, rule_broke
 from nemo_trd.hf_directory import check_model_type, check_weights
 from nemo_trd.model_rules import check_layout, check_supported
 from nemo_trd.sandbox import check_sandbox
+from nemo_trd.served_model import check_served_weights, is_only_served, read_served
+from nemo_trd.server_lengths import server_length_problems
 
 STUDENT, TEACHER = "model.student.path", "model.teacher.path"
 
@@ -27,7 +30,7 @@ class Model:
 
     field: str
     directory: Path
-    hf: Any  # transformers.PretrainedConfig
+    hf: Any  # transformers.PretrainedConfig; of a teacher on servers only, see served_model.py
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
 
 
@@ -37,7 +40,8 @@ def check(config: Config, world_size: int) -> tuple[Model, Model]:
     Raises:
         ConfigError: every broken rule that was found, one a line: field, value, rule, fix.
     """
-    return _check(config, [*_machine_problems(config), *batch_problems(config, world_size)])
+    problems = [*_machine_problems(config), *batch_problems(config, world_size)]
+    return _check(config, problems, served=is_only_served(config))
 
 
 def check_models(config: Config) -> tuple[Model, Model]:
@@ -46,14 +50,16 @@ def check_models(config: Config) -> tuple[Model, Model]:
     Raises:
         ConfigError
     """
-    return _check(config, [])
+    return _check(config, [], served=False)
 
 
-def _check(config: Config, problems: list[ConfigError]) -> tuple[Model, Model]:
+def _check(config: Config, problems: list[ConfigError], served: bool) -> tuple[Model, Model]:
+    """`served`: the teacher's servers hold it, and nobody here."""
     student = _load(config.model.student, STUDENT, problems)
     teacher = student
     if config.model.teacher is not None:
-        teacher = _load(config.model.teacher, TEACHER, problems)
+        load = partial(_load_served, config) if served else _load
+        teacher = load(config.model.teacher, TEACHER, problems)
     if student is not None:
         problems += _tokenizer_problems(student)
     if student is not None and teacher is not None and teacher is not student:
@@ -277,6 +283,25 @@ def _load(source: ModelSource, field: str, problems: list[ConfigError]) -> Model
     return Model(field, directory, hf, tokenizer)
 
 
+def _load_served(
+    config: Config, source: ModelSource, field: str, problems: list[ConfigError]
+) -> Model | None:
+    """As `_load`, of a teacher that only its servers hold: of any architecture, without weights."""
+    from transformers import AutoTokenizer
+
+    directory = Path(source.path).absolute()
+    assert config.generation.vllm is not None  # config_rules: servers score
+    try:
+        hf = read_served(source, field, config.generation.vllm.teacher.server)
+        check_served_weights(config, directory)
+        options = {"trust_remote_code": source.trust_remote_code, "local_files_only": True}
+        tokenizer = _read(AutoTokenizer, directory, f"{field} (tokenizer)", options)
+    except ConfigError as error:
+        problems.append(error)
+        return None
+    return Model(field, directory, hf, tokenizer)
+
+
 def _read(reader: Any, directory: Path, field: str, options: dict[str, bool]) -> Any:
     try:
         return reader.from_pretrained(str(directory), **options)
@@ -369,7 +394,8 @@ def _length_problems(config: Config, student: Model, teacher: Model) -> Iterator
     """The longest sequences against the positions that the models know."""
     answer = longest_answer(config)
     contexts = _longest_contexts(config)
-    yield from _scoring_length_problems(config, contexts[1], answer, teacher)
+    positions = teacher.hf.max_position_embeddings
+    yield from server_length_problems(config, contexts[1], answer, positions)
     for role, model, (field, context) in zip(
         ("student", "teacher"), (student, teacher), contexts, strict=True
     ):
@@ -382,28 +408,6 @@ def _length_problems(config: Config, student: Model, teacher: Model) -> Iterator
                 f"positions, and {model.directory} has max_position_embeddings = {known}",
                 "lower it, or max_tokens of generation.rollout and generation.refinement",
             )
-
-
-def _scoring_length_problems(
-    config: Config, context: tuple[str, int], answer: int, teacher: Model
-) -> Iterator[ConfigError]:
-    """A server that scores a sequence generates one token more."""
-    vllm = config.generation.vllm
-    if config.teacher.scoring != "server" or vllm is None:
-        return
-    field, length = context
-    limit = teacher.hf.max_position_embeddings
-    if vllm.teacher.replicas and vllm.server.max_model_len is not None:
-        limit = min(limit, vllm.server.max_model_len)
-    if length + answer + 1 > limit:
-        yield rule_broken(
-            field,
-            length,
-            f"with up to {answer} tokens after it, and the one that a server generates when it "
-            f"scores them, it exceeds the {limit} tokens of the teacher's servers",
-            "lower it, or max_tokens of generation.rollout and generation.refinement, or raise "
-            "generation.vllm.server.max_model_len",
-        )
 
 
 def _loss_problems(config: Config, student: Model, teacher: Model) -> Iterator[ConfigError]:

@@ -16,6 +16,7 @@ from nemo_trd.chat import conversation, render_chat
 from nemo_trd.config import Config, ConfigError, rule_broken
 from nemo_trd.context_budget import Render, Texts, fit
 from nemo_trd.control_tokens import Message
+from nemo_trd.generation.stop_strings import completion_text
 from nemo_trd.prompts import LoadedPrompts
 from nemo_trd.templates import fill_template
 from nemo_trd.types import (
@@ -217,7 +218,7 @@ def read_rollout(
     prompt: Prompt, sample_index: int, completion: Completion, tokenizer: Any, verify: Verifier
 ) -> Rollout:
     """y_o with its text and the verifier's verdict."""
-    text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    text = completion_text(completion, tokenizer)
     return Rollout(prompt, sample_index, completion, text, _verdict(text, prompt, verify))
 
 
@@ -248,13 +249,13 @@ def _judge_one(
 ) -> Refinement:
     if completion is None:
         return Refinement(request, None, "", None, request.rejection)
-    text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    text = completion_text(completion, tokenizer)
     rejection: Rejection | None = None
     if completion.finish_reason == "abort":
         rejection = "aborted"
     elif completion.finish_reason == "length":
         rejection = "truncated"
-    elif not text.strip():
+    elif not completion.token_ids or not text.strip():
         rejection = "empty"
     verdict = _verdict(text, request.rollout.prompt, verify) if rejection is None else None
     return Refinement(request, completion, text, verdict, rejection)

@@ -42,6 +42,7 @@ from nemo_trd.refinement_checks import check_openings, check_templates
 from nemo_trd.samples import Sample
 from nemo_trd.sampling import Sampler, reject_outside_support
 from nemo_trd.server_teacher import ServerTeacher
+from nemo_trd.teacher_check import check_teacher_servers
 from nemo_trd.trackers import Tracker, check_packages
 from nemo_trd.types import (
     FittedContext,
@@ -198,9 +199,21 @@ class Run:
 
         Raises:
             Disagreement: the servers' log-probabilities are not the trainer's.
+            ConfigError: the teacher's servers serve something else.
         """
         if self.config.generation.vllm is not None:
             self._check_servers(self.config.generation.vllm.compared_rollouts)
+        if self._generators.teacher_urls:
+            check_teacher_servers(
+                self.config,
+                self._generators.teacher_urls,
+                self._generators.api_key,
+                self._inputs.teacher_tokenizer,
+                self.training_prompts[0].token_ids,
+                self.student,
+                self.teacher,
+                self.step,
+            )
         if self.config.evaluation.at_start and self.step == 0:
             self.evaluate()
         self.timers.take()
@@ -209,7 +222,9 @@ class Run:
         """Compare the log-probabilities of short answers to a few prompts."""
         asked = self._inputs.prompts.prompts[:prompts]
         seed, rollout = self.config.run.seed, self.config.generation.rollout
-        sampling = rollout.model_copy(update={"max_tokens": min(64, rollout.max_tokens)})
+        sampling = rollout.model_copy(
+            update={"max_tokens": min(64, rollout.max_tokens), "stop": []}
+        )
         completions = self.sampler.complete(
             [GenerationRequest(p.token_ids, request_seed(seed, "check", p.index)) for p in asked],
             sampling,

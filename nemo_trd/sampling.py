@@ -162,7 +162,7 @@ def reject_outside_support(
             ),
         )
         for position, refinement in enumerate(refinements)
-        if refinement.rejection is None
+        if refinement.rejection is None and refinement.request.rollout.completion.token_ids
     }
     by_token = student_nll([trajectory for pair in pairs.values() for trajectory in pair])
     nll = {name: sum(values) / len(values) for name, values in by_token.items()}

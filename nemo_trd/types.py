@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 TokenIds = tuple[int, ...]
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "stop_string", "length", "abort"]
 Rejection = Literal[
     "subset",  # refinement.subset leaves this rollout alone
     "context_overflow",  # the refinement prompt does not fit refinement.max_context_tokens
@@ -66,7 +66,9 @@ class GenerationRequest:
 class Completion:
     """What a generator returns for one request.
 
-    `token_ids` ends with the EOS token exactly when `finish_reason` is "stop".
+    `token_ids` ends with the EOS token exactly when `finish_reason` is "stop". With "stop_string"
+    they are the tokens that lie wholly before a text of `Sampling.stop`, possibly none; `tail` is
+    what the next token has before that text.
     `weight_version` is the version of the weights that sampled it (0 for a frozen teacher); where
     several did, the oldest.
     `logprobs`, where the generator was asked for them, are natural log-probabilities of the tokens
@@ -78,6 +80,7 @@ class Completion:
     finish_reason: FinishReason
     weight_version: int
     logprobs: tuple[float, ...] | None = None
+    tail: str = ""
 
 
 @dataclass(frozen=True)

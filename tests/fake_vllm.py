@@ -30,7 +30,7 @@ class FakeVllm:
     """`fault(number)` names what becomes of the generation request with that number, from 0 on.
 
     "ok", "500", "503", "garbage", "shape", "half", "hang", "hangup", "short", "stale", "abort",
-    "400".
+    "400", "cut" (the reason is "stop", and there is no EOS).
     """
 
     def __init__(self, fault: Callable[[int], str] = lambda number: "ok", port: int = 0) -> None:
@@ -38,6 +38,8 @@ class FakeVllm:
         self.version = "default"
         self.paused = False
         self.max_model_len = 512
+        self.root: str | None = "/models/fake"
+        self.tokens: list[int] = []  # what it makes of any text; none: it does not tell
         self.delay = 0.0
         self.healthy = True
         self.params: list[dict[str, Any]] = []  # of the sampling, of each request
@@ -57,7 +59,11 @@ class FakeVllm:
                 owner.answer_question(self)
 
             def do_POST(self) -> None:
-                owner.generate(self)
+                if self.path == "/tokenize":
+                    self.rfile.read(int(self.headers["Content-Length"]))
+                    _send(self, 200 if owner.tokens else 404, {"tokens": owner.tokens})
+                else:
+                    owner.generate(self)
 
             def log_message(self, *arguments: Any) -> None:
                 pass
@@ -86,7 +92,9 @@ class FakeVllm:
         answers: dict[str, Any] = {
             "/weight_info": {"weight_version": self.version},
             "/is_paused": {"is_paused": self.paused},
-            "/v1/models": {"data": [{"id": "nemo_trd", "max_model_len": self.max_model_len}]},
+            "/v1/models": {
+                "data": [{"id": "nemo_trd", "root": self.root, "max_model_len": self.max_model_len}]
+            },
         }
         if handler.headers["Authorization"] != f"Bearer {KEY}":
             _send(handler, 401, {"error": f"Unauthorized: {handler.headers['Authorization']}"})
@@ -129,6 +137,8 @@ class FakeVllm:
             return
         if fault == "short":
             ids, reason = ids[:-1], "length"
+        if fault == "cut":
+            ids = ids[:-1]
         if fault == "abort":
             ids, reason = ids[:-1], "abort"
         if fault == "stale":

@@ -168,8 +168,8 @@ class TRDStudent(AlignableGenerativeInterface):
             "response_tokens": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
             "response_lengths": torch.tensor([len(row) for row in rows]),
             "prompt_lengths": torch.tensor(lengths),
-            "is_end": torch.tensor([answer.finish_reason == "stop" for answer in answers]),
-            "predictions": [run.decode(answer.token_ids) for answer in answers],
+            "is_end": torch.tensor([a.finish_reason in ("stop", "stop_string") for a in answers]),
+            "predictions": [run.decode(a.token_ids) + a.tail for a in answers],
         }
 
     # Whatever has to happen around a step happens inside of it: models switch between training

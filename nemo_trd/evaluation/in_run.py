@@ -67,4 +67,4 @@ def _verdict(
 ) -> bool | None:
     if prompt.answer is None or completion.finish_reason == "abort":
         return None
-    return verify(decode(completion.token_ids), prompt.answer)
+    return verify(decode(completion.token_ids) + completion.tail, prompt.answer)

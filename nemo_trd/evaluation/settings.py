@@ -17,7 +17,7 @@ from nemo_trd.config import (
     Sampling,
     Sandbox,
     Section,
-    VllmPool,
+    ServedPool,
     VllmSettings,
     rule_broken,
 )
@@ -38,7 +38,7 @@ class Benchmark(Dataset, PromptRules):
     on_bad_row: Literal["error", "skip"] = "error"
 
 
-class Servers(VllmPool, VllmSettings):
+class Servers(ServedPool, VllmSettings):
     """vLLM servers: running ones by their URLs, or so many replicas that are started."""
 
 
@@ -92,5 +92,5 @@ class EvaluationConfig(Section):
                 )
         if self.generation.backend == "vllm":
             vllm = self.generation.vllm
-            check_pool("generation.vllm", vllm, vllm.server)
+            check_pool("generation.vllm", vllm)
         return self

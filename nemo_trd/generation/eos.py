@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from nemo_trd.config import ModelSource, rule_broken
 from nemo_trd.hf_directory import read_json
+from nemo_trd.served_model import read_served
 from nemo_trd.types import TokenIds
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def read_vocabulary(source: ModelSource, student: ModelSource | None = None) -> 
         of_student = stop_ids(Path(student.path), _load_config(student), reader)
         ends |= {stop: stop for stop in of_student} | _translated(stops, of_student, reader)
         _tell(source, student, own, known, ends)
-    columns = hf.get_text_config().vocab_size
+    columns = (hf.get_text_config() if hasattr(hf, "get_text_config") else hf).vocab_size
     sampled = known | (stops & set(own))
     never = tuple(index for index in range(columns) if own and index not in sampled)
     return Vocabulary(columns, never, ends)
@@ -113,9 +114,13 @@ def load_tokenizer(source: ModelSource) -> Any | None:
 
 
 def _load_config(source: ModelSource) -> Any:
-    return AutoConfig.from_pretrained(
-        source.path, local_files_only=True, trust_remote_code=source.trust_remote_code
-    )
+    """config.json; of an architecture that transformers does not know, what it tells of sizes."""
+    try:
+        return AutoConfig.from_pretrained(
+            source.path, local_files_only=True, trust_remote_code=source.trust_remote_code
+        )
+    except ValueError:
+        return read_served(source, "path of the model", None)
 
 
 def _tokens(tokenizer: Any | None) -> dict[int, str]:

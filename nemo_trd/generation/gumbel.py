@@ -8,6 +8,8 @@ composition and the order of batches cannot matter, and resuming needs nothing.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from transformers import LogitsProcessor
 
@@ -64,10 +66,13 @@ def sample(
 ) -> torch.Tensor:
     """Draw one token id per row of float32 logits [b, v]: int64 [b].
 
-    Temperature first, then top-k, then top-p of what top-k left, as servers do it.
+    Temperature first, then min-p, then top-k, then top-p of what that left, as servers do it.
     `sampling.temperature` must be above 0.
     """
     logits = logits / sampling.temperature
+    if sampling.min_p > 0:
+        least = logits.amax(1, keepdim=True) + math.log(sampling.min_p)
+        logits = logits.masked_fill(logits < least, -torch.inf)
     vocabulary = logits.shape[1]
     if sampling.top_k:
         values, ids = logits.topk(min(sampling.top_k, vocabulary))
@@ -106,21 +111,50 @@ def _sample_from_all(logits: torch.Tensor, seeds: torch.Tensor, position: int) -
     return torch.cat([(part + gumbel_noise(s, position, ids)).argmax(1) for part, s in chunks])
 
 
+def penalized(
+    logits: torch.Tensor, prompts: torch.Tensor, generated: torch.Tensor, sampling: Sampling
+) -> torch.Tensor:
+    """Logits [b, v] after the penalties of `sampling`; the same tensor where both are off.
+
+    Args:
+        prompts: int64 [b, p], every prompt's tokens in any order and number.
+        generated: int64 [b, n], what each row has so far.
+    """
+    factor, taken_off = sampling.repetition_penalty, sampling.presence_penalty
+    if factor != 1:
+        there = _marked(torch.cat([prompts, generated], 1), logits)
+        weaker = torch.where(logits > 0, logits / factor, logits * factor)
+        logits = torch.where(there, weaker, logits)
+    if taken_off != 0:
+        logits = logits - taken_off * _marked(generated, logits)
+    return logits
+
+
+def _marked(token_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """bool [b, v]: where a row has the token."""
+    return torch.zeros_like(logits, dtype=torch.bool).scatter_(1, token_ids, True)
+
+
 class SeededSampler(LogitsProcessor):
     """Makes greedy decoding sample: raises the drawn token of every row to +inf.
 
-    With `temperature: 0` it leaves the logits alone. `saw_nan` (bool []) is set by logits that
-    are not a number.
+    With `temperature: 0` it leaves the logits alone, but for penalties. `saw_nan` (bool []) is set
+    by logits that are not a number. `mask` [b, p] is 0 where a prompt is padded.
     """
 
-    def __init__(self, seeds: torch.Tensor, prompt_width: int, sampling: Sampling) -> None:
+    def __init__(
+        self, seeds: torch.Tensor, prompts: torch.Tensor, mask: torch.Tensor, sampling: Sampling
+    ) -> None:
         self.seeds = seeds
-        self.prompt_width = prompt_width
+        self.prompt_width = prompts.shape[1]
+        # Padding is no token of the prompt: its last one, which is none, stands there instead.
+        self.prompts = torch.where(mask.bool(), prompts, prompts[:, -1:])
         self.sampling = sampling
         self.saw_nan = torch.zeros((), dtype=torch.bool, device=seeds.device)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self.saw_nan |= scores[:, 0].isnan().any()
+        scores = penalized(scores, self.prompts, input_ids[:, self.prompt_width :], self.sampling)
         if self.sampling.temperature == 0:
             return scores
         position = input_ids.shape[1] - self.prompt_width

@@ -22,8 +22,9 @@ from nemo_trd.config import LocalGeneration, ModelSource, Sampling, rule_broken
 from nemo_trd.generation import Done
 from nemo_trd.generation.eos import Vocabulary, read_vocabulary
 from nemo_trd.generation.gumbel import SeededSampler, seed_tensor
+from nemo_trd.generation.stop_strings import StopStrings, decoder
 from nemo_trd.hf_directory import tensors_with_copies
-from nemo_trd.types import Completion, GenerationRequest
+from nemo_trd.types import Completion, GenerationRequest, TokenIds
 
 # The environment of NeMo-Aligner has transformers 4, which knows the old name only.
 _DTYPE_ARGUMENT = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
@@ -65,6 +66,7 @@ class LocalGenerator:
         source = ModelSource(path=path, trust_remote_code=trust_remote_code)
         self.vocabulary = vocabulary or read_vocabulary(source)
         self.eos_token_ids = frozenset(self.vocabulary.ends)
+        self._decode = decoder(path, trust_remote_code)
         # Sampling defaults that come with a model (Qwen3: temperature 0.6, top-k 20) would
         # otherwise join in wherever a call leaves a value open.
         self.model.generation_config = GenerationConfig()
@@ -108,10 +110,15 @@ class LocalGenerator:
         input_ids = [[_FILLER] * n + list(p) for n, p in zip(padding, prompts, strict=True)]
         mask = [[0] * n + [1] * (width - n) for n in padding]
         seeds = seed_tensor([request.seed for request in requests], self.device)
-        sampler = SeededSampler(seeds, width, sampling)
+        prompt_ids = torch.tensor(input_ids, device=self.device)
+        attention_mask = torch.tensor(mask, device=self.device)
+        sampler = SeededSampler(seeds, prompt_ids, attention_mask, sampling)
+        watching: list[StoppingCriteria] = [progress.watch(width)] if progress else []
+        if sampling.stop:
+            watching.append(_StopStrings(self._stops(sampling), prompts, width, self.eos_token_ids))
         sequences = self.model.generate(
-            torch.tensor(input_ids, device=self.device),
-            attention_mask=torch.tensor(mask, device=self.device),
+            prompt_ids,
+            attention_mask=attention_mask,
             generation_config=GenerationConfig(
                 max_new_tokens=sampling.max_tokens,
                 do_sample=False,
@@ -122,25 +129,33 @@ class LocalGenerator:
                 pad_token_id=_FILLER,
             ),
             logits_processor=[sampler],
-            stopping_criteria=[progress.watch(width)] if progress else None,
+            stopping_criteria=watching or None,
         )
         if sampler.saw_nan:
             raise RuntimeError(
                 f"the logits of {self.path} are not a number with weight version "
                 f"{self.weight_version}: training has diverged, or the weights are damaged"
             )
-        completions = [self._cut(row) for row in sequences[:, width:].tolist()]
+        rows = sequences[:, width:].tolist()
+        completions = [self._cut(row, p, sampling) for row, p in zip(rows, prompts, strict=True)]
         if progress:
             progress.finish_batch(completions)
         return completions
 
-    def _cut(self, token_ids: list[int]) -> Completion:
-        """What was generated up to the first id that ends it, with the end that it is given."""
-        for position, token_id in enumerate(token_ids):
-            if token_id in self.eos_token_ids:
-                whole = self.vocabulary.ended(tuple(token_ids[: position + 1]))
-                return Completion(whole, "stop", self.weight_version)
-        return Completion(tuple(token_ids), "length", self.weight_version)
+    def _cut(self, token_ids: list[int], prompt: TokenIds, sampling: Sampling) -> Completion:
+        """What was generated before a text of `stop`, or up to the first id that ends it, with the
+        end that it is given."""
+        ids, version = tuple(token_ids), self.weight_version
+        ends = [position for position, token in enumerate(ids) if token in self.eos_token_ids]
+        before = ids[: ends[0]] if ends else ids
+        if sampling.stop and (found := self._stops(sampling).cut(prompt, before)) is not None:
+            return Completion(found.token_ids, "stop_string", version, tail=found.tail)
+        if ends:
+            return Completion(self.vocabulary.ended(ids[: ends[0] + 1]), "stop", version)
+        return Completion(ids, "length", version)
+
+    def _stops(self, sampling: Sampling) -> StopStrings:
+        return StopStrings(sampling.stop, self._decode)
 
     def _check(
         self, requests: Sequence[GenerationRequest], sampling: Sampling, description: str
@@ -230,6 +245,32 @@ class _Progress:
         if seconds > 0:
             self.bar.set_postfix_str(f"{tokens / seconds:,.0f} tok/s", refresh=False)
         self.bar.update(done - self.bar.n)
+
+
+class _StopStrings(StoppingCriteria):
+    """Ends the rows that have come to a text of `stop`; `_cut` takes it off."""
+
+    def __init__(
+        self,
+        stops: StopStrings,
+        prompts: list[TokenIds],
+        prompt_width: int,
+        eos_token_ids: frozenset[int],
+    ) -> None:
+        self.stops = stops
+        self.prompts = prompts
+        self.prompt_width = prompt_width
+        self.ended: list[bool] = [False] * len(prompts)
+        self.eos_token_ids = eos_token_ids
+
+    def __call__(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object
+    ) -> torch.Tensor:
+        rows = input_ids[:, self.prompt_width :].tolist()
+        for number, (prompt, row) in enumerate(zip(self.prompts, rows, strict=True)):
+            if not self.ended[number]:
+                self.ended[number] = row[-1] in self.eos_token_ids or self.stops.ends(prompt, row)
+        return torch.tensor(self.ended, device=input_ids.device)
 
 
 class _Watch(StoppingCriteria):

@@ -50,6 +50,7 @@ def servers_of_node(config: Config, role: Role, host: str, logs: Path) -> list[S
             "the variable is not set, and others reach the servers of a node",
             "export it, `openssl rand -hex 32` makes a key",
         )
+    pool = vllm.student if role == "student" else vllm.teacher
     tp = cluster.student_server_tp if role == "student" else cluster.teacher_server_tp
     if tp > cluster.gpus_per_node:
         raise rule_broken(
@@ -58,20 +59,41 @@ def servers_of_node(config: Config, role: Role, host: str, logs: Path) -> list[S
             f"a server lives on one node, and a node has {cluster.gpus_per_node} GPUs",
             f"use at most {cluster.gpus_per_node}",
         )
+    check_server_tp(config, role)
     source = config.model.student if role == "student" else config.teacher_source
     return [
         Server(
             source.path,
-            vllm.server.model_copy(update={"tensor_parallel_size": tp}),
+            pool.server.model_copy(update={"tensor_parallel_size": tp}),
             logs / f"{role}-server-{socket.gethostname()}-{number}.log",
             host=host,
             api_key=api_key,
             devices=range(number * tp, (number + 1) * tp),
             weight_backend=vllm.weight_sync.backend if role == "student" else None,
             trust_remote_code=source.trust_remote_code,
+            field=f"generation.vllm.{role}.server",
         )
         for number in range(cluster.gpus_per_node // tp)
     ]
+
+
+def check_server_tp(config: Config, role: str) -> None:
+    """The cluster's figure holds for servers of a node; another one must not be lost in silence.
+
+    Raises:
+        ConfigError
+    """
+    vllm, cluster = config.generation.vllm, config.cluster
+    assert vllm is not None
+    tp = cluster.student_server_tp if role == "student" else cluster.teacher_server_tp
+    given = (vllm.student if role == "student" else vllm.teacher).server.tensor_parallel_size
+    if given not in (1, tp):
+        raise rule_broken(
+            f"generation.vllm.{role}.server.tensor_parallel_size",
+            given,
+            f"on nodes of their own servers have cluster.{role}_server_tp = {tp} GPUs",
+            f"set cluster.{role}_server_tp={given}",
+        )
 
 
 def address_towards(host: str) -> str:

@@ -23,7 +23,7 @@ from types import TracebackType
 
 from pydantic import SecretStr
 
-from nemo_trd.config import ModelSource, VllmPool, VllmServer, VllmSettings, rule_broken
+from nemo_trd.config import ModelSource, ServedPool, VllmServer, VllmSettings, rule_broken
 from nemo_trd.generation import guard
 from nemo_trd.generation.vllm_environment import find_vllm, server_environment
 from nemo_trd.generation.vllm_worker import worker_arguments
@@ -61,6 +61,7 @@ class Server:
         devices: Sequence[int] = (),
         weight_backend: str | None = None,
         trust_remote_code: bool = False,
+        field: str = "generation.vllm.server",
     ) -> None:
         self.model = str(Path(model).absolute())
         self.settings = settings
@@ -70,6 +71,7 @@ class Server:
         self._devices = devices
         self._weight_backend = weight_backend
         self._trust_remote_code = trust_remote_code
+        self._field = field  # of `settings`, for errors
         self._process: subprocess.Popen[bytes] | None = None
         self._reservation: socket.socket | None = None
 
@@ -93,7 +95,7 @@ class Server:
             ServerError: the address cannot be bound.
         """
         assert self._process is None
-        python, is_cpu = find_vllm(self.settings.python)
+        python, is_cpu = find_vllm(self.settings.python, f"{self._field}.python")
         command = [python, "-P", "-m", "nemo_trd_api_server"]
         self._reserve_address()
         command += self._arguments(is_cpu)
@@ -187,6 +189,8 @@ class Server:
         arguments += ["--dtype", DTYPES[settings.dtype]]
         arguments += ["--tensor-parallel-size", str(settings.tensor_parallel_size)]
         arguments += ["--max-num-seqs", str(settings.max_num_seqs)]
+        if settings.quantization is not None:
+            arguments += ["--quantization", settings.quantization]
         if settings.max_model_len is not None:
             arguments += ["--max-model-len", str(settings.max_model_len)]
         if self._trust_remote_code:
@@ -201,9 +205,24 @@ class Server:
         if self._weight_backend is not None:
             arguments += worker_arguments(self._weight_backend)
         if is_cpu:
-            longest = max(CPU_BATCHED_TOKENS, settings.max_model_len or _positions(self.model))
+            longest = max(CPU_BATCHED_TOKENS, settings.max_model_len or self._positions())
             arguments += [*CPU_ARGUMENTS, "--max-num-batched-tokens", str(longest)]
         return arguments + settings.arguments
+
+    def _positions(self) -> int:
+        """How many the model knows; models of images and text keep it with the text's settings."""
+        config_file = Path(self.model) / "config.json"
+        try:
+            settings = json.loads(config_file.read_text(encoding="utf-8"))
+            text = settings.get("text_config") or {}
+            return int({**settings, **text}["max_position_embeddings"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise rule_broken(
+                "model of a server",
+                self.model,
+                f"{config_file.name} gives no max_position_embeddings: {error!r}",
+                f"give a Hugging Face directory, or set {self._field}.max_model_len",
+            ) from error
 
     def _reserve_address(self) -> None:
         """Bind the address, so that no other program is given the port while vLLM starts.
@@ -279,40 +298,31 @@ def stop_all(servers: Sequence[Server]) -> None:
 
 def servers_of(
     source: ModelSource,
-    pool: VllmPool,
+    pool: ServedPool,
     vllm: VllmSettings,
     log_files: Path,
     api_key: SecretStr | None,
     weight_backend: str | None,
+    *,
+    field: str = "generation.vllm",
 ) -> list[Server]:
     """The servers that a run starts itself, not started yet; none where `pool.urls` are given.
 
-    Logs go to `log_files`-0.log and so on. Without a `weight_backend` they keep their weights.
+    `field` names the pool. Logs go to `log_files`-0.log and so on. Without a `weight_backend` they
+    keep their weights.
     """
-    per_server = vllm.server.tensor_parallel_size
+    per_server = pool.server.tensor_parallel_size
     return [
         Server(
             source.path,
-            vllm.server,
+            pool.server,
             log_files.with_name(f"{log_files.name}-{number}.log"),
             host=vllm.host,
             api_key=api_key,
             devices=pool.devices[number * per_server : (number + 1) * per_server],
             weight_backend=weight_backend,
             trust_remote_code=source.trust_remote_code,
+            field=f"{field}.server",
         )
         for number in range(pool.replicas)
     ]
-
-
-def _positions(model: str) -> int:
-    config_file = Path(model) / "config.json"
-    try:
-        return int(json.loads(config_file.read_text())["max_position_embeddings"])
-    except (OSError, ValueError, KeyError) as error:
-        raise rule_broken(
-            "model of a server",
-            model,
-            f"{config_file.name} gives no max_position_embeddings: {error!r}",
-            "give a Hugging Face directory, or set generation.vllm.server.max_model_len",
-        ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from nemo_trd.config import Sampling, VllmClient, rule_broken
 from nemo_trd.generation import Done, GenerationFailed
 from nemo_trd.generation.pool import Dispatcher, Member
+from nemo_trd.generation.stop_strings import Decode, StopStrings
 from nemo_trd.generation.vllm_api import (
     GENERATE,
     Answer,
@@ -64,7 +65,8 @@ class VllmGenerator:
     """Samples on the servers at `urls`, which serve one model. Implements `Generator`.
 
     `sync` brings new weights to the servers; without it they keep those they have loaded
-    themselves, version 0. With `logprobs`, completions carry those of their tokens.
+    themselves, version 0. With `logprobs`, completions carry those of their tokens. `decode` is
+    needed where `Sampling.stop` is used.
 
     A request is idempotent, by its seed: one that fails goes to another replica. A replica that
     fails is asked again when it is healthy, unpaused and has the current weights.
@@ -81,6 +83,7 @@ class VllmGenerator:
         logprobs: bool = False,
         progress: bool = False,
         stopping: Callable[[], bool] = lambda: False,
+        decode: Decode | None = None,
     ) -> None:
         self.weight_version = 0
         self._stopping = stopping
@@ -93,6 +96,7 @@ class VllmGenerator:
         self._sync = sync
         self._logprobs = logprobs
         self._progress = progress
+        self._decode = decode
         self._lock = threading.Lock()  # of the members' loads: one batch at a time
 
     def generate(
@@ -117,11 +121,10 @@ class VllmGenerator:
 
         def read(content: Any, url: str, position: int) -> tuple[Completion, int]:
             answer = read_answer(content, url, sampling, self._eos_token_ids, self._logprobs)
-            answer = self._in_own_words(answer, url)
+            self._check_sampled(answer, url)
             version = self._accept(answer.weight_versions, url)
-            completion = Completion(
-                answer.token_ids, answer.finish_reason, version, answer.logprobs
-            )
+            prompt = requests[position].prompt_token_ids
+            completion = self._completion(answer, version, prompt, sampling, url)
             if done:
                 done(position, completion)
             return completion, len(answer.token_ids)
@@ -134,6 +137,28 @@ class VllmGenerator:
             jobs.append(_Job(body, request.affinity, partial(read, position=position)))
         lengths = [len(request.prompt_token_ids) for request in requests]
         return self._run(jobs, lengths, sampling.max_tokens, description)
+
+    def _completion(
+        self, answer: Answer, version: int, prompt: TokenIds, sampling: Sampling, url: str
+    ) -> Completion:
+        """Cut as in this process, so that both ways of generating agree on every token; with the
+        end that it is given.
+
+        Raises:
+            AttemptFailed: it ended with neither an EOS token nor a text of `sampling.stop`.
+        """
+        ids, logprobs = answer.token_ids, answer.logprobs
+        ended = answer.finish_reason == "stop" and ids[-1:] and ids[-1] in self._eos_token_ids
+        if sampling.stop:
+            assert self._decode is not None, "stop needs a tokenizer: give the generator `decode`"
+            stops = StopStrings(sampling.stop, self._decode)
+            found = stops.cut(prompt, ids[:-1] if ended else ids)
+            if found is not None:
+                kept = logprobs and logprobs[: len(found.token_ids)]
+                return Completion(found.token_ids, "stop_string", version, kept, found.tail)
+            if answer.finish_reason == "stop" and not ended:
+                raise AttemptFailed(url, f"it ended a completion at none of {sampling.stop}")
+        return Completion(self.vocabulary.ended(ids), answer.finish_reason, version, logprobs)
 
     def score(
         self,
@@ -169,12 +194,8 @@ class VllmGenerator:
             jobs.append(_Job(scoring_body(token_ids, top_k + spare), None, read))
         return self._run(jobs, [len(ids) for ids, _ in sequences], 1, description)
 
-    def _in_own_words(self, answer: Answer, url: str) -> Answer:
-        """With the end that a completion is given.
-
-        Raises:
-            AttemptFailed: it holds an id that no server of this model may sample.
-        """
+    def _check_sampled(self, answer: Answer, url: str) -> None:
+        """Raises AttemptFailed: it holds an id that no server of this model may sample."""
         outside = self._never.intersection(answer.token_ids)
         if outside:
             raise AttemptFailed(
@@ -182,7 +203,6 @@ class VllmGenerator:
                 f"it sampled id {min(outside)}, which has no token and was forbidden: it ignores "
                 "logit_bias and allowed_token_ids, or serves another model",
             )
-        return replace(answer, token_ids=self.vocabulary.ended(answer.token_ids))
 
     def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Bring these weights to all replicas; see `WeightSync.load_weights`. Collective."""

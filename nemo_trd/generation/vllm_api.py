@@ -154,8 +154,14 @@ def generation_body(
         "max_tokens": sampling.max_tokens,
         "stop_token_ids": sorted(eos_token_ids),
         "ignore_eos": True,  # the server's own idea of EOS; the line above is ours
-        "detokenize": False,
+        "min_p": sampling.min_p,
+        "presence_penalty": sampling.presence_penalty,
+        "repetition_penalty": sampling.repetition_penalty,
+        "detokenize": bool(sampling.stop),
     }
+    if sampling.stop:
+        params |= {"stop": sampling.stop, "skip_special_tokens": False}
+        params |= {"spaces_between_special_tokens": True}  # as `decode` of transformers does
     if sampling.temperature > 0:
         params["seed"] = request.seed
     if logprobs:
@@ -180,6 +186,8 @@ def read_answer(
 ) -> Answer:
     """Check what a server answered to `generation_body`.
 
+    A completion that a text of `sampling.stop` has ended still has all its tokens, and no EOS.
+
     Raises:
         AttemptFailed: it is not a whole completion: another shape, one that breaks off, aborted.
     """
@@ -190,7 +198,9 @@ def read_answer(
         raise AttemptFailed(url, f"it aborted the request after {len(ids)} tokens")
     ended = bool(ids) and ids[-1] in eos_token_ids
     if len(ids) > sampling.max_tokens or (
-        not ended if choice.finish_reason == "stop" else len(ids) < sampling.max_tokens
+        not (ended or sampling.stop)
+        if choice.finish_reason == "stop"
+        else len(ids) < sampling.max_tokens
     ):
         raise AttemptFailed(
             url,

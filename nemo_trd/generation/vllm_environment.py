@@ -54,10 +54,13 @@ def server_environment(
     return worker_environment(environment)
 
 
-def find_vllm(configured: str | None) -> tuple[str, bool]:
+def find_vllm(
+    configured: str | None, field: str = "generation.vllm.server.python"
+) -> tuple[str, bool]:
     """The interpreter to run vLLM with, and whether its vLLM is a build for CPUs.
 
-    `configured`, else $NEMO_TRD_VLLM_PYTHON, else .venv-vllm of the checkout, else this one.
+    `configured`, by the setting `field`, else $NEMO_TRD_VLLM_PYTHON, else .venv-vllm of the
+    checkout, else this one.
 
     Raises:
         ConfigError: there is no such interpreter, or no vLLM in it.
@@ -71,9 +74,7 @@ def find_vllm(configured: str | None) -> tuple[str, bool]:
         answer = subprocess.run([python, "-I", "-c", _PROBE], capture_output=True, timeout=60)
         version, is_cpu = json.loads(answer.stdout)
     except (OSError, subprocess.TimeoutExpired, ValueError) as error:
-        raise rule_broken(
-            "generation.vllm.server.python", python, f"it does not run: {error}", fix
-        ) from error
+        raise rule_broken(field, python, f"it does not run: {error}", fix) from error
     if version is None:
-        raise rule_broken("generation.vllm.server.python", python, "it has no vLLM", fix)
+        raise rule_broken(field, python, "it has no vLLM", fix)
     return python, is_cpu or "cpu" in version

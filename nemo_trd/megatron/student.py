@@ -41,6 +41,7 @@ from nemo_trd.megatron.runtime import device
 from nemo_trd.megatron.schedule import is_last_stage, label_rows, run_model, run_schedule
 from nemo_trd.model_rules import sequence_alignment
 from nemo_trd.preflight import real_vocab_size, shared_vocab_size
+from nemo_trd.served_model import is_only_served, read_served
 from nemo_trd.types import LabelFigures, Microbatch, Trajectory
 
 
@@ -88,7 +89,7 @@ class Student:
         self.optimizer = _optimizer(config, self.chunks, self.groups)
         self.scheduler = _scheduler(config, self.optimizer)
         self._load_teacher_head()
-        self._vocab_size = real_vocab_size(self._vocab_size, load_tokenizer(source))
+        self._vocab_size = real_vocab_size(self._columns, load_tokenizer(source))
 
     @property
     def vocab_size(self) -> int:
@@ -97,9 +98,14 @@ class Student:
 
     def _load_teacher_head(self) -> None:
         """Copy the teacher's frozen output weight to the last stage, in this model's sharding."""
-        source = self._config.teacher_source
+        source, vllm = self._config.teacher_source, self._config.generation.vllm
+        if is_only_served(self._config):
+            assert vllm is not None  # config_rules: servers score
+            served = read_served(source, "model.teacher.path", vllm.teacher.server)
+            self._columns = shared_vocab_size(self.hf, served)
+            return
         teacher = load_hf_config(source.path, source.trust_remote_code)
-        self._vocab_size = shared_vocab_size(self.hf, teacher)
+        self._columns = shared_vocab_size(self.hf, teacher)
         if is_last_stage(self.groups) and self._config.teacher.scoring == "megatron":
             self._teacher_head = read_output_weight(
                 teacher,
@@ -215,11 +221,14 @@ class Student:
         return StepResult(metrics, watched)
 
     @torch.no_grad()
-    def teacher_top_k(self, teacher_states: Tensor | TopK, labels: Tensor, k: int) -> TopK:
+    def teacher_top_k(
+        self, teacher_states: Tensor | TopK, labels: Tensor, k: int, *, padded: bool = False
+    ) -> TopK:
         """The teacher's k most likely ids at the labels [n] of one micro-batch.
 
         On the last stage, with what the teacher gave there: its hidden states [n, h], or already
-        its top k. Collective over tensor parallel ranks.
+        its top k. With `padded`, of its distribution over the ids without a token too, as a server
+        computes it. Collective over tensor parallel ranks.
         """
         if isinstance(teacher_states, TopK):
             return TopK(
@@ -232,7 +241,7 @@ class Student:
             self._teacher_head,
             labels.to(device()),
             k,
-            vocab_size=self._vocab_size,
+            vocab_size=self._columns if padded else self._vocab_size,
             chunk_size=self._config.loss.chunk_size,
             group=self.groups.tp,
         )

@@ -70,7 +70,8 @@ def on_fewer_gpus(config: Config) -> Config | None:
     None when that takes nothing, or does not help.
     """
     world, fitted = config.cluster.world_size, config
-    for role in ("student", "teacher"):
+    has_teacher = config.teacher.scoring == "megatron"
+    for role in ("student", "teacher") if has_teacher else ("student",):
         layout: Layout = getattr(config.parallel, role)
         for key in ("pipeline_model_parallel_size", "tensor_model_parallel_size"):
             while world % layout.model_parallel_size and getattr(layout, key) % 2 == 0:

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemo_trd.config import Config, ConfigError, ModelSource, rule_broken
+from nemo_trd.generation.serve_node import check_server_tp
 from nemo_trd.hf_directory import INDEX_NAME, SINGLE_NAME, check_weights
 from nemo_trd.planning.cost import concurrent_sequences, server_nodes, servers
 from nemo_trd.planning.memory import GIB, checkpoint_bytes, generations
-from nemo_trd.planning.shapes import read_model
+from nemo_trd.planning.shapes import has_shape, read_model
 from nemo_trd.preflight import STUDENT, TEACHER, Model, batch_problems, model_problems
+from nemo_trd.served_model import is_only_served, read_served
 
 
 @dataclass
@@ -33,7 +35,11 @@ def check(config: Config) -> tuple[Model | None, Model | None, Findings]:
     student = _model(config.model.student, STUDENT, found)
     teacher = student
     if config.model.teacher is not None:
-        teacher = _model(config.model.teacher, TEACHER, found)
+        teacher = (
+            _served_teacher(config, config.model.teacher, found)
+            if is_only_served(config)
+            else _model(config.model.teacher, TEACHER, found)
+        )
     found.problems += batch_problems(config, config.cluster.world_size)
     found.problems += model_problems(config, student, teacher)
     found.problems += _layout_problems(config)
@@ -43,6 +49,30 @@ def check(config: Config) -> tuple[Model | None, Model | None, Findings]:
         _check_disk(config, student, found)
     _check_data(config, found)
     return student, teacher, found
+
+
+def _served_teacher(config: Config, source: ModelSource, found: Findings) -> Model | None:
+    """Of any architecture; one whose shape is not known here has no more than its lengths."""
+    assert config.generation.vllm is not None  # config_rules: servers score
+    directory = Path(source.path).absolute()
+    try:
+        model, note = read_model(source, TEACHER)
+        found.notes += [note] if note is not None else []
+        return model
+    except ConfigError as error:
+        if not (directory / "config.json").is_file():
+            found.problems.append(error)
+            return None
+    try:
+        hf = read_served(source, TEACHER, config.generation.vllm.teacher.server)
+    except ConfigError as error:
+        found.problems.append(error)
+        return None
+    found.notes.append(
+        f"{TEACHER} = {source.path}: {hf.model_type} is on servers only; what its servers need and "
+        "how long they take is not estimated"
+    )
+    return Model(TEACHER, directory, hf, tokenizer=None)
 
 
 def _model(source: ModelSource, name: str, found: Findings) -> Model | None:
@@ -68,6 +98,11 @@ def _check_nodes(config: Config, found: Findings) -> None:
     asks = config.asks_teacher
     for name, role, used in (("student", "rollout", True), ("teacher", "refinement", asks)):
         nodes, tp = server_nodes(cluster, role)
+        if vllm is not None and used and nodes > 0:
+            try:
+                check_server_tp(config, name)
+            except ConfigError as error:
+                found.problems.append(error)
         pool = getattr(vllm, name) if vllm is not None and used else None
         field = f"cluster.{name}_server_nodes"
         if pool is None and nodes > 0:
@@ -125,6 +160,8 @@ def _server_problems(config: Config, student: Model, teacher: Model) -> Iterator
     if config.generation.vllm is None:
         return
     for role, hf, context, answer in generations(config, student.hf, teacher.hf):
+        if not has_shape(hf):
+            continue
         name = "student" if role == "rollout" else "teacher"
         made = servers(config, role, hf)
         for size, key in (

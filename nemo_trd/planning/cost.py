@@ -179,11 +179,11 @@ def servers(config: Config, role: str, hf: Any) -> Servers:
         return Servers(cluster.world_size, 1, ELEMENT[local.dtype], local.batch_size, math.inf)
     nodes, tp = server_nodes(cluster, role)
     count = nodes * cluster.gpus_per_node // tp
+    pool = vllm.student if role == "rollout" else vllm.teacher
     if nodes == 0:
-        pool = vllm.student if role == "rollout" else vllm.teacher
-        count, tp = pool.replicas, vllm.server.tensor_parallel_size
+        count, tp = pool.replicas, pool.server.tensor_parallel_size
     memory = tp * (cluster.gpu_memory_gib - cluster.reserved_gib) * GIB - parameters(hf) * 2
-    return Servers(count, tp, 2, vllm.server.max_num_seqs, memory)
+    return Servers(count, tp, 2, pool.server.max_num_seqs, memory)
 
 
 def server_nodes(cluster: Cluster, role: str) -> tuple[int, int]:

@@ -104,6 +104,11 @@ class StageParameters:
     layers: int
 
 
+def has_shape(hf: Any) -> bool:
+    """False of a teacher that its servers alone know: only lengths are known of it."""
+    return hasattr(hf, "hidden_size")
+
+
 def parameters(hf: Any) -> int:
     """Of the whole model, without padding; a tied output weight counts once."""
     return sum(math.prod(shape) for shape in expected_shapes(hf).values())

@@ -17,7 +17,7 @@ from nemo_trd.planning.memory import (
     longest_lengths,
     replicas,
 )
-from nemo_trd.planning.shapes import key_value_bytes, parameters
+from nemo_trd.planning.shapes import has_shape, key_value_bytes, parameters
 
 if TYPE_CHECKING:
     from nemo_trd.plan import Plan
@@ -51,7 +51,9 @@ def text(plan: Plan) -> str:
     """What `python -m nemo_trd.plan` prints."""
     blocks = [_setup(plan)]
     if plan.memory:
-        blocks += [_memory(plan), _verdict(plan), _servers(plan), _time(plan), _disk(plan)]
+        blocks += [_memory(plan), _verdict(plan), _servers(plan)]
+        blocks += [_time(plan)] if plan.flops is not None else []
+        blocks.append(_disk(plan))
     if plan.findings.notes:
         notes = (f"  {note}" for note in plan.findings.notes)
         blocks.append("\n".join(["Not checked on this machine", *notes]))
@@ -67,7 +69,9 @@ def _setup(plan: Plan) -> str:
     for role, model in (("student", plan.student), ("teacher", plan.teacher)):
         if model is None:
             continue
-        size = f"{parameters(model.hf) / 1e9:.2f} B parameters"
+        size = str(getattr(model.hf, "model_type", ""))
+        if has_shape(model.hf):
+            size = f"{parameters(model.hf) / 1e9:.2f} B parameters"
         named = f"  {role:<8} {model.directory.name}  {size}  "
         if role == "teacher" and config.teacher.scoring == "server":
             lines.append(f"{named}on its servers only, top {config.loss.top_k}")
@@ -157,6 +161,8 @@ def _servers(plan: Plan) -> str:
     config = plan.config
     lines = ["Generation"]
     for role, hf, context, answer in generations(config, plan.student.hf, plan.teacher.hf):
+        if not has_shape(hf):
+            continue
         made = servers(config, role, hf)
         cache = (context + answer) * key_value_bytes(hf, made.element)
         at_once = concurrent_sequences(hf, made, context + answer)
@@ -254,20 +260,20 @@ def figures(plan: Plan) -> dict[str, Any]:
     if not plan.memory:
         return result
     assert plan.student is not None and plan.teacher is not None
-    assert plan.flops is not None and plan.split is not None
     fullest = peak(plan.memory)
+    models = {"student": plan.student, "teacher": plan.teacher}
     return result | {
         "parameters": {
-            "student": parameters(plan.student.hf),
-            "teacher": parameters(plan.teacher.hf),
+            role: parameters(model.hf) if has_shape(model.hf) else None
+            for role, model in models.items()
         },
         "gpu_memory": capacity(plan.config),
         "peak": fullest.total,
         "largest": largest_part(fullest.parts),
         "advice": list(plan.advice.overrides) if plan.advice else [],
         "gpus": [_gpu(gpu) for gpu in plan.memory],
-        "flops": vars(plan.flops),
-        "step": _split_figures(plan.split),
+        "flops": vars(plan.flops) if plan.flops else None,
+        "step": _split_figures(plan.split) if plan.split else None,
         "fastest_split": _split_figures(plan.fastest) if plan.fastest else None,
         "evenest_split": _split_figures(plan.evenest) if plan.evenest else None,
         "evening": vars(plan.evening) if plan.evening else None,

@@ -140,6 +140,7 @@ def check_layouts(directory: str) -> None:
     from nemo_trd.megatron.student import Student
     from nemo_trd.megatron.teacher import Teacher
     from nemo_trd.server_teacher import ServerTeacher
+    from nemo_trd.teacher_check import _own_log_probabilities
 
     watch = init_distributed(timeout_minutes=2)
     models = [f"model.{role}.path={directory}/{role}" for role in ("student", "teacher")]
@@ -150,11 +151,18 @@ def check_layouts(directory: str) -> None:
         student = Student(config)
         teacher = Teacher(config, student.groups)
         plan = student.pack(trajectories())
+        # What its servers are asked for at the start, against the model as transformers has it.
+        text = trajectories()[4].labels
+        own = _own_log_probabilities(config, text, student, teacher, 0)
+        (scored,) = scorer.score([(text, 1)], 1, "a text", vocab_size=VOCABULARY, spare=0)
+        np.testing.assert_allclose(own, scored.label_logprobs, atol=1e-4)
         expected = [student.train_step(plan, teacher.states(plan)).metrics for _ in range(2)]
 
         config = compose([*base, *layout, *SERVED])
         student = Student(config)
         served = ServerTeacher(config, scorer, student.groups, student.vocab_size)
+        found = _own_log_probabilities(config, text, student, served, 0)
+        np.testing.assert_allclose(found, scored.label_logprobs, atol=1e-4)
         scorer.asked = 0
         found = [student.train_step(plan, served.states(plan)).metrics for _ in range(2)]
         counts = [0] * dist.get_world_size()

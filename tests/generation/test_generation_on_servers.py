@@ -23,17 +23,31 @@ import pytest
 import torch
 from pydantic import SecretStr
 from safetensors.torch import load_file
-from tiny_models import make_model
+from tiny_models import byte_tokenizer, make_model
 from transformers import AutoModelForCausalLM
 
-from nemo_trd.config import LocalGeneration, ModelSource, Sampling, VllmClient, VllmServer
+from nemo_trd.config import (
+    ConfigError,
+    LocalGeneration,
+    ModelSource,
+    Sampling,
+    VllmClient,
+    VllmServer,
+)
 from nemo_trd.config import WeightSync as WeightSyncSettings
 from nemo_trd.evaluate import main as evaluate_main
 from nemo_trd.generation.eos import read_vocabulary
 from nemo_trd.generation.guard import descendants
+from nemo_trd.generation.identity import (
+    ask,
+    check_log_probabilities,
+    check_name,
+    check_weights_and_tokenizer,
+)
 from nemo_trd.generation.local import LocalGenerator
 from nemo_trd.generation.pool import AllReplicasDown
 from nemo_trd.generation.server import Server, ServerError, start_all, stop_all
+from nemo_trd.generation.stop_strings import decoder
 from nemo_trd.generation.vllm import VllmGenerator
 from nemo_trd.generation.weight_sync import WeightSync
 from nemo_trd.types import GenerationRequest
@@ -116,6 +130,7 @@ def generator(
         api_key=SecretStr(KEY),
         logprobs=logprobs,
         sync=sync,
+        decode=decoder(str(model), trust_remote_code=False),
     )
 
 
@@ -156,13 +171,18 @@ def wait_until_gone(leader: int, seconds: float) -> None:
         time.sleep(0.1)
 
 
-def assert_same_greedy_tokens(pool: VllmGenerator, model: Path) -> None:
+def assert_same_greedy_tokens(
+    pool: VllmGenerator,
+    model: Path,
+    sampling: Sampling = GREEDY,
+    reasons: frozenset[str] = frozenset({"stop", "length"}),
+) -> None:
     settings = LocalGeneration(batch_size=8, dtype="fp32")
     local = LocalGenerator(str(model), settings, trust_remote_code=False, progress=False)
-    expected = local.generate(requests(16), GREEDY, "rollouts")
-    assert {c.finish_reason for c in expected} == {"stop", "length"}
+    expected = local.generate(requests(16), sampling, "rollouts")
+    assert {c.finish_reason for c in expected} >= reasons
     version = pool.weight_version
-    assert pool.generate(requests(16), GREEDY, "rollouts") == [
+    assert pool.generate(requests(16), sampling, "rollouts") == [
         replace(completion, weight_version=version) for completion in expected
     ]
 
@@ -172,6 +192,55 @@ def test_local_and_vllm_give_the_same_greedy_completions(
 ) -> None:
     pool = generator(servers[0].url, model=models["qwen3"])
     assert_same_greedy_tokens(pool, models["qwen3"])
+    penalized = GREEDY.model_copy(update={"repetition_penalty": 1.3, "presence_penalty": 0.5})
+    free = pool.generate(requests(16), penalized, "rollouts")
+    assert free != pool.generate(requests(16), GREEDY, "rollouts")
+    # Texts that some of these completions come to, from the middle of a character on if so.
+    decode = decoder(str(models["qwen3"]), trust_remote_code=False)
+    stop = [decode(free[0].token_ids[6:8]), decode(free[2].token_ids[9:10]), "Q"]
+    stopped = penalized.model_copy(update={"stop": stop})
+    for sampling in (penalized, stopped):
+        reasons = frozenset({"stop_string"} if sampling.stop else {"length"})
+        assert_same_greedy_tokens(pool, models["qwen3"], sampling, reasons)
+
+
+def test_min_p_leaves_the_same_tokens_to_choose_from(
+    servers: list[Server], models: dict[str, Path]
+) -> None:
+    least = SAMPLED.model_copy(update={"min_p": 0.4, "max_tokens": 12})
+    pool = generator(servers[0].url, model=models["qwen3"])
+    for request, completion in zip(
+        requests(6), pool.generate(requests(6), least, "rollouts"), strict=True
+    ):
+        sequence = request.prompt_token_ids + completion.token_ids
+        rows = reference_logprobs(models["qwen3"], sequence)[len(request.prompt_token_ids) - 1 :]
+        probs = (rows / least.temperature).softmax(-1)
+        sampled = probs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        assert (sampled >= 0.4 * probs.amax(-1) * (1 - 1e-3)).all()
+
+
+def test_a_server_is_asked_which_model_it_serves(
+    servers: list[Server], models: dict[str, Path]
+) -> None:
+    served = ask(servers[0].url, SecretStr(KEY))
+    assert served is not None and served.names == ("nemo_trd", str(models["qwen3"]))
+    check_weights_and_tokenizer(served, byte_tokenizer())
+    assert served.probe is not None and len(served.probe) > 20
+    check_name(served, models["qwen3"], None)
+    with pytest.raises(ConfigError, match="model.teacher.path is trained"):
+        check_name(served, models["trained"], None)
+    text = requests(5)[4].prompt_token_ids
+    pool = generator(servers[0].url, model=models["qwen3"])
+    (scores,) = pool.score([(text, 1)], 1, "check")
+    reported, tokens = scores.label_logprobs.tolist(), [str(token) for token in text[1:]]
+    for name, accepted in (("qwen3", True), ("trained", False)):
+        rows = reference_logprobs(models[name], text)
+        own = rows.gather(1, torch.tensor(text[1:])[:, None])[:, 0].tolist()
+        if accepted:
+            assert check_log_probabilities(served, reported, own, 1e-3, tokens) < 1e-4
+            continue
+        with pytest.raises(ConfigError, match="differ from those of the teacher's weights"):
+            check_log_probabilities(served, reported, own, 0.3, tokens)
 
 
 def test_seeded_samples_do_not_depend_on_what_else_is_asked(
@@ -353,6 +422,10 @@ def test_killed_replica_costs_no_sample_and_is_used_again_when_it_is_back(
     pool = generator(*urls, model=models["trained"], sync=sync)
     pool.load_weights(load_file(models["trained"] / "model.safetensors").items(), version=7)
     assert_same_greedy_tokens(pool, models["trained"])
+    given = ask(urls[0], SecretStr(KEY))
+    assert given is not None
+    with pytest.raises(ConfigError, match=r"replaced \(version 7\)"):  # it is no teacher's
+        check_weights_and_tokenizer(given, byte_tokenizer())
     expected = pool.generate(asked, long, "rollouts")
     assert {completion.weight_version for completion in expected} == {7}
 

@@ -111,6 +111,8 @@ def first_step(
         timeout=300,
         environment=ENVIRONMENT,
     )
+    told = (run_dir / "log.txt").read_text()
+    assert f"{urls['teacher']} serves the teacher: its log-probabilities differ by" in told
     (line,) = (run_dir / "metrics.jsonl").read_text().splitlines()
     return json.loads(line)
 

@@ -306,7 +306,7 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "a scoring server that tells too little": (
         [*SERVER, "generation.vllm.server.arguments=[--max-logprobs,'19']"],
-        ("generation.vllm.server.arguments", "loss.top_k = 20", "leave it out"),
+        ("generation.vllm.teacher.server.arguments", "loss.top_k = 20", "leave it out"),
     ),
     "a scoring server and a teacher to offload": (
         [*SERVER, "teacher.offload_weights=true"],
@@ -315,6 +315,66 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a scoring server and a teacher in FP8": (
         [*SERVER, "precision.teacher_fp8=e4m3"],
         ("precision.teacher_fp8 = 'e4m3'", "no teacher is held", "set it to null"),
+    ),
+    **{
+        f"a sampling setting that is off as elsewhere: {setting}": (
+            [f"generation.rollout.{setting}"],
+            (f"generation.rollout.{setting.split('=')[0]} = ", f"no such value, {off} is off"),
+        )
+        for setting, off in (
+            *(("top_k=-1", "0"), ("top_p=0", "1"), ("min_p=-1", "0"), ("top_k=null", "0")),
+            *(("repetition_penalty=0", "1"), ("presence_penalty=null", "0"), ("stop=null", "[]")),
+        )
+    },
+    "a penalty that vLLM does not take": (
+        ["evaluation.sampling.presence_penalty=2.5"],
+        ("evaluation.sampling.presence_penalty = 2.5", "less than or equal to 2"),
+    ),
+    "a stop without a letter": (
+        ["generation.refinement.stop=['']"],
+        ("generation.refinement.stop.0 = ''", "at least 1 character"),
+    ),
+    **{
+        f"one server for both models, as {url}": (
+            [
+                *("generation=vllm_nodes", "generation.vllm.student.urls=['http://node1:80']"),
+                f"generation.vllm.teacher.urls=[http://t:1,'{url}']",
+            ],
+            (f"generation.vllm.teacher.urls = '{url}'", "http://node1:80", "the teacher alone"),
+        )
+        for url in ("http://node1:80", "http://NODE1", "http://node1.:80")
+    },
+    "one server for both models of opsd": (
+        [
+            *("generation=vllm_nodes", "algorithm.mode=opsd", "model.teacher=null"),
+            *("data.train.columns.reference_solution=solution",),
+            "generation.vllm.student.urls=['http://localhost:8000']",
+            "generation.vllm.teacher.urls=['http://127.0.0.1:8000']",
+        ],
+        ("generation.vllm.teacher.urls = 'http://127.0.0.1:8000'", "after every step"),
+    ),
+    "a server at no port": (
+        ["generation=vllm_nodes", "generation.vllm.student.urls=['http://a:port']"],
+        ("generation.vllm.student.urls = 'http://a:port'", "correct the list"),
+    ),
+    "a quantized student": (
+        ["generation=vllm", "generation.vllm.server.quantization=fp8"],
+        ("generation.vllm.student.server.quantization = 'fp8'", "set it to null for the student"),
+    ),
+    "a quantized student by an argument": (
+        ["generation=vllm", "generation.vllm.student.server.arguments=[--quantization,awq]"],
+        ("generation.vllm.student.server.arguments", "leave it out of arguments"),
+    ),
+    "GPUs of the teacher's servers alone": (
+        [
+            *("generation=vllm", "generation.vllm.teacher.server.tensor_parallel_size=2"),
+            *("generation.vllm.student.devices=[0]", "generation.vllm.teacher.devices=[1]"),
+        ],
+        ("teacher.devices = [1]", "generation.vllm.teacher.server.tensor_parallel_size = 2 GPUs"),
+    ),
+    "a setting of a role that there is not": (
+        ["generation=vllm", "+generation.vllm.teacher.server.max_model_length=5"],
+        ("generation.vllm.teacher.server.max_model_length", "did you mean", "max_model_len?"),
     ),
     "sequence parallelism of one rank": (
         ["parallel.teacher.sequence_parallel=true"],
@@ -330,6 +390,29 @@ def test_setting_that_breaks_a_rule_is_refused(case: str) -> None:
         compose(overrides)
     for part in parts:
         assert part in str(refused.value)
+
+
+def test_servers_of_a_role_inherit_what_is_not_set_for_them() -> None:
+    common = ["tensor_parallel_size=2", "max_model_len=100", "arguments=[--a]", "dtype=bf16"]
+    own = [
+        *("teacher.server.tensor_parallel_size=8", "teacher.server.max_model_len=null"),
+        *("teacher.server.quantization=fp8", "student.server.arguments=[--b]"),
+    ]
+    vllm = compose(
+        ["generation=vllm_nodes"]
+        + [f"generation.vllm.server.{setting}" for setting in common]
+        + [f"generation.vllm.{setting}" for setting in own]
+    ).generation.vllm
+    assert vllm is not None
+    expected = {"tensor_parallel_size": 2, "max_model_len": 100, "arguments": ["--a"]}
+    assert expected.items() <= vllm.server.model_dump().items()
+    assert vllm.student.server == vllm.server.model_copy(update={"arguments": ["--b"]})
+    different = {"tensor_parallel_size": 8, "max_model_len": None, "quantization": "fp8"}
+    assert vllm.teacher.server == vllm.server.model_copy(update=different)
+
+
+def test_one_stop_may_be_given_without_a_list() -> None:
+    assert compose(["generation.rollout.stop=END"]).generation.rollout.stop == ["END"]
 
 
 def test_all_wrong_values_are_told_at_once() -> None:

@@ -11,6 +11,8 @@ from tiny_models import byte_tokenizer, make_model
 from transformers import (
     AutoModelForCausalLM,
     LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -61,6 +63,8 @@ def requests(count: int, seed: int = 0) -> list[GenerationRequest]:
 def expected_probs(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """The distribution that transformers' own warpers define, [v]."""
     warpers = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
+    if sampling.min_p:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
     if sampling.top_k:
         warpers.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
@@ -84,11 +88,18 @@ def chi_square_is_ordinary(counts: torch.Tensor, probs: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "top_k"),
-    [(1, 1, 0), (0.6, 1, 0), (1, 1, 5), (1, 0.7, 0), (0.8, 0.9, 12), (1.5, 0.3, 3)],
+    ("temperature", "top_p", "top_k", "min_p"),
+    [
+        *((1, 1, 0, 0), (0.6, 1, 0, 0), (1, 1, 5, 0), (1, 0.7, 0, 0), (0.8, 0.9, 12, 0)),
+        *((1.5, 0.3, 3, 0), (1, 1, 0, 0.1), (0.7, 0.9, 12, 0.05), (1, 0.8, 0, 0.2)),
+    ],
 )
-def test_samples_follow_the_warped_softmax(temperature: float, top_p: float, top_k: int) -> None:
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=1)
+def test_samples_follow_the_warped_softmax(
+    temperature: float, top_p: float, top_k: int, min_p: float
+) -> None:
+    sampling = Sampling(
+        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_tokens=1
+    )
     logits = torch.randn(30, generator=torch.Generator().manual_seed(3)) * 2
     draws = 40_000
     seeds = seed_tensor([request_seed("chi", i) for i in range(draws)], CPU)
@@ -193,6 +204,27 @@ def test_greedy_ignores_top_k_top_p_and_seed(model_dir: Path) -> None:
     odd = GREEDY.model_copy(update={"top_k": 3, "top_p": 0.5})
     first = generator(model_dir).generate(requests(6, seed=0), GREEDY, "rollouts")
     assert generator(model_dir).generate(requests(6, seed=50), odd, "rollouts") == first
+
+
+@torch.no_grad()
+def test_penalties_are_those_of_each_rows_own_tokens(model_dir: Path) -> None:
+    """Row by row, without padding; of the penalty on the prompt's tokens transformers knows too."""
+    sampling = GREEDY.model_copy(update={"repetition_penalty": 1.4, "presence_penalty": 0.7})
+    wanted = requests(9)
+    assert 0 not in wanted[0].prompt_token_ids  # the padding
+    found = generator(model_dir, batch_size=9).generate(wanted, sampling, "rollouts")
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    repetition = RepetitionPenaltyLogitsProcessor(1.4)
+    for request, completion in zip(wanted, found, strict=True):
+        ids = list(request.prompt_token_ids)
+        for token in completion.token_ids:
+            row = torch.tensor([ids])
+            scores = repetition(row, model(row).logits[:, -1])[0]
+            for repeated in set(ids[len(request.prompt_token_ids) :]):
+                scores[repeated] -= 0.7
+            assert token == int(scores.argmax())
+            ids.append(token)
+    assert found != generator(model_dir).generate(wanted, GREEDY, "rollouts")
 
 
 def test_generation_leaves_the_global_random_state_alone(model_dir: Path) -> None:

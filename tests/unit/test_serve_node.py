@@ -30,6 +30,22 @@ def test_the_gpus_of_a_node_are_divided_among_its_servers(tmp_path: Path) -> Non
     assert len({server.log_file for server in [*students, teacher]}) == 5
 
 
+def test_the_servers_of_a_role_have_its_settings(tmp_path: Path) -> None:
+    config = compose(
+        [
+            *(*RECIPE, "generation.vllm.server.max_num_seqs=64"),
+            *("generation.vllm.teacher.server.max_num_seqs=8",),
+            *("generation.vllm.teacher.server.quantization=fp8",),
+            "generation.vllm.teacher.server.tensor_parallel_size=8",
+        ]
+    )
+    student = servers_of_node(config, "student", "10.0.0.3", tmp_path)[0]
+    (teacher,) = servers_of_node(config, "teacher", "10.0.0.4", tmp_path)
+    told = [" ".join(server._arguments(is_cpu=False)) for server in (student, teacher)]
+    assert "--max-num-seqs 64" in told[0] and "--quantization" not in told[0]
+    assert "--max-num-seqs 8 --quantization fp8" in told[1]
+
+
 def test_in_opsd_the_teacher_servers_hold_the_first_student(tmp_path: Path) -> None:
     config = compose(["experiment=trd_70b", "model.student.path=/student"])
     (teacher,) = servers_of_node(config, "teacher", "10.0.0.4", tmp_path)
@@ -41,6 +57,10 @@ def test_in_opsd_the_teacher_servers_hold_the_first_student(tmp_path: Path) -> N
     [
         (["generation=local", "generation.max_staleness=0"], "generation.backend = 'local'"),
         (["cluster.gpus_per_node=4"], "cluster.teacher_server_tp = 8"),
+        (
+            ["generation.vllm.teacher.server.tensor_parallel_size=4"],
+            "teacher.server.tensor_parallel_size = 4: .*cluster.teacher_server_tp=4",
+        ),
         (["generation.vllm.api_key_env=NO_SUCH_KEY"], "generation.vllm.api_key_env"),
     ],
 )

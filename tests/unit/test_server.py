@@ -257,7 +257,7 @@ def test_servers_of_a_run_share_its_gpus_out(tmp_path: Path) -> None:
 
 
 def test_port_in_use_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nemo_trd.generation.server.find_vllm", lambda _: (sys.executable, True))
+    monkeypatch.setattr("nemo_trd.generation.server.find_vllm", lambda *_: (sys.executable, True))
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
