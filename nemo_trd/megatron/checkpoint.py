@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from nemo_trd import checkpoint_dir
 from nemo_trd.checkpoint_dir import PARTIAL, TrainerState, checkpoint_name
 from nemo_trd.config import Checkpoint
+from nemo_trd.megatron.optimizer_states import load_optimizer
 from nemo_trd.megatron.student import Student
 from nemo_trd.types import Refinement
 
@@ -97,11 +98,16 @@ class Checkpointer:
         self._queue.close()
 
     def load(self, checkpoint: Path) -> TrainerState:
-        """Restore the student, also from another parallel layout."""
-        states = dist_checkpointing.load(self._state_dict(is_loading=True), str(checkpoint))
+        """Restore the student, also from another parallel layout or kind of optimizer.
+
+        The settings of its optimizer and schedule stay those that it was built with.
+        """
+        wanted = self._state_dict(is_loading=True)
+        optimizer = wanted.pop("optimizer")
+        states = dist_checkpointing.load(wanted, str(checkpoint))
         for index, model in enumerate(self._student.models):
             model.load_state_dict(states["model"][f"chunk{index}"])
-        self._student.optimizer.load_state_dict(states["optimizer"])
+        load_optimizer(self._student.optimizer, optimizer, checkpoint)
         self._student.scheduler.load_state_dict(states["scheduler"])
         rng = checkpoint / "rng" / _rng_file()
         if rng.is_file():

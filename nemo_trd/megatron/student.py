@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from nemo_trd.batching import make_micro_batch, plan_micro_batches
-from nemo_trd.config import Config
+from nemo_trd.config import Config, Optimizer
 from nemo_trd.divergences import TopK
 from nemo_trd.losses import (
     DivergenceOutput,
@@ -85,7 +86,7 @@ class Student:
                 syncs = [chunk.no_sync for chunk in self.chunks]
                 model.config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
         self.optimizer = _optimizer(config, self.chunks, self.groups)
-        self.scheduler = _scheduler(config, self.optimizer)
+        self.scheduler = _scheduler(config.optimizer, config.train.num_steps, self.optimizer)
         self._load_teacher_head()
 
     def _load_teacher_head(self) -> None:
@@ -362,9 +363,16 @@ def _optimizer(config: Config, chunks: list[Any], groups: Any) -> Any:
     )
 
 
-def _scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
+def scheduled_lr(settings: Optimizer, num_steps: int, update: int) -> float:
+    """The learning rate of an update, the first of which is number 1."""
+    scheduler = _scheduler(settings, num_steps, SimpleNamespace(param_groups=[]))
+    scheduler.step(increment=update)
+    return scheduler.get_lr({})
+
+
+def _scheduler(settings: Optimizer, num_steps: int, optimizer: Any) -> OptimizerParamScheduler:
     """Advanced before each update, over num_steps + 1: no update has a learning rate of 0."""
-    settings, steps = config.optimizer, config.train.num_steps + 1
+    steps = num_steps + 1
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
