@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class TrainerState:
     num_prompts: int  # the order of prompts depends on how many there are
     digest: str  # of the settings that change the numbers
     model: dict[str, Any]  # what identifies the student's architecture
+    settings: dict[str, Any] = field(default_factory=dict)  # all of the run's, without credentials
 
 
 def checkpoint_name(step: int) -> str:

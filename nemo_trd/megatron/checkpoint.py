@@ -30,6 +30,7 @@ from nemo_trd.checkpoint_dir import PARTIAL, TrainerState, checkpoint_name
 from nemo_trd.config import Checkpoint
 from nemo_trd.megatron.optimizer_states import load_optimizer
 from nemo_trd.megatron.student import Student
+from nemo_trd.prompt_digests import DIGESTS_FILE
 from nemo_trd.types import Refinement
 
 log = logging.getLogger(__name__)
@@ -55,9 +56,14 @@ class Checkpointer:
         filesystem_async._results_queue = _results_queue(settings.async_save)
 
     def save(
-        self, state: TrainerState, samples_ahead: Mapping[int, list[Refinement]] | None = None
+        self,
+        state: TrainerState,
+        samples_ahead: Mapping[int, list[Refinement]] | None = None,
+        prompts: bytes = b"",
     ) -> None:
         """Write a checkpoint; with `async_save` return while it is still being written.
+
+        `prompts`: their `prompt_digests.digests`.
 
         The one before stays the newest until all files of this one are on the disk.
         """
@@ -80,6 +86,8 @@ class Checkpointer:
         save_file(_rng_state(), partial_dir / "rng" / _rng_file())
         if samples_ahead and dist.get_rank() == 0:
             checkpoint_dir.write_samples_ahead(partial_dir, samples_ahead)
+        if prompts and dist.get_rank() == 0:
+            (partial_dir / DIGESTS_FILE).write_bytes(prompts)
         if request is None:
             self._commit(partial_dir, state)
         else:

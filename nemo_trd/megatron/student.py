@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,11 +15,10 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from nemo_trd.batching import make_micro_batch, plan_micro_batches
-from nemo_trd.config import Config, Optimizer
+from nemo_trd.config import Config
 from nemo_trd.divergences import TopK
 from nemo_trd.losses import (
     DivergenceOutput,
@@ -31,6 +29,7 @@ from nemo_trd.losses import (
 )
 from nemo_trd.megatron.finite import check_divergence, check_hidden_states
 from nemo_trd.megatron.hf_weights import export_hf_weights, load_hf_weights, read_output_weight
+from nemo_trd.megatron.learning_rate import scheduler
 from nemo_trd.megatron.model import (
     build_model,
     has_transformer_engine,
@@ -86,7 +85,7 @@ class Student:
                 syncs = [chunk.no_sync for chunk in self.chunks]
                 model.config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
         self.optimizer = _optimizer(config, self.chunks, self.groups)
-        self.scheduler = _scheduler(config.optimizer, config.train.num_steps, self.optimizer)
+        self.scheduler = scheduler(config.optimizer, config.train.num_steps, self.optimizer)
         self._load_teacher_head()
 
     def _load_teacher_head(self) -> None:
@@ -360,31 +359,4 @@ def _optimizer(config: Config, chunks: list[Any], groups: Any) -> Any:
         chunks,
         use_gloo_process_groups=False,
         pg_collection=groups,
-    )
-
-
-def scheduled_lr(settings: Optimizer, num_steps: int, update: int) -> float:
-    """The learning rate of an update, the first of which is number 1."""
-    scheduler = _scheduler(settings, num_steps, SimpleNamespace(param_groups=[]))
-    scheduler.step(increment=update)
-    return scheduler.get_lr({})
-
-
-def _scheduler(settings: Optimizer, num_steps: int, optimizer: Any) -> OptimizerParamScheduler:
-    """Advanced before each update, over num_steps + 1: no update has a learning rate of 0."""
-    steps = num_steps + 1
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=settings.lr,
-        min_lr=settings.min_lr,
-        lr_warmup_steps=min(round(settings.warmup_fraction * steps), steps - 1),
-        lr_decay_steps=steps,
-        lr_decay_style=settings.schedule,
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
-        wd_incr_steps=steps,
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
     )
