@@ -416,6 +416,7 @@ class Checkpoint(Section):
     save_interval: PositiveInt
     keep_last: PositiveInt
     resume: str  # auto, never, or the directory of one checkpoint
+    accept_changed_data: bool  # go on although data.train gives other prompts than before
     async_save: bool
     export_hf: bool  # write a Hugging Face directory when the run ends
 

@@ -155,7 +155,7 @@ def prompts_of_step(
 
     Steps walk through the prompts in a new order in each epoch, every prompt once an epoch. A
     step may cross the border of two epochs and still holds no prompt twice, unless there are
-    fewer prompts than `prompts_per_step`.
+    fewer prompts than `prompts_per_step`: then it holds each of them about equally often.
     """
     count = len(prompts)
     positions = range(step * prompts_per_step, (step + 1) * prompts_per_step)

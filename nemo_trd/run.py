@@ -12,14 +12,7 @@ import torch.distributed as dist
 
 from nemo_trd import agreement, preflight
 from nemo_trd.analysis import change, mean_change, rewritten, rollout_nll
-from nemo_trd.checkpoint_dir import (
-    TrainerState,
-    check_matches,
-    check_prompts,
-    find_checkpoint,
-    model_identity,
-    read_samples_ahead,
-)
+from nemo_trd.checkpoint_dir import TrainerState, find_checkpoint, read_samples_ahead
 from nemo_trd.config import Config
 from nemo_trd.evaluation.accuracy import Accuracy
 from nemo_trd.evaluation.in_run import evaluate
@@ -27,11 +20,13 @@ from nemo_trd.generation import request_seed
 from nemo_trd.generators import Generators
 from nemo_trd.megatron.checkpoint import Checkpointer
 from nemo_trd.megatron.hf_weights import save_hf_directory
+from nemo_trd.megatron.learning_rate import rate_change
 from nemo_trd.megatron.parallel import merge_shares, own_share
 from nemo_trd.megatron.runtime import StopRequest
 from nemo_trd.megatron.student import StepResult, Student
 from nemo_trd.megatron.teacher import Teacher
 from nemo_trd.metrics import RunLogger, Timers
+from nemo_trd.prompt_digests import digests
 from nemo_trd.prompts import LoadedPrompts, load_prompts, prompts_of_step
 from nemo_trd.refinement import (
     fitting_prompts,
@@ -39,11 +34,18 @@ from nemo_trd.refinement import (
     refinement_counts,
 )
 from nemo_trd.refinement_checks import check_openings, check_templates
+from nemo_trd.resume import (
+    changes_since,
+    check_matches,
+    check_prompts,
+    model_identity,
+    samples_hold,
+)
 from nemo_trd.samples import Sample
 from nemo_trd.sampling import Sampler, reject_outside_support
 from nemo_trd.server_teacher import ServerTeacher
 from nemo_trd.teacher_check import check_teacher_servers
-from nemo_trd.trackers import Tracker, check_packages
+from nemo_trd.trackers import Tracker, check_packages, public_settings
 from nemo_trd.types import (
     FittedContext,
     GenerationRequest,
@@ -69,6 +71,7 @@ class Inputs:
     prompts: LoadedPrompts
     validation: list[Prompt]
     checkpoint: Path | None  # to resume from
+    prompt_digests: bytes
 
 
 def load_inputs(config: Config, world_size: int) -> Inputs:
@@ -95,11 +98,12 @@ def load_inputs(config: Config, world_size: int) -> Inputs:
         validation = load_prompts(
             config.data.validation, "data.validation", config.data, student_tokenizer
         ).prompts
+    known = digests(prompts.prompts)
     checkpoint = find_checkpoint(config.checkpoint, config.run_dir / "checkpoints")
     if checkpoint is not None:
-        check_matches(checkpoint, model_identity(student.hf), config.digest())
-        check_prompts(checkpoint, len(prompts.prompts))
-    return Inputs(student_tokenizer, teacher_tokenizer, prompts, validation, checkpoint)
+        check_matches(checkpoint, model_identity(student.hf), config)
+        check_prompts(checkpoint, known, config)
+    return Inputs(student_tokenizer, teacher_tokenizer, prompts, validation, checkpoint, known)
 
 
 class Run:
@@ -145,23 +149,43 @@ class Run:
             num_prompts=len(inputs.prompts.prompts),
             digest=config.digest(),
             model=model_identity(self.student.hf),
+            settings=public_settings(config),
         )
         self._saved_step: int | None = None
         self.samples_ahead: dict[int, list[Refinement]] = {}  # drawn before the run was cut off
-        if inputs.checkpoint is not None:
-            self._state = replace(
-                self._checkpointer.load(inputs.checkpoint), digest=config.digest()
-            )
-            self.samples_ahead = read_samples_ahead(inputs.checkpoint)
-            self._saved_step = self._state.step
+        resumed = [] if inputs.checkpoint is None else self._resume(inputs.checkpoint)
         if inputs.checkpoint is not None or config.generation.vllm is not None:
             self.sync_weights()  # whatever a server has been given before
         self.timers = Timers()
         self._logger = RunLogger(config, dist.get_rank() == 0, self._state.step, trackers)
-        self._announce()
+        self._announce(resumed)
 
-    def _announce(self) -> None:
+    def _resume(self, checkpoint: Path) -> list[str]:
+        """Go on from a checkpoint. Returns what there is to say about that, for the log."""
+        saved, own = self._checkpointer.load(checkpoint), self._state
+        self._state = replace(
+            own,
+            step=saved.step,
+            weight_version=saved.weight_version,
+            failed_steps=saved.failed_steps,
+        )
+        self._saved_step = saved.step
+        changes, changed = changes_since(checkpoint, self.config)
+        lines = [f"resumed from {checkpoint}{'; ' if changed else ''}{changed}"]
+        rate = rate_change(saved.settings, self.config, self.student.scheduler.num_steps)
+        accepted = check_prompts(checkpoint, self._inputs.prompt_digests, self.config)
+        self.samples_ahead = read_samples_ahead(checkpoint)
+        redrawn = None
+        if self.samples_ahead and (accepted or not samples_hold(changes)):
+            steps = ", ".join(str(step + 1) for step in self.samples_ahead)
+            redrawn = f"what was sampled for step {steps} before the change is sampled again"
+            self.samples_ahead = {}
+        return lines + [line for line in (rate, accepted, redrawn) if line]
+
+    def _announce(self, resumed: Sequence[str]) -> None:
         config, layout = self.config, self.student.layout
+        for line in resumed:
+            log.info("%s", line)
         log.info(
             "%s run in %s: %d prompts (left out: %s), %d ranks, student tp %d pp %d dp %d",
             config.algorithm.mode.upper(),
@@ -173,8 +197,15 @@ class Run:
             layout.pipeline_model_parallel_size,
             self.student.groups.dp.size(),
         )
-        if self._inputs.checkpoint is not None:
-            log.info("resumed from %s", self._inputs.checkpoint)
+        prompts, asked = self._state.num_prompts, config.train.prompts_per_step
+        if prompts < asked and dist.get_rank() == 0:
+            log.warning(
+                "data.train has %d usable prompts, and train.prompts_per_step = %d: a step holds "
+                "each of them %.3g times on average, each time with samples of its own",
+                prompts,
+                asked,
+                asked / prompts,
+            )
 
     @property
     def step(self) -> int:
@@ -356,7 +387,7 @@ class Run:
     def save(self, samples_ahead: Mapping[int, list[Refinement]] | None = None) -> None:
         """Write a checkpoint, unless there is one of this step; `samples_ahead` are kept in it."""
         if self._saved_step != self.step:
-            self._checkpointer.save(self._state, samples_ahead)
+            self._checkpointer.save(self._state, samples_ahead, self._inputs.prompt_digests)
             self._saved_step = self.step
 
     def evaluate(self) -> Accuracy | None:

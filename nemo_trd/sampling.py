@@ -5,6 +5,7 @@ Every rank asks for its own share, decodes and verifies it; then all ranks hold 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -54,9 +55,7 @@ class Sampler:
     def rollouts(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
         """y_o ~ pi_theta(. | x): `train.rollouts_per_prompt` for each prompt."""
         config = self._config
-        wanted = own_share(
-            [(p, sample) for p in prompts for sample in range(config.train.rollouts_per_prompt)]
-        )
+        wanted = own_share(numbered_samples(prompts, config.train.rollouts_per_prompt))
         requests = [
             GenerationRequest(
                 prompt.token_ids,
@@ -122,6 +121,20 @@ class Sampler:
             GenerationFailed: on all ranks, when it is raised on some.
         """
         return merge_shares(fail_together(make_share, self._group), self._group)
+
+
+def numbered_samples(prompts: Sequence[Prompt], per_prompt: int) -> list[tuple[Prompt, int]]:
+    """Every sample of a step with its number, which is its own among those of its prompt.
+
+    A prompt that a step holds several times goes on counting: seeds and names stay distinct.
+    """
+    drawn: Counter[int] = Counter()
+    numbered = []
+    for prompt in prompts:
+        first = drawn[prompt.index]
+        numbered += [(prompt, sample) for sample in range(first, first + per_prompt)]
+        drawn[prompt.index] += per_prompt
+    return numbered
 
 
 def fail_together(

@@ -88,7 +88,7 @@ class Rollout:
     """y_o: one sample of the student for one prompt."""
 
     prompt: Prompt
-    sample_index: int  # 0 .. rollouts_per_prompt - 1
+    sample_index: int  # 0 .. samples of this prompt in this step - 1
     completion: Completion
     text: str  # decoded without special tokens
     correct: bool | None  # the verifier's verdict; None where there is no answer to compare with

@@ -28,7 +28,9 @@ from safetensors.torch import load_file, save_file
 from nemo_trd import checkpoint_dir
 from nemo_trd.checkpoint_dir import PARTIAL, TrainerState, checkpoint_name
 from nemo_trd.config import Checkpoint
+from nemo_trd.megatron.optimizer_states import load_optimizer
 from nemo_trd.megatron.student import Student
+from nemo_trd.prompt_digests import DIGESTS_FILE
 from nemo_trd.types import Refinement
 
 log = logging.getLogger(__name__)
@@ -54,9 +56,14 @@ class Checkpointer:
         filesystem_async._results_queue = _results_queue(settings.async_save)
 
     def save(
-        self, state: TrainerState, samples_ahead: Mapping[int, list[Refinement]] | None = None
+        self,
+        state: TrainerState,
+        samples_ahead: Mapping[int, list[Refinement]] | None = None,
+        prompts: bytes = b"",
     ) -> None:
         """Write a checkpoint; with `async_save` return while it is still being written.
+
+        `prompts`: their `prompt_digests.digests`.
 
         The one before stays the newest until all files of this one are on the disk.
         """
@@ -79,6 +86,8 @@ class Checkpointer:
         save_file(_rng_state(), partial_dir / "rng" / _rng_file())
         if samples_ahead and dist.get_rank() == 0:
             checkpoint_dir.write_samples_ahead(partial_dir, samples_ahead)
+        if prompts and dist.get_rank() == 0:
+            (partial_dir / DIGESTS_FILE).write_bytes(prompts)
         if request is None:
             self._commit(partial_dir, state)
         else:
@@ -97,11 +106,16 @@ class Checkpointer:
         self._queue.close()
 
     def load(self, checkpoint: Path) -> TrainerState:
-        """Restore the student, also from another parallel layout."""
-        states = dist_checkpointing.load(self._state_dict(is_loading=True), str(checkpoint))
+        """Restore the student, also from another parallel layout or kind of optimizer.
+
+        The settings of its optimizer and schedule stay those that it was built with.
+        """
+        wanted = self._state_dict(is_loading=True)
+        optimizer = wanted.pop("optimizer")
+        states = dist_checkpointing.load(wanted, str(checkpoint))
         for index, model in enumerate(self._student.models):
             model.load_state_dict(states["model"][f"chunk{index}"])
-        self._student.optimizer.load_state_dict(states["optimizer"])
+        load_optimizer(self._student.optimizer, optimizer, checkpoint)
         self._student.scheduler.load_state_dict(states["scheduler"])
         rng = checkpoint / "rng" / _rng_file()
         if rng.is_file():

@@ -15,7 +15,6 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from nemo_trd.batching import make_micro_batch, plan_micro_batches
@@ -31,6 +30,7 @@ from nemo_trd.losses import (
 )
 from nemo_trd.megatron.finite import check_divergence, check_hidden_states
 from nemo_trd.megatron.hf_weights import export_hf_weights, load_hf_weights, read_output_weight
+from nemo_trd.megatron.learning_rate import scheduler
 from nemo_trd.megatron.model import (
     build_model,
     has_transformer_engine,
@@ -87,7 +87,7 @@ class Student:
                 syncs = [chunk.no_sync for chunk in self.chunks]
                 model.config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
         self.optimizer = _optimizer(config, self.chunks, self.groups)
-        self.scheduler = _scheduler(config, self.optimizer)
+        self.scheduler = scheduler(config.optimizer, config.train.num_steps, self.optimizer)
         self._load_teacher_head()
         self._vocab_size = real_vocab_size(self._columns, load_tokenizer(source))
 
@@ -379,24 +379,4 @@ def _optimizer(config: Config, chunks: list[Any], groups: Any) -> Any:
         chunks,
         use_gloo_process_groups=False,
         pg_collection=groups,
-    )
-
-
-def _scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
-    """Advanced before each update, over num_steps + 1: no update has a learning rate of 0."""
-    settings, steps = config.optimizer, config.train.num_steps + 1
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=settings.lr,
-        min_lr=settings.min_lr,
-        lr_warmup_steps=min(round(settings.warmup_fraction * steps), steps - 1),
-        lr_decay_steps=steps,
-        lr_decay_style=settings.schedule,
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
-        wd_incr_steps=steps,
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
     )

@@ -104,6 +104,18 @@ def run_with_scripted_rollouts(directories: list[str], overrides: list[str], rec
     Path(record).write_text(json.dumps(seen))
 
 
+def run_again(runs: list[list[str]]) -> None:
+    """On one rank: a run for each list of settings, also after one that is refused."""
+    from nemo_trd.config import ConfigError, compose
+    from nemo_trd.train import launch
+
+    for overrides in runs:
+        try:
+            assert launch(compose(overrides)) == 0
+        except ConfigError as error:
+            print(f"refused: {error}")
+
+
 def run_with_programs(overrides: list[str], rollouts: list[str], rewrite: str) -> None:
     """A run whose student answers with these programs in turn, and whose teacher with one."""
     from itertools import cycle
@@ -210,7 +222,8 @@ def test_a_signalled_run_saves_and_resumes_to_the_same_numbers(
     assert code != 0 and "stopped on request after step 2" in output
     assert "exitcode  : 75" in output  # of the rank; torchrun's own is another
     assert len(metrics(tmp_path / "cut")) == STEPS // 2
-    assert run_ranks(ranks, run_training, cut, "")[0] == 0
+    code, output = run_ranks(ranks, run_training, cut, "")
+    assert code == 0 and output.count("resumed from") == 1  # not by every rank
     assert metrics(tmp_path / "cut") == metrics(whole_run)
     assert len(metrics(tmp_path / "cut")) == STEPS
     files = {path.name for path in (tmp_path / "cut").iterdir()}
@@ -265,6 +278,40 @@ def test_a_checkpoint_of_a_different_model_is_refused_and_left_alone(
     assert code not in (0, -1)
     assert "it holds a model with hidden_size = 32, and the student has 48" in output
     assert {path: path.stat().st_mtime_ns for path in whole_run.rglob("*")} == before
+
+
+def test_a_resumed_run_obeys_and_names_changed_settings_and_refuses_changed_data(
+    inputs: Path, tmp_path: Path
+) -> None:
+    data, run_dir = tmp_path / "data.jsonl", tmp_path / "run"
+    lines = (inputs / "data.jsonl").read_text().splitlines(keepends=True)[:3]
+    data.write_text("".join(lines))
+    (tmp_path / "swapped.jsonl").write_text("".join([lines[0], *lines[:0:-1]]))
+    run = settings(
+        inputs,
+        run_dir,
+        *(f"data.train.path={data}", "train.prompts_per_step=7", "optimizer.schedule=linear"),
+        *("checkpoint.save_interval=1", "checkpoint.export_hf=false", "train.num_steps=2"),
+        *("logging.samples_interval=1", "logging.samples_count=7"),
+    )
+    more = ["train.num_steps=3", "optimizer.lr=5e-4", "optimizer.warmup_fraction=0"]
+    swapped = f"data.train.path={tmp_path / 'swapped.jsonl'}"
+    output = launch(1, run_again, [run, [*run, *more, swapped], [*run, *more]])
+    assert f"{tmp_path / 'swapped.jsonl'} line 2" in output and "another order" in output
+    assert [line["lr"] for line in metrics(run_dir)][-1] == pytest.approx(5e-4 / 4)
+    log = (run_dir / "log.txt").read_text()
+    first = log[log.index("resumed from") :].splitlines()[0]
+    assert first.endswith(
+        "step_00000002; changed: optimizer.lr: 0.001 -> 0.0005; "
+        "optimizer.warmup_fraction: 0.1 -> 0.0; train.num_steps: 2 -> 3"
+    )
+    assert output.count("optimizer.lr: 0.001 -> 0.0005") == 1
+    assert "3 usable prompts, and train.prompts_per_step = 7: a step holds each of them 2.33" in log
+    for path in (run_dir / "samples").glob("*.jsonl"):  # of a step, with prompts more than once
+        drawn = [json.loads(line) for line in path.read_text().splitlines()]
+        assert len({(s["prompt_index"], s["sample_index"]) for s in drawn}) == 7
+        assert len({tuple(s["rollout"]["token_ids"]) for s in drawn}) == 7
+        assert all(len(s["labels"]["divergence"]) > 0 for s in drawn)
 
 
 def test_a_rank_without_a_trajectory_takes_part_with_nothing(inputs: Path, tmp_path: Path) -> None:

@@ -497,6 +497,18 @@ def test_a_step_larger_than_the_dataset_repeats_prompts_evenly() -> None:
         assert set(Counter(step)) == {0, 1, 2} and max(Counter(step).values()) <= 4
 
 
+def test_a_prompt_that_a_step_holds_twice_is_sampled_differently_each_time() -> None:
+    from nemo_trd.sampling import numbered_samples
+
+    step = prompts_of_step(numbered(3), 5, 7, 0)
+    samples = [(prompt.index, sample) for prompt, sample in numbered_samples(step, 2)]
+    assert len(samples) == len(set(samples)) == 14  # seeds and names are made of these
+    for index, times in Counter(prompt.index for prompt in step).items():
+        assert {s for i, s in samples if i == index} == set(range(2 * times))
+    once = numbered_samples(numbered(3), 2)
+    assert [(p.index, s) for p, s in once] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+
+
 def test_a_step_depends_on_nothing_but_step_and_seed() -> None:
     """In another process, without the steps before it."""
     script = (
