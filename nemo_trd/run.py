@@ -12,14 +12,7 @@ import torch.distributed as dist
 
 from nemo_trd import agreement, preflight
 from nemo_trd.analysis import change, mean_change, rewritten, rollout_nll
-from nemo_trd.checkpoint_dir import (
-    TrainerState,
-    check_matches,
-    check_prompts,
-    find_checkpoint,
-    model_identity,
-    read_samples_ahead,
-)
+from nemo_trd.checkpoint_dir import TrainerState, find_checkpoint, read_samples_ahead
 from nemo_trd.config import Config
 from nemo_trd.evaluation.accuracy import Accuracy
 from nemo_trd.evaluation.in_run import evaluate
@@ -39,6 +32,7 @@ from nemo_trd.refinement import (
     privileged_context,
     refinement_counts,
 )
+from nemo_trd.resume import check_matches, check_prompts, model_identity
 from nemo_trd.samples import Sample
 from nemo_trd.sampling import Sampler, reject_outside_support
 from nemo_trd.server_teacher import ServerTeacher
