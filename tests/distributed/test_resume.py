@@ -34,7 +34,7 @@ def run_steps(directory: str, overrides: list[str], first: int, last: int, resul
     student = Student(config)
     teacher = Teacher(config, student.groups)
     root = Path(directory) / "checkpoints"
-    checkpointer = Checkpointer(config.checkpoint, root, student)
+    checkpointer = Checkpointer(config.checkpoint, root, student, needed=0)
     if first:
         checkpoint = find_checkpoint(config.checkpoint, root)
         assert checkpoint is not None and checkpointer.load(checkpoint).step == first
