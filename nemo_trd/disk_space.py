@@ -40,6 +40,17 @@ def lacking(root: Path, needed: int) -> str | None:
     return f"{size(free)} are free in {root}, and a checkpoint needs {size(needed)}"
 
 
+def first_checkpoint(weights: int, layers: int) -> int:
+    """Bytes of a checkpoint before there is one.
+
+    Args:
+        weights: bytes of weights, main weights and Adam states.
+        layers: of the model; a layer has about a dozen tensors, each of which is written three
+            times, with 2 KiB of names and padding around it.
+    """
+    return weights + 3 * 2048 * (12 * layers + 3) + 65536
+
+
 def check_before_start(root: Path, needed: int) -> None:
     """Refuse a run whose first checkpoint will not fit. What a cut-off save left counts as free.
 

@@ -48,9 +48,9 @@ def read(root: Path) -> Path | None:
 def follow(path: Path) -> Path:
     """The directory that a path means: a link, or a text file named `latest`, is followed."""
     if path.name == NAME and path.is_file():
-        return Path(os.path.abspath(path.parent / path.read_text(encoding="utf-8").strip()))
+        return Path(os.path.normpath(path.parent / path.read_text(encoding="utf-8").strip()))
     if path.is_symlink():
-        return Path(os.path.abspath(path.parent / os.readlink(path)))
+        return Path(os.path.normpath(path.parent / os.readlink(path)))
     return path
 
 

@@ -77,12 +77,17 @@ def load_inputs(config: Config, world_size: int) -> Inputs:
             config.data.validation, "data.validation", config.data, student_tokenizer
         ).prompts
     root = config.run_dir / "checkpoints"
-    disk_space.check_before_start(root, checkpoint_bytes(config, student.hf)["checkpoint"])
+    disk_space.check_before_start(root, _first_checkpoint(config, student.hf))
     checkpoint = find_checkpoint(config.checkpoint, root)
     if checkpoint is not None:
         check_matches(checkpoint, model_identity(student.hf), config.digest())
         check_prompts(checkpoint, len(prompts.prompts))
     return Inputs(student_tokenizer, teacher_tokenizer, prompts, validation, checkpoint)
+
+
+def _first_checkpoint(config: Config, hf: Any) -> int:
+    weights = checkpoint_bytes(config, hf)["checkpoint"]
+    return disk_space.first_checkpoint(weights, hf.num_hidden_layers)
 
 
 class Run:
@@ -136,7 +141,7 @@ class Run:
             inputs.student_tokenizer,
             inputs.teacher_tokenizer,
         )
-        needed = checkpoint_bytes(config, self.student.hf)["checkpoint"]
+        needed = _first_checkpoint(config, self.student.hf)
         self._checkpointer = Checkpointer(config.checkpoint, root, self.student, needed)
         self._state = TrainerState(
             step=0,
@@ -401,7 +406,7 @@ class Run:
                     name: int(count) for name, count in self._logger.total(CHANGES).items()
                 },
                 "paths": {
-                    "checkpoint": latest.read(run_dir / "checkpoints"),
+                    "checkpoint": latest.read((run_dir / "checkpoints").resolve()),
                     "export": export,
                     "metrics": run_dir / "metrics.jsonl",
                     "samples": run_dir / "samples",

@@ -31,6 +31,7 @@ from nemo_trd import checkpoint_dir, checksums, disk_space, latest
 from nemo_trd.abandoned import begin_line
 from nemo_trd.checkpoint_dir import PARTIAL, TrainerState, checkpoint_name
 from nemo_trd.config import Checkpoint
+from nemo_trd.megatron.parallel import from_first_rank
 from nemo_trd.megatron.student import Student
 from nemo_trd.types import Refinement
 
@@ -156,37 +157,42 @@ class Checkpointer:
         try:
             yield
         except (Exception, CheckpointException) as error:
-            cause = [""]
+            told: list[str] = []
             if dist.get_rank() == 0:
                 shutil.rmtree(partial_dir, ignore_errors=True)
+            known = None
             if dist.get_rank() == 0 or not isinstance(error, CheckpointException):
-                cause = [self._cause(error)]
+                known = self._full(error)
+                told = [known or self._first_line(error)]
             if isinstance(error, CheckpointException):
-                dist.broadcast_object_list(cause, src=0)
-            raise SaveFailed(self._message(partial_dir, cause[0])) from None
+                told = from_first_rank(lambda: told)
+            failed = SaveFailed(self._message(partial_dir, told[0]))
+            raise failed from (error if known is None else None)
 
-    def _cause(self, error: BaseException) -> str:
-        failures = getattr(error, "failures", {})  # of a CheckpointException, by rank
-        for rank, (inner, _) in failures.items():
-            error = inner
-            log.debug("rank %d could not write", rank, exc_info=inner)
+    def _full(self, error: BaseException) -> str | None:
+        """That the disk is full, in words; None where something else ended the save.
+
+        torch's writer hides what the system said ("unexpected pos 704 vs 598"): what is free tells.
+        """
         missing = disk_space.lacking(self._root, self._needed)
-        if missing is not None:
-            return missing
-        if disk_space.is_full(error):
-            return (
-                "no space is left, or a quota is used up: "
-                f"{disk_space.size(disk_space.free_bytes(self._root) or 0)} are free in "
+        if missing is None and any(map(disk_space.is_full, _causes(error))):
+            free = disk_space.free_bytes(self._root) or 0
+            missing = (
+                f"no space was left, or a quota is used up: {disk_space.size(free)} are free in "
                 f"{self._root} now, and a checkpoint needs {disk_space.size(self._needed)}"
             )
-        first_line = next(iter(str(error).splitlines()), "")
-        return f"{type(error).__name__}: {first_line}"
+        return missing
+
+    def _first_line(self, error: BaseException) -> str:
+        cause = _causes(error)[0]
+        line = next(iter(str(cause).splitlines()), "")
+        return f"{self._root} cannot be written to ({type(cause).__name__}: {line})"
 
     def _message(self, partial_dir: Path, cause: str) -> str:
         name = partial_dir.name.removesuffix(PARTIAL)
         kept = latest.read(self._root)
-        newest = f"{kept} is the newest checkpoint" if kept else "there is no checkpoint yet"
-        return f"{name} could not be saved in {self._root}: {cause}. {newest}."
+        newest = f"The newest checkpoint is {kept}" if kept else "There is no checkpoint yet"
+        return f"{name} could not be saved: {cause}. {newest}."
 
     def load(self, checkpoint: Path) -> TrainerState:
         """Restore the student, also from another parallel layout."""
@@ -223,6 +229,11 @@ class Checkpointer:
             ),
             "scheduler": self._student.scheduler.state_dict(),
         }
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """Of each rank that failed, as a CheckpointException has them; else the error itself."""
+    return [inner for inner, _ in getattr(error, "failures", {}).values()] or [error]
 
 
 def _write_and_hash(
