@@ -1,7 +1,7 @@
 """Checksums of the files of a checkpoint: SHA-256, as `sha256sum` prints it.
 
-One core computes 1.4 GiB/s where it has instructions for it (SHA-NI: x86 servers since 2021, and
-AMD's before), 0.4 GiB/s where not. Files are hashed by several threads and divided among the ranks.
+One core computes 1.4 GiB/s where it has instructions for it (SHA-NI), a third of that where not.
+Files are hashed by several threads and divided among the ranks.
 """
 
 from __future__ import annotations
