@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nemo_trd import latest
 from nemo_trd.config import Config, ConfigError, Layout, ModelSource, rule_broken
 from nemo_trd.hf_directory import check_model_type, check_weights
 from nemo_trd.model_rules import check_layout, check_supported
@@ -144,7 +145,7 @@ def _machine_problems(config: Config) -> Iterator[ConfigError]:
             "choose another directory, or change its permissions",
         )
     resume = config.checkpoint.resume
-    if resume not in ("auto", "never") and not Path(resume).is_dir():
+    if resume not in ("auto", "never") and not latest.follow(Path(resume)).is_dir():
         yield rule_broken(
             "checkpoint.resume",
             resume,

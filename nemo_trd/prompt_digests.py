@@ -43,7 +43,7 @@ def digests(prompts: Sequence[Prompt]) -> bytes:
             prompt.index,
             _digest(prompt.problem),
             _digest(prompt.reference_solution),
-            _digest(prompt.answer),
+            _digest(None if prompt.answer is None else str(prompt.answer)),
             blake2b(array("q", prompt.token_ids).tobytes(), digest_size=4).digest(),
         )
         for prompt in prompts

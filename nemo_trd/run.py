@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nemo_trd import agreement, preflight
+from nemo_trd import agreement, disk_space, latest, preflight
 from nemo_trd.analysis import change, mean_change, rewritten, rollout_nll
 from nemo_trd.checkpoint_dir import TrainerState, find_checkpoint, read_samples_ahead
 from nemo_trd.config import Config
@@ -21,11 +21,13 @@ from nemo_trd.generators import Generators
 from nemo_trd.megatron.checkpoint import Checkpointer
 from nemo_trd.megatron.hf_weights import save_hf_directory
 from nemo_trd.megatron.learning_rate import rate_change
-from nemo_trd.megatron.parallel import merge_shares, own_share
+from nemo_trd.megatron.parallel import from_first_rank, merge_shares, own_share, raise_together
 from nemo_trd.megatron.runtime import StopRequest
 from nemo_trd.megatron.student import StepResult, Student
 from nemo_trd.megatron.teacher import Teacher
+from nemo_trd.megatron.verification import verified_checkpoint
 from nemo_trd.metrics import RunLogger, Timers
+from nemo_trd.planning.memory import checkpoint_bytes
 from nemo_trd.prompt_digests import digests
 from nemo_trd.prompts import LoadedPrompts, load_prompts, prompts_of_step
 from nemo_trd.refinement import (
@@ -41,6 +43,7 @@ from nemo_trd.resume import (
     model_identity,
     samples_hold,
 )
+from nemo_trd.run_lock import RunLock
 from nemo_trd.samples import Sample
 from nemo_trd.sampling import Sampler, reject_outside_support
 from nemo_trd.server_teacher import ServerTeacher
@@ -99,11 +102,18 @@ def load_inputs(config: Config, world_size: int) -> Inputs:
             config.data.validation, "data.validation", config.data, student_tokenizer
         ).prompts
     known = digests(prompts.prompts)
-    checkpoint = find_checkpoint(config.checkpoint, config.run_dir / "checkpoints")
+    root = config.run_dir / "checkpoints"
+    disk_space.check_before_start(root, _first_checkpoint(config, student.hf))
+    checkpoint = find_checkpoint(config.checkpoint, root)
     if checkpoint is not None:
         check_matches(checkpoint, model_identity(student.hf), config)
         check_prompts(checkpoint, known, config)
     return Inputs(student_tokenizer, teacher_tokenizer, prompts, validation, checkpoint, known)
+
+
+def _first_checkpoint(config: Config, hf: Any) -> int:
+    weights = checkpoint_bytes(config, hf)["checkpoint"]
+    return disk_space.first_checkpoint(weights, hf.num_hidden_layers)
 
 
 class Run:
@@ -120,6 +130,26 @@ class Run:
         trackers: Sequence[Tracker] = (),
     ) -> None:
         self.config = config
+        self._lock = RunLock(config.run_dir)
+        notices = from_first_rank(self._lock.acquire)
+        try:
+            self._build(inputs, stop, trackers, notices)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _build(
+        self,
+        inputs: Inputs,
+        stop: StopRequest,
+        trackers: Sequence[Tracker],
+        notices: list[str],
+    ) -> None:
+        """Everything that a run holds; `notices` are logged when there is a log."""
+        config, root = self.config, self.config.run_dir / "checkpoints"
+        # Found again: another process may have held the directory until now.
+        checkpoint, found = verified_checkpoint(config.checkpoint, root)
+        inputs = replace(inputs, checkpoint=checkpoint)
         self._inputs = inputs
         self._stop = stop
         self._verify = verifier(config.data.verifier, config.sandbox)
@@ -139,9 +169,8 @@ class Run:
             inputs.student_tokenizer,
             inputs.teacher_tokenizer,
         )
-        self._checkpointer = Checkpointer(
-            config.checkpoint, config.run_dir / "checkpoints", self.student
-        )
+        needed = _first_checkpoint(config, self.student.hf)
+        self._checkpointer = Checkpointer(config.checkpoint, root, self.student, needed)
         self._state = TrainerState(
             step=0,
             weight_version=0,
@@ -157,8 +186,9 @@ class Run:
         if inputs.checkpoint is not None or config.generation.vllm is not None:
             self.sync_weights()  # whatever a server has been given before
         self.timers = Timers()
+        notices += [*found, *self._checkpointer.begin(inputs.checkpoint)]
         self._logger = RunLogger(config, dist.get_rank() == 0, self._state.step, trackers)
-        self._announce(resumed)
+        self._announce(resumed, notices)
 
     def _resume(self, checkpoint: Path) -> list[str]:
         """Go on from a checkpoint. Returns what there is to say about that, for the log."""
@@ -182,7 +212,7 @@ class Run:
             self.samples_ahead = {}
         return lines + [line for line in (rate, accepted, redrawn) if line]
 
-    def _announce(self, resumed: Sequence[str]) -> None:
+    def _announce(self, resumed: Sequence[str], notices: Sequence[str]) -> None:
         config, layout = self.config, self.student.layout
         for line in resumed:
             log.info("%s", line)
@@ -206,6 +236,9 @@ class Run:
                 asked,
                 asked / prompts,
             )
+        if dist.get_rank() == 0:
+            for notice in notices:
+                log.warning("%s", notice)
 
     @property
     def step(self) -> int:
@@ -380,13 +413,17 @@ class Run:
         self._write_summary(export if self.config.checkpoint.export_hf else None)
 
     def close(self, succeeded: bool) -> None:
-        self._checkpointer.close()
-        self._logger.close(succeeded)
-        self._generators.close()
+        try:
+            self._checkpointer.close()
+            self._logger.close(succeeded)
+            self._generators.close()
+        finally:
+            self._lock.release()
 
     def save(self, samples_ahead: Mapping[int, list[Refinement]] | None = None) -> None:
         """Write a checkpoint, unless there is one of this step; `samples_ahead` are kept in it."""
         if self._saved_step != self.step:
+            raise_together(self._lock.check)
             self._checkpointer.save(self._state, samples_ahead, self._inputs.prompt_digests)
             self._saved_step = self.step
 
@@ -440,7 +477,7 @@ class Run:
                     name: int(count) for name, count in self._logger.total(CHANGES).items()
                 },
                 "paths": {
-                    "checkpoint": (run_dir / "checkpoints" / "latest").resolve(),
+                    "checkpoint": latest.read((run_dir / "checkpoints").resolve()),
                     "export": export,
                     "metrics": run_dir / "metrics.jsonl",
                     "samples": run_dir / "samples",

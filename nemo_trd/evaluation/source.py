@@ -11,7 +11,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from nemo_trd.checkpoint_dir import STATE_FILE, complete_checkpoints, defects
+from nemo_trd import latest
+from nemo_trd.checkpoint_dir import STATE_FILE, candidates, defects
 from nemo_trd.config import ModelSource, rule_broken
 from nemo_trd.evaluation.settings import EvaluatedModel
 
@@ -81,11 +82,15 @@ def find_source(model: EvaluatedModel) -> Source:
             )
         source = ModelSource(path=str(path), trust_remote_code=model.trust_remote_code)
         return Source(source, None, "fp32")
-    checkpoint = _checkpoint(path)
+    checkpoint = _checkpoint(latest.follow(path))
     reason = defects(checkpoint)
     if reason:
         raise rule_broken("model.path", str(checkpoint), reason, "name a complete checkpoint")
-    settings = _run_settings(checkpoint.parent.parent / "config.yaml")
+    # Abandoned checkpoints lie beside a copy of the settings that they were made with.
+    beside = checkpoint.parent / "config.yaml"
+    settings = _run_settings(
+        beside if beside.is_file() else checkpoint.parent.parent / "config.yaml"
+    )
     student = settings.model.student
     hf = Path(model.hf_path or student.path)
     if not (hf / "config.json").is_file():
@@ -103,10 +108,15 @@ def find_source(model: EvaluatedModel) -> Source:
 
 def _checkpoint(path: Path) -> Path:
     if (path / STATE_FILE).is_file():
-        return path.resolve()  # `latest` is a link, and may move
-    found = complete_checkpoints(path / "checkpoints")
+        return path.resolve()
+    found = candidates(path / "checkpoints")
+    for checkpoint in found:
+        reason = defects(checkpoint)
+        if reason is None:
+            return checkpoint.resolve()
+        log.warning("passing over checkpoint %s: %s", checkpoint, reason)
     if found:
-        return found[-1]
+        return found[0]
     if (path / "export" / "config.json").is_file():
         fix = f"evaluate {path / 'export'}"
     else:

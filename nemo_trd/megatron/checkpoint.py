@@ -10,7 +10,8 @@ import queue
 import random
 import shutil
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -24,11 +25,14 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
-from nemo_trd import checkpoint_dir
+from nemo_trd import checkpoint_dir, checksums, disk_space, latest
+from nemo_trd.abandoned import begin_line
 from nemo_trd.checkpoint_dir import PARTIAL, TrainerState, checkpoint_name
 from nemo_trd.config import Checkpoint
 from nemo_trd.megatron.optimizer_states import load_optimizer
+from nemo_trd.megatron.parallel import from_first_rank
 from nemo_trd.megatron.student import Student
 from nemo_trd.prompt_digests import DIGESTS_FILE
 from nemo_trd.types import Refinement
@@ -45,15 +49,34 @@ _OWN_WRITER: dict[str, Any] = (
 )
 
 
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written. The message is one line: the cause, and what is kept."""
+
+
 class Checkpointer:
     """Saves the student's whole training state below `root`. All methods are collective."""
 
-    def __init__(self, settings: Checkpoint, root: Path, student: Student) -> None:
+    def __init__(self, settings: Checkpoint, root: Path, student: Student, needed: int) -> None:
+        """`needed`: bytes of a checkpoint, as far as they are known before the first."""
         self._settings = settings
         self._root = root
         self._student = student
+        self._needed = needed
         self._queue = AsyncCallsQueue()
+        self._under_way: Path | None = None  # a background save
         filesystem_async._results_queue = _results_queue(settings.async_save)
+        # What goes wrong in a writer is raised here; megatron-core prints it besides.
+        logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
+
+    def begin(self, resumed: Path | None) -> list[str]:
+        """Make room for what this run saves. Returns what was done, for the log, on rank 0."""
+        begun: list[str] = []
+        if dist.get_rank() == 0:
+            begun = begin_line(self._root, resumed)
+            if resumed is not None:
+                self._needed = checkpoint_dir.checkpoint_size(resumed)
+        dist.barrier()
+        return begun
 
     def save(
         self,
@@ -66,44 +89,119 @@ class Checkpointer:
         `prompts`: their `prompt_digests.digests`.
 
         The one before stays the newest until all files of this one are on the disk.
+
+        Raises:
+            SaveFailed: on all ranks; what was written of the checkpoint is removed.
         """
         self.wait()
-        final = self._root / checkpoint_name(state.step)
-        partial_dir = self._root / (final.name + PARTIAL)
-        if dist.get_rank() == 0:
-            for leftover in self._root.glob(f"step_*{PARTIAL}"):
-                shutil.rmtree(leftover)
-            partial_dir.mkdir(parents=True)
-        dist.barrier()
-        request = dist_checkpointing.save(
-            self._state_dict(is_loading=False),
-            str(partial_dir),
-            async_sharded_save=self._settings.async_save,
-            content_metadata=SHARDING,
-            **_OWN_WRITER,
-        )
-        (partial_dir / "rng").mkdir(exist_ok=True)  # megatron-core takes what was there for debris
-        save_file(_rng_state(), partial_dir / "rng" / _rng_file())
-        if samples_ahead and dist.get_rank() == 0:
-            checkpoint_dir.write_samples_ahead(partial_dir, samples_ahead)
-        if prompts and dist.get_rank() == 0:
-            (partial_dir / DIGESTS_FILE).write_bytes(prompts)
-        if request is None:
-            self._commit(partial_dir, state)
-        else:
+        partial_dir = self._root / (checkpoint_name(state.step) + PARTIAL)
+        self._make_room(partial_dir)
+        with self._explained(partial_dir):
+            # Also a save in the foreground: the writers' work is then in reach here.
+            request = dist_checkpointing.save(
+                self._state_dict(is_loading=False),
+                str(partial_dir),
+                async_sharded_save=True,
+                content_metadata=SHARDING,
+                **_OWN_WRITER,
+            )
+            if request.async_fn is not None:
+                write = partial(_write_and_hash, request.async_fn, partial_dir)
+                request = request._replace(async_fn=write)
+            (partial_dir / "rng").mkdir(exist_ok=True)  # megatron-core takes it for debris if first
+            save_file(_rng_state(), partial_dir / "rng" / _rng_file())
+            if samples_ahead and dist.get_rank() == 0:
+                checkpoint_dir.write_samples_ahead(partial_dir, samples_ahead)
+            if prompts and dist.get_rank() == 0:
+                (partial_dir / DIGESTS_FILE).write_bytes(prompts)
             request.add_finalize_fn(partial(self._commit, partial_dir, state))
-            self._queue.schedule_async_request(request)
+            if self._settings.async_save:
+                self._under_way = partial_dir
+                self._queue.schedule_async_request(request)
+            else:
+                request.execute_sync()
 
     def poll(self) -> None:
         """Finish a background save that has been written; to be called once a step."""
-        self._queue.maybe_finalize_async_calls(blocking=False)
+        self._finish(blocking=False)
 
     def wait(self) -> None:
         """Finish every background save."""
-        self._queue.maybe_finalize_async_calls(blocking=True)
+        self._finish(blocking=True)
+
+    def _finish(self, *, blocking: bool) -> None:
+        if self._under_way is not None:
+            with self._explained(self._under_way):
+                self._queue.maybe_finalize_async_calls(blocking=blocking)
+        if not self._queue.get_num_unfinalized_calls():
+            self._under_way = None
 
     def close(self) -> None:
+        self.wait()
         self._queue.close()
+
+    def _make_room(self, partial_dir: Path) -> None:
+        """Make the directory to write into; refuse what will not fit before anything is written."""
+        missing: list[str | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                missing = [disk_space.lacking(self._root, self._needed)]
+                if missing == [None]:
+                    if partial_dir.exists():
+                        shutil.rmtree(partial_dir)
+                    partial_dir.mkdir(parents=True)
+            except OSError as error:
+                missing = [str(error)]
+        dist.broadcast_object_list(missing, src=0)
+        if missing[0] is not None:
+            raise SaveFailed(self._message(partial_dir, missing[0]))
+
+    @contextmanager
+    def _explained(self, partial_dir: Path) -> Iterator[None]:
+        """Turn whatever ends a save into one line, and give its space back.
+
+        megatron-core raises CheckpointException on all ranks together and tells rank 0 alone what
+        it was. Anything else is of this rank; the others are ended with its cause.
+        """
+        try:
+            yield
+        except (Exception, CheckpointException) as error:
+            told: list[str] = []
+            if dist.get_rank() == 0:
+                shutil.rmtree(partial_dir, ignore_errors=True)
+            known = None
+            if dist.get_rank() == 0 or not isinstance(error, CheckpointException):
+                known = self._full(error)
+                told = [known or self._first_line(error)]
+            if isinstance(error, CheckpointException):
+                told = from_first_rank(lambda: told)
+            failed = SaveFailed(self._message(partial_dir, told[0]))
+            raise failed from (error if known is None else None)
+
+    def _full(self, error: BaseException) -> str | None:
+        """That the disk is full, in words; None where something else ended the save.
+
+        torch's writer hides what the system said ("unexpected pos 704 vs 598"): what is free tells.
+        """
+        missing = disk_space.lacking(self._root, self._needed)
+        if missing is None and any(map(disk_space.is_full, _causes(error))):
+            free = disk_space.free_bytes(self._root) or 0
+            missing = (
+                f"no space was left, or a quota is used up: {disk_space.size(free)} are free in "
+                f"{self._root} now, and a checkpoint needs {disk_space.size(self._needed)}"
+            )
+        return missing
+
+    def _first_line(self, error: BaseException) -> str:
+        cause = _causes(error)[0]
+        line = next(iter(str(cause).splitlines()), "")
+        return f"{self._root} cannot be written to ({type(cause).__name__}: {line})"
+
+    def _message(self, partial_dir: Path, cause: str) -> str:
+        name = partial_dir.name.removesuffix(PARTIAL)
+        kept = latest.read(self._root)
+        newest = f"The newest checkpoint is {kept}" if kept else "There is no checkpoint yet"
+        return f"{name} could not be saved: {cause}. {newest}."
 
     def load(self, checkpoint: Path) -> TrainerState:
         """Restore the student, also from another parallel layout or kind of optimizer.
@@ -128,6 +226,7 @@ class Checkpointer:
         dist.barrier()
         if dist.get_rank() == 0:
             final = checkpoint_dir.commit(partial_dir, state, self._settings.keep_last)
+            self._needed = checkpoint_dir.checkpoint_size(final)
             log.info("saved %s", final)
         dist.barrier()
 
@@ -144,6 +243,24 @@ class Checkpointer:
             ),
             "scheduler": self._student.scheduler.state_dict(),
         }
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """Of each rank that failed, as a CheckpointException has them; else the error itself."""
+    return [inner for inner, _ in getattr(error, "failures", {}).values()] or [error]
+
+
+def _write_and_hash(
+    write: Callable[..., None], directory: Path, rank: int, buckets: list[Any], results: Any
+) -> None:
+    """What megatron-core runs to write a rank's files, and their checksums while they are cached.
+
+    In a background save this is a process beside the training. Without the checksums, say on a
+    full disk, the rank that commits computes them, or fails with what has failed here.
+    """
+    write(rank, buckets, results)
+    with suppress(OSError):
+        checksums.leave(directory, rank, [name for _, name, _ in buckets])
 
 
 def _rng_file() -> str:

@@ -8,12 +8,13 @@ from typing import Literal
 
 from megatron.core import dist_checkpointing
 
-from nemo_trd.config import Layout, ModelSource, Precision
+from nemo_trd.config import Layout, ModelSource, Precision, rule_broken
 from nemo_trd.megatron.checkpoint import SHARDING
 from nemo_trd.megatron.hf_weights import export_hf_weights, save_hf_directory
 from nemo_trd.megatron.model import build_model, load_hf_config
 from nemo_trd.megatron.parallel import process_groups
 from nemo_trd.megatron.runtime import init_distributed
+from nemo_trd.megatron.verification import damage
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +26,16 @@ def export_checkpoint(
 ) -> None:
     """Write the student of a checkpoint, of whatever layout, to `out_dir`.
 
+    Its files are verified first: raises ConfigError, naming the damaged one.
+
     `source` is the directory that the run began with: config.json and tokenizer come from there.
     Optimizer states are not read. The whole model is in the memory of this process's device.
     """
     log.info("converting %s to %s", checkpoint, out_dir)
     watch = init_distributed(timeout_minutes=60)
+    reason = damage(checkpoint)
+    if reason is not None:
+        raise rule_broken("model.path", str(checkpoint), reason, "name another checkpoint")
     groups = process_groups(ALONE)
     hf = load_hf_config(source.path, source.trust_remote_code)
     precision = Precision(dtype=dtype, fp8=None, teacher_fp8=None, fp8_recipe="delayed")

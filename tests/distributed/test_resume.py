@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 from launch import launch
 from test_parallel_layouts import DISTRIBUTED, PP2, TP2, VPP2, trajectories
 from tiny_models import make_model
+
+from nemo_trd import latest
 
 pytestmark = pytest.mark.distributed
 
@@ -20,12 +23,13 @@ def run_steps(directory: str, overrides: list[str], first: int, last: int, resul
     """On every rank: resume from the checkpoint of step `first`, if not 0, and save at `last`."""
     import torch.distributed as dist
 
-    from nemo_trd.checkpoint_dir import TrainerState, find_checkpoint
+    from nemo_trd.checkpoint_dir import TrainerState
     from nemo_trd.config import compose
     from nemo_trd.megatron.checkpoint import Checkpointer
     from nemo_trd.megatron.runtime import init_distributed
     from nemo_trd.megatron.student import Student
     from nemo_trd.megatron.teacher import Teacher
+    from nemo_trd.megatron.verification import verified_checkpoint
 
     watch = init_distributed(timeout_minutes=2)
     model_paths = [f"model.{role}.path={directory}/{role}" for role in ("student", "teacher")]
@@ -34,10 +38,13 @@ def run_steps(directory: str, overrides: list[str], first: int, last: int, resul
     student = Student(config)
     teacher = Teacher(config, student.groups)
     root = Path(directory) / "checkpoints"
-    checkpointer = Checkpointer(config.checkpoint, root, student)
+    checkpointer = Checkpointer(config.checkpoint, root, student, needed=0)
     if first:
-        checkpoint = find_checkpoint(config.checkpoint, root)
+        checkpoint, notices = verified_checkpoint(config.checkpoint, root)
         assert checkpoint is not None and checkpointer.load(checkpoint).step == first
+        notices += checkpointer.begin(checkpoint)
+        if dist.get_rank() == 0:
+            (root / "notices").write_text("\n".join(notices))
     seen = []
     for step in range(first, last):
         plan = student.pack(trajectories(config, step))
@@ -74,7 +81,76 @@ def test_resuming_on_one_layout_is_bitwise_past_cut_and_damaged_saves(tmp_path: 
     damaged = broken / "checkpoints" / "step_00000008"
     damaged.mkdir()
     (damaged / "trainer_state.json").write_text('{"step": 8, "files": {"x.distcp": 10}}')
+    other = broken / "checkpoints" / "step_00000007"  # the newest, of the right size
+    shutil.copytree(broken / "checkpoints" / "step_00000002", other)
+    bytes_of = bytearray((other / "__0_0.distcp").read_bytes())
+    bytes_of[len(bytes_of) // 2] ^= 1
+    (other / "__0_0.distcp").write_bytes(bytes_of)
+    latest.point(other.parent, other)
     assert steps(broken, 1, [], HALF, 2 * HALF) == whole[HALF:]
+    notices = (other.parent / "notices").read_text()
+    for part in ("passing over checkpoint", "step_00000007: __0_0.distcp is damaged", "moved 2"):
+        assert part in notices
+    assert (other.parent / "abandoned_001" / other.name).is_dir()
+    assert latest.read(other.parent) == other.parent / "step_00000004" and not cut.exists()
+
+
+def save_where_nothing_fits(directory: str) -> None:
+    """On every rank: saves that fail before and while they write, on the last rank alone."""
+    import resource
+
+    import torch.distributed as dist
+
+    from nemo_trd import disk_space
+    from nemo_trd.checkpoint_dir import TrainerState, complete_checkpoints
+    from nemo_trd.config import compose
+    from nemo_trd.megatron.checkpoint import Checkpointer, SaveFailed
+    from nemo_trd.megatron.runtime import init_distributed
+    from nemo_trd.megatron.student import Student
+
+    watch = init_distributed(timeout_minutes=2)
+    models = [f"model.{role}.path={directory}/student" for role in ("student", "teacher")]
+    config = compose(["model=local", *models, "precision.dtype=fp32", *PP2])
+    student, root = Student(config), Path(directory) / "checkpoints"
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    free_bytes = disk_space.free_bytes
+    for number, in_background in enumerate((False, True)):
+        settings = config.checkpoint.model_copy(update={"async_save": in_background})
+        checkpointer = Checkpointer(settings, root, student, needed=1000)
+
+        def save(step: int, checkpointer: Any = checkpointer) -> str:
+            try:
+                checkpointer.save(TrainerState(step, step, 0, 7, "digest", {}))
+                checkpointer.wait()
+            except SaveFailed as failed:
+                assert failed.__cause__ is None
+                return str(failed)
+            return ""
+
+        good = 10 * number + 1
+        assert save(good) == ""
+        newest = f"The newest checkpoint is {root / f'step_{good:08d}'}."
+        disk_space.free_bytes = lambda _: 512
+        refused = save(good + 1)
+        disk_space.free_bytes = free_bytes
+        assert f"512 bytes are free in {root}, and a checkpoint needs " in refused
+        if dist.get_rank() == dist.get_world_size() - 1:  # a file may not grow further
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, unlimited[1]))
+        full = save(good + 2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        assert "no space was left, or a quota is used up" in full, full
+        for message in (refused, full):
+            assert "could not be saved" in message and message.endswith(newest)
+            assert "\n" not in message
+        assert not list(root.glob("*.partial")) and len(complete_checkpoints(root)) == number + 1
+        dist.barrier()
+        assert save(good + 3) == ""
+        checkpointer.close()
+    watch.close()
+
+
+def test_a_save_that_does_not_fit_is_one_line_and_leaves_the_last_good_one(tmp_path: Path) -> None:
+    launch(2, save_where_nothing_fits, str(models(tmp_path)))
 
 
 @pytest.mark.parametrize(("ranks", "layout"), [(4, TP2 + PP2), (2, PP2 + VPP2), (2, DISTRIBUTED)])

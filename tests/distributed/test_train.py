@@ -247,6 +247,10 @@ def test_a_run_killed_while_it_saves_resumes_from_the_save_before(
     assert (checkpoints / "latest").resolve().name == "step_00000002"
     code, output = run_ranks(1, run_training, run, "")
     assert code == 0 and f"resumed from {checkpoints / 'step_00000002'}" in output
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert f"took {tmp_path / 'run' / 'run.lock'} over from process " in log
+    assert "step_00000004.partial, which a save that was cut off had left" in log
+    assert not list((tmp_path / "run").glob("run.lock*"))
     assert metrics(tmp_path / "run") == metrics(whole_run)
     assert weights(tmp_path / "run" / "export") == weights(whole_run / "export")
     assert not (checkpoints / "step_00000004.partial").exists()

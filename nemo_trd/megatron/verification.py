@@ -1,0 +1,54 @@
+"""Reading all bytes of a checkpoint before it is trusted, divided among the ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from nemo_trd import checksums
+from nemo_trd.checkpoint_dir import damaged, defects, recorded_checksums, wanted_checkpoints
+from nemo_trd.config import Checkpoint
+from nemo_trd.megatron.parallel import from_first_rank, own_share
+
+
+def verified_checkpoint(settings: Checkpoint, root: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint to resume from, after all its bytes were read; None to start from step 0.
+
+    Collective: the ranks divide the files. With `checkpoint.resume=auto` a damaged checkpoint is
+    passed over.
+
+    Returns:
+        The checkpoint, and what is to be logged, one sentence each.
+
+    Raises:
+        ConfigError: naming the damaged file; a named checkpoint, or all of the run's.
+    """
+    notices, reasons = [], {}
+    for candidate in from_first_rank(lambda: wanted_checkpoints(settings, root)):
+        reason = damage(candidate)
+        if reason is None:
+            if not recorded_checksums(candidate):
+                notices.append(
+                    f"{candidate} was saved without checksums: sizes of its files were compared, "
+                    "not their bytes"
+                )
+            return candidate, notices
+        reasons[candidate] = reason
+        notices.append(f"passing over checkpoint {candidate}: {reason}")
+    if reasons:
+        raise damaged(settings, root, reasons)
+    return None, notices
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be trusted, by sizes and SHA-256 of its files. Collective."""
+    reason = from_first_rank(
+        lambda: defects(checkpoint) if checkpoint.is_dir() else "there is no such directory"
+    )
+    if reason is not None:
+        return reason
+    share = own_share(list(recorded_checksums(checkpoint).items()))
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, checksums.first_difference(checkpoint, dict(share)))
+    return next((reason for reason in found if reason is not None), None)
