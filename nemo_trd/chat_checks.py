@@ -76,11 +76,12 @@ def left_out(
 ) -> list[int]:
     """Positions of the messages that the chat template does not show.
 
-    Raises:
-        jinja2.TemplateError: the template does not take such a conversation.
+    None where it takes the conversation with these texts only.
     """
     words = [_WORDS.format(position) for position in range(len(messages))]
     marked = [{**m, "content": word} for m, word in zip(messages, words, strict=True)]
+    if _refusal(tokenizer, chat_template_kwargs, marked) is not None:
+        return []
     text = render_text(marked, tokenizer, chat_template_kwargs)
     return [position for position, word in enumerate(words) if word not in text]
 

@@ -226,7 +226,8 @@ def _renamed(tokenizer: Any, template: str) -> Renamed:
     _rename_in_model(copied["model"], names)
     core = Tokenizer.from_str(json.dumps(copied))
     added = tokenizer.added_tokens_decoder.items()
-    ids = {core.token_to_id(names.get(t.content, t.content)): index for index, t in added}
+    theirs = {index: core.token_to_id(names.get(t.content, t.content)) for index, t in added}
+    ids = {their: index for index, their in theirs.items() if their is not None}
     return Renamed(core, names, controls.pattern, ids)
 
 

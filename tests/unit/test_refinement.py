@@ -1,6 +1,7 @@
 """Refinement prompts, their context budget, and which rewrites are accepted."""
 
 import dataclasses
+import json
 import re
 from functools import cache
 from itertools import chain
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from nemo_trd.batching import pair
 from nemo_trd.chat import render_chat
+from nemo_trd.checkpoint_dir import SAMPLES
 from nemo_trd.config import Config, ConfigError, compose, conf_dir
 from nemo_trd.prompts import LoadedPrompts
 from nemo_trd.refinement import (
@@ -478,6 +480,20 @@ def test_a_turn_that_opens_differently_for_the_teacher_is_warned_about(
     for message, parts in zip(caplog.messages, warned, strict=True):
         assert all(part in message for part in parts)
         assert "chat_template_kwargs.enable_thinking" in message
+
+
+def test_samples_that_were_kept_before_contexts_could_differ_are_still_read() -> None:
+    prompt = Prompt(0, "1 + 1?", (5,), None, "2", (turn("1 + 1?"),))
+    asked = RefinementPrompt(dataclasses.replace(rollout(), prompt=prompt), (1, 2), None, (), (1,))
+    kept = {3: [Refinement(asked, None, "", None, "empty")]}
+    written = SAMPLES.dump_json(kept)
+    assert SAMPLES.validate_json(written) == kept
+    old = json.loads(written)
+    del old["3"][0]["request"]["scored_token_ids"]
+    del old["3"][0]["request"]["rollout"]["prompt"]["messages"]
+    [read] = SAMPLES.validate_json(json.dumps(old))[3]
+    assert privileged_context(read.request.rollout.prompt, configured(), TOKENIZER) == (5,)
+    assert read.request.scoring_context == (1, 2)
 
 
 def test_an_argument_that_only_the_students_template_reads_is_told(
