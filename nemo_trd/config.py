@@ -16,7 +16,16 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from nemo_trd.config_error import ConfigError, rule_broken
 from nemo_trd.config_rules import check_consistent
@@ -34,12 +43,21 @@ VerifierName = Literal["math", "code", "exact", "none"]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
+def _not_blank(text: str) -> str:
+    if not text.strip():  # as a path it would be the current directory
+        raise PydanticCustomError("blank", "it may not be empty")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_not_blank)]  # of a file, a directory, a host, ...
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Run(Section):
-    dir: str  # everything the run writes is below it
+    dir: Name  # everything the run writes is below it
     seed: NonNegativeInt
 
 
@@ -63,7 +81,7 @@ class Algorithm(Section):
 
 
 class ModelSource(Section):
-    path: str  # a local Hugging Face directory: config.json, tokenizer, safetensors
+    path: Name  # a local Hugging Face directory: config.json, tokenizer, safetensors
     trust_remote_code: bool = False
 
 
@@ -154,9 +172,9 @@ class Columns(Section):
 
 
 class Dataset(Section):
-    path: str  # a .jsonl or .parquet file, or the name of a `datasets` dataset
-    name: str | None  # the configuration of a `datasets` dataset
-    split: str
+    path: Name  # a .jsonl or .parquet file, or the name of a `datasets` dataset
+    name: Name | None  # the configuration of a `datasets` dataset
+    split: Name
     columns: Columns
     answer_pattern: str | None  # regular expression: group 1 of its last match is the answer
     limit: PositiveInt | None  # use the first so many rows
@@ -171,6 +189,16 @@ class PromptRules(Section):
     chat_template_kwargs: dict[str, Any]
     max_prompt_tokens: PositiveInt
     verifier: VerifierName
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _finite(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """A template may be given anything that JSON has words for."""
+        try:
+            json.dumps(values, allow_nan=False)
+        except ValueError as error:
+            raise PydanticCustomError("not_finite", "it holds nan or inf") from error
+        return values
 
 
 class Data(PromptRules):
@@ -198,7 +226,7 @@ class WeightSync(Section):
     # weights first. keep: they go on afterwards with the new weights. abort: they end at once with
     # what they have, finish reason "abort".
     in_flight: Literal["finish", "keep", "abort"]
-    directory: str  # of `file`: trainer and servers see it under this path
+    directory: Name  # of `file`: trainer and servers see it under this path
     bucket_bytes: PositiveInt  # tensors that the sending rank holds at one time
     pause_timeout_seconds: PositiveFloat  # until requests in flight have ended, per server
     call_timeout_seconds: PositiveFloat  # of every other call to a server
@@ -216,7 +244,7 @@ class VllmPool(Section):
 class VllmServer(Section):
     """How a server is started; see generation/serve.py."""
 
-    python: str | None  # an interpreter that has vLLM; null: $NEMO_TRD_VLLM_PYTHON or .venv-vllm
+    python: Name | None  # an interpreter that has vLLM; null: $NEMO_TRD_VLLM_PYTHON or .venv-vllm
     dtype: Literal["auto", "fp32", "bf16"]  # auto: as the model is stored
     tensor_parallel_size: PositiveInt
     max_model_len: PositiveInt | None  # null: what the model allows
@@ -243,9 +271,9 @@ class VllmSettings(Section):
 
     server: VllmServer
     client: VllmClient
-    host: str  # address that servers of the run bind; ranks on other hosts must reach it
-    api_key_env: str  # the environment variable that holds the servers' key
-    api_key_file: str | None  # or a file that does
+    host: Name  # address that servers of the run bind; ranks on other hosts must reach it
+    api_key_env: Name  # the environment variable that holds the servers' key
+    api_key_file: Name | None  # or a file that does
 
 
 class Vllm(VllmSettings):
@@ -329,20 +357,20 @@ class Train(Section):
 class Checkpoint(Section):
     save_interval: PositiveInt
     keep_last: PositiveInt
-    resume: str  # auto, never, or the directory of one checkpoint
+    resume: Name  # auto, never, or the directory of one checkpoint
     async_save: bool
     export_hf: bool  # write a Hugging Face directory when the run ends
 
 
 class WandB(Section):
-    project: str
+    project: Name
     entity: str | None = None
     name: str | None = None
 
 
 class MLflow(Section):
-    experiment: str
-    tracking_uri: str | None = None
+    experiment: Name
+    tracking_uri: Name | None = None
 
 
 class Logging(Section):
