@@ -388,7 +388,7 @@ def test_steps_with_nothing_to_train_on_are_skipped_and_then_stop_the_run(
 ) -> None:
     nothing = ["refinement.on_failure=drop", "generation.refinement.max_tokens=1"]
     overrides = settings(inputs, tmp_path / "run", *nothing, "train.max_failed_steps=2")
-    code, output = run_ranks(1, run_training, overrides, "")
+    code, output = run_ranks(1, run_training, overrides, "", launcher="nemo_trd")
     assert code == 1
     assert "2 steps in a row (train.max_failed_steps)" in last_line(tmp_path / "run" / "log.txt")
     assert "2 steps in a row (train.max_failed_steps)" in output and "Traceback" not in output
