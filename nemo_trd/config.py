@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -43,12 +44,21 @@ VerifierName = Literal["math", "code", "exact", "none"]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
+def _not_blank(text: str) -> str:
+    if not text.strip():  # as a path it would be the current directory
+        raise PydanticCustomError("blank", "it may not be empty")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_not_blank)]  # of a file, a directory, a host, ...
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Run(Section):
-    dir: str  # everything the run writes is below it
+    dir: Name  # everything the run writes is below it
     seed: NonNegativeInt
 
 
@@ -72,7 +82,7 @@ class Algorithm(Section):
 
 
 class ModelSource(Section):
-    path: str  # a local Hugging Face directory: config.json, tokenizer, safetensors
+    path: Name  # a local Hugging Face directory: config.json, tokenizer, safetensors
     trust_remote_code: bool = False
 
 
@@ -173,9 +183,9 @@ class Columns(Section):
 
 
 class Dataset(Section):
-    path: str  # a file, a directory, or the name of a `datasets` dataset: see docs/data.md
-    name: str | None  # the configuration of a `datasets` dataset
-    split: str
+    path: Name  # a file, a directory, or the name of a `datasets` dataset: see docs/data.md
+    name: Name | None  # the configuration of a `datasets` dataset
+    split: Name
     columns: Columns
     # Regular expression: group 1 of its last match is the answer. Or: boxed, for what stands in the
     # last \boxed{...}. Searched in columns.answer, else in the reference solution.
@@ -199,6 +209,16 @@ class PromptRules(Section):
     verifier: VerifierName
     on_bad_row: Literal["error", "skip"] = "skip"  # skip: left out, counted and reported
     max_bad_share: Fraction = 0.05  # of the rows; more bad ones than that are refused
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _finite(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """A template may be given anything that JSON has words for."""
+        try:
+            json.dumps(values, allow_nan=False)
+        except ValueError as error:
+            raise PydanticCustomError("not_finite", "it holds nan or inf") from error
+        return values
 
 
 class Data(PromptRules):
@@ -262,7 +282,7 @@ class WeightSync(Section):
     # weights first. keep: they go on afterwards with the new weights. abort: they end at once with
     # what they have, finish reason "abort".
     in_flight: Literal["finish", "keep", "abort"]
-    directory: str  # of `file`: trainer and servers see it under this path
+    directory: Name  # of `file`: trainer and servers see it under this path
     bucket_bytes: PositiveInt  # tensors that the sending rank holds at one time
     pause_timeout_seconds: PositiveFloat  # until requests in flight have ended, per server
     call_timeout_seconds: PositiveFloat  # of every other call to a server
@@ -280,7 +300,7 @@ class VllmPool(Section):
 class VllmServer(Section):
     """How a server is started; see generation/serve.py."""
 
-    python: str | None  # an interpreter that has vLLM; null: $NEMO_TRD_VLLM_PYTHON or .venv-vllm
+    python: Name | None  # an interpreter that has vLLM; null: $NEMO_TRD_VLLM_PYTHON or .venv-vllm
     dtype: Literal["auto", "fp32", "bf16"]  # auto: as the model is stored
     # A method of vLLM, such as fp8; null: as the model is stored. Not for a student.
     quantization: Annotated[str, Field(min_length=1)] | None = None
@@ -329,9 +349,9 @@ class VllmSettings(Section):
 
     server: VllmServer
     client: VllmClient
-    host: str  # address that servers of the run bind; ranks on other hosts must reach it
-    api_key_env: str  # the environment variable that holds the servers' key
-    api_key_file: str | None  # or a file that does
+    host: Name  # address that servers of the run bind; ranks on other hosts must reach it
+    api_key_env: Name  # the environment variable that holds the servers' key
+    api_key_file: Name | None  # or a file that does
 
 
 class Vllm(VllmSettings):
@@ -415,21 +435,21 @@ class Train(Section):
 class Checkpoint(Section):
     save_interval: PositiveInt
     keep_last: PositiveInt
-    resume: str  # auto, never, or the directory of one checkpoint
+    resume: Name  # auto, never, or the directory of one checkpoint
     accept_changed_data: bool  # go on although data.train gives other prompts than before
     async_save: bool
     export_hf: bool  # write a Hugging Face directory when the run ends
 
 
 class WandB(Section):
-    project: str
+    project: Name
     entity: str | None = None
     name: str | None = None
 
 
 class MLflow(Section):
-    experiment: str
-    tracking_uri: str | None = None
+    experiment: Name
+    tracking_uri: Name | None = None
 
 
 class Logging(Section):

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from nemo_trd.config import Config
 from nemo_trd.evaluation.accuracy import Accuracy
+from nemo_trd.last_line import LOG_FORMAT
 from nemo_trd.samples import Decode, Sample, sample_record, samples_page
 from nemo_trd.step_lines import StepLines, write_atomically
 from nemo_trd.trackers import Tracker, open_trackers, public_settings
@@ -266,7 +267,7 @@ class _ConsoleHandler(logging.Handler):
 def _attach_handlers(log_file: Path) -> list[logging.Handler]:
     package = logging.getLogger("nemo_trd")
     file = logging.FileHandler(log_file, encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    file.setFormatter(logging.Formatter(LOG_FORMAT))
     console = _ConsoleHandler()
     console.setFormatter(logging.Formatter("%(message)s"))
     handlers: list[logging.Handler] = [console, file]

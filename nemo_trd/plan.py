@@ -13,8 +13,8 @@ import argparse
 import json
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from nemo_trd.arguments import path
 from nemo_trd.config import Config, ConfigError, compose
 from nemo_trd.planning import show
 from nemo_trd.planning.advice import Advice, advise, capacity, on_fewer_gpus, peak
@@ -102,8 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
         description="Check settings against a cluster; estimate memory, time and disk.",
     )
     parser.add_argument("overrides", nargs="*", help="as for nemo_trd.train")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw memory by part")
+    parser.add_argument("--json", type=path, metavar="FILE", help="write all figures")
+    parser.add_argument("--plot", type=path, metavar="FILE", help="draw memory by part")
     given = parser.parse_intermixed_args(arguments)
     try:
         plan = make_plan(compose(given.overrides))

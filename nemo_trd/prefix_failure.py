@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers.utils.logging import disable_progress_bar
 
+from nemo_trd.arguments import path
 from nemo_trd.config import Config, ConfigError, Models, ModelSource, rule_broken, validate
 from nemo_trd.generation.local import DTYPES, load_model
 from nemo_trd.prefixes.answers import Answers, read_answers
@@ -183,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run.dir")
+    parser.add_argument("run_dir", type=path, metavar="RUN_DIR", help="a run.dir")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the run")
     parser.add_argument(
         "--student", metavar="DIR", help="(default: the one that the run began with)"
@@ -198,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="N",
         help="of the bootstrap (%(default)s)",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help=f"(default: RUN_DIR/{FILE})")
+    parser.add_argument("--output", type=path, metavar="FILE", help=f"(default: RUN_DIR/{FILE})")
     given = parser.parse_intermixed_args(arguments)
     try:
         found, output = write(given.run_dir, given)

@@ -270,6 +270,8 @@ def _load(source: ModelSource, field: str, problems: list[ConfigError]) -> Model
     """Read and check a model directory. What is wrong with it is added to `problems`."""
     from transformers import AutoConfig, AutoTokenizer
 
+    from nemo_trd.generation.eos import read_generation_config
+
     directory = Path(source.path).absolute()
     try:
         check_model_type(directory, field)
@@ -277,6 +279,7 @@ def _load(source: ModelSource, field: str, problems: list[ConfigError]) -> Model
         hf = _read(AutoConfig, directory, f"{field} (config.json)", options)
         check_supported(hf)
         check_weights(directory, hf, field)
+        read_generation_config(directory)
         tokenizer = _read(AutoTokenizer, directory, f"{field} (tokenizer)", options)
     except ConfigError as error:
         problems.append(error)

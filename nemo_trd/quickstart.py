@@ -5,6 +5,7 @@ python -m nemo_trd.quickstart [key=value ...]     settings of conf/experiment/qu
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -13,17 +14,30 @@ from typing import Any
 import torch
 
 from nemo_trd.config import Config, ConfigError, compose
-from nemo_trd.megatron.runtime import end_process
+from nemo_trd.last_line import end_process
 from nemo_trd.report import write_report
 from nemo_trd.toy import warm_start
 from nemo_trd.train import launch
 
 
-def main(overrides: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m nemo_trd.quickstart", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="as for nemo_trd.train, beside those of conf/experiment/quickstart.yaml",
+    )
+    overrides = parser.parse_args(arguments).overrides
     config = compose(["experiment=quickstart", *overrides])
     toy = Path(config.model.student.path).parent
     torch.set_num_threads(min(2, torch.get_num_threads()))
-    warm_start.make(toy, config.run.seed)
+    try:
+        warm_start.make(toy, config.run.seed)
+    except RuntimeError as error:  # a model did not pass its gates
+        end_process(f"nemo_trd: {error}", 1)
     torch.set_num_threads(1)  # tiny models run faster so; see nemo_trd/generation/local.py
     exit_code = launch(config)
     if exit_code == 0:
@@ -38,6 +52,9 @@ def report(config: Config, summary: dict[str, Any]) -> str:
     lines = ["", f"Held-out accuracy after {summary['steps']} steps of TRD"]
     for moment in ("before", "after"):
         score = summary[moment]
+        if score is None:
+            lines.append(f"  {moment:<7} not evaluated")
+            continue
         lines.append(
             f"  {moment:<7} avg@{k} {score[f'avg@{k}']:.3f} ± {score['stderr']:.3f}   "
             f"pass@{k} {score[f'pass@{k}']:.3f}   ({score['problems']} problems)"
@@ -54,6 +71,6 @@ def report(config: Config, summary: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1:]))
+        sys.exit(main())
     except ConfigError as error:
         end_process(f"nemo_trd: {error}", 2)

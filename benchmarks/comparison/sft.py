@@ -9,7 +9,7 @@ nemo_trd.train, but for Megatron: one process of transformers and PyTorch's Adam
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import torch
 from transformers import AutoTokenizer
@@ -102,4 +102,6 @@ def fine_tune(config: Config) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    fine_tune(compose(sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for nemo_trd.train")
+    fine_tune(compose(parser.parse_args().overrides))

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from nemo_trd.config import (
     Dataset,
     LocalGeneration,
+    Name,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -26,8 +27,8 @@ from nemo_trd.config_rules import check_dataset, check_pool
 
 class EvaluatedModel(Section):
     # A Hugging Face directory, a run directory (its newest checkpoint), or a checkpoint of a run.
-    path: str
-    hf_path: str | None  # of a checkpoint: the directory that its run began with, where it moved
+    path: Name
+    hf_path: Name | None  # of a checkpoint: the directory that its run began with, where it moved
     trust_remote_code: bool
 
 
@@ -59,7 +60,7 @@ class Bootstrap(Section):
 
 
 class EvaluationConfig(Section):
-    output: str  # samples.jsonl, results.json; a second start with the same directory resumes
+    output: Name  # samples.jsonl, results.json; a second start with the same directory resumes
     model: EvaluatedModel
     benchmarks: dict[str, Benchmark]
     samples_per_problem: PositiveInt

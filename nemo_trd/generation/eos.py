@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from nemo_trd.config import ModelSource, rule_broken
-from nemo_trd.hf_directory import read_json
 from nemo_trd.served_model import read_served
 from nemo_trd.types import TokenIds
 
@@ -85,20 +84,13 @@ def stop_ids(directory: Path, hf: Any, tokenizer: Any | None) -> set[int]:
     Raises:
         ConfigError: the file cannot be read, or its eos_token_id is neither an id nor a list.
     """
-    file = directory / "generation_config.json"
-    if file.exists():
-        configured = read_json(file, "path of the model").get("eos_token_id")
+    generation = read_generation_config(directory)
+    if generation is not None:
+        configured = generation.eos_token_id
     else:
         text = hf.get_text_config() if hasattr(hf, "get_text_config") else hf
         configured = getattr(text, "eos_token_id", None)
     ids = {configured} if isinstance(configured, int) else configured or ()
-    if not isinstance(ids, set | list | tuple) or not all(isinstance(i, int) for i in ids):
-        raise rule_broken(
-            "path of the model",
-            f"{file}: eos_token_id = {configured!r}",
-            "it is a token id or a list of them",
-            "correct it",
-        )
     own = None if tokenizer is None else tokenizer.eos_token_id
     return set(ids) | (set() if own is None else {own})
 
@@ -158,3 +150,33 @@ def _tell(
             "part in the divergence",
             *(source.path, len(more), student.path, ", ".join(more[:5])),
         )
+
+
+def read_generation_config(path: str | Path) -> GenerationConfig | None:
+    """None where the model comes without one.
+
+    Raises:
+        ConfigError: generation_config.json is damaged, or its eos_token_id names no tokens.
+    """
+    file = Path(path) / "generation_config.json"
+    if not file.exists():
+        return None
+    try:
+        found = GenerationConfig.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # whatever the file made transformers stumble over
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise rule_broken(
+            "generation_config.json",
+            str(file),
+            f"transformers cannot read it: {reason}",
+            "copy it again, or remove it: config.json then says how answers end",
+        ) from error
+    ends = found.eos_token_id
+    if not all(type(token) is int for token in (ends if isinstance(ends, list) else [ends or 0])):
+        raise rule_broken(
+            "generation_config.json",
+            str(file),
+            f"its eos_token_id is {ends!r}, and it is a token id or a list of them",
+            "correct it",
+        )
+    return found

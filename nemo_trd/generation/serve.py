@@ -21,6 +21,7 @@ from types import FrameType
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
+from nemo_trd.arguments import path
 from nemo_trd.config import ConfigError, VllmServer, conf_dir, rule_broken
 from nemo_trd.generation.api_key import read_api_key
 from nemo_trd.generation.server import Server, ServerError
@@ -40,12 +41,16 @@ def _stop_on(number: int, frame: FrameType | None) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> tuple[Server, Path | None]:
     defaults = OmegaConf.load(conf_dir() / "generation" / "vllm.yaml").vllm
-    parser = argparse.ArgumentParser(prog="python -m nemo_trd.generation.serve")
+    parser = argparse.ArgumentParser(
+        prog="python -m nemo_trd.generation.serve",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--model", required=True, help="Hugging Face directory")
     parser.add_argument("--host", default="127.0.0.1", help="address to bind")
     parser.add_argument("--port", type=int, default=0, help="0: a free one")
-    parser.add_argument("--log-file", type=Path, default=Path("vllm.log"))
-    parser.add_argument("--url-file", type=Path, help="written with the URL when it is healthy")
+    parser.add_argument("--log-file", type=path, default=Path("vllm.log"))
+    parser.add_argument("--url-file", type=path, help="written with the URL when it is healthy")
     parser.add_argument("--weight-backend", choices=("nccl", "gloo", "file"))
     parser.add_argument("--devices", default="", metavar="0,1", help="GPUs; default: all visible")
     parser.add_argument("--trust-remote-code", action="store_true")

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from nemo_trd.arguments import path
 from nemo_trd.config import Config, ConfigError, compose, rule_broken
 from nemo_trd.generation.api_key import read_api_key
 from nemo_trd.generation.server import Server, ServerError, start_all, stop_all
@@ -115,13 +116,17 @@ def address_towards(host: str) -> str:
 
 def _serve(arguments: Sequence[str] | None) -> int:
     """Start the servers and stay; the exit status of the first that ends by itself."""
-    parser = argparse.ArgumentParser(prog="python -m nemo_trd.generation.serve_node")
+    parser = argparse.ArgumentParser(
+        prog="python -m nemo_trd.generation.serve_node",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("role", choices=("student", "teacher"))
     parser.add_argument("overrides", nargs="*", help="as for nemo_trd.train")
     parser.add_argument(
         "--reached-from", required=True, metavar="HOST", help="who asks: decides the address"
     )
-    parser.add_argument("--logs", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--logs", type=path, required=True, metavar="DIR")
     given = parser.parse_intermixed_args(arguments)
     servers = servers_of_node(
         compose(given.overrides), given.role, address_towards(given.reached_from), given.logs

@@ -47,12 +47,14 @@ def read_model(source: ModelSource, field: str) -> tuple[Model, str | None]:
         ConfigError: neither exists, or config.json is damaged, incomplete or unsupported.
     """
     directory = Path(source.path).absolute()
-    shipped = SHIPPED / f"{directory.name}.json"
+    names = (directory.name, "-".join(directory.parts[-2:]))  # the toy's are in a directory: toy
+    files = [SHIPPED / f"{name}.json" for name in names]
+    shipped = next((file for file in files if file.is_file()), None)
     note = None
     if directory.is_dir():
         check_model_type(directory, field)
         settings = read_json(directory / "config.json", field)
-    elif shipped.is_file():
+    elif shipped is not None:
         settings = read_json(shipped, field)
         note = f"{field} = {source.path}: not on this machine; the shipped shape of that name"
     else:

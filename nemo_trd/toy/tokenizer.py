@@ -44,7 +44,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
         padding_side="left",
-        model_max_length=512,
+        model_max_length=4096,
     )
 
 

@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from nemo_trd.arguments import path
 from nemo_trd.config import RefinementTemplates, conf_dir
 from nemo_trd.toy import task
 from nemo_trd.toy.rows import IGNORED, Row, RowMaker, as_tensors
@@ -86,7 +87,7 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, seed: int) -> 
         num_attention_heads=heads,
         num_key_value_heads=heads,
         head_dim=HEAD_DIM,
-        max_position_embeddings=512,
+        max_position_embeddings=4096,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -267,12 +268,14 @@ def write_jsonl(path: Path, records: Iterable[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/toy"))
+def main(given: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m nemo_trd.toy.warm_start", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--out", type=path, default=Path("runs/toy"))
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--threads", type=int, default=2, help="part of what is reproducible")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     torch.set_num_threads(arguments.threads)
     report = make(arguments.out, arguments.seed)
     json.dump(report, sys.stdout, indent=2)

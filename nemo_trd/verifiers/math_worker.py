@@ -72,6 +72,7 @@ class MathWorker:
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path},
             bufsize=0,
+            start_new_session=True,  # Ctrl-C is for the run alone, which finishes its step first
         )
         try:
             self._read(START_TIMEOUT_S)

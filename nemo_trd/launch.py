@@ -1,0 +1,123 @@
+"""Start the ranks of a run on this machine, pass signals on to them, and keep their exit code.
+
+python -m nemo_trd.launch --nproc 4 parallel.student.tensor_model_parallel_size=2 run.dir=runs/mine
+
+As `torchrun --nproc-per-node`, except that a run keeps what it says of its end: SIGTERM, SIGUSR1
+and Ctrl-C reach the ranks, which take all the time that a step and its checkpoint need, and the
+exit code is theirs (75: stopped, saved, can be resumed). A second Ctrl-C ends them at once. When
+one rank fails, or is killed, none is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+GRACE_SECONDS = 20.0  # in which the ranks end by themselves after the first of them has
+POLL_SECONDS = 0.1
+PR_SET_PDEATHSIG = 1
+
+
+def launch(ranks: int, command: Sequence[str]) -> int:
+    """Run `command` once for each rank and wait for all. Returns the exit code.
+
+    That is the code of the first rank that failed, 128 + number where a signal ended it, else 0.
+    The ranks find each other by the variables that torchrun sets. They are in sessions of their
+    own, so a terminal's Ctrl-C reaches them through this process alone.
+    """
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), **address}
+    threads = {} if ranks == 1 else {"OMP_NUM_THREADS": "1"}  # ranks share the cores
+    started: list[subprocess.Popen[bytes]] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for process in started:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        for rank in range(ranks):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **world}
+            started.append(
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    env={**threads, **os.environ, **own},
+                    start_new_session=True,
+                    preexec_fn=_end_with_launcher,
+                )
+            )
+        return _wait(started)
+    finally:
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(started: Sequence[subprocess.Popen[bytes]]) -> int:
+    first, limit = 0, None
+    while running := [process for process in started if process.poll() is None]:
+        ended = [process for process in started if process not in running]
+        if ended and limit is None:  # the others are about to end: all leave a run together
+            limit = time.monotonic() + GRACE_SECONDS
+        first = first or next((p.returncode for p in ended if p.returncode), 0)
+        if limit is not None and time.monotonic() > limit:
+            numbers = ", ".join(str(started.index(process)) for process in running)
+            print(f"nemo_trd: rank {numbers} did not end with the others: killed", file=sys.stderr)
+            return _exit_code(started, first)
+        time.sleep(POLL_SECONDS)
+    first = first or next((p.returncode for p in started if p.returncode), 0)
+    return _exit_code(started, first)
+
+
+def _exit_code(started: Sequence[subprocess.Popen[bytes]], first: int) -> int:
+    """As a shell has it; ranks that a signal ended could not say so themselves."""
+    for rank, process in enumerate(started):
+        if process.returncode is not None and process.returncode < 0:
+            name = signal.Signals(-process.returncode).name
+            print(f"nemo_trd: rank {rank} was ended by {name}", file=sys.stderr)
+    return first if first >= 0 else 128 - first
+
+
+def _end_with_launcher() -> None:
+    """In a rank, before it begins. It would go on without anybody to pass signals on to it."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m nemo_trd.launch",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--nproc", type=int, required=True, metavar="N", help="ranks, one for each GPU"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for nemo_trd.train")
+    given = parser.parse_intermixed_args(arguments)
+    if given.nproc < 1:
+        parser.error(f"--nproc {given.nproc}: at least 1")
+    return launch(given.nproc, [sys.executable, "-m", "nemo_trd.train", *given.overrides])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
