@@ -6,6 +6,8 @@ import contextlib
 import logging
 import os
 import sys
+import traceback
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,17 +16,32 @@ from tqdm import tqdm
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"  # of log.txt
 
 
-def cause_of(error: BaseException) -> str:
-    """Type and first line of what went wrong; further lines are in its traceback."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+@dataclass(frozen=True)
+class Cause:
+    """Why something ends: one line, and what there is to say beside it."""
+
+    line: str
+    details: str = ""  # of the message, for people
+    trace: str = ""
+
+    @classmethod
+    def of(cls, error: BaseException) -> Cause:
+        """Type and first line of the message; its further lines are details."""
+        name, (first, _, details) = type(error).__name__, str(error).strip().partition("\n")
+        trace = "".join(traceback.format_exception(error))
+        return cls(f"{name}: {first.strip()}" if first else name, details.rstrip(), trace)
+
+    def said_by(self, prefix: str) -> Cause:
+        """The same with something before its line."""
+        return replace(self, line=f"{prefix} {self.line}")
 
 
 def append_to_log(
     log_file: Path, message: str, trace: str = "", level: int = logging.ERROR
 ) -> bool:
     """Append `trace` and then `message` as a line of the log. False where it cannot be written."""
-    record = logging.LogRecord("nemo_trd", level, "", 0, message, None, None)
+    said = message.removeprefix("nemo_trd: ")  # the name of the logger comes before it
+    record = logging.LogRecord("nemo_trd", level, "", 0, said, None, None)
     line = logging.Formatter(LOG_FORMAT).format(record)
     text = f"{trace.rstrip()}\n{line}\n".lstrip()
     try:
@@ -39,29 +56,28 @@ def append_to_log(
     return True
 
 
-def say_last(message: str, log_file: Path | None = None, trace: str = "") -> None:
+def say_last(cause: Cause, log_file: Path | None = None) -> None:
     """Write why this process ends; nothing that its threads still log comes after that.
 
-    Args:
-        message: for stderr and, where there is one, for the log.
-        log_file: of the run; None where another rank writes it, or there is none.
-        trace: for the log, or for stderr where it cannot go there.
+    The traceback goes to the log of the run, or to stderr where there is no log. Without a
+    `log_file` another rank writes it, or there is none.
     """
     logging.disable(logging.CRITICAL)
-    if log_file is not None and append_to_log(log_file, message, trace):
-        message, trace = f"{message}; see {log_file}", ""
+    before, line = cause.trace or cause.details, cause.line
+    if log_file is not None and append_to_log(log_file, line, cause.trace):
+        before, line = cause.details, f"{line}; see {log_file}"
     if getattr(tqdm, "_instances", None):  # a progress bar has left its line open
         print(file=sys.stderr)
     with contextlib.suppress(OSError):  # nobody listens any more
-        print(f"{trace}{message}", file=sys.stderr, flush=True)
+        print(*filter(None, (before.rstrip(), line)), sep="\n", file=sys.stderr, flush=True)
 
 
-def end_process(message: str, code: int, log_file: Path | None = None, trace: str = "") -> NoReturn:
+def end_process(cause: Cause | str, code: int, log_file: Path | None = None) -> NoReturn:
     """Say why, and exit at once: no destructor of a process group may wait for a rank that is gone.
 
     For the arguments see `say_last`.
     """
-    say_last(message, log_file, trace)
+    say_last(Cause(cause) if isinstance(cause, str) else cause, log_file)
     leave(code)
 
 

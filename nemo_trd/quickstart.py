@@ -34,7 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
     config = compose(["experiment=quickstart", *overrides])
     toy = Path(config.model.student.path).parent
     torch.set_num_threads(min(2, torch.get_num_threads()))
-    warm_start.make(toy, config.run.seed)
+    try:
+        warm_start.make(toy, config.run.seed)
+    except RuntimeError as error:  # a model did not pass its gates
+        end_process(f"nemo_trd: {error}", 1)
     torch.set_num_threads(1)  # tiny models run faster so; see nemo_trd/generation/local.py
     exit_code = launch(config)
     if exit_code == 0:

@@ -11,10 +11,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch.distributed as dist
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_trd.adapters.nemo_toolkit import hydra_entry
@@ -26,7 +27,7 @@ from nemo_trd.config import (
     validate,
 )
 from nemo_trd.generation import GenerationFailed
-from nemo_trd.last_line import append_to_log, end_process
+from nemo_trd.last_line import Cause, append_to_log, end_process
 from nemo_trd.lookahead import Lookahead
 from nemo_trd.megatron.parallel import from_first_rank, raise_together
 from nemo_trd.megatron.runtime import init_distributed, world_from_environment
@@ -103,12 +104,14 @@ def launch(
     log_file = config.run_dir / "log.txt"
     stop = StopRequest(config.run_dir, rank)
     try:
-        watch = init_distributed(config.parallel.timeout_minutes, log_file)
+        try:
+            watch = init_distributed(config.parallel.timeout_minutes, log_file)
+        except dist.DistError as error:
+            end_process(f"nemo_trd: the ranks do not meet: {Cause.of(error).line}", 1)
         try:
             exit_code = _run(config, work, trackers, stop)
         except ConfigError as error:
-            if rank == 0 and log_file.exists():
-                append_to_log(log_file, f"nemo_trd: {error}")
+            _record_refusal(error, log_file)
             watch.close()
             raise
         except BaseException as error:
@@ -142,9 +145,22 @@ def _run(
     return exit_code
 
 
+def _record_refusal(error: ConfigError, log_file: Path) -> None:
+    """On rank 0, in the log of a run that was there before: it ended here, too."""
+    if world_from_environment()[0] == 0 and log_file.exists():
+        append_to_log(log_file, str(error))
+
+
 def main(composed: DictConfig) -> None:
     try:
-        sys.exit(launch(validate(composed)))
+        config = validate(composed)
+    except ConfigError as error:
+        run_dir = str(OmegaConf.select(composed, "run.dir") or "").strip()
+        if run_dir:
+            _record_refusal(error, Path(run_dir) / "log.txt")
+        end_process(f"nemo_trd: {error}", 2)
+    try:
+        sys.exit(launch(config))
     except ConfigError as error:
         end_process(f"nemo_trd: {error}", 2)
 

@@ -8,7 +8,6 @@ import os
 import socket
 import threading
 import time
-import traceback
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_trd.config_error import ConfigError
-from nemo_trd.last_line import cause_of, end_process, leave, say_last
+from nemo_trd.last_line import Cause, end_process, leave, say_last
 
 FAILURE_KEY, RECORDED_KEY = "nemo_trd/failure", "nemo_trd/failure_recorded"
 POLL_SECONDS = 0.5
@@ -101,14 +100,6 @@ class Process:
         return status.rpartition(")")[2].split()[0] in "ZX"
 
 
-@dataclass(frozen=True)
-class Failure:
-    """What ends all ranks: one line, and its traceback where there is one."""
-
-    cause: str
-    trace: str = ""
-
-
 class FailureWatch:
     """Ends this process when another rank has failed or is gone, also while it waits for that one.
 
@@ -148,22 +139,22 @@ class FailureWatch:
                 if self._done.is_set():
                     return
                 self._no_first_rank = True
-                gone = Failure("the rank that holds the rendezvous store is gone")
+                gone = Cause("the rendezvous store is gone, and rank 0 or the launcher with it")
                 failure = self._lost() or gone
             if failure is not None:
                 self._end(store, failure)
 
-    def _lost(self) -> Failure | None:
+    def _lost(self) -> Cause | None:
         """A rank of this machine that has ended without a word."""
         for rank, process in self._others.items():
             if process.is_gone():
                 self._no_first_rank |= rank == 0
                 where = f"process {process.pid} on {process.on.split()[0]}"
-                return Failure(f"rank {rank} is gone ({where}): killed, or out of memory")
+                return Cause(f"rank {rank} is gone ({where}): killed, or out of memory")
         return None
 
     @staticmethod
-    def _first(store: dist.Store, own: Failure | None) -> Failure | None:
+    def _first(store: dist.Store, own: Cause | None) -> Cause | None:
         """What was reported first; `own` where nothing was.
 
         Raises:
@@ -175,15 +166,15 @@ class FailureWatch:
             reported = store.get(FAILURE_KEY)
         else:
             return None
-        return Failure(**json.loads(reported))
+        return Cause(**json.loads(reported))
 
     def fail(self, error: BaseException) -> NoReturn:
         """Report `error` as the cause unless another rank was first, and end this process."""
-        trace = "".join(traceback.format_exception(error))
+        own = Cause.of(error)
         if self._world == 1:
-            end_process(f"nemo_trd: {cause_of(error)}", 1, self._log_file, trace)
+            end_process(own.said_by("nemo_trd:"), 1, self._log_file)
         time.sleep(POLL_SECONDS / 5)  # a rank that is killed closes its connections first
-        own = Failure(f"rank {self._rank} failed first: {cause_of(error)}", trace)
+        own = own.said_by(f"rank {self._rank} failed first:")
         try:
             failure = self._first(self._store, self._lost() or own) or own
             if self._rank != 0 and not self._no_first_rank:
@@ -200,12 +191,14 @@ class FailureWatch:
                 raise RuntimeError("rank 0 does not answer")
             time.sleep(POLL_SECONDS / 5)
 
-    def _end(self, store: dist.Store, failure: Failure) -> NoReturn:
+    def _end(self, store: dist.Store, failure: Cause) -> NoReturn:
         self._ending.acquire()  # for good: a second thread waits here until the process is gone
         first = min(self._rank, 1) if self._no_first_rank else 0
-        log_file, trace = (self._log_file, failure.trace) if self._rank == first else (None, "")
+        told = failure.said_by(f"rank {self._rank} stops:")
+        if self._rank != first:
+            told = Cause(told.line)
         if self._rank == min((rank for rank in self._listeners if rank >= first), default=first):
-            say_last(f"rank {self._rank} stops: {failure.cause}", log_file, trace)
+            say_last(told, self._log_file if self._rank == first else None)
         if self._rank == 0:
             with contextlib.suppress(RuntimeError):
                 store.set(RECORDED_KEY, "1")

@@ -40,6 +40,7 @@ class StopRequest:
         self._rank = rank
         self._stop_file = run_dir / "stop"
         self._signal = 0
+        self._told = False  # that the run stops
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._previous_wakeup = signal.set_wakeup_fd(
@@ -55,7 +56,7 @@ class StopRequest:
         self._signal = number
 
     def _listen(self) -> None:
-        told, interrupted = False, None
+        interrupted = None
         while (number := self._reader.recv(1)[0]) != 0:
             if number == signal.SIGINT and interrupted is not None:
                 if time.monotonic() - interrupted > SAME_PRESS_SECONDS:
@@ -63,13 +64,13 @@ class StopRequest:
             elif number in SIGNALS:
                 self._signal = number
                 again = number == signal.SIGINT
-                if self._rank == 0 and (again or not told):
+                if self._rank == 0 and (again or not self._told):
                     log.warning(
                         "%s: the run saves and stops after the step that it is in%s",
                         signal.Signals(number).name,
                         "; Ctrl-C once more ends it at once" if again else "",
                     )
-                told = True
+                self._told = True
                 interrupted = time.monotonic() if again else None
 
     def _end_at_once(self) -> None:
@@ -94,6 +95,7 @@ class StopRequest:
         asked = torch.tensor([int(self.signalled()), int(self._stop_file.exists())])
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         signalled, stop_file = asked.tolist()
+        self._told |= bool(signalled or stop_file)  # what the run says of its end comes last
         if signalled:
             return REQUEUE_EXIT_CODE
         if not stop_file:

@@ -17,11 +17,17 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 
 TESTS = Path(__file__).resolve().parent.parent
+OWN_LAUNCHER = f"""
+import sys
+sys.path.insert(0, {str(TESTS.parent)!r})
+from nemo_trd.launch import launch
+sys.exit(launch(int(sys.argv[1]), [sys.executable, *sys.argv[2:]]))
+"""
 
 
 def launch(
@@ -53,11 +59,14 @@ def run_ranks(
     *arguments: Any,
     timeout: float = 120,
     environment: dict[str, str] | None = None,
+    launcher: Literal["torchrun", "nemo_trd"] = "torchrun",
 ) -> tuple[int, str]:
-    """As `launch`, for ranks that are meant to fail: torchrun's exit code and the output."""
-    command = [sys.executable, "-m", "torch.distributed.run"]
-    command += [f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1"]
-    command += [f"--master-port={free_port()}", __file__]
+    """As `launch`, for ranks that are meant to fail: the launcher's exit code and the output."""
+    command = [sys.executable, "-c", OWN_LAUNCHER, str(ranks), __file__]
+    if launcher == "torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run"]
+        command += [f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1"]
+        command += [f"--master-port={free_port()}", __file__]
     command += [inspect.getfile(function), function.__name__, json.dumps(arguments)]
     settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     with tempfile.TemporaryFile("w+") as output:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import time
 from itertools import product
@@ -75,7 +76,24 @@ def run_training(overrides: list[str], fault: str) -> None:
         Student.train_step = broken  # type: ignore[method-assign]
     if fault.startswith("killed"):
         Checkpointer.save = killed_in_save  # type: ignore[method-assign]
-    sys.exit(launch(compose(overrides)))
+    exit_code = launch(compose(overrides))
+    if fault == "started once more":
+        exit_code = launch(compose([*overrides, f"train.num_steps={STEPS - 1}"]))
+    sys.exit(exit_code)
+
+
+def run_until_killed(log_file: str) -> None:
+    """Rank 1 is killed without a word while rank 0 waits, and not in a collective."""
+    import os
+    import signal
+    import time
+
+    from nemo_trd.megatron.runtime import init_distributed
+
+    init_distributed(1, Path(log_file))
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
 
 
 def run_with_scripted_rollouts(directories: list[str], overrides: list[str], record: str) -> None:
@@ -167,6 +185,10 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not k.startswith(clock)} for line in lines]
 
 
+def last_line(log_file: Path) -> str:
+    return log_file.read_text().splitlines()[-1]
+
+
 @pytest.fixture(scope="module")
 def whole_run(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run on one rank that nothing interrupted."""
@@ -197,7 +219,7 @@ def test_the_records_of_a_run_are_what_its_report_shows(whole_run: Path) -> None
     assert text.count("<article") == 8 and "Not recorded: Held-out accuracy" in text
 
 
-@pytest.mark.parametrize(("ranks", "signal"), [(1, "SIGTERM"), (2, "SIGUSR1")])
+@pytest.mark.parametrize(("ranks", "signal"), [(1, "SIGINT"), (2, "SIGUSR1")])
 def test_a_signalled_run_saves_and_resumes_to_the_same_numbers(
     ranks: int, signal: str, inputs: Path, whole_run: Path, tmp_path: Path
 ) -> None:
@@ -206,11 +228,24 @@ def test_a_signalled_run_saves_and_resumes_to_the_same_numbers(
     if ranks == 2:
         assert run_ranks(ranks, run_training, whole, "")[0] == 0
         whole_run = tmp_path / "whole"
-    code, output = run_ranks(ranks, run_training, cut, signal)
-    assert code != 0 and "stopped on request after step 2" in output
-    assert "exitcode  : 75" in output  # of the rank; torchrun's own is another
+    code, output = run_ranks(ranks, run_training, cut, signal, launcher="nemo_trd")
+    assert code == 75 and "Traceback" not in output
+    assert output.count(f"{signal}: the run saves and stops after the step that it is in") == 1
+    stopped = "stopped on request after step 2; the run can be resumed: start again with run.dir="
+    assert last_line(tmp_path / "cut" / "log.txt").endswith(f"{stopped}{tmp_path / 'cut'}")
     assert len(metrics(tmp_path / "cut")) == STEPS // 2
-    assert run_ranks(ranks, run_training, cut, "")[0] == 0
+    again = "started once more" if ranks == 1 else ""  # processes meet only once
+    code, output = run_ranks(ranks, run_training, cut, again)
+    assert code == 0
+    summary = f"see {tmp_path / 'cut' / 'summary.json'}, the model in {tmp_path / 'cut' / 'export'}"
+    assert f"finished after step {STEPS}; {summary}; python -m nemo_trd.report" in output
+    said = f"finished after step {STEPS}; {summary}"
+    if again:
+        said = f"nothing left to do: step {STEPS} is done (exported) and train.num_steps is "
+        said += f"{STEPS - 1}; {summary}"
+    assert f"{said}; python -m nemo_trd.report" in last_line(tmp_path / "cut" / "log.txt")
+    config = (tmp_path / "cut" / "config.yaml").read_text()
+    assert f"num_steps: {STEPS}" in config, "what changed nothing is not recorded"
     assert metrics(tmp_path / "cut") == metrics(whole_run)
     assert len(metrics(tmp_path / "cut")) == STEPS
     files = {path.name for path in (tmp_path / "cut").iterdir()}
@@ -259,12 +294,15 @@ def test_a_checkpoint_of_a_different_model_is_refused_and_left_alone(
 ) -> None:
     sizes = {"hidden_size": 48, "intermediate_size": 48, "num_attention_heads": 4}
     other = make_model(tmp_path / "other", "qwen3", tokenizer=True, **sizes)
-    before = {path: path.stat().st_mtime_ns for path in whole_run.rglob("*")}
+    kept = [path for path in whole_run.rglob("*") if path.name != "log.txt"]
+    before = {path: path.stat().st_mtime_ns for path in kept}
     run = settings(inputs, whole_run, f"model.student.path={other}", "train.num_steps=6")
     code, output = run_ranks(1, run_training, run, "")
     assert code not in (0, -1)
-    assert "it holds a model with hidden_size = 32, and the student has 48" in output
-    assert {path: path.stat().st_mtime_ns for path in whole_run.rglob("*")} == before
+    refused = "it holds a model with hidden_size = 32, and the student has 48"
+    assert refused in output and refused in last_line(whole_run / "log.txt")
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
+    assert {path for path in whole_run.rglob("*") if path.name != "log.txt"} == set(kept)
 
 
 def test_a_rank_without_a_trajectory_takes_part_with_nothing(inputs: Path, tmp_path: Path) -> None:
@@ -314,11 +352,35 @@ def test_an_exception_on_one_rank_ends_all_ranks_with_its_cause(
 ) -> None:
     start = time.monotonic()
     code, output = run_ranks(
-        2, run_training, settings(inputs, tmp_path / "run", *PP2), "exception", timeout=100
+        2,
+        run_training,
+        settings(inputs, tmp_path / "run", *PP2),
+        "exception",
+        timeout=100,
+        launcher="nemo_trd",
     )
-    assert code not in (0, -1)  # failed by itself, not by the time limit
-    assert "rank 1 failed first: RuntimeError: broken on purpose" in output
+    assert code == 1
+    log_file = tmp_path / "run" / "log.txt"
+    cause = "rank 0 stops: rank 1 failed first: RuntimeError: broken on purpose"
+    assert output.splitlines()[-1] == f"{cause}; see {log_file}"
+    assert output.count("broken on purpose") == 1 and "Traceback" not in output
+    assert last_line(log_file).endswith(f" ERROR nemo_trd: {cause}")
+    assert "in broken\n" in log_file.read_text(), "the traceback of the rank that failed"
     assert time.monotonic() - start < 90
+
+
+def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:
+    log_file = tmp_path / "log.txt"
+    code, output = run_ranks(2, run_until_killed, str(log_file), launcher="nemo_trd")
+    assert code == 128 + 9, output
+    told = output.splitlines()
+    assert re.fullmatch(
+        r"rank 0 stops: rank 1 is gone \(process \d+ on \S+\): killed, or out of memory; see "
+        + re.escape(str(log_file)),
+        told[0],
+    )
+    assert told[1:] == ["nemo_trd: rank 1 was ended by SIGKILL"]
+    assert last_line(log_file).endswith("killed, or out of memory")
 
 
 def test_steps_with_nothing_to_train_on_are_skipped_and_then_stop_the_run(
@@ -326,9 +388,10 @@ def test_steps_with_nothing_to_train_on_are_skipped_and_then_stop_the_run(
 ) -> None:
     nothing = ["refinement.on_failure=drop", "generation.refinement.max_tokens=1"]
     overrides = settings(inputs, tmp_path / "run", *nothing, "train.max_failed_steps=2")
-    code, output = run_ranks(1, run_training, overrides, "")
+    code, output = run_ranks(1, run_training, overrides, "", launcher="nemo_trd")
     assert code == 1
-    assert "2 steps in a row (train.max_failed_steps)" in output
+    assert "2 steps in a row (train.max_failed_steps)" in last_line(tmp_path / "run" / "log.txt")
+    assert "2 steps in a row (train.max_failed_steps)" in output and "Traceback" not in output
     assert "'rejected_truncated': 4" in output
     assert [("loss" in line) for line in metrics(tmp_path / "run")] == [False, False]
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -296,6 +299,58 @@ def test_setting_that_breaks_a_rule_is_refused(case: str) -> None:
         compose(overrides)
     for part in parts:
         assert part in str(refused.value)
+
+
+def settings_of(
+    schema: type[BaseModel], kind: type, where: tuple[str, ...] = ()
+) -> Iterator[tuple[str, ...]]:
+    """Where the schema has settings of this type."""
+    for name, field in schema.model_fields.items():
+        for inner in (field.annotation, *get_args(field.annotation)):
+            if inner is kind or kind in get_args(inner):
+                yield (*where, name)
+            elif isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from settings_of(inner, kind, (*where, name))
+
+
+def with_value(settings: dict[str, Any], where: tuple[str, ...], value: object) -> dict[str, Any]:
+    name, *rest = where
+    inner = with_value(settings[name] or {}, tuple(rest), value) if rest else value
+    return {**settings, name: inner}
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_number_that_is_not_finite_is_refused_wherever_it_stands(value: float) -> None:
+    """Booleans aside, any number may be a float: those that are counts refuse them as such."""
+    settings = OmegaConf.to_container(composed("generation=vllm"), resolve=True)
+    assert isinstance(settings, dict)
+    places = list(settings_of(Config, float))
+    assert {("optimizer", "lr"), ("loss", "temperature"), ("cluster", "disk_gib")} <= set(places)
+    places += [("data", "chat_template_kwargs", "budget"), ("optimizer", "betas")]
+    for where in places:
+        given = [value, 0.9] if where[-1] == "betas" else value
+        with pytest.raises(ConfigError, match=re.escape(f"{'.'.join(where[:2])}")):
+            validate(with_value(settings, where, given))
+
+
+@pytest.mark.parametrize("value", ["", "  "])
+def test_an_empty_path_is_refused_wherever_it_stands(value: str) -> None:
+    """It would be the current directory."""
+    settings = OmegaConf.to_container(composed("generation=vllm"), resolve=True)
+    assert isinstance(settings, dict)
+    for field in (
+        *("run.dir", "model.student.path", "model.teacher.path", "data.train.path"),
+        *("data.validation.path", "checkpoint.resume", "generation.vllm.server.python"),
+        *("generation.vllm.weight_sync.directory", "generation.vllm.api_key_file"),
+        *("generation.vllm.host", "generation.vllm.api_key_env"),
+    ):
+        with pytest.raises(ConfigError, match=f"{field} = {value!r}: it may not be empty"):
+            validate(with_value(settings, tuple(field.split(".")), value))
+    evaluation = OmegaConf.to_container(with_placeholders(composed(config_name="evaluate")))
+    assert isinstance(evaluation, dict)
+    for field in ("output", "model.path", "model.hf_path"):
+        with pytest.raises(ConfigError, match=f"{field} = {value!r}: it may not be empty"):
+            validate_as(EvaluationConfig, with_value(evaluation, tuple(field.split(".")), value))
 
 
 def test_all_wrong_values_are_told_at_once() -> None:

@@ -74,7 +74,10 @@ def planned(*overrides: str) -> Plan:
 # Parameters
 
 
-@pytest.mark.parametrize("file", sorted(SHIPPED.glob("*.json")), ids=lambda file: file.stem)
+REAL = [file for file in sorted(SHIPPED.glob("*.json")) if not file.stem.startswith("toy-")]
+
+
+@pytest.mark.parametrize("file", REAL, ids=lambda file: file.stem)
 def test_shipped_shapes_have_the_parameters_that_transformers_counts(file: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -682,6 +685,23 @@ def test_what_does_not_fit_ends_with_1_and_advice(capsys: pytest.CaptureFixture[
     shown = capsys.readouterr().out
     assert "DOES NOT FIT" in shown and "the largest item is activations" in shown
     assert "It fits with train.recompute=full" in shown
+
+
+def test_the_default_settings_are_planned_from_the_shapes_that_the_warm_start_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nemo_trd.toy import warm_start
+    from nemo_trd.toy.tokenizer import build_tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    assert main([]) == 0
+    assert "runs/toy/student: not on this machine; the shipped shape" in capsys.readouterr().out
+    for role, recipe in (("student", warm_start.STUDENT), ("teacher", warm_start.TEACHER)):
+        made = warm_start.new_model(recipe, build_tokenizer(), seed=0).config
+        shipped = json.loads((SHIPPED / f"toy-{role}.json").read_text())
+        assert shipped.pop("rope_theta") == made.rope_parameters["rope_theta"]
+        assert shipped == {key: getattr(made, key) for key in shipped}
+    assert main(["model.student.path=runs/mine/student"]) == 2, "a name alone is not the toy's"
 
 
 @pytest.mark.parametrize("option", ["--json", "--plot"])

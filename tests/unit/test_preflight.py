@@ -199,6 +199,18 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         lambda m: edit_json(m / "student" / "config.json", hidden_size="many"),
         (STUDENT, "models/student", "transformers cannot read it", "complete"),
     ),
+    "generation config that is no JSON": (
+        lambda m: (m / "student" / "generation_config.json").write_text('{"eos_token_id": 2,'),
+        ("student/generation_config.json", "transformers cannot read it", "copy it again"),
+    ),
+    "generation config that is a list": (
+        lambda m: (m / "teacher" / "generation_config.json").write_text("[1]"),
+        ("teacher/generation_config.json", "transformers cannot read it", "remove it"),
+    ),
+    "generation config whose EOS is no token": (
+        lambda m: edit_json(m / "student" / "generation_config.json", eos_token_id=[2, "</s>"]),
+        ("student/generation_config.json", "its eos_token_id is [2, '</s>']", "correct it"),
+    ),
     "other architecture": (
         lambda m: edit_json(m / "student" / "config.json", model_type="mamba"),
         (STUDENT, "model_type", "'mamba'", "llama, qwen2, qwen3", "choose a model"),

@@ -72,12 +72,12 @@ def test_the_second_ctrl_c_ends_a_process_whose_main_thread_is_busy_and_a_second
         return
     stops = "the run saves and stops after the step that it is in"
     ended = (
-        f"nemo_trd: ended at once by a second Ctrl-C: {tmp_path / 'checkpoints'} is kept, and the "
+        f"ended at once by a second Ctrl-C: {tmp_path / 'checkpoints'} is kept, and the "
         "run can be resumed from there"
     )
     assert told == [
         f"SIGTERM: {stops}",
         f"SIGINT: {stops}; Ctrl-C once more ends it at once",
-        f"{ended}; see {log_file}",
+        f"nemo_trd: {ended}; see {log_file}",
     ]
     assert log_file.read_text().endswith(f" ERROR nemo_trd: {ended}\n")
