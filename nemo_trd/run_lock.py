@@ -94,6 +94,17 @@ def is_gone(holder: Holder) -> bool:
     return _process_start(holder.pid) != holder.process_start
 
 
+def at_work(run_dir: Path) -> bool:
+    """Whether a run holds the directory, as far as can be told without waiting."""
+    lock = RunLock(run_dir)
+    holder, beaten_at = lock.holder(), lock.beaten_at()
+    if holder is None or beaten_at is None:
+        return False
+    if lock.is_of_this_machine(holder):
+        return not is_gone(holder)
+    return time.time() - beaten_at < LOST_SECONDS
+
+
 class RunLock:
     """`RUN_DIR/run.lock`. One process of a run holds it, from `acquire` to `release`."""
 
@@ -128,7 +139,7 @@ class RunLock:
             ) from None
         try:
             while not self._create():
-                holder = self._read()
+                holder = self.holder()
                 if holder is None:  # released just now
                     continue
                 reason = self._why_lost(holder)
@@ -163,7 +174,7 @@ class RunLock:
         self._ended.set()
         self._thread.join()
         self._thread = None
-        if self._read() == self._own:
+        if self.holder() == self._own:
             self._file.unlink(missing_ok=True)
 
     def _create(self) -> bool:
@@ -180,7 +191,7 @@ class RunLock:
                 file.write(json.dumps(asdict(self._own)))
         return True
 
-    def _read(self) -> Holder | None:
+    def holder(self) -> Holder | None:
         """Who holds the lock; None when nobody does."""
         try:
             return Holder(**json.loads(self._file.read_text(encoding="utf-8")))
@@ -199,7 +210,7 @@ class RunLock:
         same_job = own.slurm_job is not None and own.slurm_job == holder.slurm_job
         if same_job and own.slurm_attempt != holder.slurm_attempt:
             return "an earlier attempt of this Slurm job, which was requeued"
-        if own.machine and own.machine == holder.machine:
+        if self.is_of_this_machine(holder):
             if is_gone(holder):
                 return "that process is gone"
             raise self._refusal(holder, "that process is running")
@@ -207,9 +218,9 @@ class RunLock:
 
     def _wait_for_heartbeat(self, holder: Holder) -> str | None:
         """Watch the lock of a process that cannot be looked at from here."""
-        first = self._beaten_at()
+        first = self.beaten_at()
         told = False
-        while (last := self._beaten_at()) is not None and last == first:
+        while (last := self.beaten_at()) is not None and last == first:
             age = self._now() - last
             if age >= LOST_SECONDS:
                 return f"its last sign of life was {age:.0f} s ago ({LOST_SECONDS:.0f} are allowed)"
@@ -224,11 +235,16 @@ class RunLock:
                 )
                 told = True
             time.sleep(POLL_SECONDS)
-        if last is not None and self._read() == holder:
+        if last is not None and self.holder() == holder:
             raise self._refusal(holder, f"it gives a sign of life every {HEARTBEAT_SECONDS:.0f} s")
         return None
 
-    def _beaten_at(self) -> float | None:
+    def is_of_this_machine(self, holder: Holder) -> bool:
+        """Whether its process can be looked at from here."""
+        return bool(self._own.machine) and self._own.machine == holder.machine
+
+    def beaten_at(self) -> float | None:
+        """When its holder last gave a sign of life, in seconds since the epoch."""
         try:
             return self._file.stat().st_mtime
         except FileNotFoundError:
@@ -260,7 +276,7 @@ class RunLock:
             time.sleep(POLL_SECONDS / 10)
             return False
         try:
-            if self._read() != holder:
+            if self.holder() != holder:
                 return False
             os.replace(self._fresh, self._file)
             return True
@@ -278,7 +294,7 @@ class RunLock:
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
             try:
-                holder = self._read()
+                holder = self.holder()
                 if holder is None:  # removed by hand
                     self._fresh.write_text(json.dumps(asdict(self._own)), encoding="utf-8")
                     self._create()

@@ -35,6 +35,7 @@ from nemo_trd.megatron.stop_request import StopRequest
 from nemo_trd.metrics import Timers
 from nemo_trd.outcome import nothing_left
 from nemo_trd.run import Run, load_inputs
+from nemo_trd.run_lock import at_work
 from nemo_trd.trackers import Tracker
 from nemo_trd.types import Refinement
 
@@ -146,8 +147,11 @@ def _run(
 
 
 def _record_refusal(error: ConfigError, log_file: Path) -> None:
-    """On rank 0, in the log of a run that was there before: it ended here, too."""
-    if world_from_environment()[0] == 0 and log_file.exists():
+    """On rank 0, in the log of a run that was there before: it ended here, too.
+
+    Not in that of a run that is at work in the directory.
+    """
+    if world_from_environment()[0] == 0 and log_file.exists() and not at_work(log_file.parent):
         append_to_log(log_file, str(error))
 
 

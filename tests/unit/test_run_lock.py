@@ -15,7 +15,7 @@ import pytest
 
 from nemo_trd import run_lock
 from nemo_trd.config import ConfigError
-from nemo_trd.run_lock import Holder, RunLock, this_process
+from nemo_trd.run_lock import Holder, RunLock, at_work, this_process
 
 
 @pytest.fixture(autouse=True)
@@ -174,3 +174,16 @@ def test_without_hard_links_the_lock_is_made_all_the_same(
     with pytest.raises(ConfigError, match="another run is at work"):
         RunLock(tmp_path).acquire()
     lock.release()
+
+
+def test_a_directory_is_known_to_be_at_work_while_its_run_lives(
+    tmp_path: Path, child: Holder
+) -> None:
+    assert not at_work(tmp_path)
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    assert at_work(tmp_path)
+    lock.release()
+    assert not at_work(tmp_path)
+    held_by(tmp_path, replace(child, process_start=1))
+    assert not at_work(tmp_path), "its process is gone"
