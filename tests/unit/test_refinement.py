@@ -492,7 +492,9 @@ def test_samples_that_were_kept_before_contexts_could_differ_are_still_read() ->
     del old["3"][0]["request"]["scored_token_ids"]
     del old["3"][0]["request"]["rollout"]["prompt"]["messages"]
     [read] = SAMPLES.validate_json(json.dumps(old))[3]
-    assert privileged_context(read.request.rollout.prompt, configured(), TOKENIZER) == (5,)
+    assert privileged_context(read.request.rollout.prompt, configured(), TOKENIZER).token_ids == (
+        5,
+    )
     assert read.request.scoring_context == (1, 2)
 
 
