@@ -9,6 +9,9 @@ from pathlib import Path
 from nemo_trd.config import ConfigError, rule_broken
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# In messages that come from another process, without their OSError. The last is what torch's writer
+# says after a write that the system cut short.
+SIGNS = ("No space left", "Disk quota exceeded", "File too large", "unexpected pos")
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -82,7 +85,7 @@ def is_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL:
             return True
-        if "No space left" in str(error) or "Disk quota exceeded" in str(error):
+        if any(sign in str(error) for sign in SIGNS):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -166,17 +166,17 @@ class Checkpointer:
         try:
             yield
         except (Exception, CheckpointException) as error:
-            told: list[str] = []
+            told = ""
+            shown: BaseException | None = None  # the trace of what is not known
             if dist.get_rank() == 0:
                 shutil.rmtree(partial_dir, ignore_errors=True)
-            known = None
             if dist.get_rank() == 0 or not isinstance(error, CheckpointException):
-                known = self._full(error)
-                told = [known or self._first_line(error)]
+                full = self._full(error)
+                told = full or self._first_line(error)
+                shown = error if full is None else None
             if isinstance(error, CheckpointException):
                 told = from_first_rank(lambda: told)
-            failed = SaveFailed(self._message(partial_dir, told[0]))
-            raise failed from (error if known is None else None)
+            raise SaveFailed(self._message(partial_dir, told)) from shown
 
     def _full(self, error: BaseException) -> str | None:
         """That the disk is full, in words; None where something else ended the save.
@@ -187,7 +187,8 @@ class Checkpointer:
         if missing is None and any(map(disk_space.is_full, _causes(error))):
             free = disk_space.free_bytes(self._root) or 0
             missing = (
-                f"no space was left, or a quota is used up: {disk_space.size(free)} are free in "
+                "a write was cut short (no space left, or a quota): "
+                f"{disk_space.size(free)} are free in "
                 f"{self._root} now, and a checkpoint needs {disk_space.size(self._needed)}"
             )
         return missing

@@ -138,7 +138,7 @@ def save_where_nothing_fits(directory: str) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, unlimited[1]))
         full = save(good + 2)
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-        assert "no space was left, or a quota is used up" in full, full
+        assert "a write was cut short (no space left, or a quota)" in full, full
         for message in (refused, full):
             assert "could not be saved" in message and message.endswith(newest)
             assert "\n" not in message
