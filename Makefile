@@ -33,7 +33,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 PYTEST_ARGS := --durations=15
 # What depends on megatron-core and must pass with both of its versions.
-MCORE_TESTS := $(addprefix tests/unit/, test_model.py test_hf_weights.py test_resume.py) $(addprefix tests/distributed/, \
+MCORE_TESTS := $(addprefix tests/unit/, test_model.py test_hf_weights.py test_resuming.py) $(addprefix tests/distributed/, \
 	test_gradients.py test_hf_weights_parallel.py test_non_finite.py test_parallel_layouts.py \
 	test_resume.py)
 
