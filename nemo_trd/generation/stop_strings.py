@@ -45,6 +45,8 @@ class StopStrings:
     def cut(self, prompt: TokenIds, token_ids: Sequence[int]) -> Cut | None:
         """What lies before the first one that is complete; None where there is none."""
         context = prompt[-CONTEXT_TOKENS:]
+        if self._decode(context).endswith("\ufffd"):  # a character that the completion goes on with
+            context = ()
         skipped = len(self._decode(context))
 
         def text(count: int) -> str:
