@@ -50,8 +50,8 @@ class StopStrings:
         skipped = len(self._decode(context))
 
         def text(count: int) -> str:
-            """Of the first `count` tokens."""
-            return self._decode([*context, *token_ids[:count]])[skipped:]
+            """Of the first `count` tokens, without a last character of which some is to come."""
+            return self._decode([*context, *token_ids[:count]])[skipped:].rstrip("\ufffd")
 
         if self._found(text(len(token_ids))) is None:
             return None
