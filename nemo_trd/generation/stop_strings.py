@@ -45,11 +45,13 @@ class StopStrings:
     def cut(self, prompt: TokenIds, token_ids: Sequence[int]) -> Cut | None:
         """What lies before the first one that is complete; None where there is none."""
         context = prompt[-CONTEXT_TOKENS:]
+        if self._decode(context).endswith("\ufffd"):  # a character that the completion goes on with
+            context = ()
         skipped = len(self._decode(context))
 
         def text(count: int) -> str:
-            """Of the first `count` tokens."""
-            return self._decode([*context, *token_ids[:count]])[skipped:]
+            """Of the first `count` tokens, without a last character of which some is to come."""
+            return self._decode([*context, *token_ids[:count]])[skipped:].rstrip("\ufffd")
 
         if self._found(text(len(token_ids))) is None:
             return None

@@ -60,6 +60,15 @@ def test_tokens_before_a_stop_are_kept_and_the_text_is_cut_exactly(
     assert ended == [n for n, t in enumerate(text) if any(s in t for s in stop)]
 
 
+def test_half_a_character_is_no_text() -> None:
+    tokenizer = byte_tokenizer()
+    stops = StopStrings(["\ufffd", "é"], tokenizer.decode)
+    letters = tuple(tokenizer("aéb")["input_ids"])
+    assert len(letters) == 4
+    assert [n for n in range(5) if stops.ends((), letters[:n])] == [3, 4]
+    assert stops.cut((), letters) == Cut(letters[:1], "")
+
+
 def test_a_local_completion_ends_where_its_text_would(tmp_path: Path) -> None:
     model = make_model(tmp_path, "qwen3", tokenizer=True, num_hidden_layers=2, eos_token_id=None)
     tokenizer = byte_tokenizer()
