@@ -40,7 +40,12 @@ def save(root: Path, step: int, keep_last: int = 9) -> Path:
 
 def settings(resume: str = "auto") -> Checkpoint:
     return Checkpoint(
-        save_interval=1, keep_last=1, resume=resume, async_save=False, export_hf=False
+        save_interval=1,
+        keep_last=1,
+        resume=resume,
+        accept_changed_data=False,
+        async_save=False,
+        export_hf=False,
     )
 
 
