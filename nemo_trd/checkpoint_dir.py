@@ -91,9 +91,9 @@ def _sync_to_disk(directory: Path) -> None:
 
 
 def complete_checkpoints(root: Path) -> list[Path]:
-    """Directories with a final name, in the order of saving."""
+    """Directories with a final name, and a copy in the place of `latest`, as they were saved."""
     found = [p for p in root.glob("step_*") if p.is_dir() and not p.name.endswith(PARTIAL)]
-    return sorted(found, key=_order)
+    return sorted([*found, *filter(None, [latest.copied(root)])], key=_order)
 
 
 def _order(checkpoint: Path) -> tuple[int, str]:
@@ -121,10 +121,11 @@ def defects(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be loaded, or None when all its files have the recorded size."""
     try:
         record = read_record(checkpoint)
-        recorded = record["files"]
+        recorded = dict(record["files"])
+        read_state(checkpoint)
     except FileNotFoundError:
         return f"{STATE_FILE} is missing"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{STATE_FILE} is damaged ({error})"
     own = record.get("own_checksum")
     if own is not None and own != checksums.text_checksum(_canonical(record)):
@@ -164,6 +165,12 @@ def read_samples_ahead(checkpoint: Path) -> dict[int, list[Refinement]]:
 def read_state(checkpoint: Path) -> TrainerState:
     settings = read_record(checkpoint)
     return TrainerState(**{name: v for name, v in settings.items() if name not in RECORD})
+
+
+def records_of(checkpoint: Path) -> Path:
+    """Where settings and metrics of its run are: the run directory, or beside abandoned ones."""
+    aside = (checkpoint.parent / "config.yaml").is_file()
+    return checkpoint.parent if aside else checkpoint.parent.parent
 
 
 def candidates(root: Path) -> list[Path]:

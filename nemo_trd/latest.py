@@ -42,13 +42,21 @@ def forget(root: Path) -> None:
 
 def read(root: Path) -> Path | None:
     """Where `latest` leads, whether something is there or not; None without it."""
-    return follow(root / NAME) if os.path.lexists(root / NAME) else None
+    there = os.path.lexists(root / NAME) and copied(root) is None
+    return follow(root / NAME) if there else None
+
+
+def copied(root: Path) -> Path | None:
+    """A directory in the place of `latest`, as copying with all links followed makes it."""
+    place = root / NAME
+    return place if place.is_dir() and not place.is_symlink() else None
 
 
 def follow(path: Path) -> Path:
     """The directory that a path means: a link, or a text file named `latest`, is followed."""
     if path.name == NAME and path.is_file():
-        return Path(os.path.normpath(path.parent / path.read_text(encoding="utf-8").strip()))
+        target = path.read_text(encoding="utf-8", errors="replace").strip()
+        return Path(os.path.normpath(path.parent / (target or "nowhere")))
     if path.is_symlink():
         return Path(os.path.normpath(path.parent / os.readlink(path)))
     return path

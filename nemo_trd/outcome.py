@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from nemo_trd import latest
 from nemo_trd.checkpoint_dir import read_state
 from nemo_trd.config import Config
 
@@ -12,11 +13,13 @@ from nemo_trd.config import Config
 def nothing_left(config: Config, checkpoint: Path | None) -> str | None:
     """A line that says so for a run with all its steps, its last evaluation and its export.
 
-    None where something is left, or where the run does not go on from `checkpoint`.
+    None where something is left, or where `checkpoint` is not the run's current one.
     """
     if checkpoint is None:
         return None
     step, wanted, run_dir = read_state(checkpoint).step, config.train.num_steps, config.run_dir
+    if checkpoint != latest.read(run_dir / "checkpoints"):
+        return None
     try:
         summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

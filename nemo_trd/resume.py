@@ -88,7 +88,7 @@ def changes_since(checkpoint: Path, config: Config) -> tuple[list[Change], str]:
     """What has changed since a checkpoint was made, and a line that says so, "" if nothing has."""
     state = read_state(checkpoint)
     if not state.settings:
-        differ = "settings that change the numbers differ from those that it was made with"
+        differ = "settings that change the numbers may differ from those that it was made with"
         return [], "" if state.digest == config.digest() else f"{differ}; it does not record which"
     changes = changed_settings(state.settings, config)
     return changes, f"changed: {'; '.join(map(str, changes))}" if changes else ""

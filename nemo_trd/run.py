@@ -12,7 +12,12 @@ import torch.distributed as dist
 
 from nemo_trd import agreement, disk_space, latest, preflight
 from nemo_trd.analysis import change, mean_change, rewritten, rollout_nll
-from nemo_trd.checkpoint_dir import TrainerState, find_checkpoint, read_samples_ahead
+from nemo_trd.checkpoint_dir import (
+    TrainerState,
+    find_checkpoint,
+    read_samples_ahead,
+    read_state,
+)
 from nemo_trd.config import Config
 from nemo_trd.evaluation.accuracy import Accuracy
 from nemo_trd.evaluation.in_run import evaluate
@@ -21,7 +26,7 @@ from nemo_trd.generators import Generators
 from nemo_trd.megatron.checkpoint import Checkpointer
 from nemo_trd.megatron.hf_weights import save_hf_directory
 from nemo_trd.megatron.learning_rate import rate_change
-from nemo_trd.megatron.parallel import from_first_rank, merge_shares, own_share, raise_together
+from nemo_trd.megatron.parallel import from_first_rank, merge_shares, own_share
 from nemo_trd.megatron.stop_request import StopRequest
 from nemo_trd.megatron.student import StepResult, Student
 from nemo_trd.megatron.teacher import Teacher
@@ -104,11 +109,12 @@ def load_inputs(config: Config, world_size: int) -> Inputs:
         ).prompts
     known = digests(prompts.prompts)
     root = config.run_dir / "checkpoints"
-    disk_space.check_before_start(root, _first_checkpoint(config, student.hf))
     checkpoint = find_checkpoint(config.checkpoint, root)
     if checkpoint is not None:
         check_matches(checkpoint, model_identity(student.hf), config)
         check_prompts(checkpoint, known, config)
+    if checkpoint is None or read_state(checkpoint).step < config.train.num_steps:
+        disk_space.check_before_start(root, _first_checkpoint(config, student.hf))
     return Inputs(student_tokenizer, teacher_tokenizer, prompts, validation, checkpoint, known)
 
 
@@ -461,7 +467,7 @@ class Run:
     def save(self, samples_ahead: Mapping[int, list[Refinement]] | None = None) -> None:
         """Write a checkpoint, unless there is one of this step; `samples_ahead` are kept in it."""
         if self._saved_step != self.step:
-            raise_together(self._lock.check)
+            from_first_rank(self._lock.check)
             self._checkpointer.save(self._state, samples_ahead, self._inputs.prompt_digests)
             self._saved_step = self.step
 

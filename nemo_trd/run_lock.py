@@ -14,6 +14,7 @@ It is made with link(2) or O_EXCL, which shared file systems do exactly once; fl
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -131,6 +132,8 @@ class RunLock:
             self._run_dir.mkdir(parents=True, exist_ok=True)
             self._fresh.write_text(json.dumps(asdict(self._own)), encoding="utf-8")
         except OSError as error:
+            with contextlib.suppress(OSError):
+                self._fresh.unlink()
             raise rule_broken(
                 "run.dir",
                 str(self._run_dir),

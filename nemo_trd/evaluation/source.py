@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from nemo_trd import latest
-from nemo_trd.checkpoint_dir import STATE_FILE, candidates, defects
+from nemo_trd.checkpoint_dir import STATE_FILE, candidates, defects, records_of
 from nemo_trd.config import ModelSource, rule_broken
 from nemo_trd.evaluation.settings import EvaluatedModel
 
@@ -86,11 +86,7 @@ def find_source(model: EvaluatedModel) -> Source:
     reason = defects(checkpoint)
     if reason:
         raise rule_broken("model.path", str(checkpoint), reason, "name a complete checkpoint")
-    # Abandoned checkpoints lie beside a copy of the settings that they were made with.
-    beside = checkpoint.parent / "config.yaml"
-    settings = _run_settings(
-        beside if beside.is_file() else checkpoint.parent.parent / "config.yaml"
-    )
+    settings = _run_settings(records_of(checkpoint) / "config.yaml")
     student = settings.model.student
     hf = Path(model.hf_path or student.path)
     if not (hf / "config.json").is_file():

@@ -72,9 +72,9 @@ class Checkpointer:
         """Make room for what this run saves. Returns what was done, for the log, on rank 0."""
         begun: list[str] = []
         if dist.get_rank() == 0:
-            begun = begin_line(self._root, resumed)
             if resumed is not None:
                 self._needed = checkpoint_dir.checkpoint_size(resumed)
+            begun = begin_line(self._root, resumed)
         dist.barrier()
         return begun
 

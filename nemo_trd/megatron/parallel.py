@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -123,12 +123,13 @@ def from_first_rank(make: Callable[[], Result]) -> Result:
     Raises:
         ConfigError: on all ranks, what `make` raised.
     """
-    made: list[Result | None] = [None]
-
-    def on_first() -> None:
-        if dist.get_rank() == 0:
+    made: list[Any] = [None, None]  # what, and the message of a refusal
+    if dist.get_rank() == 0:
+        try:
             made[0] = make()
-
-    raise_together(on_first)
+        except ConfigError as error:
+            made[1] = str(error)
     dist.broadcast_object_list(made, src=0)
+    if made[1] is not None:
+        raise ConfigError(made[1])
     return cast(Result, made[0])

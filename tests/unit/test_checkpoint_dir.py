@@ -61,6 +61,7 @@ def run_dir(tmp_path: Path) -> Path:
         save(run / "checkpoints", step)
     lines = "".join(json.dumps({"step": step}) + "\n" for step in range(1, 7))
     (run / "metrics.jsonl").write_text(lines)
+    (run / "config.yaml").write_text("")
     (run / "samples").mkdir()
     for step in (2, 6):
         (run / "samples" / f"step_{step:06d}.md").write_text(str(step))
@@ -111,9 +112,15 @@ def test_going_on_from_an_older_checkpoint_abandons_the_later_ones(root: Path) -
     assert names(sorted((root.parent / "samples").iterdir())) == ["step_000002.md"]
     save(root, 4)
     assert names(complete_checkpoints(root)) == ["step_00000003", "step_00000004"]
+    (root.parent / "metrics.jsonl").write_text('{"step": 4}\n')
+    (root.parent / "summary.json").write_text('{"steps": 4}')
     back = find_checkpoint(settings(str(root / "abandoned_001" / checkpoint_name(6))), root)
     begin_line(root, back)
     assert find_checkpoint(settings(), root) == root / "abandoned_001" / checkpoint_name(6)
+    assert len((root.parent / "metrics.jsonl").read_text().splitlines()) == 6  # of that line
+    assert not (root.parent / "summary.json").exists()  # of the line that it did not end
+    assert (root / "abandoned_002" / "metrics.jsonl").read_text() == '{"step": 4}\n'
+    assert (root / "abandoned_002" / "summary.json").exists()
     assert names(complete_checkpoints(root / "abandoned_002")) == [
         "step_00000003",
         "step_00000004",
@@ -140,6 +147,32 @@ def test_latest_decides_and_then_the_order_of_saving(root: Path) -> None:
     latest.point(root, root / checkpoint_name(4))
     (root / checkpoint_name(4) / "__0_0.distcp").unlink()
     assert find_checkpoint(settings(), root) == root / checkpoint_name(6)
+
+
+@pytest.mark.parametrize("named", ["latest", "auto"])
+@pytest.mark.parametrize("alone", [False, True], ids=["beside its step", "alone"])
+def test_a_copy_with_links_followed_goes_on_as_the_run_would(
+    alone: bool, named: str, run_dir: Path
+) -> None:
+    root, six = run_dir / "checkpoints", run_dir / "checkpoints" / checkpoint_name(6)
+    (root / "latest").unlink()
+    shutil.copytree(six, root / "latest")
+    if alone:
+        shutil.rmtree(six)
+    begin_line(
+        root, find_checkpoint(settings(str(root / named) if named == "latest" else named), root)
+    )
+    assert find_checkpoint(settings(), root) == latest.read(root) == six
+    assert names(complete_checkpoints(root)) == ["step_00000003", "step_00000006"]
+    assert save(root, 7) == latest.read(root)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\0", b"step_00000009\n"])
+def test_a_latest_that_leads_nowhere_is_passed_over(content: bytes, run_dir: Path) -> None:
+    root = run_dir / "checkpoints"
+    (root / "latest").unlink()
+    (root / "latest").write_bytes(content)
+    assert names(candidates(root)) == ["step_00000006", "step_00000003"]
 
 
 def test_a_run_directory_is_evaluated_at_its_current_checkpoint(root: Path) -> None:
@@ -191,6 +224,15 @@ def test_changed_bytes_of_unchanged_size_are_found_and_named(name: str, run_dir:
     (checkpoint / name).write_bytes(content)
     assert defects(checkpoint) is None
     assert f"{name} is damaged" in str(checksums.first_difference(checkpoint, expected))
+
+
+@pytest.mark.parametrize("change", [{"files": None}, {"files": ["x"]}, {"a later field": 1}])
+def test_a_state_that_cannot_be_read_is_a_damaged_one(
+    change: dict[str, Any], run_dir: Path
+) -> None:
+    file = run_dir / "checkpoints" / checkpoint_name(6) / "trainer_state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "own_checksum": None, **change}))
+    assert "trainer_state.json is damaged" in str(defects(file.parent))
 
 
 def test_a_changed_trainer_state_is_found(run_dir: Path) -> None:

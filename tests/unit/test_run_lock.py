@@ -176,6 +176,21 @@ def test_without_hard_links_the_lock_is_made_all_the_same(
     lock.release()
 
 
+def test_a_lock_that_cannot_be_written_is_refused_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_text
+
+    def full(self: Path, *_: object, **__: object) -> int:
+        write(self, "", encoding="utf-8")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ConfigError, match="nothing can be written there: No space left"):
+        RunLock(tmp_path).acquire()
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_directory_is_known_to_be_at_work_while_its_run_lives(
     tmp_path: Path, child: Holder
 ) -> None:
