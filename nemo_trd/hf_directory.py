@@ -130,8 +130,8 @@ def stored_tensors(directory: Path, field: str) -> dict[str, StoredTensor]:
 
     Raises:
         ConfigError: no safetensors, a missing shard, a truncated or damaged file, an index that
-            disagrees with the files, a single file beside it, a dtype that is not fp32, fp16 or
-            bf16.
+            disagrees with the files or names one elsewhere, a single file beside it, a dtype that
+            is not fp32, fp16 or bf16.
     """
     index_file = directory / INDEX_NAME
     if not index_file.exists():
@@ -216,6 +216,14 @@ def _weight_map(index_file: Path, field: str) -> dict[str, str]:
         raise rule_broken(
             field, str(index_file), "it has no weight_map", "repair the file or copy it again"
         )
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise rule_broken(
+                field,
+                f"{index_file}: {name}: {shard!r}",
+                "shards are files of this directory itself: vLLM looks nowhere else",
+                COPY_AGAIN,
+            )
     return weight_map
 
 
@@ -233,23 +241,28 @@ def _tensors_of_file(file: Path, field: str) -> dict[str, StoredTensor]:
             header = json.loads(stream.read(header_size))
         except ValueError as error:
             raise damaged(f"its safetensors header is no JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise damaged("its safetensors header is no JSON object")
     header.pop("__metadata__", None)
     end_of_data = 8 + header_size
     tensors = {}
     for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        element = BYTES_PER_ELEMENT.get(entry["dtype"])
+        try:
+            (begin, end), dtype, shape = entry["data_offsets"], entry["dtype"], entry["shape"]
+        except (KeyError, TypeError, ValueError):
+            raise damaged(f"its header tells of {name} only {entry}") from None
+        element = BYTES_PER_ELEMENT.get(dtype)
         if element is None:
             raise rule_broken(
                 field,
-                f"{file}: {name}: {entry['dtype']}",
+                f"{file}: {name}: {dtype}",
                 f"the dtype must be one of {', '.join(BYTES_PER_ELEMENT)}",
                 "save a dequantized copy of the model",
             )
-        if end - begin != element * math.prod(entry["shape"]):
+        if end - begin != element * math.prod(shape):
             raise damaged(f"offsets and shape of {name} disagree")
         end_of_data = max(end_of_data, 8 + header_size + end)
-        tensors[name] = StoredTensor(file, entry["dtype"], tuple(entry["shape"]))
+        tensors[name] = StoredTensor(file, dtype, tuple(shape))
     if size != end_of_data:
         state = "truncated" if size < end_of_data else "longer than it should be"
         raise damaged(f"{state}: {size} bytes, its header tells of {end_of_data}")

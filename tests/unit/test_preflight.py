@@ -175,6 +175,10 @@ def grow_tensor(header: dict[str, Any]) -> None:
     header["model.norm.weight"]["shape"] = [17]
 
 
+def forget_offsets(header: dict[str, Any]) -> None:
+    del header["model.norm.weight"]["data_offsets"]
+
+
 STUDENT, TEACHER = "model.student.path", "model.teacher.path"
 INDEX = "model.safetensors.index.json"
 DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
@@ -249,6 +253,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         lambda m: damage_header(m / "teacher" / "model.safetensors"),
         (TEACHER, "model.safetensors", "header is no JSON", "copy the directory again"),
     ),
+    "header without the place of a tensor": (
+        lambda m: edit_header(m / "teacher" / "model.safetensors", forget_offsets),
+        (
+            TEACHER,
+            "model.safetensors",
+            "tells of model.norm.weight only {'dtype'",
+            "copy the directory",
+        ),
+    ),
     "single file beside an index": (
         lambda m: shutil.copy(m / "teacher" / "model.safetensors", m / "student"),
         (STUDENT, "student/model.safetensors", INDEX, "model-00001-of-0", "remove the one"),
@@ -268,6 +281,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "index without a map": (
         lambda m: edit_json(m / "student" / INDEX, weight_map={}),
         (STUDENT, INDEX, "no weight_map", "copy it again"),
+    ),
+    "index that names a shard elsewhere": (
+        lambda m: edit_json(
+            m / "student" / INDEX, weight_map={"a": "../teacher/model.safetensors"}
+        ),
+        (STUDENT, f"{INDEX}: a: ", "../teacher/model", "of this directory itself", "copy the"),
+    ),
+    "index that names no shard": (
+        lambda m: edit_json(m / "student" / INDEX, weight_map={"a": "b.safetensors", "c": None}),
+        (STUDENT, f"{INDEX}: c: None", "of this directory itself", "copy the directory"),
     ),
     "index and shards of different models": (
         lambda m: edit_json(
