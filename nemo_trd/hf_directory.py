@@ -26,6 +26,7 @@ BYTES_PER_ELEMENT = {"F32": 4, "F16": 2, "BF16": 2}
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 ADAPTER_NAME = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 COPY_AGAIN = "copy the directory again, whole"
 
 
@@ -142,9 +143,11 @@ def stored_tensors(directory: Path, field: str) -> dict[str, StoredTensor]:
                 f"it holds neither {SINGLE_NAME} nor {INDEX_NAME}",
                 "save the model as safetensors (save_pretrained of transformers does)",
             )
+        _check_others(directory, {SINGLE_NAME}, field, indexed=False)
         return _tensors_of_file(directory / SINGLE_NAME, field)
     weight_map = _weight_map(index_file, field)
     shards = sorted(set(weight_map.values()))
+    _check_others(directory, set(shards), field, indexed=True)
     if (directory / SINGLE_NAME).exists() and shards != [SINGLE_NAME]:
         raise rule_broken(
             field,
@@ -180,6 +183,22 @@ def stored_tensors(directory: Path, field: str) -> dict[str, StoredTensor]:
         )
     found = {name: tensor for tensors in held.values() for name, tensor in tensors.items()}
     return found | {name: held[shard][name] for name, shard in weight_map.items()}
+
+
+def _check_others(directory: Path, read: set[str], field: str, *, indexed: bool) -> None:
+    """Without an index vLLM reads all safetensors files; one in Mistral's format it reads alone."""
+    for file in sorted(directory.glob("*.safetensors")):
+        mistral = file.name.startswith("consolidated")
+        own = file.name in read or file.name == SINGLE_NAME or file.name == ADAPTER_WEIGHTS
+        if not own and (mistral or not indexed):
+            raise rule_broken(
+                field,
+                str(file),
+                f"it lies beside {_some(sorted(read))}: Megatron and transformers would read "
+                f"{'those' if len(read) > 1 else 'that'}, vLLM "
+                f"{'this file' if mistral else 'both'}",
+                "remove the one that is out of date, or move it elsewhere",
+            )
 
 
 def tensors_with_copies(directory: Path, field: str) -> dict[str, Path]:

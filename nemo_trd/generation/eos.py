@@ -172,7 +172,8 @@ def read_generation_config(path: str | Path) -> GenerationConfig | None:
             "copy it again, or remove it: config.json then says how answers end",
         ) from error
     ends = found.eos_token_id
-    if not all(type(token) is int for token in (ends if isinstance(ends, list) else [ends or 0])):
+    ids = ends if isinstance(ends, list) else [ends or 0]
+    if not all(type(token) is int and token >= 0 for token in ids):
         raise rule_broken(
             "generation_config.json",
             str(file),

@@ -203,6 +203,20 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         lambda m: edit_json(m / "student" / "config.json", hidden_size="many"),
         (STUDENT, "models/student", "transformers cannot read it", "complete"),
     ),
+    "another file of weights": (
+        lambda m: shutil.copy(
+            m / "teacher" / "model.safetensors", m / "teacher" / "old.safetensors"
+        ),
+        (TEACHER, "teacher/old.safetensors", "beside model.safetensors", "vLLM both", "remove"),
+    ),
+    "weights in Mistral's format": (
+        lambda m: (m / "student" / "consolidated.00.safetensors").touch(),
+        (STUDENT, "consolidated.00.safetensors", "vLLM this file", "move it elsewhere"),
+    ),
+    "generation config with an id below zero": (
+        lambda m: edit_json(m / "student" / "generation_config.json", eos_token_id=-1),
+        ("student/generation_config.json", "its eos_token_id is -1", "correct it"),
+    ),
     "generation config that is no JSON": (
         lambda m: (m / "student" / "generation_config.json").write_text('{"eos_token_id": 2,'),
         ("student/generation_config.json", "transformers cannot read it", "copy it again"),
