@@ -49,9 +49,12 @@ class StopStrings:
             context = ()
         skipped = len(self._decode(context))
 
+        def decoded(count: int) -> str:
+            return self._decode([*context, *token_ids[:count]])[skipped:]
+
         def text(count: int) -> str:
             """Of the first `count` tokens, without a last character of which some is to come."""
-            return self._decode([*context, *token_ids[:count]])[skipped:].rstrip("\ufffd")
+            return decoded(count).rstrip("\ufffd")
 
         if self._found(text(len(token_ids))) is None:
             return None
@@ -66,9 +69,9 @@ class StopStrings:
         begin = self._found(whole)
         assert begin is not None
         kept = with_it
-        while kept and not whole[:begin].startswith(text(kept)):
+        while kept and not whole[:begin].startswith(decoded(kept)):
             kept -= 1
-        return Cut(tuple(token_ids[:kept]), whole[len(text(kept)) : begin])
+        return Cut(tuple(token_ids[:kept]), whole[len(decoded(kept)) : begin])
 
     def _found(self, text: str) -> int | None:
         """Where the one begins that ends first; equal ends: the first of the list."""
