@@ -251,6 +251,10 @@ def test_seeded_samples_do_not_depend_on_what_else_is_asked(
     both = generator(*(server.url for server in servers), model=models["qwen3"])
     alone = one.generate(few, SAMPLED, "rollouts")
     assert one.generate(few, SAMPLED, "rollouts") == alone
+    hot = SAMPLED.model_copy(update={"temperature": 5.0, "top_p": 1, "top_k": 0})
+    wild = one.generate(few, hot, "rollouts")
+    assert one.vocabulary.never == tuple(range(261, 300))  # columns of no token
+    assert 200 < max(token for completion in wild for token in completion.token_ids) < 261
     assert both.generate([*more, *few], SAMPLED, "rollouts")[-6:] == alone
     other_seeds = [GenerationRequest(r.prompt_token_ids, r.seed + 1) for r in few]
     different = one.generate(other_seeds, SAMPLED, "rollouts")
