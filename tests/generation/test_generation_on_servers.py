@@ -78,7 +78,7 @@ CLIENT = VllmClient(
 )
 # A third token besides the tokenizer's and the model's EOS that must end a completion; and
 # defaults of a model, as Qwen3 has them, that must not join in.
-GENERATION_CONFIG = {"eos_token_id": [3, 54], "temperature": 0.01, "top_k": 1, "top_p": 0.1}
+GENERATION_CONFIG = {"eos_token_id": [3, 50], "temperature": 0.01, "top_k": 1, "top_p": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +260,10 @@ def test_seeded_samples_do_not_depend_on_what_else_is_asked(
     both = generator(*(server.url for server in servers), model=models["qwen3"])
     alone = one.generate(few, SAMPLED, "rollouts")
     assert one.generate(few, SAMPLED, "rollouts") == alone
+    hot = SAMPLED.model_copy(update={"temperature": 2.0, "top_p": 1, "top_k": 0})
+    wild = one.generate(few, hot, "rollouts")
+    assert one.vocabulary.never == tuple(range(261, 300))  # columns of no token
+    assert 200 < max(token for completion in wild for token in completion.token_ids) < 261
     assert both.generate([*more, *few], SAMPLED, "rollouts")[-6:] == alone
     other_seeds = [GenerationRequest(r.prompt_token_ids, r.seed + 1) for r in few]
     different = one.generate(other_seeds, SAMPLED, "rollouts")
