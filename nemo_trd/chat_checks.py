@@ -18,6 +18,7 @@ from jinja2.parser import Parser
 from nemo_trd.chat import chat_template, conversation, render_text
 from nemo_trd.config import ConfigError, rule_broken
 from nemo_trd.control_tokens import Message
+from nemo_trd.thoughts import THOUGHT_BEGINS, THOUGHT_ENDS
 
 # What apply_chat_template takes besides the variables of a template.
 RESERVED_TEMPLATE_KWARGS = {
@@ -26,9 +27,6 @@ RESERVED_TEMPLATE_KWARGS = {
     *("return_tensors", "return_dict", "return_assistant_tokens_mask", "sanitize_control_tokens"),
 }
 _WORDS = "Quokka{}quagga"  # stand in for the texts of a conversation
-_THOUGHT = re.compile(  # the tags around what a model thinks; group 1 or 2 or 3: of its end
-    r"<(/?)(?:\w+:)?(?:think|thought|reason)\w*>|\[(/?)THINK\]|<\|(?:START|(END))_THINKING\|>", re.I
-)
 
 
 def check_chat_template(
@@ -218,10 +216,13 @@ def opening(tokenizer: Any, chat_template_kwargs: dict[str, Any]) -> str:
 
 def thought(text: str) -> Literal["open", "closed", "none"]:
     """Whether a block of thought is open at the end of a text, was closed, or was never there."""
-    ends = ["".join(filter(None, groups)) for groups in _THOUGHT.findall(text)]
-    if not ends:
+    begin, end = (
+        max((found.start() for found in sign.finditer(text)), default=-1)
+        for sign in (THOUGHT_BEGINS, THOUGHT_ENDS)
+    )
+    if begin == end:
         return "none"
-    return "closed" if ends[-1] else "open"
+    return "closed" if end > begin else "open"
 
 
 def thinking_variables(tokenizer: Any, chat_template_kwargs: dict[str, Any]) -> list[str]:

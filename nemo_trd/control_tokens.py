@@ -26,9 +26,8 @@ from nemo_trd.types import TokenIds
 Message = dict[str, Any]  # {"role": ..., "content": ...}
 RenderText = Callable[[Sequence[Message]], str]
 
-# Letters and digits, that a template does not trim, escape or search for; no text holds them.
-_SECRET = f"Q{secrets.token_hex(8)}x"
-_HIDDEN = re.compile(rf"{_SECRET}(\d+)Q")
+_PRIVATE = range(0xF0000, 0x10FFFE)  # code points that Unicode gives no meaning
+_SECRET = f"Q{secrets.token_hex(8)}x"  # no text holds it
 _NAME = re.compile(rf"{_SECRET}N\d+Q")
 
 
@@ -45,10 +44,11 @@ def encode_chat(
     controls = control_tokens(tokenizer, template)
     if not any(controls.spelt_in(message) for message in messages):
         return _encode(tokenizer, render(messages))
-    hidden = render(_hide(messages, render, controls))
-    # Of the template, of data (the number of a token), of the template, ...
-    pieces = _HIDDEN.split(hidden)
-    data = [controls.strings[int(number)] for number in pieces[1::2]]
+    marks = _marks(messages, controls, template)
+    hidden = render(_hide(messages, render, controls, marks))
+    # Of the template, of data (the mark of a token), of the template, ...
+    pieces = re.split(f"([{''.join(marks.values())}])", hidden) if marks else [hidden]
+    data = [_show(mark, marks) for mark in pieces[1::2]]
     if tokenizer.is_fast:
         return _renamed(tokenizer, template).encode(pieces[::2], data)
     # A tokenizer written in Python takes no new names: cut what data spell behind its first letter.
@@ -93,18 +93,13 @@ class ControlTokens:
             return set(self.pattern.findall(value))
         return set().union(*map(self.found_in, _inner(value)))
 
-    def hide(self, value: Any, keep: Iterable[str] = ()) -> Any:
-        """The message with placeholders for those that it spells, except for some."""
+    def hide(self, value: Any, marks: Mapping[str, str]) -> Any:
+        """The message with marks for those that it spells; what has none stays."""
         if isinstance(value, str):
-            return self.pattern.sub(
-                lambda m: m[0] if m[0] in keep else f"{_SECRET}{self.numbers[m[0]]}Q", value
-            )
+            return self.pattern.sub(lambda found: marks.get(found[0], found[0]), value)
         if isinstance(value, Mapping):
-            return {k: v if k == "role" else self.hide(v, keep) for k, v in value.items()}
-        return [self.hide(v, keep) for v in value] if isinstance(value, list) else value
-
-    def show(self, text: str) -> str:
-        return _HIDDEN.sub(lambda m: self.strings[int(m[1])], text)
+            return {k: v if k == "role" else self.hide(v, marks) for k, v in value.items()}
+        return [self.hide(v, marks) for v in value] if isinstance(value, list) else value
 
 
 def _inner(value: Any) -> list[Any]:
@@ -146,10 +141,28 @@ def _any_of(strings: Iterable[str]) -> str:
     return f"(?:{'|'.join(branches)})" + ("?" if "" in words else "")
 
 
+def _marks(messages: Sequence[Message], controls: ControlTokens, template: str) -> dict[str, str]:
+    """A mark for each control token that the messages spell: a character that is nowhere else.
+
+    One character, since a template that cuts texts, or writes them in other letters, would leave
+    a piece of anything longer in the prompt.
+    """
+    taken = {*template, *json.dumps(list(messages), ensure_ascii=False, default=str)}
+    free = (mark for mark in map(chr, _PRIVATE) if mark not in taken)
+    return dict(zip(sorted(controls.found_in(list(messages))), free, strict=False))
+
+
+def _show(text: str, marks: Mapping[str, str]) -> str:
+    return text.translate({ord(mark): token for token, mark in marks.items()})
+
+
 def _hide(
-    messages: Sequence[Message], render: RenderText, controls: ControlTokens
+    messages: Sequence[Message],
+    render: RenderText,
+    controls: ControlTokens,
+    marks: Mapping[str, str],
 ) -> list[Message]:
-    """Messages with placeholders for the control tokens that they spell.
+    """Messages with marks for the control tokens that they spell.
 
     What the template itself looks for in an assistant's turn stays, as the `</think>` up to which
     Qwen3's leaves an earlier turn out: there it is the template's to say what becomes of it.
@@ -157,18 +170,19 @@ def _hide(
     turns = [message for message in messages if message["role"] == "assistant"]
     spelt = controls.found_in(turns) - controls.special
 
-    def hiding(hidden: set[str]) -> list[Message]:
-        keep = set(controls.strings) - hidden
-        return [controls.hide(m, keep) if m["role"] == "assistant" else m for m in messages]
+    def hiding(one: str) -> list[Message]:
+        mark = {one: marks[one]}
+        return [controls.hide(m, mark) if m["role"] == "assistant" else m for m in messages]
 
     read: set[str] = set()
     if spelt:
         try:
             whole = render(messages)
-            read = {one for one in spelt if controls.show(render(hiding({one}))) != whole}
+            read = {one for one in spelt if _show(render(hiding(one)), marks) != whole}
         except TemplateError:  # it refuses a turn that spells them; as text they are none
             read = set()
-    return [controls.hide(m, read if m["role"] == "assistant" else ()) for m in messages]
+    of_turns = {token: mark for token, mark in marks.items() if token not in read}
+    return [controls.hide(m, of_turns if m["role"] == "assistant" else marks) for m in messages]
 
 
 # --- the tokenizer that reads them under other names ---

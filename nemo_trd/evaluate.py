@@ -35,6 +35,7 @@ from nemo_trd.generation.server import ServerError
 from nemo_trd.generation.stop_strings import completion_text
 from nemo_trd.prompts import LoadedPrompts, load_prompts
 from nemo_trd.sandbox import check_sandbox
+from nemo_trd.thoughts import text_to_judge
 from nemo_trd.types import Completion, GenerationRequest, Prompt
 from nemo_trd.verifiers.judgement import Judgement
 
@@ -219,7 +220,8 @@ def draw_and_judge(
                 return
             answer = task.prompt.answer
             assert answer is not None  # no benchmark is without a verifier
-            judges.submit(config.benchmarks[task.benchmark].verifier, text, answer, keep)
+            said = text_to_judge(text, task.request.prompt_token_ids, completion, tokenizer)
+            judges.submit(config.benchmarks[task.benchmark].verifier, said, answer, keep)
 
         drawn.generate([t.request for t in tasks], config.sampling, "samples", done=judge)
         judges.finish(config.progress)

@@ -19,6 +19,7 @@ from nemo_trd.control_tokens import Message
 from nemo_trd.generation.stop_strings import completion_text
 from nemo_trd.prompts import LoadedPrompts
 from nemo_trd.templates import fill_template
+from nemo_trd.thoughts import text_to_judge
 from nemo_trd.types import (
     Completion,
     FittedContext,
@@ -219,7 +220,8 @@ def read_rollout(
 ) -> Rollout:
     """y_o with its text and the verifier's verdict."""
     text = completion_text(completion, tokenizer)
-    return Rollout(prompt, sample_index, completion, text, _verdict(text, prompt, verify))
+    said = text_to_judge(text, prompt.token_ids, completion, tokenizer)
+    return Rollout(prompt, sample_index, completion, text, _verdict(said, prompt, verify))
 
 
 def judge(
@@ -247,7 +249,7 @@ def judge(
 def _judge_one(
     request: RefinementPrompt, completion: Completion | None, tokenizer: Any, verify: Verifier
 ) -> Refinement:
-    if completion is None:
+    if completion is None or request.token_ids is None:
         return Refinement(request, None, "", None, request.rejection)
     text = completion_text(completion, tokenizer)
     rejection: Rejection | None = None
@@ -257,7 +259,8 @@ def _judge_one(
         rejection = "truncated"
     elif not completion.token_ids or not text.strip():
         rejection = "empty"
-    verdict = _verdict(text, request.rollout.prompt, verify) if rejection is None else None
+    said = text_to_judge(text, request.token_ids, completion, tokenizer)
+    verdict = _verdict(said, request.rollout.prompt, verify) if rejection is None else None
     return Refinement(request, completion, text, verdict, rejection)
 
 

@@ -481,7 +481,7 @@ class Run:
             self.config.evaluation,
             self.config.run.seed,
             self._verify,
-            self.decode,
+            self._inputs.student_tokenizer,
             self.sampler.judge,
         )
         self._logger.evaluation(self.step, accuracy)

@@ -8,7 +8,9 @@ from typing import Any
 from nemo_trd.config import Evaluation, Sampling
 from nemo_trd.evaluation.accuracy import Accuracy, Score, accuracy
 from nemo_trd.generation import request_seed
-from nemo_trd.types import Completion, GenerationRequest, Prompt, TokenIds
+from nemo_trd.generation.stop_strings import completion_text
+from nemo_trd.thoughts import text_to_judge
+from nemo_trd.types import Completion, GenerationRequest, Prompt
 from nemo_trd.verifiers import Verifier, judge_all
 
 # Of a distributed run: collective, and every rank gets every completion.
@@ -22,14 +24,14 @@ def evaluate(
     evaluation: Evaluation,
     seed: int,
     verify: Verifier,
-    decode: Callable[[TokenIds], str],
+    tokenizer: Any,
     judge: JudgeAll = judge_all,
 ) -> Accuracy:
     """Sample every prompt `evaluation.samples_per_problem` times and verify the answers.
 
     The seed of a sample depends on `seed`, the prompt's index and the sample's number only, so
-    two evaluations with one seed differ by their weights alone. `decode` leaves special tokens
-    out. `judge` shares the verdicts out, of a distributed run over its ranks.
+    two evaluations with one seed differ by their weights alone. `judge` shares the verdicts out,
+    of a distributed run over its ranks.
 
     Raises:
         ValueError: no prompt has an answer.
@@ -45,7 +47,7 @@ def evaluate(
     ]
     completions = generate(requests, evaluation.sampling, "evaluation")
     verdicts = judge(
-        lambda pair: _verdict(pair[0], pair[1], verify, decode),
+        lambda pair: _verdict(pair[0], pair[1], verify, tokenizer),
         list(zip([prompt for prompt, _ in wanted], completions, strict=True)),
     )
     k = evaluation.samples_per_problem
@@ -63,8 +65,9 @@ def _verdict(
     prompt: Prompt,
     completion: Completion,
     verify: Verifier,
-    decode: Callable[[TokenIds], str],
+    tokenizer: Any,
 ) -> bool | None:
     if prompt.answer is None or completion.finish_reason == "abort":
         return None
-    return verify(decode(completion.token_ids) + completion.tail, prompt.answer)
+    text = completion_text(completion, tokenizer)
+    return verify(text_to_judge(text, prompt.token_ids, completion, tokenizer), prompt.answer)

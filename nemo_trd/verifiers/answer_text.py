@@ -7,18 +7,6 @@ from __future__ import annotations
 
 import re
 
-# Models mark their thoughts in these ways; what is thought is not said.
-_NAMES = r"(?:seed:)?(?:think|thinking|thought|thoughts|reasoning)"
-THOUGHT_BEGINS = re.compile(
-    rf"<{_NAMES}>|<\|(?:begin_of_thought|think|thinking|begin_thinking)\|>|\[THINK(?:ING)?\]"
-    r"|◁think▷|<\|channel\|>\s*analysis\b",
-    re.IGNORECASE,
-)
-THOUGHT_ENDS = re.compile(
-    rf"</{_NAMES}>|<\|(?:end_of_thought|/think|/thinking|end_thinking)\|>|\[/THINK(?:ING)?\]"
-    r"|◁/think▷|<\|channel\|>\s*final\b",
-    re.IGNORECASE,
-)
 BOX = re.compile(r"\\(?:f?boxed|fbox|framebox)\s*\{")
 BRACE = re.compile(r"\\[\s\S]|[{}]")  # an escaped one is a character of the answer
 ENUMERATION = re.compile(
@@ -84,14 +72,6 @@ REVERSED = re.compile(r"([][(])([^][()]+,[^][()]+)([][)])")  # ]1,2[ is (1,2)
 ONE_TUPLE = re.compile(r"\\\{ ?(\([^()]*,[^()]*\)) ?\\\}")  # the set of one solution
 MIXED = re.compile(r"(?<![\d.,/^_}])(\d+) (\d+)/(\d+)(?![\d/^])")
 MIRRORED = re.compile(r"([^=<>]+)=\s*([A-Za-z])")  # 5 = x
-
-
-def without_thoughts(text: str) -> str:
-    """What is said after the last thought, or before one that never ends."""
-    ends = [match.end() for match in THOUGHT_ENDS.finditer(text)]
-    said = text[ends[-1] :] if ends else text
-    unfinished = THOUGHT_BEGINS.search(said)
-    return said[: unfinished.start()] if unfinished else said
 
 
 def final_answer(text: str) -> str | None:

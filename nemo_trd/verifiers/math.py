@@ -11,6 +11,7 @@ import atexit
 import logging
 import re
 
+from nemo_trd.thoughts import without_thoughts
 from nemo_trd.verifiers import answer_kinds as kinds
 from nemo_trd.verifiers.answer_size import too_large
 from nemo_trd.verifiers.answer_text import (
@@ -19,7 +20,6 @@ from nemo_trd.verifiers.answer_text import (
     in_plain_latex,
     same_text,
     tidy,
-    without_thoughts,
 )
 from nemo_trd.verifiers.answer_units import quantity, same_quantities
 from nemo_trd.verifiers.judgement import NO_ANSWER, RIGHT, TOO_LARGE, WRONG, Judgement

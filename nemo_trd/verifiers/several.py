@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from nemo_trd.boxes import boxed
+from nemo_trd.thoughts import without_thoughts
 from nemo_trd.types import Answer
 from nemo_trd.verifiers.judgement import Judge, Judgement
 
@@ -59,9 +60,7 @@ def _matched(judge: Judge, parts: list[str], answers: tuple[str, ...]) -> Judgem
 
 def _final_parts(text: str, count: int) -> Iterator[list[str]]:
     """Readings of the final answer as so many parts."""
-    text = text.rpartition("</think>")[2]
-    if "<think>" in text:  # it thinks to its end, and has not answered
-        return
+    text = without_thoughts(text)
     boxes = boxed(text)
     final = boxes[-1] if boxes else text.rpartition("#")[2].strip() if "#" in text else ""
     readings = [_split(final, BETWEEN_NUMBERS), _split(final, BETWEEN)]

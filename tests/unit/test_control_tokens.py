@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizers import CHATML_CONTROLS, chatml_tokenizer
+from tiny_tokenizers import CHATML_CONTROLS, CHATML_TEMPLATE, chatml_tokenizer
 from transformers import ByT5Tokenizer
 
 from nemo_trd import control_tokens
@@ -111,3 +111,24 @@ def test_text_in_the_language_of_templates_is_text() -> None:
     tokenizer = tokenizer_of("bytes")
     problem = "{{ 7 * 7 }} {% for m in messages %}{{ bos_token }}{% endfor %} {# #}"
     assert problem in tokenizer.decode(render_chat(conversation(None, problem), tokenizer, {}))
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("content | lower", "a<|im_end|>b\U000f0000<think>cd"),
+        ("content | title", "A<|im_end|>b\U000f0000<think>cd"),
+        ("content[:4]", "A<|im_end|>B\U000f0000"),
+        ("content | reverse", "DC<think>\U000f0000B<|im_end|>A"),
+        ("content.split('<|im_end|>')[0]", "A<|im_end|>B\U000f0000<think>CD"),
+    ],
+)
+def test_a_template_that_changes_texts_leaves_nothing_of_what_hides_control_tokens(
+    written: str, shown: str
+) -> None:
+    tokenizer = chatml_tokenizer("bytes", CHATML_TEMPLATE.replace("content | trim", written))
+    ids = render_chat(conversation(None, "A<|im_end|>B\U000f0000<think>CD"), tokenizer, {})
+    assert controls_of(ids, tokenizer) == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
+    assert tokenizer.decode(ids) == (
+        f"<|im_start|>user\n{shown}<|im_end|>\n<|im_start|>assistant\n"
+    )

@@ -42,8 +42,11 @@ def answer_by_seed(
     return [Completion((random.Random(r.seed).randrange(4),), "stop", 0) for r in requests]
 
 
-def decode(token_ids: tuple[int, ...]) -> str:
-    return " ".join(map(str, token_ids))
+class Numbers:
+    """A tokenizer whose tokens are numbers."""
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
+        return " ".join(map(str, token_ids))
 
 
 def same(text: str, answer: str) -> bool:
@@ -112,7 +115,7 @@ def test_every_problem_is_sampled_k_times_with_seeds_of_its_own() -> None:
         asked.extend(requests)
         return answer_by_seed(requests, sampling, description)
 
-    result = evaluate(generate, prompts(10), settings(8), 5, same, decode)
+    result = evaluate(generate, prompts(10), settings(8), 5, same, Numbers())
     assert len({r.seed for r in asked}) == 80
     assert [r.prompt_token_ids for r in asked] == [(i,) for i in range(10) for _ in range(8)]
     assert [score.prompt_index for score in result.scores] == [3 * i for i in range(10)]
@@ -125,10 +128,10 @@ def test_order_of_problems_changes_nothing() -> None:
     def figures(result: Accuracy) -> tuple[dict[str, float], set[Score]]:
         return result.summary(), set(result.scores)
 
-    straight = evaluate(answer_by_seed, prompts(30), settings(4), 5, same, decode)
-    backwards = evaluate(answer_by_seed, prompts(30)[::-1], settings(4), 5, same, decode)
+    straight = evaluate(answer_by_seed, prompts(30), settings(4), 5, same, Numbers())
+    backwards = evaluate(answer_by_seed, prompts(30)[::-1], settings(4), 5, same, Numbers())
     assert figures(straight) == figures(backwards)
-    assert straight != evaluate(answer_by_seed, prompts(30), settings(4), 6, same, decode)
+    assert straight != evaluate(answer_by_seed, prompts(30), settings(4), 6, same, Numbers())
 
 
 def test_aborted_samples_and_problems_without_answer_have_no_verdict() -> None:
@@ -143,19 +146,21 @@ def test_aborted_samples_and_problems_without_answer_have_no_verdict() -> None:
         ]
 
     unanswered = Prompt(100, "open problem", (7,))
-    result = evaluate(half_aborted, [*prompts(3), unanswered], settings(4), 0, same, decode)
+    result = evaluate(half_aborted, [*prompts(3), unanswered], settings(4), 0, same, Numbers())
     assert (result.avg_at_k, result.problems) == (1.0, 3)
     assert (result.undecided_samples, result.undecided_problems) == (3 * 2 + 4, 1)
 
 
 def test_a_verifier_without_verdict_is_counted() -> None:
-    result = evaluate(answer_by_seed, prompts(3), settings(2), 0, lambda text, answer: None, decode)
+    result = evaluate(
+        answer_by_seed, prompts(3), settings(2), 0, lambda text, answer: None, Numbers()
+    )
     assert result.undecided_samples == 6 and result.problems == 0
 
 
 def test_evaluation_without_any_answer_is_refused() -> None:
     with pytest.raises(ValueError, match="none of the 1 problems"):
-        evaluate(answer_by_seed, [Prompt(0, "open", (1,))], settings(2), 0, same, decode)
+        evaluate(answer_by_seed, [Prompt(0, "open", (1,))], settings(2), 0, same, Numbers())
 
 
 # --- intervals ---

@@ -20,9 +20,10 @@ from tiny_tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from nemo_trd.batching import pair
-from nemo_trd.chat import render_chat
+from nemo_trd.chat import conversation, render_chat
 from nemo_trd.checkpoint_dir import SAMPLES
 from nemo_trd.config import Config, ConfigError, compose, conf_dir
+from nemo_trd.evaluation.in_run import evaluate
 from nemo_trd.prompts import LoadedPrompts
 from nemo_trd.refinement import (
     ContextOverflow,
@@ -622,6 +623,40 @@ def test_a_rollout_is_read_with_its_verdict() -> None:
     prompt = rollout().prompt
     read = read_rollout(prompt, 4, completion("so # 2"), TOKENIZER, verifier("exact"))
     assert (read.text, read.correct, read.sample_index) == ("so # 2", True, 4)
+
+
+@pytest.mark.parametrize(
+    ("written", "right"),
+    [
+        ("maybe # 2", False),
+        ("no, # 3</think># 2", True),
+        ("maybe # 2</think># 3", False),
+        ("hm</think>I <think> on", False),
+    ],
+)
+def test_a_thought_that_the_prompt_has_opened_and_nothing_ends_is_no_answer(
+    written: str, right: bool
+) -> None:
+    tokenizer = chatml_tokenizer("bytes", OPENS_THOUGHT)
+    verify = verifier("exact")
+    asked = conversation(None, "1 + 1? <think>")
+    prompt = dataclasses.replace(rollout().prompt, token_ids=render_chat(asked, tokenizer, {}))
+    ids = tuple(tokenizer(written, add_special_tokens=False).input_ids)
+    read = read_rollout(prompt, 0, Completion(ids, "stop", 0), tokenizer, verify)
+    assert (read.text, read.correct) == (written, right)
+    request = RefinementPrompt(read, prompt.token_ids)
+    [refined] = judge([request], [read.completion], configured(), tokenizer, verify)
+    assert (refined.text, refined.correct) == (written, right)
+
+    def generate(requests: list[Any], *_: Any) -> list[Completion]:
+        return [read.completion for _ in requests]
+
+    found = evaluate(generate, [prompt], compose([]).evaluation, 0, verify, tokenizer)
+    assert found.avg_at_k == right
+    opens_none = render_chat(asked, tokenizer, {"enable_thinking": False})
+    plain = dataclasses.replace(prompt, token_ids=opens_none)
+    read = read_rollout(plain, 0, read.completion, tokenizer, verify)
+    assert read.correct is written.endswith("# 2")
 
 
 def test_counts_add_up_and_always_have_the_same_keys() -> None:
