@@ -200,7 +200,7 @@ def test_servers_of_another_model_are_refused_before_the_first_step(
     code, output = run_ranks(1, run_training, run, "", environment=ENVIRONMENT)
     assert code not in (0, -1)
     assert "log-probabilities of the student's servers and of the trainer differ by" in output
-    assert re.search(r"prompt 0 sample 0 \(rollout\), token \d+ '.*': server -", output)
+    assert re.search(r"prompt \d sample 0 \(rollout\), token \d+ '.*': server -", output)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
