@@ -56,7 +56,7 @@ def fine_tune(config: Config) -> None:
                 config.evaluation,
                 config.run.seed,
                 verifier(config.data.verifier),
-                lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+                tokenizer,
             )
             logger.evaluation(step, accuracy)
 
