@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from nemo_trd.config import ConfigError, Dataset, rule_broken
 from nemo_trd.json_rows import json_rows, line_rows
@@ -24,6 +27,7 @@ SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 SPLIT_OF_WORD = {word: split for split, words in SPLITS.items() for word in words}
+SHARD = re.compile(r"(.*?)\d+-of-(\d+)(?!\d)")  # train-00000-of-00002.parquet
 SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_OF_WORD)})(?![a-z])")
 
 
@@ -93,12 +97,23 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     number = 0
     with pyarrow.parquet.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=1024):
-            for row in _batch_rows(batch):
+            for row in _batch_rows(_with_short_floats(batch)):
                 number += 1
                 where = f"{path} row {number}"
                 if isinstance(row, Exception):
                     row = BadRow("unreadable", f"{where}: cannot be read ({row})", "correct it")
                 yield where, row
+
+
+def _with_short_floats(batch: Any) -> Any:
+    """The pyarrow.RecordBatch with 0.1 where a column of 32 bits has the number next to it."""
+    import pyarrow
+
+    for place, column in enumerate(batch.schema):
+        if column.type == pyarrow.float32():
+            written = batch.column(place).cast(pyarrow.string()).cast(pyarrow.float64())
+            batch = batch.set_column(place, column.name, written)
+    return batch
 
 
 def _batch_rows(batch: object) -> list[dict | Exception]:
@@ -136,7 +151,7 @@ def _directory_rows(dataset: Dataset, field: str) -> Iterator[Row]:
     test/a.jsonl), only those of `split` are read.
     """
     root = Path(dataset.path)
-    files = [file for file in sorted(root.rglob("*")) if file.is_file()]
+    files = _files_below(root)
     data = [file for file in files if _is_data(file.relative_to(root))]
     if not data:
         raise rule_broken(
@@ -147,7 +162,9 @@ def _directory_rows(dataset: Dataset, field: str) -> Iterator[Row]:
         )
     chosen = _of_split(data, dataset, field)
     _refuse_doubles(chosen, dataset, field)
-    others = [str(file.relative_to(root)) for file in files if file not in set(chosen)]
+    _warn_of_missing_shards(chosen, field)
+    read = set(chosen)
+    others = [str(file.relative_to(root)) for file in files if file not in read]
     log.info(
         "%s: %d files of %s are read%s",
         field,
@@ -157,6 +174,35 @@ def _directory_rows(dataset: Dataset, field: str) -> Iterator[Row]:
     )
     for file in chosen:
         yield from _file_rows(file, field)
+
+
+def _files_below(root: Path) -> list[Path]:
+    """Also those in directories that are links, but each directory once; links to nothing too."""
+    files: list[Path] = []
+    seen: set[str] = set()
+    for directory, names, inside in os.walk(root, followlinks=True):
+        if os.path.realpath(directory) in seen:
+            names.clear()
+            continue
+        seen.add(os.path.realpath(directory))
+        files += [Path(directory, name) for name in inside]
+    return sorted(files)
+
+
+def _warn_of_missing_shards(files: list[Path], field: str) -> None:
+    """Where names tell how many shards there are, as after a download that was cut short."""
+    names = [(file.parent, SHARD.match(file.name)) for file in files]
+    found = Counter((directory, name[1], int(name[2])) for directory, name in names if name)
+    for (directory, name, count), present in found.items():
+        if present < count:
+            log.warning(
+                "%s: %d of the %d shards %s/%s... are there",
+                field,
+                present,
+                count,
+                directory,
+                name,
+            )
 
 
 def _is_data(name: Path) -> bool:

@@ -43,13 +43,21 @@ def read_messages(reader: RowReader, column: str) -> list[Message]:
         if role == "system" and position > 0:
             rule = "only the first message may be from the system"
             raise reader.bad("messages", column, value, rule)
+        if role == "system" and _is_blank(content):
+            continue  # as in a column of system prompts, it is none
         text = _text(reader, column, value, position, content)
         # Parquet gives every message every key; a null stands for a key that is not there.
         others = {k: v for k, v in message.items() if v is not None and k not in ("from", "value")}
         # What else a template may be shown must be text as well.
         reader.valid("messages", column, json.dumps(others, ensure_ascii=False, default=str))
         messages.append({**others, "role": role, "content": text})
+    if not messages:
+        raise reader.bad("messages", column, value, "it holds nothing but an empty system prompt")
     return messages
+
+
+def _is_blank(content: Any) -> bool:
+    return content in (None, []) or (isinstance(content, str) and not content.strip())
 
 
 def ends_with_user(

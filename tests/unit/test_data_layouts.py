@@ -243,6 +243,24 @@ def test_what_pandas_writes_is_read(tmp_path: Path) -> None:
     loaded = load("deepscaler", path, "data.max_bad_share=0.5")
     assert [p.answer for p in loaded.prompts] == ["4"]
     assert loaded.skipped == {"missing_answer": 1}
+    frame = pandas.DataFrame({"problem": ["a", "b"], "answer": [0.1, 4]})
+    frame.astype({"answer": "float32"}).to_parquet(path)
+    assert [p.answer for p in load("deepscaler", path).prompts] == ["0.1", "4"]
+
+
+def test_links_are_followed_and_shards_that_are_missing_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    shard = tmp_path / "elsewhere" / "train-00000-of-00002-0a1b.jsonl"
+    write_lines(shard, [{"problem": "p", "answer": "1"}])
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "data").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "itself").symlink_to(tmp_path / "elsewhere")
+    assert len(load("deepscaler", tmp_path / "set").prompts) == 1
+    assert f"1 of the 2 shards {tmp_path / 'set/data'}/train-... are there" in caplog.text
+    shard.with_name("train-00001-of-00002-0a1b.jsonl").symlink_to("nowhere")
+    assert "train-00001-of-00002-0a1b.jsonl" in refused("deepscaler", tmp_path / "set")
 
 
 def test_files_of_another_split_stay_unread(tmp_path: Path) -> None:
@@ -376,6 +394,11 @@ PARTS = [{"type": "text", "text": "1 +"}, {"type": "text", "text": "1?", "image_
         [{"role": "Human", "content": "1 +\n1?"}, {"from": "gpt", "value": "1 +"}],
         json.dumps([{"role": "user", "content": "1 +\n1?"}, {"from": "bot", "value": "1 +"}]),
         {"from": ["human", "gpt"], "value": ["1 +\n1?", "1 +"]},
+        [
+            {"role": "system", "content": " "},
+            {"role": "user", "content": "1 +\n1?"},
+            {"role": "assistant", "content": "1 +"},
+        ],
     ],
 )
 def test_conversations_of_other_layouts_are_the_same(conversation: Any, tmp_path: Path) -> None:
@@ -398,6 +421,7 @@ def test_conversations_of_other_layouts_are_the_same(conversation: Any, tmp_path
         ),
         ([{"role": "user", "content": []}], "bad_messages", "content of message 0"),
         ([{"role": "tool", "content": "x"}], "bad_messages", "human, gpt or system"),
+        ([{"role": "system", "content": None}], "bad_messages", "nothing but an empty system"),
         ([GPT], "bad_messages", "the last message must be from the user"),
         ([USER], "missing_reference_solution", "does not end with a turn of the assistant"),
         ([USER, {**GPT, "value": "\ud800"}], "bad_messages", "half of a surrogate pair"),
