@@ -184,9 +184,12 @@ class RunLogger:
             text = json.dumps(finite(figures, "summary"), indent=2, ensure_ascii=False)
             write_atomically(self._dir / "summary.json", text + "\n")
 
-    def close(self, succeeded: bool = True) -> None:
+    def close(self, succeeded: bool = True, last_line: str | None = None) -> None:
+        """End the records. `last_line` comes after what trackers have to say of their end."""
         for tracker in self._trackers:
             _guarded(tracker, partial(tracker.close, succeeded))
+        if last_line is not None:
+            log.info("%s", last_line)
         _detach_handlers(self._handlers)
         self._trackers, self._handlers = [], []
 

@@ -188,6 +188,7 @@ class Run:
             settings=public_settings(config),
         )
         self._saved_step: int | None = None
+        self._last_line: str | None = None  # of the log, where the run ends as it was meant to
         self.samples_ahead: dict[int, list[Refinement]] = {}  # drawn before the run was cut off
         resumed = [] if inputs.checkpoint is None else self._resume(inputs.checkpoint)
         if inputs.checkpoint is not None or config.generation.vllm is not None:
@@ -290,7 +291,7 @@ class Run:
                 self.evaluate()
             exit_code = self._stop.exit_code()
         if exit_code is not None:
-            self._say_stopped()
+            self._note_stopped()
         self.timers.take()
         return exit_code
 
@@ -431,14 +432,13 @@ class Run:
                 self.save(samples_ahead)
         if exit_code is not None:
             self._checkpointer.wait()
-            self._say_stopped()
+            self._note_stopped()
         return exit_code
 
-    def _say_stopped(self) -> None:
-        log.info(
-            "stopped on request after step %d; the run can be resumed: start again with run.dir=%s",
-            self.step,
-            self.config.run_dir,
+    def _note_stopped(self) -> None:
+        self._last_line = (
+            f"stopped on request after step {self.step}; the run can be resumed: start again with "
+            f"run.dir={self.config.run_dir}"
         )
 
     def finish(self) -> None:
@@ -454,12 +454,12 @@ class Run:
             )
         self._write_summary(export if self.config.checkpoint.export_hf else None)
         looked_at = where_to_look(self.config.run_dir, self.config.checkpoint.export_hf)
-        log.info("finished after step %d; %s", self.step, looked_at)
+        self._last_line = f"finished after step {self.step}; {looked_at}"
 
     def close(self, succeeded: bool) -> None:
         try:
             self._checkpointer.close()
-            self._logger.close(succeeded)
+            self._logger.close(succeeded, self._last_line)
             self._generators.close()
         finally:
             self._lock.release()

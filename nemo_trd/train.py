@@ -6,6 +6,7 @@ python -m nemo_trd.launch --nproc 4 parallel.student.pipeline_model_parallel_siz
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -112,7 +113,7 @@ def launch(
         try:
             exit_code = _run(config, work, trackers, stop)
         except ConfigError as error:
-            _record_refusal(error, log_file)
+            _record_end(str(error), log_file)
             watch.close()
             raise
         except BaseException as error:
@@ -132,7 +133,7 @@ def _run(
     if finished is not None:
         if dist.get_rank() == 0:
             print(finished, flush=True)
-            append_to_log(config.run_dir / "log.txt", finished, level=logging.INFO)
+            _record_end(finished, config.run_dir / "log.txt", logging.INFO)
         return 0
     run = Run(config, inputs, stop, trackers)
     exit_code = None
@@ -146,13 +147,15 @@ def _run(
     return exit_code
 
 
-def _record_refusal(error: ConfigError, log_file: Path) -> None:
+def _record_end(message: str, log_file: Path, level: int = logging.ERROR) -> None:
     """On rank 0, in the log of a run that was there before: it ended here, too.
 
-    Not in that of a run that is at work in the directory.
+    Not in that of a run that is at work in the directory, nor where the directory cannot be read.
     """
-    if world_from_environment()[0] == 0 and log_file.exists() and not at_work(log_file.parent):
-        append_to_log(log_file, str(error))
+    with contextlib.suppress(OSError):
+        ours = world_from_environment()[0] == 0 and log_file.exists()
+        if ours and not at_work(log_file.parent):
+            append_to_log(log_file, message, level=level)
 
 
 def main(composed: DictConfig) -> None:
@@ -161,7 +164,7 @@ def main(composed: DictConfig) -> None:
     except ConfigError as error:
         run_dir = str(OmegaConf.select(composed, "run.dir") or "").strip()
         if run_dir:
-            _record_refusal(error, Path(run_dir) / "log.txt")
+            _record_end(str(error), Path(run_dir) / "log.txt")
         end_process(f"nemo_trd: {error}", 2)
     try:
         sys.exit(launch(config))

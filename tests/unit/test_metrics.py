@@ -109,13 +109,18 @@ def test_figures_go_to_trackers_from_outside_too(tmp_path: Path) -> None:
 
         def close(self, succeeded: bool) -> None:
             self.found.append(succeeded)
+            raise OSError("not reached")
 
     outside, elsewhere = Outside(), Outside()
     for tracker, writer in ((outside, True), (elsewhere, False)):
         with RunLogger(settings(tmp_path), writer=writer, trackers=[tracker]) as logger:
             logger.step(7, METRICS, SECONDS)
+            logger.close(last_line="finished")
     assert outside.found == [(7, METRICS["loss"], 1.5), True]
     assert elsewhere.found == []
+    told = (tmp_path / "run" / "log.txt").read_text().splitlines()[-2:]
+    assert told[0].endswith("Outside failed: OSError: not reached")
+    assert told[1].endswith("finished")
 
 
 def test_a_skipped_step_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
