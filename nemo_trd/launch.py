@@ -77,7 +77,7 @@ def _wait(started: Sequence[subprocess.Popen[bytes]]) -> int:
         if limit is not None and time.monotonic() > limit:
             numbers = ", ".join(str(started.index(process)) for process in running)
             print(f"nemo_trd: rank {numbers} did not end with the others: killed", file=sys.stderr)
-            return _exit_code(started, first)
+            return _exit_code(started, first or 1)
         time.sleep(POLL_SECONDS)
     first = first or next((p.returncode for p in started if p.returncode), 0)
     return _exit_code(started, first)

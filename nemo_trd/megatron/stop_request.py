@@ -71,7 +71,7 @@ class StopRequest:
                         "; Ctrl-C once more ends it at once" if again else "",
                     )
                 self._told = True
-                interrupted = time.monotonic() if again else None
+                interrupted = time.monotonic() if again else interrupted
 
     def _end_at_once(self) -> None:
         """Leave without saving. What the run started ends with its process."""

@@ -62,10 +62,13 @@ def test_a_signal_reaches_every_rank_and_their_exit_code_comes_back(
     assert (process.wait(20), process.communicate()[1]) == (75, "")
 
 
-def test_the_code_of_the_rank_that_failed_first_counts_and_no_rank_is_left(tmp_path: Path) -> None:
-    process = start(tmp_path, "sys.exit(7) if rank else time.sleep(60)")
+@pytest.mark.parametrize(("of_rank", "expected"), [(7, 7), (0, 1)])
+def test_the_code_of_the_rank_that_failed_first_counts_and_no_rank_is_left(
+    of_rank: int, expected: int, tmp_path: Path
+) -> None:
+    process = start(tmp_path, f"sys.exit({of_rank}) if rank else time.sleep(60)")
     pids = ready(tmp_path)
-    assert process.wait(20) == 7
+    assert process.wait(20) == expected
     assert process.communicate()[1] == "nemo_trd: rank 0 did not end with the others: killed\n"
     assert not any(map(is_there, pids))
 
