@@ -29,7 +29,9 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def saved_step(run_dir: Path) -> int:
-    return int((run_dir / "checkpoints" / "latest").resolve().name.removeprefix("step_"))
+    """0 where nothing was saved, as of a run that was told to stop before its first step."""
+    latest = run_dir / "checkpoints" / "latest"
+    return int(latest.resolve().name.removeprefix("step_")) if latest.exists() else 0
 
 
 def last_line(log: str) -> str:
