@@ -9,9 +9,12 @@ from pathlib import Path
 from nemo_trd.config import ConfigError, rule_broken
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# In messages that come from another process, without their OSError. The last is what torch's writer
-# says after a write that the system cut short.
-SIGNS = ("No space left", "Disk quota exceeded", "File too large", "unexpected pos")
+# In messages that come from another process, without their OSError. The last two are what torch's
+# writer says after a write that the system cut short, and all that megatron-core 0.19 tells of it.
+SIGNS = (
+    *("No space left", "Disk quota exceeded", "File too large"),
+    *("unexpected pos", "error: <class 'OSError'>"),
+)
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
