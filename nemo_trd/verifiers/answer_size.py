@@ -11,14 +11,21 @@ import re
 
 MAX_CHARACTERS = 1000  # or four times as many as the expected answer has
 MAX_DEPTH = 12  # brackets in one another; every level doubles the work of the parser
+FUNCTION_DEPTH = 3  # of the brackets of a function: sympy looks for a value of cos(cos(cos(1)))
 MAX_DIGITS = 100_000.0  # of every number to be computed: 2^{2024}, 1000! and 10^{10000} fit
 MAX_TERMS = 100_000.0  # of a sum or a product
+MAX_EXPANDED = 500  # terms that a power of a sum, (x+1)^{300}, has when it is expanded
+MAX_ROOT_DIGITS = 2_100  # of a number under a root, which sympy tries to divide: 10^{2024} fits
 
 TOKEN = re.compile(
     r"(?P<number>\d[\d,]*\.?\d*)|(?P<open>\\\{|[{(\[])|(?P<close>\\\}|[})\]])"
     r"|(?P<command>\\[A-Za-z]+)|(?P<letter>[A-Za-z])|(?P<sign>[\^!+])|\\.|.",
     re.DOTALL,
 )
+BRACKET = re.compile(
+    r"(?P<function>\\(?:arc)?(?:sin|cos|tan|cot|sec|csc|log|ln|exp)h?\s*\()|[{(\[]|(?P<close>[})\]])"
+)
+POWER_OF_SUM = re.compile(r"\(([^()]*[-+][^()]*)\)\s*\^\s*\{?\s*(\d+)")
 MATRIX = re.compile(r"\\(?:begin|end)\{[a-z*]+\}")
 
 
@@ -30,11 +37,7 @@ def too_large(answer: str, expected_length: int) -> bool:
     """Whether `answer`, in LaTeX, is longer, deeper or larger than the limits above."""
     if len(answer) > max(MAX_CHARACTERS, 4 * expected_length):
         return True
-    depth = deepest = 0
-    for match in re.finditer(r"(?P<open>[{(\[])|[})\]]", answer):
-        depth += 1 if match["open"] else -1
-        deepest = max(deepest, depth)
-    if deepest > MAX_DEPTH:
+    if _depth(answer) > MAX_DEPTH:
         return True
     tokens = [m for m in TOKEN.finditer(MATRIX.sub(" ", answer)) if not m[0].isspace()]
     try:
@@ -42,6 +45,33 @@ def too_large(answer: str, expected_length: int) -> bool:
     except (_TooLarge, RecursionError):
         return True
     return False
+
+
+def _depth(answer: str) -> int:
+    opened: list[int] = []
+    depth = deepest = 0
+    for match in BRACKET.finditer(answer):
+        if match["close"]:
+            depth -= opened.pop() if opened else 0
+        else:
+            opened.append(FUNCTION_DEPTH if match["function"] else 1)
+            depth += opened[-1]
+            deepest = max(deepest, depth)
+    return deepest
+
+
+def too_many_terms(answer: str, expected: str) -> bool:
+    """Whether the powers of sums in `answer` have too many terms, and more than in `expected`."""
+    return _expanded(answer) > max(MAX_EXPANDED, _expanded(expected))
+
+
+def _expanded(answer: str) -> int:
+    terms = 0
+    for inner, exponent in POWER_OF_SUM.findall(answer):
+        power = int(exponent[:6])  # more digits are more than enough
+        others = min(len(re.findall("[-+]", inner)), 20)
+        terms += math.comb(power + others, others)
+    return terms
 
 
 class _Estimate:
@@ -91,6 +121,8 @@ class _Estimate:
             digits = self.group()
         elif token[0] in (r"\binom", r"\dbinom", r"\tbinom"):
             digits = self._binomial()
+        elif token[0] == r"\sqrt":
+            digits = self._root()
         elif token[0] in (r"\sum", r"\prod"):
             self._limits()
         while (mark := self._peek()) is not None and mark[0] == "!":
@@ -101,6 +133,14 @@ class _Estimate:
     def _binomial(self) -> float:
         over, under = self._atom(), self._atom()
         return _checked(min(0.302 * _value(over), _value(under) * max(over, 1.0)))
+
+    def _root(self) -> float:
+        if (token := self._peek()) is not None and token[0] == "[":
+            self._atom()
+        digits = self._atom()
+        if digits > MAX_ROOT_DIGITS:
+            raise _TooLarge
+        return digits
 
     def _limits(self) -> None:
         while (token := self._peek()) is not None and token[0] in "_^":

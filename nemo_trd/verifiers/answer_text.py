@@ -21,6 +21,14 @@ ANNOUNCED = re.compile(
 CONCLUDED = re.compile(
     r"(?:\b(?:is|are|equals?|gets?|gives|takes|obtain)|[=:])\s+((?:[^=:\n]|(?<=\d):(?=\d)){1,60})\s*\Z"
 )
+RETRACTED = re.compile(r"(?i)\b(?:wait,? no|no,? wait|scratch that|I was wrong)\b")
+_NUMBER = r"[\s$*\\(]*[-+]?\d[\d.,/]*[\s$*\\)]*"
+# What a text may end with that holds its last number and does not say that this is the answer.
+NOT_SAID = re.compile(
+    rf"(?i)(?:(?:\b(?:not|than|at least|at most)|\bbetween{_NUMBER}and)\b{_NUMBER}[a-z]*[\s.!*]*"
+    rf"|\d[\s$*\\)]*(?:\?|(?:is|was) (?:not|wrong|incorrect)\b)\D*)\Z"
+)
+STEP = re.compile(r"(?im)\b(?:step|case|part)\s+\d+\b|^\s*\d+[.)]\s+(?=[A-Za-z*])")
 FORMULA = re.compile(r"(?:\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\])[\s*.]*(?:$|[.!]\s)")
 SENTENCE = re.compile(r"((?:[A-J]\. )?.+?)[\s*]*(?:\.[\s*]|[.!]?[\s*]*$)")
 
@@ -47,6 +55,7 @@ SYMBOLS = str.maketrans(
         **{"，": ",", "：": ":", "（": "(", "）": ")", "′": "'", "’": "'", "″": '"'},
     }
 )
+FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")  # of full width, Arabic, ...
 ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 ROOT = re.compile(r"([√∛∜])\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|\\?[A-Za-z]+))?")
 BARE_PI = re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])")
@@ -71,7 +80,7 @@ REPEATING = re.compile(r"(\d*\.\d*?)(\d{1,6}?)\2{2,}(?:\.{3}|…|\\[lc]?dots)") 
 REVERSED = re.compile(r"([][(])([^][()]+,[^][()]+)([][)])")  # ]1,2[ is (1,2)
 ONE_TUPLE = re.compile(r"\\\{ ?(\([^()]*,[^()]*\)) ?\\\}")  # the set of one solution
 MIXED = re.compile(r"(?<![\d.,/^_}])(\d+) (\d+)/(\d+)(?![\d/^])")
-MIRRORED = re.compile(r"([^=<>]+)=\s*([A-Za-z])")  # 5 = x
+MIRRORED = re.compile(r"(?!\s*[A-Za-z]\s*=)([^=<>]+)=\s*([A-Za-z])")  # 5 = x, not x = y
 
 
 def final_answer(text: str) -> str | None:
@@ -132,6 +141,7 @@ def in_plain_latex(text: str) -> str:
     """Signs of Unicode as LaTeX has them, and what only decorates left out."""
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+", lambda m: f"^{{{m[0].translate(SUPERSCRIPTS)}}}", text)
     text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda m: f"_{{{m[0].translate(SUBSCRIPTS)}}}", text)
+    text = FOREIGN_DIGIT.sub(lambda m: str(int(m[0])), text)
     text = ROOT.sub(_root, text.translate(SYMBOLS)).replace(r"\varnothing", r"\emptyset")
     return STYLE.sub("", SIZED.sub("", text))
 

@@ -13,8 +13,11 @@ import re
 
 from nemo_trd.thoughts import without_thoughts
 from nemo_trd.verifiers import answer_kinds as kinds
-from nemo_trd.verifiers.answer_size import too_large
+from nemo_trd.verifiers.answer_size import too_large, too_many_terms
 from nemo_trd.verifiers.answer_text import (
+    NOT_SAID,
+    RETRACTED,
+    STEP,
     announced_answer,
     final_answer,
     in_plain_latex,
@@ -31,6 +34,7 @@ PROSE_CHARACTERS = 4000  # of a text without a marked answer, so many from its e
 EXPONENT = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d{1,3})")  # as programs write numbers
 PERCENT = re.compile(r"(?<=[\d)}])\s*\\?%$")
 UNKNOWN_UNITS = re.compile(r"(?<=\d)( [A-Za-z]{3,})+$")  # "18 eggs", but not "18 x" or "2 pi"
+BOUND = re.compile(r"\\neq?(?![A-Za-z])|\d\s*\+$|\bor (?:more|less|greater|fewer)\b")
 WORDS = re.compile(r"[A-Za-z]+( [A-Za-z]+)*")
 LONG_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 COMPUTED = re.compile(r"\$[^$]+\$|\\\(.+?\\\)|\\\[.+?\\\]|[^\s$]+", re.DOTALL)
@@ -63,6 +67,7 @@ class MathJudge:
         wanted = tidy(in_plain_latex(final_answer(answer) or answer))
         final = final_answer(said)
         if final is None:
+            said = RETRACTED.split(said)[-1]
             announced = announced_answer(said)
             if announced is None or not _can_be_answer(announced):
                 return self._judge_prose(said, wanted)
@@ -78,7 +83,7 @@ class MathJudge:
         if same_text(given, wanted):
             return RIGHT
         given, wanted = map(kinds.with_double_factorials, (given, wanted))
-        if too_large(given, len(wanted)):
+        if too_large(given, len(wanted)) or too_many_terms(given, wanted):
             return TOO_LARGE
         chosen = self._judge_choice(given, wanted)
         if chosen is not None:
@@ -86,6 +91,8 @@ class MathJudge:
         numbers = kinds.number(given), kinds.number(wanted)
         if numbers[0] is not None and numbers[1] is not None:
             return RIGHT if numbers[0] == numbers[1] else WRONG
+        if numbers[1] is not None and BOUND.search(given):
+            return WRONG
         if WORDS.fullmatch(wanted):  # as a formula a word is a product of its letters
             if given.casefold() == wanted.casefold():
                 return RIGHT
@@ -136,7 +143,9 @@ class MathJudge:
         if WORDS.fullmatch(wanted) and (len(wanted) > 1 or wanted.casefold() == text.casefold()):
             last = " ".join(tidy(text).split()[-len(wanted.split()) :])
             return RIGHT if last.casefold() == wanted.casefold() else WRONG
-        text = re.sub(r"!{2,}", "", text)
+        if NOT_SAID.search(text[-200:]):
+            return NO_ANSWER
+        text = STEP.sub(" ", re.sub(r"!{2,}", "", text))
         refused = [m.end() for m in COMPUTED.finditer(text) if too_large(m[0], len(m[0]))]
         text = text[refused[-1] :] if refused else text
         if not FORMULA.search(text):

@@ -122,7 +122,8 @@ def test_a_comparison_that_hangs_is_a_class_of_its_own_and_costs_nobody_else_a_v
     config = configured("verification.workers=2", "verification.math_timeout_seconds=1.5")
     good = (r"\boxed{x + x}", "2x")
     bad = (r"\boxed{3x}", "2x")
-    hang = (r"\boxed{(x + 1)^{9000}}", "5x")  # of ordinary length
+    fractions = "+".join(rf"\frac{{{n}x+1}}{{x+{n}}}" for n in range(1, 51))  # of ordinary size
+    hang = (rf"\boxed{{{fractions}}}", "5x")
     verdicts = judge_all(config, [good, hang, bad, good, hang, good, bad, good])
     right, wrong = Judgement(True, "right"), Judgement(False, "wrong_answer")
     late = Judgement(None, "timeout")
