@@ -33,9 +33,9 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 PYTEST_ARGS := --durations=15
 # What depends on megatron-core and must pass with both of its versions.
-MCORE_TESTS := $(addprefix tests/unit/, test_model.py test_hf_weights.py test_resuming.py) $(addprefix tests/distributed/, \
-	test_gradients.py test_hf_weights_parallel.py test_non_finite.py test_parallel_layouts.py \
-	test_resume.py)
+MCORE_TESTS := $(addprefix tests/megatron/, test_checkpoint.py test_gradients.py test_hf_weights.py \
+	test_hf_weights_parallel.py test_model.py test_non_finite.py test_parallel_layouts.py) \
+	tests/run/test_resume.py
 
 .PHONY: help quickstart test test-fast test-slow test-gpu test-mcore019 test-adapters lint format system-packages env env-mcore019 \
 	vllm-env aligner-env lock clean
@@ -55,13 +55,13 @@ test-mcore019: env-mcore019  ## the tests that depend on megatron-core, with its
 	$(PY_MCORE019) -m pytest $(PYTEST_ARGS) -m "not slow and not gpu" $(MCORE_TESTS)
 
 test-adapters: env aligner-env  ## recipes of other packages: NeMo-Aligner in its environment, names of the others
-	PYTHONPATH='$(CURDIR)' $(VENV_ALIGNER)/bin/python -m pytest $(PYTEST_ARGS) tests/aligner \
-		tests/adapters/test_nemo_toolkit.py
+	PYTHONPATH='$(CURDIR)' $(VENV_ALIGNER)/bin/python -m pytest $(PYTEST_ARGS) tests/adapters/aligner \
+		tests/config/test_hydra_entry.py
 	NEMO_TRD_BRIDGE_SOURCE=$(VENV_ALIGNER)/megatron-bridge \
 		$(PY) -m pytest $(PYTEST_ARGS) tests/adapters/test_megatron_bridge.py -k "not forward_step_has"
 
 test-fast: env system-packages  ## unit tests, about a minute
-	$(PY) -m pytest $(PYTEST_ARGS) -m "not slow and not gpu and not distributed" tests/unit
+	$(PY) -m pytest $(PYTEST_ARGS) -m "not slow and not gpu and not distributed and not vllm and not slurm"
 
 test-slow: env vllm-env system-packages  ## tests longer than a minute each
 	$(PY) -m pytest $(PYTEST_ARGS) -m "slow and not gpu"

@@ -11,7 +11,7 @@ student and teacher):
     modelopt  NVIDIA ModelOpt's LogitsKLLoss on logits
     trl       TRL's generalized_jsd_loss on logits
     liger     Liger's fused linear JSD: from hidden states, in chunks
-    ours      nemo_trd.losses.divergence
+    ours      nemo_trd.loss.fused.divergence
 
 `peak_gb` is the peak of resident memory (on a GPU: of allocated memory) above the inputs, in 1e9
 bytes; gradients count. `seconds` is the fastest of `--repeats` passes; the JSON file also has
@@ -39,9 +39,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from nemo_trd.config import Loss
-from nemo_trd.divergences import dense_divergence
-from nemo_trd.losses import divergence
+from nemo_trd.config.schema import Loss
+from nemo_trd.loss.formulas import dense_divergence
+from nemo_trd.loss.fused import divergence
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SLICE_TOKENS, SLICE_VOCAB = 64, 4096

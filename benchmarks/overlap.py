@@ -43,9 +43,9 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from nemo_trd.config import VllmServer
-from nemo_trd.generation import guard
-from nemo_trd.generation.server import Server, start_all, stop_all
+from nemo_trd.config.schema import VllmServer
+from nemo_trd.serve import guard
+from nemo_trd.serve.server import Server, start_all, stop_all
 
 LIMIT = 1.15  # times the ideal ratio
 HEAD_DIM = 32

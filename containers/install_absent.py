@@ -10,7 +10,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from nemo_trd.doctor import role_here
+from nemo_trd.doctor.main import role_here
 
 
 def absent(pins: list[str]) -> list[str]:

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
-from nemo_trd.config import Config, ConfigError, compose
-from nemo_trd.last_line import end_process
-from nemo_trd.report import write_report
+from nemo_trd.config.errors import ConfigError
+from nemo_trd.config.load import compose
+from nemo_trd.config.schema import Config
+from nemo_trd.records.last_line import end_process
+from nemo_trd.report.main import write_report
 from nemo_trd.toy import warm_start
 from nemo_trd.train import launch
 

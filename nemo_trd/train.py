@@ -19,26 +19,24 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_trd.adapters.nemo_toolkit import hydra_entry
-from nemo_trd.batching import pair
-from nemo_trd.config import (
-    Config,
-    ConfigError,
-    explain_refused_override,
-    validate,
-)
+from nemo_trd.algorithm.trajectories import pair
+from nemo_trd.config.errors import ConfigError
+from nemo_trd.config.hydra_entry import hydra_entry
+from nemo_trd.config.load import explain_refused_override, validate
+from nemo_trd.config.schema import Config
+from nemo_trd.data.types import Refinement
+from nemo_trd.distributed.exchange import from_first_rank, raise_together
+from nemo_trd.distributed.process import init_distributed, world_from_environment
+from nemo_trd.distributed.stop import StopRequest
 from nemo_trd.generation import GenerationFailed
-from nemo_trd.last_line import Cause, append_to_log, end_process
-from nemo_trd.lookahead import Lookahead
-from nemo_trd.megatron.parallel import from_first_rank, raise_together
-from nemo_trd.megatron.runtime import init_distributed, world_from_environment
-from nemo_trd.megatron.stop_request import StopRequest
-from nemo_trd.metrics import Timers
-from nemo_trd.outcome import nothing_left
-from nemo_trd.run import Run, load_inputs
-from nemo_trd.run_lock import at_work
-from nemo_trd.trackers import Tracker
-from nemo_trd.types import Refinement
+from nemo_trd.records.last_line import Cause, append_to_log, end_process
+from nemo_trd.records.timers import Timers
+from nemo_trd.records.trackers import Tracker
+from nemo_trd.run.inputs import load_inputs
+from nemo_trd.run.lookahead import Lookahead
+from nemo_trd.run.outcome import nothing_left
+from nemo_trd.run.run import Run
+from nemo_trd.run.run_lock import at_work
 
 
 def train(run: Run) -> int:

@@ -16,7 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 # NeMo-Aligner's tests run in its own environment: `make test-adapters`.
-collect_ignore = [] if importlib.util.find_spec("nemo_aligner") else ["aligner"]
+collect_ignore = [] if importlib.util.find_spec("nemo_aligner") else ["adapters/aligner"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,8 +35,8 @@ def one_rank() -> Iterator[Any]:
     """Process groups of a world of one rank, in this process."""
     import torch.distributed as dist
 
-    from nemo_trd.config import Layout
-    from nemo_trd.megatron.parallel import process_groups
+    from nemo_trd.config.schema import Layout
+    from nemo_trd.megatron.process_groups import process_groups
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield process_groups(Layout(tensor_model_parallel_size=1, pipeline_model_parallel_size=1))

@@ -14,15 +14,17 @@ import argparse
 import torch
 from transformers import AutoTokenizer
 
-from nemo_trd.config import Config, compose
-from nemo_trd.evaluation.in_run import evaluate
+from nemo_trd.config.load import compose
+from nemo_trd.config.schema import Config
+from nemo_trd.data.prompts import load_prompts, prompts_of_step
+from nemo_trd.data.types import GenerationRequest
+from nemo_trd.evaluate.in_run import evaluate
 from nemo_trd.generation import request_seed
 from nemo_trd.generation.local import LocalGenerator
-from nemo_trd.metrics import RunLogger, Timers
-from nemo_trd.prompts import load_prompts, prompts_of_step
+from nemo_trd.records.run_logger import RunLogger
+from nemo_trd.records.timers import Timers
 from nemo_trd.toy.rows import Row
 from nemo_trd.toy.warm_start import token_losses
-from nemo_trd.types import GenerationRequest
 from nemo_trd.verifiers import verifier
 
 

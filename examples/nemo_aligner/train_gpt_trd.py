@@ -12,9 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_trd.adapters.aligner_config import config_from_aligner
 from nemo_trd.adapters.nemo_aligner import AlignerTracker, TRDStudent, TRDTrainer
-from nemo_trd.config import ConfigError
-from nemo_trd.last_line import end_process
-from nemo_trd.run import Run
+from nemo_trd.config.errors import ConfigError
+from nemo_trd.records.last_line import end_process
+from nemo_trd.run.run import Run
 from nemo_trd.train import launch
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_trd.config import Config, ConfigError, composed, rule_broken, validate
+from nemo_trd.config.errors import ConfigError, rule_broken
+from nemo_trd.config.load import composed, validate
+from nemo_trd.config.schema import Config
 
 # Where a key of Aligner is only spelt differently here.
 NAMES = {

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nemo_trd.batching import pair
-from nemo_trd.divergences import TopK
+from nemo_trd.algorithm.trajectories import pair
+from nemo_trd.data.types import Microbatch, Trajectory
+from nemo_trd.loss.top_k import TopK
 from nemo_trd.megatron.schedule import is_last_stage
-from nemo_trd.run import Run
+from nemo_trd.run.run import Run
 from nemo_trd.train import sample
-from nemo_trd.types import Microbatch, Trajectory
 
 log = logging.getLogger(__name__)
 

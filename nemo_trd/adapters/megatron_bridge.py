@@ -26,28 +26,27 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from nemo_trd.adapters import needed
-from nemo_trd.batching import make_micro_batch, pair, plan_micro_batches
-from nemo_trd.config import Config, Loss, ModelSource, rule_broken
-from nemo_trd.generators import Generators
-from nemo_trd.losses import divergence
+from nemo_trd.algorithm.acceptance import refinement_counts
+from nemo_trd.algorithm.micro_batches import make_micro_batch, plan_micro_batches
+from nemo_trd.algorithm.refinement import fitting_prompts, privileged_context
+from nemo_trd.algorithm.refinement_checks import check_openings, check_templates
+from nemo_trd.algorithm.trajectories import pair
+from nemo_trd.config.errors import rule_broken
+from nemo_trd.config.schema import Config, Loss, ModelSource
+from nemo_trd.data.prompts import load_prompts, prompts_of_step
+from nemo_trd.data.types import Microbatch, Prompt, Trajectory
+from nemo_trd.distributed.exchange import raise_together
+from nemo_trd.distributed.process import device
+from nemo_trd.loss.fused import divergence
 from nemo_trd.megatron.finite import check_divergence, check_hidden_states
 from nemo_trd.megatron.hf_weights import read_output_weight
 from nemo_trd.megatron.model import HiddenStatesModel, has_transformer_engine, load_hf_config
-from nemo_trd.megatron.parallel import raise_together
-from nemo_trd.megatron.runtime import device
 from nemo_trd.megatron.schedule import is_last_stage, label_rows, run_model
 from nemo_trd.megatron.teacher import Teacher
-from nemo_trd.model_rules import sequence_alignment
-from nemo_trd.preflight import real_vocab_size, shared_vocab_size
-from nemo_trd.prompts import load_prompts, prompts_of_step
-from nemo_trd.refinement import (
-    fitting_prompts,
-    privileged_context,
-    refinement_counts,
-)
-from nemo_trd.refinement_checks import check_openings, check_templates
-from nemo_trd.sampling import Sampler
-from nemo_trd.types import Microbatch, Prompt, Trajectory
+from nemo_trd.models.family import sequence_alignment, shared_vocab_size
+from nemo_trd.preflight.models import real_vocab_size
+from nemo_trd.run.generators import Generators
+from nemo_trd.run.sampling import Sampler
 
 log = logging.getLogger(__name__)
 

@@ -23,14 +23,14 @@ from megatron.core import parallel_state
 from omegaconf import OmegaConf
 
 from nemo_trd.adapters import needed
-from nemo_trd.batching import pair
+from nemo_trd.algorithm.acceptance import refinement_counts
+from nemo_trd.algorithm.trajectories import pair
+from nemo_trd.data.types import GenerationRequest, Prompt, Refinement, Trajectory
+from nemo_trd.distributed.exchange import merge_shares, own_share
 from nemo_trd.generation import request_seed
-from nemo_trd.megatron.parallel import merge_shares, own_share
 from nemo_trd.megatron.student import StepResult
-from nemo_trd.refinement import refinement_counts
-from nemo_trd.run import Run
+from nemo_trd.run.run import Run
 from nemo_trd.train import sample, train
-from nemo_trd.types import GenerationRequest, Prompt, Refinement, Trajectory
 
 with needed(
     "nemo-aligner==0.7.0",

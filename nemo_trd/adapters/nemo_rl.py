@@ -19,11 +19,13 @@ from typing import Any
 import torch
 
 from nemo_trd.adapters import needed
-from nemo_trd.config import Config, rule_broken
+from nemo_trd.algorithm.acceptance import judge, read_rollout, refinement_counts
+from nemo_trd.algorithm.refinement import refinement_prompts
+from nemo_trd.algorithm.refinement_checks import check_templates
+from nemo_trd.config.errors import rule_broken
+from nemo_trd.config.schema import Config
+from nemo_trd.data.types import Completion, GenerationRequest, Prompt, Refinement, TokenIds
 from nemo_trd.generation import Generator, request_seed
-from nemo_trd.refinement import judge, read_rollout, refinement_counts, refinement_prompts
-from nemo_trd.refinement_checks import check_templates
-from nemo_trd.types import Completion, GenerationRequest, Prompt, Refinement, TokenIds
 from nemo_trd.verifiers import verifier
 
 

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from nemo_trd.config import Sampling
-from nemo_trd.types import Completion, GenerationRequest
+from nemo_trd.config.schema import Sampling
+from nemo_trd.data.types import Completion, GenerationRequest
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ import math
 import torch
 from transformers import LogitsProcessor
 
-from nemo_trd.config import Sampling
+from nemo_trd.config.schema import Sampling
 
 # The increment and the multipliers of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), as
 # signed integers: torch wraps int64 arithmetic around, which is arithmetic modulo 2**64.

@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 from pydantic import SecretStr
 
-from nemo_trd.config import rule_broken
-from nemo_trd.generation.vllm_api import CHECK_SECONDS, INITIAL_WEIGHTS
-from nemo_trd.types import TokenIds
+from nemo_trd.config.errors import rule_broken
+from nemo_trd.data.types import TokenIds
+from nemo_trd.generation.api import CHECK_SECONDS, INITIAL_WEIGHTS
 
 log = logging.getLogger(__name__)
 

@@ -18,13 +18,14 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from nemo_trd.config import LocalGeneration, ModelSource, Sampling, rule_broken
+from nemo_trd.config.errors import rule_broken
+from nemo_trd.config.schema import LocalGeneration, ModelSource, Sampling
+from nemo_trd.data.types import Completion, GenerationRequest, TokenIds
 from nemo_trd.generation import Done
-from nemo_trd.generation.eos import Vocabulary, read_vocabulary
 from nemo_trd.generation.gumbel import SeededSampler, seed_tensor
 from nemo_trd.generation.stop_strings import StopStrings, decoder
-from nemo_trd.hf_directory import tensors_with_copies
-from nemo_trd.types import Completion, GenerationRequest, TokenIds
+from nemo_trd.models.directory import tensors_with_copies
+from nemo_trd.models.vocabulary import Vocabulary, read_vocabulary
 
 # The environment of NeMo-Aligner has transformers 4, which knows the old name only.
 _DTYPE_ARGUMENT = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"

@@ -13,9 +13,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequ
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
-from nemo_trd.config import VllmClient
+from nemo_trd.config.schema import VllmClient
 from nemo_trd.generation import GenerationFailed
-from nemo_trd.generation.vllm_api import AttemptFailed, Refused
+from nemo_trd.generation.api import AttemptFailed, Refused
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 import httpx
 from pydantic import SecretStr
 
-from nemo_trd import config
-from nemo_trd.generation.vllm_api import CHECK_SECONDS
-from nemo_trd.generation.weight_transport import Bucket, GlooLink, Link, NcclLink
+from nemo_trd.config import schema as config
+from nemo_trd.generation.api import CHECK_SECONDS
+from nemo_trd.generation.transport import Bucket, GlooLink, Link, NcclLink
 
 log = logging.getLogger(__name__)
 

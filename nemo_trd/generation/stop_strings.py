@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_trd.types import Completion, TokenIds
+from nemo_trd.data.types import Completion, TokenIds
 
 Decode = Callable[[Sequence[int]], str]
 CONTEXT_TOKENS = 4  # of the prompt: some tokenizers drop the space before a text's first token

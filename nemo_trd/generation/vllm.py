@@ -19,11 +19,11 @@ from tenacity import (
 )
 from tqdm import tqdm
 
-from nemo_trd.config import Sampling, VllmClient, rule_broken
+from nemo_trd.config.errors import rule_broken
+from nemo_trd.config.schema import Sampling, VllmClient
+from nemo_trd.data.types import Completion, GenerationRequest, TokenIds
 from nemo_trd.generation import Done, GenerationFailed
-from nemo_trd.generation.pool import Dispatcher, Member
-from nemo_trd.generation.stop_strings import Decode, StopStrings
-from nemo_trd.generation.vllm_api import (
+from nemo_trd.generation.api import (
     GENERATE,
     Answer,
     AttemptFailed,
@@ -37,13 +37,14 @@ from nemo_trd.generation.vllm_api import (
     scoring_body,
     version_number,
 )
-from nemo_trd.types import Completion, GenerationRequest, TokenIds
+from nemo_trd.generation.pool import Dispatcher, Member
+from nemo_trd.generation.stop_strings import Decode, StopStrings
 
 if TYPE_CHECKING:
     import torch
 
-    from nemo_trd.generation.eos import Vocabulary
     from nemo_trd.generation.weight_sync import WeightSync
+    from nemo_trd.models.vocabulary import Vocabulary
 
 Result = TypeVar("Result")
 

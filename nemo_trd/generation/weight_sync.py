@@ -26,11 +26,11 @@ import torch.distributed as dist
 from pydantic import SecretStr
 from torch import Tensor
 
-from nemo_trd import config
+from nemo_trd.config import schema as config
 from nemo_trd.generation import GenerationFailed
+from nemo_trd.generation.api import INITIAL_WEIGHTS
 from nemo_trd.generation.replica import Replica, ReplicaError
-from nemo_trd.generation.vllm_api import INITIAL_WEIGHTS
-from nemo_trd.generation.weight_transport import Bucket, WeightFiles, buckets
+from nemo_trd.generation.transport import Bucket, WeightFiles, buckets
 
 log = logging.getLogger(__name__)
 

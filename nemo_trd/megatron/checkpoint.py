@@ -27,15 +27,15 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
-from nemo_trd import checkpoint_dir, checksums, disk_space, latest
-from nemo_trd.abandoned import begin_line
-from nemo_trd.checkpoint_dir import PARTIAL, TrainerState, checkpoint_name
-from nemo_trd.config import Checkpoint
+from nemo_trd.config.schema import Checkpoint
+from nemo_trd.data.prompt_digests import DIGESTS_FILE
+from nemo_trd.data.types import Refinement
+from nemo_trd.distributed.exchange import from_first_rank
 from nemo_trd.megatron.optimizer_states import load_optimizer
-from nemo_trd.megatron.parallel import from_first_rank
 from nemo_trd.megatron.student import Student
-from nemo_trd.prompt_digests import DIGESTS_FILE
-from nemo_trd.types import Refinement
+from nemo_trd.records import checkpoint_dir, checksums, disk_space, latest
+from nemo_trd.records.abandoned import begin_line
+from nemo_trd.records.checkpoint_dir import PARTIAL, TrainerState, checkpoint_name
 
 log = logging.getLogger(__name__)
 

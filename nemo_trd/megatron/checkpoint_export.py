@@ -8,13 +8,15 @@ from typing import Literal
 
 from megatron.core import dist_checkpointing
 
-from nemo_trd.config import Layout, ModelSource, Precision, rule_broken
+from nemo_trd.config.errors import rule_broken
+from nemo_trd.config.schema import Layout, ModelSource, Precision
+from nemo_trd.distributed.process import init_distributed
 from nemo_trd.megatron.checkpoint import SHARDING
-from nemo_trd.megatron.hf_weights import export_hf_weights, save_hf_directory
+from nemo_trd.megatron.hf_weights import export_hf_weights
 from nemo_trd.megatron.model import build_model, load_hf_config
-from nemo_trd.megatron.parallel import process_groups
-from nemo_trd.megatron.runtime import init_distributed
+from nemo_trd.megatron.process_groups import process_groups
 from nemo_trd.megatron.verification import damage
+from nemo_trd.models.write import save_hf_directory
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemo_trd.types import Microbatch
+from nemo_trd.data.types import Microbatch
 
 
 class NonFiniteError(RuntimeError):

@@ -9,7 +9,7 @@ from typing import Any
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from pydantic import ValidationError
 
-from nemo_trd.config import Config, Optimizer
+from nemo_trd.config.schema import Config, Optimizer
 
 
 def scheduler(settings: Optimizer, num_steps: int, optimizer: Any) -> OptimizerParamScheduler:

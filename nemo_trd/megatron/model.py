@@ -30,15 +30,11 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from nemo_trd.config import ConfigError, Layout, Precision, rule_broken
-from nemo_trd.hf_directory import check_model_type
-from nemo_trd.model_rules import (
-    check_layout,
-    check_supported,
-    head_dim,
-    padded_vocab_size,
-    rope_parameters,
-)
+from nemo_trd.config.errors import ConfigError, rule_broken
+from nemo_trd.config.schema import Layout, Precision
+from nemo_trd.models.directory import check_model_type
+from nemo_trd.models.family import head_dim, padded_vocab_size, rope_parameters
+from nemo_trd.models.rules import check_layout, check_supported
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

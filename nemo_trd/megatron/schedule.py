@@ -20,8 +20,8 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from nemo_trd.megatron.runtime import device
-from nemo_trd.types import ContextBatch
+from nemo_trd.data.types import ContextBatch
+from nemo_trd.distributed.process import device
 
 ForwardStep = Callable[..., tuple[Tensor, Callable[..., Any]]]
 

@@ -14,35 +14,31 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor
 
-from nemo_trd.batching import make_micro_batch, plan_micro_batches
-from nemo_trd.config import Config
-from nemo_trd.divergences import TopK
-from nemo_trd.generation.eos import load_tokenizer
-from nemo_trd.losses import (
+from nemo_trd.algorithm.micro_batches import make_micro_batch, plan_micro_batches
+from nemo_trd.config.schema import Config
+from nemo_trd.data.types import LabelFigures, Microbatch, Trajectory
+from nemo_trd.distributed.process import device
+from nemo_trd.loss.fused import (
     DivergenceOutput,
     divergence,
     divergence_from_top_k,
     token_nll,
     top_k_of,
 )
+from nemo_trd.loss.top_k import TopK
 from nemo_trd.megatron.finite import check_divergence, check_hidden_states
 from nemo_trd.megatron.hf_weights import export_hf_weights, load_hf_weights, read_output_weight
 from nemo_trd.megatron.learning_rate import scheduler
-from nemo_trd.megatron.model import (
-    build_model,
-    has_transformer_engine,
-    load_hf_config,
-)
-from nemo_trd.megatron.parallel import process_groups
-from nemo_trd.megatron.runtime import device
+from nemo_trd.megatron.model import build_model, has_transformer_engine, load_hf_config
+from nemo_trd.megatron.optimizer import _optimizer
+from nemo_trd.megatron.process_groups import process_groups
 from nemo_trd.megatron.schedule import is_last_stage, label_rows, run_model, run_schedule
-from nemo_trd.model_rules import sequence_alignment
-from nemo_trd.preflight import real_vocab_size, shared_vocab_size
-from nemo_trd.served_model import is_only_served, read_served
-from nemo_trd.types import LabelFigures, Microbatch, Trajectory
+from nemo_trd.models.family import sequence_alignment, shared_vocab_size
+from nemo_trd.models.served import is_only_served, read_served
+from nemo_trd.models.vocabulary import load_tokenizer
+from nemo_trd.preflight.models import real_vocab_size
 
 
 @dataclass(frozen=True)
@@ -357,26 +353,3 @@ def _common_shape(plan: Sequence[Sequence[Microbatch]]) -> tuple[int, int]:
     """(rows, length) that holds the student's side of every micro-batch."""
     shapes = [batch.student.tokens.shape for rank in plan for batch in rank]
     return max(s[0] for s in shapes), max(s[1] for s in shapes)
-
-
-def _optimizer(config: Config, chunks: list[Any], groups: Any) -> Any:
-    settings = config.optimizer
-    bf16 = config.precision.dtype == "bf16"
-    return get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=settings.lr,
-            min_lr=settings.min_lr,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.betas[0],
-            adam_beta2=settings.betas[1],
-            adam_eps=settings.eps,
-            clip_grad=settings.clip_grad,
-            bf16=bf16,
-            params_dtype=torch.bfloat16 if bf16 else torch.float32,
-            use_distributed_optimizer=settings.distributed,
-        ),
-        chunks,
-        use_gloo_process_groups=False,
-        pg_collection=groups,
-    )

@@ -15,13 +15,13 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from nemo_trd.config import Config
+from nemo_trd.config.schema import Config
+from nemo_trd.data.types import Microbatch
+from nemo_trd.distributed.process import device
 from nemo_trd.megatron.hf_weights import load_hf_weights
 from nemo_trd.megatron.model import HiddenStatesModel, build_model, load_hf_config
-from nemo_trd.megatron.parallel import process_groups
-from nemo_trd.megatron.runtime import device
+from nemo_trd.megatron.process_groups import process_groups
 from nemo_trd.megatron.schedule import is_last_stage, label_rows, run_model, run_schedule
-from nemo_trd.types import Microbatch
 
 
 class Teacher:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nemo_trd import checksums
-from nemo_trd.checkpoint_dir import damaged, defects, recorded_checksums, wanted_checkpoints
-from nemo_trd.config import Checkpoint
-from nemo_trd.megatron.parallel import from_first_rank, own_share
+from nemo_trd.config.schema import Checkpoint
+from nemo_trd.distributed.exchange import from_first_rank, own_share
+from nemo_trd.records import checksums
+from nemo_trd.records.checkpoint_dir import damaged, defects, recorded_checksums, wanted_checkpoints
 
 
 def verified_checkpoint(settings: Checkpoint, root: Path) -> tuple[Path | None, list[str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from nemo_trd.analysis import first_difference
+from nemo_trd.algorithm.change import first_difference
 from nemo_trd.toy.task import MODULUS, NO, NUMBERS, PRODUCTS, SUMS, Factors, solution
 
 _TERMS = {label: terms for label, *terms in SUMS}

@@ -8,8 +8,9 @@ from typing import NamedTuple, cast
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from nemo_trd.config import RefinementTemplates, rule_broken
-from nemo_trd.templates import fill_template
+from nemo_trd.config.errors import rule_broken
+from nemo_trd.config.schema import RefinementTemplates
+from nemo_trd.data.templates import fill_template
 from nemo_trd.toy import task
 from nemo_trd.toy.tokenizer import unknown_words
 

@@ -26,8 +26,9 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from nemo_trd.arguments import path
-from nemo_trd.config import RefinementTemplates, conf_dir
+from nemo_trd.config.arguments import path
+from nemo_trd.config.load import conf_dir
+from nemo_trd.config.schema import RefinementTemplates
 from nemo_trd.toy import task
 from nemo_trd.toy.rows import IGNORED, Row, RowMaker, as_tensors
 from nemo_trd.toy.tokenizer import PAD, build_tokenizer

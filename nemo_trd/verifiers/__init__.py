@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import TypeVar
 
-from nemo_trd.config import Sandbox, VerifierName
-from nemo_trd.types import Answer
+from nemo_trd.config.schema import Sandbox, VerifierName
+from nemo_trd.data.types import Answer
 from nemo_trd.verifiers.judgement import Judge, Judgement
 from nemo_trd.verifiers.several import judge_answer
 

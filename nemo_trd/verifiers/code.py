@@ -1,9 +1,9 @@
 """Does a generated program pass the tests of its problem?
 
-Programs run in `nemo_trd.sandbox`, and what they must answer never enters it: their outputs come
-out as text or plain data and are compared here. Tests that are programs themselves run in a
-second sandbox, and only the arguments and results of calls pass between the two. So nothing that
-a generated program does to its own interpreter can turn into a verdict.
+Programs run in `nemo_trd.verifiers.sandbox`, and what they must answer never enters it: their
+outputs come out as text or plain data and are compared here. Tests that are programs themselves
+run in a second sandbox, and only the arguments and results of calls pass between the two. So
+nothing that a generated program does to its own interpreter can turn into a verdict.
 
 Whatever goes wrong once the program has been given to its sandbox counts against it. There is no
 verdict only where the sandbox or the tests themselves fail.
@@ -22,11 +22,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from nemo_trd.config import Sandbox
-from nemo_trd.sandbox import SandboxBroken, SandboxedPython, Stopped
+from nemo_trd.config.schema import Sandbox
 from nemo_trd.verifiers import code_script
 from nemo_trd.verifiers.code_tests import CodeTests, read_tests
 from nemo_trd.verifiers.judgement import Judgement
+from nemo_trd.verifiers.sandbox import SandboxBroken, SandboxedPython, Stopped
 
 log = logging.getLogger(__name__)
 

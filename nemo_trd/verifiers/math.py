@@ -11,7 +11,6 @@ import atexit
 import logging
 import re
 
-from nemo_trd.thoughts import without_thoughts
 from nemo_trd.verifiers import answer_kinds as kinds
 from nemo_trd.verifiers.answer_size import too_large, too_many_terms
 from nemo_trd.verifiers.answer_text import (
@@ -27,6 +26,7 @@ from nemo_trd.verifiers.answer_text import (
 from nemo_trd.verifiers.answer_units import quantity, same_quantities
 from nemo_trd.verifiers.judgement import NO_ANSWER, RIGHT, TOO_LARGE, WRONG, Judgement
 from nemo_trd.verifiers.math_worker import MathWorker
+from nemo_trd.verifiers.thoughts import without_thoughts
 
 log = logging.getLogger(__name__)
 

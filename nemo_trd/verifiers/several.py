@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from nemo_trd.boxes import boxed
-from nemo_trd.thoughts import without_thoughts
-from nemo_trd.types import Answer
+from nemo_trd.data.types import Answer
+from nemo_trd.verifiers.boxes import boxed
 from nemo_trd.verifiers.judgement import Judge, Judgement
+from nemo_trd.verifiers.thoughts import without_thoughts
 
 SEPARATORS = r",|;|\s(?:and|or)\s|\\(?:text|mathrm|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}"
 BETWEEN = re.compile(SEPARATORS)

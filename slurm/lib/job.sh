@@ -163,7 +163,7 @@ start_servers() {
     # shellcheck disable=SC2086 # options, to be split into words
     srun --job-name="$1-server" --overlap --nodes="$2" --ntasks-per-node=1 --relative="$3" --label \
         --cpu-bind=none --kill-on-bad-exit=0 --wait=0 "${in_servers[@]}" ${SERVER_SRUN_ARGS:-} \
-        "$(python_of "$SERVER_CONTAINER_IMAGE")" -m nemo_trd.generation.serve_node "$1" \
+        "$(python_of "$SERVER_CONTAINER_IMAGE")" -m nemo_trd.serve.node "$1" \
         --reached-from "$MASTER_ADDR" --logs "$LOGS" "${settings[@]}" \
         >> "$LOGS/$1-servers.log" 2>&1 < /dev/null &
     PIDS[$1]=$!

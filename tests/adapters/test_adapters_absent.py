@@ -43,7 +43,7 @@ def test_using_an_adapter_without_its_package_names_it(module: str, words: list[
 
 def test_amending_a_recipe_without_megatron_bridge_names_it() -> None:
     from nemo_trd.adapters.megatron_bridge import TRD, trd_callback, trd_recipe
-    from nemo_trd.config import compose
+    from nemo_trd.config.load import compose
 
     sizes = ["train.micro_batch_size=1", "train.max_tokens_per_micro_batch=null"]
     trd = TRD(compose(sizes))

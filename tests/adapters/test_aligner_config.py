@@ -9,7 +9,8 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_trd.adapters.aligner_config import config_from_aligner
-from nemo_trd.config import ConfigError, compose
+from nemo_trd.config.errors import ConfigError
+from nemo_trd.config.load import compose
 
 RECIPE = Path(__file__).parents[2] / "examples" / "nemo_aligner" / "conf" / "gpt_trd.yaml"
 

@@ -28,8 +28,8 @@ def forward_step_as_ours(inputs: str, layout: list[str]) -> None:
     from megatron.core.models.gpt import GPTModel
 
     from nemo_trd.adapters.megatron_bridge import TRD, next_micro_batches, returning_hidden_states
-    from nemo_trd.config import compose
-    from nemo_trd.megatron.runtime import init_distributed
+    from nemo_trd.config.load import compose
+    from nemo_trd.distributed.process import init_distributed
     from nemo_trd.megatron.schedule import is_last_stage, run_schedule
     from nemo_trd.megatron.student import Student, _common_shape
 
@@ -193,7 +193,8 @@ def test_recipe_is_amended_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import ModuleType, SimpleNamespace
 
     from nemo_trd.adapters.megatron_bridge import TRD, returning_hidden_states, trd_recipe
-    from nemo_trd.config import ConfigError, compose
+    from nemo_trd.config.errors import ConfigError
+    from nemo_trd.config.load import compose
 
     @dataclass
     class DatasetProvider:

@@ -16,8 +16,10 @@ import torch
 from tiny_models import byte_tokenizer
 
 from nemo_trd.adapters.nemo_rl import TRDGeneration
-from nemo_trd.config import Config, ConfigError, Sampling, compose
-from nemo_trd.types import Completion, GenerationRequest
+from nemo_trd.config.errors import ConfigError
+from nemo_trd.config.load import compose
+from nemo_trd.config.schema import Config, Sampling
+from nemo_trd.data.types import Completion, GenerationRequest
 
 # Names and parameters in nemo_rl/models/generation/interfaces.py, github.com/NVIDIA-NeMo/RL,
 # commit 00ab4ef4fd3cc68354782f42691aa47f8f557e9f; `generate_async` is of the vLLM backend.

@@ -31,7 +31,7 @@ ABSENT = {
     *("math-verify", "omegaconf"),
 }
 COMPOSED = """
-from nemo_trd.config import compose
+from nemo_trd.config.load import compose
 print(compose(["experiment=trd_8b"]).cluster.gpus_per_node)
 """
 UNPRIVILEGED = ("--user", "1234:1234", "--env", "HOME=/nonexistent")

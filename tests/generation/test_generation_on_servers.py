@@ -26,18 +26,11 @@ from safetensors.torch import load_file
 from tiny_models import byte_tokenizer, make_model
 from transformers import AutoModelForCausalLM
 
-from nemo_trd.config import (
-    ConfigError,
-    LocalGeneration,
-    ModelSource,
-    Sampling,
-    VllmClient,
-    VllmServer,
-)
-from nemo_trd.config import WeightSync as WeightSyncSettings
-from nemo_trd.evaluate import main as evaluate_main
-from nemo_trd.generation.eos import read_vocabulary
-from nemo_trd.generation.guard import descendants
+from nemo_trd.config.errors import ConfigError
+from nemo_trd.config.schema import LocalGeneration, ModelSource, Sampling, VllmClient, VllmServer
+from nemo_trd.config.schema import WeightSync as WeightSyncSettings
+from nemo_trd.data.types import GenerationRequest
+from nemo_trd.evaluate.main import main as evaluate_main
 from nemo_trd.generation.identity import (
     ask,
     check_log_probabilities,
@@ -46,11 +39,12 @@ from nemo_trd.generation.identity import (
 )
 from nemo_trd.generation.local import LocalGenerator
 from nemo_trd.generation.pool import AllReplicasDown
-from nemo_trd.generation.server import Server, ServerError, start_all, stop_all
 from nemo_trd.generation.stop_strings import decoder
 from nemo_trd.generation.vllm import VllmGenerator
 from nemo_trd.generation.weight_sync import WeightSync
-from nemo_trd.types import GenerationRequest
+from nemo_trd.models.vocabulary import read_vocabulary
+from nemo_trd.serve.guard import descendants
+from nemo_trd.serve.server import Server, ServerError, start_all, stop_all
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(280)]
 
@@ -489,7 +483,7 @@ def start_by_command_line(model: Path, port: int, directory: Path) -> tuple[subp
     """`serve` as a process of its own, healthy; and who leads the session of its server."""
     url_file = directory / "url"
     process = subprocess.Popen(
-        [sys.executable, "-m", "nemo_trd.generation.serve", "--model", str(model)]
+        [sys.executable, "-m", "nemo_trd.serve", "--model", str(model)]
         + ["--port", str(port), "--log-file", str(directory / "server.log")]
         + ["--url-file", str(url_file), "--weight-backend", "file", "dtype=fp32"]
         + ["max_model_len=512", "max_num_seqs=16", "start_timeout_seconds=200"],

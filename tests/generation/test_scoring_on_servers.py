@@ -15,8 +15,8 @@ from pydantic import SecretStr
 from safetensors.torch import load_file
 from tiny_models import make_model
 
-from nemo_trd.config import VllmServer
-from nemo_trd.generation.server import Server, start_all, stop_all
+from nemo_trd.config.schema import VllmServer
+from nemo_trd.serve.server import Server, start_all, stop_all
 
 pytestmark = [pytest.mark.vllm, pytest.mark.distributed]
 
@@ -39,7 +39,7 @@ def run_training(overrides: list[str]) -> None:
     """On every rank."""
     import sys
 
-    from nemo_trd.config import compose
+    from nemo_trd.config.load import compose
     from nemo_trd.train import launch
 
     sys.exit(launch(compose(overrides)))

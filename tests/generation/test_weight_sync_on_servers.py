@@ -18,10 +18,10 @@ from launch import launch
 from pydantic import SecretStr
 from tiny_models import make_model
 
-from nemo_trd.config import Layout, VllmServer
-from nemo_trd.config import WeightSync as Settings
-from nemo_trd.generation.server import SERVED_NAME, Server, start_all, stop_all
+from nemo_trd.config.schema import Layout, VllmServer
+from nemo_trd.config.schema import WeightSync as Settings
 from nemo_trd.generation.weight_sync import WeightSync
+from nemo_trd.serve.server import SERVED_NAME, Server, start_all, stop_all
 
 pytestmark = pytest.mark.vllm
 
@@ -236,7 +236,7 @@ def sync_from_four_ranks(directory: str, replicas: list[str]) -> None:
     from nemo_trd.generation.weight_sync import WeightSyncError
     from nemo_trd.megatron.hf_weights import export_hf_weights, load_hf_weights
     from nemo_trd.megatron.model import build_model, load_hf_config
-    from nemo_trd.megatron.parallel import process_groups
+    from nemo_trd.megatron.process_groups import process_groups
 
     dist.init_process_group("gloo")
     layout = Layout(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)

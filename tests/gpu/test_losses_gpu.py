@@ -10,7 +10,7 @@ import torch.distributed as dist
 from loss_inputs import VOCAB, Inputs, distance, make_inputs, reference, run
 from oracles import DIVERGENCES, TAILS, make_loss
 
-from nemo_trd.losses import divergence
+from nemo_trd.loss.fused import divergence
 
 pytestmark = pytest.mark.gpu
 every_divergence = pytest.mark.parametrize("name", DIVERGENCES)

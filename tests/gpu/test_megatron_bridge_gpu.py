@@ -27,7 +27,7 @@ def train_with_bridge(inputs: str) -> None:
     from megatron.bridge.training.pretrain import pretrain
 
     from nemo_trd.adapters.megatron_bridge import TRD, trd_callback, trd_recipe
-    from nemo_trd.config import compose
+    from nemo_trd.config.load import compose
 
     trd = TRD(
         compose(

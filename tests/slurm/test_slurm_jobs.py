@@ -14,7 +14,7 @@ import pytest
 from conftest import CHECKOUT, Jobs
 from slurm_cluster import SlurmCluster, eventually
 
-from nemo_trd.config import compose
+from nemo_trd.config.load import compose
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed]
 

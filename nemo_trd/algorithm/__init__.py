@@ -1,0 +1,1 @@
+"""The paper as pure functions: prompts, contexts, acceptance, trajectories, micro-batches."""

@@ -1,0 +1,141 @@
+"""Which rollouts and rewrites count, and how many of each there were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, get_args
+
+from nemo_trd.algorithm.trajectories import refinement_trajectory, rollout_trajectory
+from nemo_trd.config.schema import Config
+from nemo_trd.data.types import (
+    Completion,
+    Prompt,
+    Refinement,
+    RefinementPrompt,
+    Rejection,
+    Rollout,
+    Trajectory,
+)
+from nemo_trd.generation.stop_strings import completion_text
+from nemo_trd.verifiers import Verifier, judge_all
+from nemo_trd.verifiers.thoughts import text_to_judge
+
+
+def read_rollout(
+    prompt: Prompt, sample_index: int, completion: Completion, tokenizer: Any, verify: Verifier
+) -> Rollout:
+    """y_o with its text and the verifier's verdict."""
+    text = completion_text(completion, tokenizer)
+    said = text_to_judge(text, prompt.token_ids, completion, tokenizer)
+    return Rollout(prompt, sample_index, completion, text, _verdict(said, prompt, verify))
+
+
+def judge(
+    prompts: Sequence[RefinementPrompt],
+    completions: Sequence[Completion],
+    config: Config,
+    tokenizer: Any,
+    verify: Verifier,
+) -> list[Refinement]:
+    """Decide which rewrites can be trained on: those that ended by themselves and say something.
+
+    Being right is no condition: the verdict is recorded. What happens to a rejected one is
+    `refinement.on_failure`'s matter, in `batching.pair`.
+
+    Args:
+        completions: of those prompts that have token ids, in their order.
+    """
+    asked = [prompt for prompt in prompts if prompt.token_ids is not None]
+    assert len(asked) == len(completions), (len(asked), len(completions))
+    remaining = iter(completions)
+    pairs = [(p, None if p.token_ids is None else next(remaining)) for p in prompts]
+    return judge_all(lambda pair: _judge_one(*pair, tokenizer, verify), pairs)
+
+
+def _judge_one(
+    request: RefinementPrompt, completion: Completion | None, tokenizer: Any, verify: Verifier
+) -> Refinement:
+    if completion is None or request.token_ids is None:
+        return Refinement(request, None, "", None, request.rejection)
+    text = completion_text(completion, tokenizer)
+    rejection: Rejection | None = None
+    if completion.finish_reason == "abort":
+        rejection = "aborted"
+    elif completion.finish_reason == "length":
+        rejection = "truncated"
+    elif not completion.token_ids or not text.strip():
+        rejection = "empty"
+    said = text_to_judge(text, request.token_ids, completion, tokenizer)
+    verdict = _verdict(said, request.rollout.prompt, verify) if rejection is None else None
+    return Refinement(request, completion, text, verdict, rejection)
+
+
+def _verdict(text: str, prompt: Prompt, verify: Verifier) -> bool | None:
+    return None if prompt.answer is None else verify(text, prompt.answer)
+
+
+def refinement_counts(
+    refinements: Sequence[Refinement], trajectories: Sequence[Trajectory]
+) -> dict[str, int]:
+    """What became of the rollouts of a step; every key is always there, so that ranks can add.
+
+    `rollouts` = `accepted` + all `rejected_*`; `accepted` = the four `*_to_*` + `undecided`.
+    `shortened_*` are rollouts for which the teacher saw a text cut, where it rewrote them or
+    where it judged their trajectory.
+    """
+    judged = {(t.prompt_index, t.sample_index): t.shortened for t in trajectories}
+    changes = [f"{a}_to_{b}" for a in ("wrong", "right") for b in ("wrong", "right")]
+    counts = dict.fromkeys(
+        [
+            *("rollouts", "accepted", *(f"rejected_{reason}" for reason in get_args(Rejection))),
+            *(*changes, "undecided", "shortened_rollout", "shortened_reference_solution"),
+        ],
+        0,
+    )
+    says = {True: "right", False: "wrong"}
+    for refinement in refinements:
+        counts["rollouts"] += 1
+        rollout = refinement.request.rollout
+        shown = judged.get((rollout.prompt.index, rollout.sample_index), ())
+        for name in {*refinement.request.shortened, *shown}:
+            counts[f"shortened_{name}"] += 1
+        if refinement.rejection is not None:
+            counts[f"rejected_{refinement.rejection}"] += 1
+            continue
+        counts["accepted"] += 1
+        before, after = rollout.correct, refinement.correct
+        if before is None or after is None:
+            counts["undecided"] += 1
+        else:
+            counts[f"{says[before]}_to_{says[after]}"] += 1
+    return counts
+
+
+def reject_outside_support(
+    refinements: Sequence[Refinement],
+    student_nll: Callable[[Sequence[Trajectory]], dict[str, list[float]]],
+    largest_gap: float,
+) -> list[Refinement]:
+    """Reject rewrites that are far less likely under the student than its own rollout.
+
+    The gap is mean NLL per token of y_r minus that of y_o, in nats, both given x
+    (`refinement.max_student_nll_gap`).
+    """
+    pairs = {
+        position: (
+            refinement_trajectory(refinement, refinement.request.rollout.prompt.token_ids),
+            rollout_trajectory(
+                refinement.request.rollout, refinement.request.rollout.prompt.token_ids
+            ),
+        )
+        for position, refinement in enumerate(refinements)
+        if refinement.rejection is None and refinement.request.rollout.completion.token_ids
+    }
+    by_token = student_nll([trajectory for pair in pairs.values() for trajectory in pair])
+    nll = {name: sum(values) / len(values) for name, values in by_token.items()}
+    kept = list(refinements)
+    for position, (rewrite, rollout) in pairs.items():
+        if nll[rewrite.name] - nll[rollout.name] > largest_gap:
+            kept[position] = replace(kept[position], rejection="nll_gap")
+    return kept

@@ -1,0 +1,1 @@
+"""Settings: conf/ in types, and the rules between them."""

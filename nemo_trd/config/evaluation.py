@@ -1,0 +1,97 @@
+"""The schema of `conf/evaluate.yaml`: every setting of `nemo_trd.evaluate`, and its rule."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from nemo_trd.config.errors import rule_broken
+from nemo_trd.config.rules import check_dataset, check_pool
+from nemo_trd.config.schema import (
+    Dataset,
+    LocalGeneration,
+    Name,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PromptRules,
+    Sampling,
+    Sandbox,
+    Section,
+    ServedPool,
+    VllmSettings,
+)
+
+
+class EvaluatedModel(Section):
+    # A Hugging Face directory, a run directory (its newest checkpoint), or a checkpoint of a run.
+    path: Name
+    hf_path: Name | None  # of a checkpoint: the directory that its run began with, where it moved
+    trust_remote_code: bool
+
+
+class Benchmark(Dataset, PromptRules):
+    """Problems with answers, and how they are asked and judged. See conf/benchmark/."""
+
+    # Figures over fewer problems are not those of the benchmark.
+    on_bad_row: Literal["error", "skip"] = "error"
+
+
+class Servers(ServedPool, VllmSettings):
+    """vLLM servers: running ones by their URLs, or so many replicas that are started."""
+
+
+class EvaluationGeneration(Section):
+    backend: Literal["local", "vllm"]
+    local: LocalGeneration
+    vllm: Servers
+
+
+class Verification(Section):
+    workers: PositiveInt  # answers that are checked at one time
+    math_timeout_seconds: PositiveFloat  # of processor time, of one comparison
+
+
+class Bootstrap(Section):
+    resamples: PositiveInt
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+
+
+class EvaluationConfig(Section):
+    output: Name  # samples.jsonl, results.json; a second start with the same directory resumes
+    model: EvaluatedModel
+    benchmarks: dict[str, Benchmark]
+    samples_per_problem: PositiveInt
+    sampling: Sampling
+    seed: NonNegativeInt
+    generation: EvaluationGeneration
+    verification: Verification
+    bootstrap: Bootstrap
+    sandbox: Sandbox
+    progress: bool
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EvaluationConfig:
+        if not self.benchmarks:
+            raise rule_broken(
+                "benchmark",
+                None,
+                "there is nothing to evaluate on",
+                "choose some, as in benchmark=[gsm8k,aime24], or your own file with "
+                "benchmark=jsonl benchmarks.jsonl.path=FILE",
+            )
+        for name, benchmark in self.benchmarks.items():
+            field = f"benchmarks.{name}"
+            if not re.fullmatch(r"[\w.-]+", name):
+                raise rule_broken(field, name, "names are letters, digits, _, - and .", "rename it")
+            check_dataset(field, benchmark, benchmark.verifier)
+            if benchmark.verifier == "none":
+                raise rule_broken(
+                    f"{field}.verifier", "none", "it judges nothing", "set math, exact or code"
+                )
+        if self.generation.backend == "vllm":
+            vllm = self.generation.vllm
+            check_pool("generation.vllm", vllm)
+        return self

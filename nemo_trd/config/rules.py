@@ -1,0 +1,345 @@
+"""The rules between settings, where those of one setting alone stand in `config.py`."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from nemo_trd.config.errors import rule_broken
+
+if TYPE_CHECKING:
+    from nemo_trd.config.schema import Config, Dataset, Layout, ServedPool, VerifierName, Vllm
+
+
+def check_consistent(config: Config) -> None:
+    """Rules between fields.
+
+    Raises:
+        ConfigError: naming the first rule that is broken.
+    """
+    _check_models_and_data(config)
+    _check_refinement(config)
+    _check_training(config)
+    _check_layouts_and_servers(config)
+
+
+def _check_models_and_data(config: Config) -> None:
+    mode, teacher = config.algorithm.mode, config.model.teacher
+    if mode == "opd" and teacher is None:
+        raise rule_broken(
+            "model.teacher",
+            None,
+            "algorithm.mode=opd distils a separate teacher",
+            "set model.teacher.path, or algorithm.mode=opsd",
+        )
+    if mode == "opsd" and teacher is not None:
+        raise rule_broken(
+            "model.teacher.path",
+            teacher.path,
+            "in algorithm.mode=opsd the teacher is the frozen step-0 student",
+            "set model.teacher=null, or algorithm.mode=opd",
+        )
+    train = config.data.train
+    if mode == "opsd" and not _has_reference(train):
+        raise rule_broken(
+            "data.train.columns.reference_solution",
+            None,
+            "algorithm.mode=opsd shows the reference solution to the teacher",
+            "name the column that holds worked solutions; where they are the last turns of "
+            "columns.messages, set data.train.last_assistant_turn=reference_solution",
+        )
+    for split, dataset in (("train", config.data.train), ("validation", config.data.validation)):
+        if dataset is not None:
+            check_dataset(f"data.{split}", dataset, config.data.verifier)
+
+
+def _check_refinement(config: Config) -> None:
+    refinement = config.refinement
+    if refinement.subset != "all" and config.data.verifier == "none":
+        raise rule_broken(
+            "refinement.subset",
+            refinement.subset,
+            "choosing wrong or right rollouts needs a verifier",
+            "set data.verifier=math, code or exact, or refinement.subset=all",
+        )
+    if config.algorithm.trajectory == "rollout" and refinement.subset != "all":
+        raise rule_broken(
+            "refinement.subset",
+            refinement.subset,
+            "algorithm.trajectory=rollout refines nothing",
+            "set refinement.subset=all",
+        )
+
+
+def _check_training(config: Config) -> None:
+    train = config.train
+    if (train.micro_batch_size is None) == (train.max_tokens_per_micro_batch is None):
+        raise rule_broken(
+            "train.micro_batch_size",
+            train.micro_batch_size,
+            "exactly one of train.micro_batch_size and train.max_tokens_per_micro_batch is set",
+            "set the other one to null",
+        )
+    evaluation = config.evaluation
+    wanted = evaluation.at_start or evaluation.at_end or evaluation.interval is not None
+    if wanted and (config.data.validation is None or config.data.verifier == "none"):
+        missing = "validation" if config.data.validation is None else "verifier"
+        raise rule_broken(
+            f"data.{missing}",
+            getattr(config.data, missing),
+            "evaluation.at_start, at_end and interval need problems to solve and a verifier",
+            f"set data.{missing}, or switch evaluation off (at_start=false, at_end=false, "
+            "interval=null)",
+        )
+    if config.optimizer.min_lr > config.optimizer.lr:
+        raise rule_broken(
+            "optimizer.min_lr",
+            config.optimizer.min_lr,
+            f"it may not exceed optimizer.lr = {config.optimizer.lr}",
+            "lower it",
+        )
+    if config.loss.divergence != "jsd" and config.loss.beta != 0.5:
+        raise rule_broken(
+            "loss.beta",
+            config.loss.beta,
+            f"loss.divergence={config.loss.divergence} does not use it",
+            "remove it, or set loss.divergence=jsd",
+        )
+
+
+def _check_layouts_and_servers(config: Config) -> None:
+    if config.teacher.scoring == "server":
+        _check_server_scoring(config)
+    for role in ("student", "teacher"):
+        _check_layout(f"parallel.{role}", getattr(config.parallel, role), role)
+        if config.generation.vllm is not None:
+            vllm = config.generation.vllm
+            check_pool(f"generation.vllm.{role}", getattr(vllm, role))
+    if config.generation.vllm is not None:
+        _check_servers_of_roles(config, config.generation.vllm)
+        call_limit = config.generation.vllm.weight_sync.call_timeout_seconds
+        if call_limit >= 60 * config.parallel.timeout_minutes:
+            raise rule_broken(
+                "generation.vllm.weight_sync.call_timeout_seconds",
+                call_limit,
+                "the other ranks wait for a server in a collective, and that for no longer than "
+                f"parallel.timeout_minutes = {config.parallel.timeout_minutes:g}",
+                "lower it, or raise parallel.timeout_minutes",
+            )
+
+
+def _check_servers_of_roles(config: Config, vllm: Vllm) -> None:
+    """What holds of the student's servers beside the teacher's."""
+    served = {address_of(url): url for url in vllm.student.urls}
+    shared = [url for url in vllm.teacher.urls if address_of(url) in served]
+    if shared and config.asks_teacher:
+        raise rule_broken(
+            "generation.vllm.teacher.urls",
+            shared[0],
+            f"generation.vllm.student.urls has the same server ({served[address_of(shared[0])]}), "
+            "and that one is given the student's weights after every step",
+            "give servers of the teacher alone",
+        )
+    given = vllm.student.server
+    quantized = [a for a in given.arguments if re.match(r"(--quantization|-q)(=|\s|$)", a)]
+    if given.quantization is not None or quantized:
+        raise rule_broken(
+            "generation.vllm.student.server." + ("arguments" if quantized else "quantization"),
+            given.arguments if quantized else given.quantization,
+            "the student is given new weights after every step, and its rollouts must be samples "
+            "of the model that is trained",
+            "leave it out of arguments"
+            if quantized
+            else "set it to null for the student; generation.vllm.teacher.server may have it",
+        )
+
+
+def _check_server_scoring(config: Config) -> None:
+    """What a server can say of the teacher: its most likely tokens, at temperature 1."""
+    generation, loss, megatron = config.generation, config.loss, "or teacher.scoring=megatron"
+    if generation.vllm is None:
+        raise rule_broken(
+            "teacher.scoring",
+            "server",
+            f"vLLM servers score, and generation.backend={generation.backend} has none",
+            f"choose generation=vllm, {megatron}",
+        )
+    if loss.top_k is None:
+        raise rule_broken(
+            "loss.top_k",
+            None,
+            "with teacher.scoring=server only the teacher's most likely tokens are known",
+            f"set how many, for example 64, {megatron}",
+        )
+    if loss.temperature != 1:
+        raise rule_broken(
+            "loss.temperature",
+            loss.temperature,
+            "with teacher.scoring=server log-probabilities are those at temperature 1",
+            f"set it to 1, {megatron}",
+        )
+    given = generation.vllm.teacher.server.arguments
+    arguments = " ".join(given)
+    limits = re.findall(r"--max[-_]logprobs[ =](\d+)", arguments)
+    if limits and int(limits[-1]) < loss.top_k:
+        raise rule_broken(
+            "generation.vllm.teacher.server.arguments",
+            given,
+            f"--max-logprobs must allow for loss.top_k = {loss.top_k}",
+            "leave it out: servers are started without a limit",
+        )
+    for field, value, off in (
+        ("teacher.offload_weights", config.teacher.offload_weights, False),
+        ("teacher.offload_states", config.teacher.offload_states, False),
+        ("precision.teacher_fp8", config.precision.teacher_fp8, None),
+    ):
+        if value != off:
+            raise rule_broken(
+                field,
+                value,
+                "with teacher.scoring=server no teacher is held in Megatron",
+                f"set it to {json.dumps(off)}, {megatron}",
+            )
+
+
+def _has_reference(dataset: Dataset) -> bool:
+    in_messages = dataset.last_assistant_turn == "reference_solution"
+    return in_messages or dataset.columns.reference_solution is not None
+
+
+def check_dataset(field: str, dataset: Dataset, verifier: VerifierName) -> None:
+    """Raises ConfigError: columns that contradict each other, or give the verifier nothing."""
+    columns = dataset.columns
+    if (columns.problem is None) == (columns.messages is None):
+        raise rule_broken(
+            f"{field}.columns.problem",
+            columns.problem,
+            "exactly one of columns.problem and columns.messages is set",
+            "set the other one to null",
+        )
+    if dataset.last_assistant_turn == "reference_solution" and (
+        columns.messages is None or columns.reference_solution is not None
+    ):
+        raise rule_broken(
+            f"{field}.last_assistant_turn",
+            dataset.last_assistant_turn,
+            "it takes the solution out of columns.messages, and is its only source",
+            "set last_assistant_turn=refuse, or columns.messages and "
+            "columns.reference_solution=null",
+        )
+    if columns.messages is not None and dataset.template is not None:
+        raise rule_broken(
+            f"{field}.template",
+            dataset.template,
+            "it is the user's turn, and columns.messages has that already",
+            "set template=null, or name columns.problem instead",
+        )
+    if dataset.template is not None and "{problem}" not in dataset.template:
+        raise rule_broken(
+            f"{field}.template", dataset.template, "it lacks {problem}", "put it where it belongs"
+        )
+    if verifier == "code" and dataset.answer_pattern is not None:
+        raise rule_broken(
+            f"{field}.answer_pattern",
+            dataset.answer_pattern,
+            "verifier code reads tests from columns.answer, whole",
+            "set it to null",
+        )
+    if isinstance(columns.answer, list) and (verifier != "code" or not columns.answer):
+        raise rule_broken(
+            f"{field}.columns.answer",
+            columns.answer,
+            "a list of columns holds the tests of verifier code",
+            "name one column",
+        )
+    if columns.answer is None and dataset.answer_pattern is None:
+        if verifier != "none":
+            raise rule_broken(
+                f"{field}.columns.answer",
+                None,
+                f"verifier={verifier} compares with an answer",
+                "name its column, or set answer_pattern, or verifier=none",
+            )
+    elif dataset.answer_pattern is not None and not (columns.answer or _has_reference(dataset)):
+        raise rule_broken(
+            f"{field}.answer_pattern",
+            dataset.answer_pattern,
+            "it is searched in columns.answer, or else in the reference solution",
+            "name columns.answer or columns.reference_solution",
+        )
+
+
+def _check_layout(field: str, layout: Layout, role: str) -> None:
+    virtual = layout.virtual_pipeline_model_parallel_size
+    if role == "teacher" and virtual is not None:
+        raise rule_broken(
+            f"{field}.virtual_pipeline_model_parallel_size",
+            virtual,
+            "the teacher runs forward only and gains nothing from interleaving",
+            "set it to null",
+        )
+    if virtual is not None and layout.pipeline_model_parallel_size < 2:
+        raise rule_broken(
+            f"{field}.virtual_pipeline_model_parallel_size",
+            virtual,
+            "the interleaved schedule needs pipeline_model_parallel_size of 2 or more",
+            "set it to null, or raise pipeline_model_parallel_size",
+        )
+    if virtual is not None and layout.pipeline_model_parallel_size == 2 and layout.batch_p2p_comm:
+        raise rule_broken(
+            f"{field}.batch_p2p_comm",
+            True,
+            "megatron-core computes silently wrong gradients with the interleaved schedule at "
+            "pipeline_model_parallel_size=2 and batched p2p",
+            "set it to false",
+        )
+    if layout.sequence_parallel and layout.tensor_model_parallel_size == 1:
+        raise rule_broken(
+            f"{field}.sequence_parallel",
+            True,
+            "it splits sequences over tensor parallel ranks and there is one",
+            "set it to false, or raise tensor_model_parallel_size",
+        )
+
+
+def address_of(url: str) -> tuple[str, int] | None:
+    """(host, port) of http://HOST:PORT, the same for two spellings of it; None: malformed."""
+    if not re.fullmatch(r"https?://[^/@?#\s]+", url):
+        return None
+    parts = urlsplit(url)
+    try:
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    except ValueError:
+        return None
+    host = (parts.hostname or "").rstrip(".")
+    return ("localhost" if host in ("127.0.0.1", "0.0.0.0", "::1", "::") else host), port
+
+
+def check_pool(field: str, pool: ServedPool) -> None:
+    """Raises ConfigError: servers that are named twice, or not at all, or for too few GPUs."""
+    wanted = pool.replicas * pool.server.tensor_parallel_size
+    if pool.devices and len(set(pool.devices)) != wanted:
+        raise rule_broken(
+            f"{field}.devices",
+            pool.devices,
+            f"replicas x {field}.server.tensor_parallel_size = {wanted} GPUs are needed, each once",
+            "give that many, or [] for all visible ones",
+        )
+    if bool(pool.urls) == bool(pool.replicas):
+        raise rule_broken(
+            f"{field}.urls",
+            pool.urls,
+            f"exactly one of urls and replicas (= {pool.replicas}) names the servers",
+            f"set {field}.replicas=0 beside URLs of running servers, or urls=[]",
+        )
+    for url in pool.urls:
+        places = [address_of(other) for other in pool.urls]
+        if address_of(url) is None or places.count(address_of(url)) > 1:
+            raise rule_broken(
+                f"{field}.urls",
+                url,
+                "each server is given once, as http://HOST:PORT without a path or a password",
+                "correct the list",
+            )

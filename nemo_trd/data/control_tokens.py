@@ -1,0 +1,263 @@
+"""Text is tokenized as text: of a rendered chat, only what the template wrote is control tokens.
+
+Control tokens are those that transformers calls so: the special tokens of a tokenizer, and its
+other added tokens that its chat template writes (`<think>`). transformers' own way of sparing them,
+`apply_chat_template(sanitize_control_tokens=True)`, cuts the text at every one of them and knows no
+tokenizer whose model spells them, as that of the toy does. Here the whole text goes at one time
+through a copy of the tokenizer in which control tokens have names that nobody else can write.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import groupby
+from typing import Any
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+
+from nemo_trd.data.types import TokenIds
+
+Message = dict[str, Any]  # {"role": ..., "content": ...}
+RenderText = Callable[[Sequence[Message]], str]
+
+_PRIVATE = range(0xF0000, 0x10FFFE)  # code points that Unicode gives no meaning
+_SECRET = f"Q{secrets.token_hex(8)}x"  # no text holds it
+_NAME = re.compile(rf"{_SECRET}N\d+Q")
+
+
+def encode_chat(
+    messages: Sequence[Message], render: RenderText, tokenizer: Any, template: str
+) -> TokenIds:
+    """The rendered conversation as token ids, its messages as text whatever they spell.
+
+    Where no message spells a control token, these are the ids of the rendered text.
+
+    Args:
+        render: puts messages through `template`, the tokenizer's chat template.
+    """
+    controls = control_tokens(tokenizer, template)
+    if not any(controls.spelt_in(message) for message in messages):
+        return _encode(tokenizer, render(messages))
+    marks = _marks(messages, controls, template)
+    hidden = render(_hide(messages, render, controls, marks))
+    # Of the template, of data (the mark of a token), of the template, ...
+    pieces = re.split(f"([{''.join(marks.values())}])", hidden) if marks else [hidden]
+    data = [_show(mark, marks) for mark in pieces[1::2]]
+    if tokenizer.is_fast:
+        return _renamed(tokenizer, template).encode(pieces[::2], data)
+    # A tokenizer written in Python takes no new names: cut what data spell behind its first letter.
+    parts = [""]
+    for written_by_template, spelt in zip(pieces[::2], [*data, ""], strict=True):
+        parts[-1] += written_by_template + spelt[:1]
+        parts += [spelt[1:]] if spelt else []
+    return tuple(token for part in parts if part for token in _encode(tokenizer, part))
+
+
+def _encode(tokenizer: Any, text: str) -> TokenIds:
+    # The template has written the special tokens; the tokenizer must not add a second BOS.
+    # `verbose` off: the caller checks lengths and reports them with numbers.
+    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+# --- which they are, and where a message spells one ---
+
+
+@dataclass(frozen=True)
+class ControlTokens:
+    """The control tokens of a tokenizer with a template."""
+
+    strings: tuple[str, ...]
+    numbers: Mapping[str, int]  # of each in `strings`
+    special: frozenset[str]  # those that no template reads in a message
+    pattern: re.Pattern[str]  # the longest of them at a place
+    normalize: Callable[[str], str] | None  # where the tokenizer looks for one after that
+
+    def spelt_in(self, value: Any) -> bool:
+        """Whether any text in a message, its role excepted, spells one."""
+        if isinstance(value, str):
+            found = self.pattern.search(value)
+            if not found and self.normalize:
+                found = self.pattern.search(self.normalize(value))
+            return found is not None
+        return any(map(self.spelt_in, _inner(value)))
+
+    def found_in(self, value: Any) -> set[str]:
+        """Those that the texts of a message spell."""
+        if isinstance(value, str):
+            return set(self.pattern.findall(value))
+        return set().union(*map(self.found_in, _inner(value)))
+
+    def hide(self, value: Any, marks: Mapping[str, str]) -> Any:
+        """The message with marks for those that it spells; what has none stays."""
+        if isinstance(value, str):
+            return self.pattern.sub(lambda found: marks.get(found[0], found[0]), value)
+        if isinstance(value, Mapping):
+            return {k: v if k == "role" else self.hide(v, marks) for k, v in value.items()}
+        return [self.hide(v, marks) for v in value] if isinstance(value, list) else value
+
+
+def _inner(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return [item for key, item in value.items() if key != "role"]
+    return value if isinstance(value, list) else []
+
+
+@lru_cache(maxsize=8)
+def control_tokens(tokenizer: Any, template: str) -> ControlTokens:
+    added = tokenizer.added_tokens_decoder.values()
+    named = getattr(tokenizer, "chat_control_tokens", None)  # as transformers lets one name them
+
+    def written(token: str) -> bool:
+        return token in (template if named is None else named) and not token.isspace()
+
+    controls = [token for token in added if token.special or written(token.content)]
+    strings = tuple(dict.fromkeys(token.content for token in controls if token.content))
+    late = any(token.normalized for token in controls) and tokenizer.is_fast
+    normalizer = tokenizer.backend_tokenizer.normalizer if late else None
+    return ControlTokens(
+        strings=strings,
+        numbers={token: number for number, token in enumerate(strings)},
+        special=frozenset(token.content for token in controls if token.special),
+        pattern=re.compile(_any_of(strings) if strings else "(?!)"),
+        normalize=normalizer.normalize_str if normalizer else None,
+    )
+
+
+def _any_of(strings: Iterable[str]) -> str:
+    """A regular expression for the longest of these; some tokenizers have thousands of them."""
+    words = sorted(strings)
+    branches = [
+        re.escape(first) + _any_of(word[1:] for word in group)
+        for first, group in groupby((w for w in words if w), key=lambda word: word[0])
+    ]
+    if not branches:
+        return ""
+    return f"(?:{'|'.join(branches)})" + ("?" if "" in words else "")
+
+
+def _marks(messages: Sequence[Message], controls: ControlTokens, template: str) -> dict[str, str]:
+    """A mark for each control token that the messages spell: a character that is nowhere else.
+
+    One character, since a template that cuts texts, or writes them in other letters, would leave
+    a piece of anything longer in the prompt.
+    """
+    taken = {*template, *json.dumps(list(messages), ensure_ascii=False, default=str)}
+    free = (mark for mark in map(chr, _PRIVATE) if mark not in taken)
+    return dict(zip(sorted(controls.found_in(list(messages))), free, strict=False))
+
+
+def _show(text: str, marks: Mapping[str, str]) -> str:
+    return text.translate({ord(mark): token for token, mark in marks.items()})
+
+
+def _hide(
+    messages: Sequence[Message],
+    render: RenderText,
+    controls: ControlTokens,
+    marks: Mapping[str, str],
+) -> list[Message]:
+    """Messages with marks for the control tokens that they spell.
+
+    What the template itself looks for in an assistant's turn stays, as the `</think>` up to which
+    Qwen3's leaves an earlier turn out: there it is the template's to say what becomes of it.
+    """
+    turns = [message for message in messages if message["role"] == "assistant"]
+    spelt = controls.found_in(turns) - controls.special
+
+    def hiding(one: str) -> list[Message]:
+        mark = {one: marks[one]}
+        return [controls.hide(m, mark) if m["role"] == "assistant" else m for m in messages]
+
+    read: set[str] = set()
+    if spelt:
+        try:
+            whole = render(messages)
+            read = {one for one in spelt if _show(render(hiding(one)), marks) != whole}
+        except TemplateError:  # it refuses a turn that spells them; as text they are none
+            read = set()
+    of_turns = {token: mark for token, mark in marks.items() if token not in read}
+    return [controls.hide(m, of_turns if m["role"] == "assistant" else marks) for m in messages]
+
+
+# --- the tokenizer that reads them under other names ---
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """A tokenizer that knows control tokens by other names.
+
+    It does with the names what the tokenizer that it was made of does with the tokens, and how
+    these are spelt is to it a text like any other.
+    """
+
+    core: Tokenizer
+    names: Mapping[str, str]
+    pattern: re.Pattern[str]  # of control tokens
+    ids: Mapping[int, int]  # from its own of added tokens to those of the other
+
+    def encode(self, written: Sequence[str], data: Sequence[str]) -> TokenIds:
+        """Pieces that the template wrote, control tokens included, with what data spell between."""
+        named = [self.pattern.sub(lambda found: self.names[found[0]], text) for text in written]
+        text = named[0] + "".join(map("".join, zip(data, named[1:], strict=True)))
+        encoded = self.core.encode(text, add_special_tokens=False)
+        known = [
+            span
+            for token, span in zip(encoded.ids, encoded.offsets, strict=True)
+            if self.core.id_to_token(token) in self.tokens
+        ]
+        if len(known) < text.count(_SECRET):  # some it passes over, as the other does there
+            text = _NAME.sub(
+                lambda found: (
+                    found[0]
+                    if any(a <= found.start() and found.end() <= b for a, b in known)
+                    else self.tokens[found[0]]
+                ),
+                text,
+            )
+            encoded = self.core.encode(text, add_special_tokens=False)
+        return tuple(self.ids.get(token, token) for token in encoded.ids)
+
+    @cached_property
+    def tokens(self) -> dict[str, str]:
+        """By name."""
+        return {name: token for token, name in self.names.items()}
+
+
+@lru_cache(maxsize=8)
+def _renamed(tokenizer: Any, template: str) -> Renamed:
+    controls = control_tokens(tokenizer, template)
+    names = {token: f"{_SECRET}N{number}Q" for token, number in controls.numbers.items()}
+    copied = json.loads(tokenizer.backend_tokenizer.to_str())
+    copied["truncation"] = copied["padding"] = copied["post_processor"] = None
+    for token in copied["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    _rename_in_model(copied["model"], names)
+    core = Tokenizer.from_str(json.dumps(copied))
+    added = tokenizer.added_tokens_decoder.items()
+    theirs = {index: core.token_to_id(names.get(t.content, t.content)) for index, t in added}
+    ids = {their: index for index, their in theirs.items() if their is not None}
+    return Renamed(core, names, controls.pattern, ids)
+
+
+def _rename_in_model(model: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Let the model of a tokenizer (tokenizer.json) spell no control token as one piece.
+
+    Except for the one that stands for what it cannot spell.
+    """
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, list):  # Unigram: [piece, score]
+        for index, (piece, score) in enumerate(vocabulary):
+            if index != model.get("unk_id"):
+                vocabulary[index] = [names.get(piece, piece), score]
+        return
+    known = {t for t in names if t in vocabulary and t != model.get("unk_token")}
+    model["vocab"] = {names[t] if t in known else t: i for t, i in vocabulary.items()}
+    if known and model.get("merges"):
+        pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        model["merges"] = [p for p in pairs if known.isdisjoint((*p, "".join(p)))]

@@ -1,0 +1,80 @@
+"""Whether the prompts of a run are those that its checkpoint was made with.
+
+A checkpoint keeps 20 bytes for each usable prompt, in their order: its row, and 4 bytes each of
+the BLAKE2b of what it consists of. So the first difference can be named without the old data.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from nemo_trd.data.types import Prompt
+
+DIGESTS_FILE = "prompts.digest"
+PARTS = ("problem", "reference solution", "answer", "tokens")
+_ENTRY = struct.Struct("<I4s4s4s4s")
+BYTES = _ENTRY.size  # of one prompt
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between the prompts of a checkpoint and those of now."""
+
+    before: int  # how many there were
+    now: int
+    first: int  # position of the first that differs, among the usable ones
+    row: int | None  # where that one stands in the data now, from 0; None: they end before it
+    row_before: int | None
+    parts: tuple[str, ...]  # which of PARTS differ there, where there is one before and now
+    differing: int  # positions that differ, of those that both have
+    only_order: bool  # the same prompts, in another order or in other rows
+    only_tokens: bool  # the same rows with the same texts, tokenized otherwise
+
+
+def digests(prompts: Sequence[Prompt]) -> bytes:
+    """20 bytes for each prompt."""
+    return b"".join(
+        _ENTRY.pack(
+            prompt.index,
+            _digest(prompt.problem),
+            _digest(prompt.reference_solution),
+            _digest(None if prompt.answer is None else str(prompt.answer)),
+            blake2b(array("q", prompt.token_ids).tobytes(), digest_size=4).digest(),
+        )
+        for prompt in prompts
+    )
+
+
+def _digest(text: str | None) -> bytes:
+    known = b"" if text is None else b"=" + text.encode("utf-8", "surrogatepass")
+    return blake2b(known, digest_size=4).digest()
+
+
+def difference(before: bytes, now: bytes) -> Difference | None:
+    """None where both are the same."""
+    if before == now:
+        return None
+    old, new = list(_ENTRY.iter_unpack(before)), list(_ENTRY.iter_unpack(now))
+    differing = [i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b]
+    first = differing[0] if differing else min(len(old), len(new))
+    was, is_now = (entries[first] if first < len(entries) else None for entries in (old, new))
+    parts: tuple[str, ...] = ()
+    if was is not None and is_now is not None:
+        pairs = zip(PARTS, was[1:], is_now[1:], strict=True)
+        parts = tuple(part for part, a, b in pairs if a != b)
+    return Difference(
+        before=len(old),
+        now=len(new),
+        first=first,
+        row=is_now[0] if is_now else None,
+        row_before=was[0] if was else None,
+        parts=parts,
+        differing=len(differing),
+        only_order=Counter(e[1:] for e in old) == Counter(e[1:] for e in new),
+        only_tokens=[e[:4] for e in old] == [e[:4] for e in new],
+    )

@@ -1,0 +1,1 @@
+"""Ranks, whoever uses them."""

@@ -1,0 +1,215 @@
+"""The process side of a run: device, rendezvous, and ending all ranks when one fails."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from nemo_trd.config.errors import ConfigError
+from nemo_trd.records.last_line import Cause, end_process, leave, say_last
+
+FAILURE_KEY, RECORDED_KEY = "nemo_trd/failure", "nemo_trd/failure_recorded"
+POLL_SECONDS = 0.5
+RECORD_SECONDS = 5.0  # in which rank 0 writes down the cause; else the rank that failed does
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def world_from_environment() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as torchrun or srun set them; one process without either."""
+    environment = os.environ
+    if "RANK" in environment:
+        rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        return rank, world, int(environment.get("LOCAL_RANK", 0))
+    # SLURM_* are also set in a plain `salloc` shell; only srun's steps have ranks of their own.
+    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        rank, world = int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"])
+        return rank, world, int(environment["SLURM_LOCALID"])
+    return 0, 1, 0
+
+
+def init_distributed(timeout_minutes: float, log_file: Path | None = None) -> FailureWatch:
+    """Join the other ranks: NCCL for CUDA tensors where there are any, gloo for the rest.
+
+    Args:
+        log_file: where the watch writes the cause of a failure.
+
+    Raises:
+        ConfigError: several ranks without MASTER_ADDR and MASTER_PORT.
+        torch.distributed.DistError: they do not meet.
+    """
+    rank, world, local_rank = world_from_environment()
+    if world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise ConfigError(
+            f"WORLD_SIZE = {world}: several ranks meet at MASTER_ADDR:MASTER_PORT. "
+            "Fix: launch with nemo_trd.launch or torchrun, or export both before srun."
+        )
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank))
+    timeout = timedelta(minutes=timeout_minutes)
+    store: dist.Store
+    if world == 1:
+        store = dist.HashStore()
+    else:
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    return FailureWatch(store, log_file)
+
+
+@dataclass(frozen=True)
+class Process:
+    """Where a rank runs."""
+
+    on: str  # the machine, within which process ids mean the same
+    pid: int
+    stderr: tuple[int, int]  # device and inode of what it writes to
+
+    @classmethod
+    def own(cls) -> Process:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+        stderr = os.fstat(2)
+        where = f"{socket.gethostname()} {boot} {namespace}"
+        return cls(where, os.getpid(), (stderr.st_dev, stderr.st_ino))
+
+    def is_gone(self) -> bool:
+        """Whether it has ended; only its own machine can tell."""
+        try:
+            status = Path(f"/proc/{self.pid}/stat").read_text()
+        except OSError:
+            return True
+        return status.rpartition(")")[2].split()[0] in "ZX"
+
+
+class FailureWatch:
+    """Ends this process when another rank has failed or is gone, also while it waits for that one.
+
+    What failed first is the cause for all. Rank 0 writes it to `log_file`, rank 1 where rank 0 is
+    gone; of the ranks that write to the same stderr the lowest tells it there.
+    """
+
+    def __init__(self, store: dist.Store, log_file: Path | None = None) -> None:
+        self._store = store
+        self._log_file = log_file
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._done = threading.Event()
+        self._ending = threading.Lock()  # taken by the thread that ends this process
+        self._thread = threading.Thread(target=self._watch, name="failure-watch", daemon=True)
+        self._others: dict[int, Process] = {}  # on this machine
+        self._listeners = [self._rank]  # ranks that write to the same stderr
+        self._no_first_rank = False  # nor a store, where rank 0 held it
+        if self._world > 1:
+            self._meet()
+            self._thread.start()
+
+    def _meet(self) -> None:
+        own = Process.own()
+        met: list[Process | None] = [None] * self._world
+        dist.all_gather_object(met, own)
+        here = {r: process for r, process in enumerate(met) if process and process.on == own.on}
+        self._listeners = [rank for rank in here if here[rank].stderr == own.stderr]
+        self._others = {rank: process for rank, process in here.items() if rank != self._rank}
+
+    def _watch(self) -> None:
+        # The main thread may block on its own connection. (The type stubs lack this method.)
+        store: dist.Store = getattr(self._store, "clone")()  # noqa: B009
+        while not self._done.wait(POLL_SECONDS):
+            try:
+                failure = self._first(store, self._lost())
+            except RuntimeError:
+                if self._done.is_set():
+                    return
+                self._no_first_rank = True
+                gone = Cause("the rendezvous store is gone, and rank 0 or the launcher with it")
+                failure = self._lost() or gone
+            if failure is not None:
+                self._end(store, failure)
+
+    def _lost(self) -> Cause | None:
+        """A rank of this machine that has ended without a word."""
+        for rank, process in self._others.items():
+            if process.is_gone():
+                self._no_first_rank |= rank == 0
+                where = f"process {process.pid} on {process.on.split()[0]}"
+                return Cause(f"rank {rank} is gone ({where}): killed, or out of memory")
+        return None
+
+    @staticmethod
+    def _first(store: dist.Store, own: Cause | None) -> Cause | None:
+        """What was reported first; `own` where nothing was.
+
+        Raises:
+            RuntimeError: the store is gone.
+        """
+        if own is not None:
+            reported = store.compare_set(FAILURE_KEY, "", json.dumps(asdict(own)))
+        elif store.check([FAILURE_KEY]):
+            reported = store.get(FAILURE_KEY)
+        else:
+            return None
+        return Cause(**json.loads(reported))
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """Report `error` as the cause unless another rank was first, and end this process."""
+        own = Cause.of(error)
+        if self._world == 1:
+            end_process(own.said_by("nemo_trd:"), 1, self._log_file)
+        time.sleep(POLL_SECONDS / 5)  # a rank that is killed closes its connections first
+        own = own.said_by(f"rank {self._rank} failed first:")
+        try:
+            failure = self._first(self._store, self._lost() or own) or own
+            if self._rank != 0 and not self._no_first_rank:
+                self._wait_for_record()
+        except RuntimeError:
+            self._no_first_rank = True
+            failure = self._lost() or own
+        self._end(self._store, failure)
+
+    def _wait_for_record(self) -> None:
+        limit = time.monotonic() + RECORD_SECONDS
+        while not self._store.check([RECORDED_KEY]):
+            if time.monotonic() > limit:
+                raise RuntimeError("rank 0 does not answer")
+            time.sleep(POLL_SECONDS / 5)
+
+    def _end(self, store: dist.Store, failure: Cause) -> NoReturn:
+        self._ending.acquire()  # for good: a second thread waits here until the process is gone
+        first = min(self._rank, 1) if self._no_first_rank else 0
+        told = failure.said_by(f"rank {self._rank} stops:")
+        if self._rank != first:
+            told = Cause(told.line)
+        if self._rank == min((rank for rank in self._listeners if rank >= first), default=first):
+            say_last(told, self._log_file if self._rank == first else None)
+        if self._rank == 0:
+            with contextlib.suppress(RuntimeError):
+                store.set(RECORDED_KEY, "1")
+            time.sleep(2 * POLL_SECONDS)  # the store may live here: let the others read
+        leave(1)
+
+    def close(self) -> None:
+        """Leave together with the other ranks."""
+        self._others = {}  # they may leave before this one
+        dist.barrier()
+        self._done.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        dist.destroy_process_group()

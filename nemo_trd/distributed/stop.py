@@ -1,0 +1,115 @@
+"""How a run is asked to stop: signals, Ctrl-C, and a file in its directory."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from nemo_trd.records.last_line import end_process, leave
+
+log = logging.getLogger(__name__)
+
+REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL: the run was asked to stop, saved, and can be resumed
+INTERRUPTED_EXIT_CODE = 130  # as of a program that SIGINT ends
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SAME_PRESS_SECONDS = 0.5  # a launcher may pass on what the terminal has sent already
+
+
+class StopRequest:
+    """Whether the run should save and leave after the step that it is in.
+
+    SIGTERM, SIGUSR1 (preemption, time limit) and SIGINT (Ctrl-C) leave with `REQUEUE_EXIT_CODE`; a
+    second SIGINT ends the process at once. A file named `stop` in the run directory leaves with 0,
+    and is removed when it is obeyed. Rank 0 says what it was asked to do, as soon as it is asked.
+
+    Signals are heard while the main thread is in a library or waits for another rank, too: Python
+    calls their handlers in between only, so a thread listens to what `signal.set_wakeup_fd` writes.
+    """
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        self._run_dir = run_dir
+        self._rank = rank
+        self._stop_file = run_dir / "stop"
+        self._signal = 0
+        self._told = False  # that the run stops
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._previous_wakeup = signal.set_wakeup_fd(
+            self._writer.fileno(), warn_on_full_buffer=False
+        )
+        self._previous: dict[int, Callable[[int, FrameType | None], object] | int | None] = {
+            number: signal.signal(number, self._note) for number in SIGNALS
+        }
+        self._listener = threading.Thread(target=self._listen, name="stop-request", daemon=True)
+        self._listener.start()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+
+    def _listen(self) -> None:
+        interrupted = None
+        while (number := self._reader.recv(1)[0]) != 0:
+            if number == signal.SIGINT and interrupted is not None:
+                if time.monotonic() - interrupted > SAME_PRESS_SECONDS:
+                    self._end_at_once()
+            elif number in SIGNALS:
+                self._signal = number
+                again = number == signal.SIGINT
+                if self._rank == 0 and (again or not self._told):
+                    log.warning(
+                        "%s: the run saves and stops after the step that it is in%s",
+                        signal.Signals(number).name,
+                        "; Ctrl-C once more ends it at once" if again else "",
+                    )
+                self._told = True
+                interrupted = time.monotonic() if again else interrupted
+
+    def _end_at_once(self) -> None:
+        """Leave without saving. What the run started ends with its process."""
+        if self._rank != 0:
+            leave(INTERRUPTED_EXIT_CODE)
+        saved = self._run_dir / "checkpoints"
+        kept = f"{saved} is kept, and the run can be resumed from there"
+        end_process(
+            f"nemo_trd: ended at once by a second Ctrl-C: "
+            f"{kept if (saved / 'latest').exists() else 'nothing was saved'}",
+            INTERRUPTED_EXIT_CODE,
+            self._run_dir / "log.txt" if self._run_dir.exists() else None,
+        )
+
+    def signalled(self) -> bool:
+        """Whether this rank has been told to leave: it should not wait long for anything."""
+        return self._signal != 0
+
+    def exit_code(self) -> int | None:
+        """None to go on. Collective: all ranks get the same answer."""
+        asked = torch.tensor([int(self.signalled()), int(self._stop_file.exists())])
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        signalled, stop_file = asked.tolist()
+        self._told |= bool(signalled or stop_file)  # what the run says of its end comes last
+        if signalled:
+            return REQUEUE_EXIT_CODE
+        if not stop_file:
+            return None
+        if dist.get_rank() == 0:
+            self._stop_file.unlink(missing_ok=True)
+        return 0
+
+    def close(self) -> None:
+        """Give signals back to whom they belonged before."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_wakeup)
+        self._writer.send(b"\0")
+        self._listener.join()
+        self._reader.close()
+        self._writer.close()

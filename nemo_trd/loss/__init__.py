@@ -1,0 +1,1 @@
+"""The divergence D(pi_T, pi_theta), its gradients, and its fused computation."""

@@ -1,0 +1,383 @@
+"""Per-token divergences between teacher and student along y, from hidden states.
+
+`divergence` never holds the logits of more than `loss.chunk_size` positions. Each divergence has
+a closed-form gradient in the student's logits (`nemo_trd.loss.formulas`), so a chunk's contribution
+to the gradients of hidden states and output weight is formed while its logits exist, in the
+forward pass; the backward pass only multiplies by the upstream gradient. Peak memory is
+O(chunk_size * vocabulary / tp), whatever the number of positions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_trd.config.errors import rule_broken
+from nemo_trd.config.schema import Loss
+from nemo_trd.loss.formulas import closed_form
+from nemo_trd.loss.top_k import TopK, most_likely, on_support, on_top_k
+from nemo_trd.loss.vocab_shard import VocabShard, log_softmax, own_shard, pick
+
+METRICS = (
+    "divergence",  # what is trained on: after the clip
+    "student_nll",  # of the labels
+    "teacher_nll",
+    "student_entropy",
+    "teacher_entropy",
+    "top1_agreement",  # positions where both have the same most likely token
+    "clipped",  # positions beyond loss.token_clip
+    "teacher_tail_mass",  # teacher probability outside its top k
+)
+# Bytes of logits that are worked on at once on a CPU, so that they stay in its caches.
+CPU_BLOCK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class DivergenceOutput:
+    """What one call contributes; whoever calls divides by the global number of labels.
+
+    loss_sum: scalar, sum over tokens, differentiable.
+    count: number of tokens.
+    metrics: sums over tokens, one scalar for each of `METRICS`, at the loss's temperature; but no
+        `teacher_entropy` of a teacher that is known by its top k.
+    token_divergence: [n], detached, before the clip: inf and NaN stay visible in it.
+    token_nll: [2, n], detached: the student's and the teacher's, of the labels, in nats.
+    """
+
+    loss_sum: Tensor
+    count: int
+    metrics: dict[str, Tensor]
+    token_divergence: Tensor
+    token_nll: Tensor
+
+
+def divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor,
+    loss: Loss,
+    vocab_size: int,
+    group: dist.ProcessGroup | None = None,
+) -> DivergenceOutput:
+    """Sum over tokens of the divergence that `loss` names, with its gradients.
+
+    Collective over `group`: all its ranks pass the same n, hidden states and labels.
+
+    Args:
+        student_hidden: [n, Hs], final hidden states of the positions that predict `labels`. Its
+            gradient is this rank's part: the caller sums it over `group`.
+        student_weight: [V/tp, Hs], this rank's rows of the output layer; rows whose id is
+            `vocab_size` or more are padding. Its gradient is summed in fp32.
+        teacher_hidden: [n, Ht], of the same labels.
+        teacher_weight: [V/tp, Ht], sharded like the student's.
+        labels: int64 [n], token ids of y.
+        vocab_size: number of real ids, at most V.
+        group: the ranks over which the vocabulary is sharded; None: it is not.
+
+    Raises:
+        ValueError: a label outside the vocabulary.
+    """
+    if loss.top_k is not None and loss.top_k >= vocab_size:
+        loss = loss.model_copy(update={"top_k": None})
+    n = labels.numel()
+    assert student_hidden.shape[0] == teacher_hidden.shape[0] == n
+    shard = own_shard(student_weight.shape[0], vocab_size, group)
+    if shard.group is not None:
+        assert student_weight.shape[0] == teacher_weight.shape[0], "shards differ"
+    teacher = _Logits(
+        teacher_hidden.detach(), teacher_weight.detach()[: shard.columns], min(loss.chunk_size, n)
+    )
+    return _divergence(student_hidden, student_weight, teacher, labels, loss, vocab_size, shard)
+
+
+def divergence_from_top_k(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: TopK,
+    labels: Tensor,
+    loss: Loss,
+    vocab_size: int,
+    group: dist.ProcessGroup | None = None,
+) -> DivergenceOutput:
+    """As `divergence`, of a teacher of which the `loss.top_k` most likely ids of the same n labels
+    are known, at temperature 1: the same on all ranks of `group`.
+
+    Raises:
+        ValueError: a label or an id of the teacher outside the vocabulary.
+    """
+    assert teacher.ids.shape == (labels.numel(), loss.top_k) and loss.temperature == 1
+    if loss.top_k == vocab_size:  # nothing is left for a bucket
+        loss = loss.model_copy(update={"top_k_tail": "renormalize"})
+    _check_ids("top-k ids of the teacher's servers", teacher.ids, vocab_size)
+    shard = own_shard(student_weight.shape[0], vocab_size, group)
+    out = _divergence(student_hidden, student_weight, teacher, labels, loss, vocab_size, shard)
+    del out.metrics["teacher_entropy"]
+    return out
+
+
+def _divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: _Logits | TopK,
+    labels: Tensor,
+    loss: Loss,
+    vocab_size: int,
+    shard: VocabShard,
+) -> DivergenceOutput:
+    _check_ids("labels", labels, vocab_size)
+    loss_sum, statistics = _Divergence.apply(
+        student_hidden, student_weight, teacher, labels, loss, shard, torch.is_grad_enabled()
+    )
+    metrics = dict(zip(METRICS, statistics.sum(-1), strict=False))
+    nll = METRICS.index("student_nll")
+    return DivergenceOutput(
+        loss_sum, labels.numel(), metrics, statistics[-1], statistics[nll : nll + 2]
+    )
+
+
+def _check_ids(what: str, ids: Tensor, vocab_size: int) -> None:
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.numel():
+        raise rule_broken(
+            what,
+            int(outside[0]),
+            f"{what} are ids of a vocabulary of {vocab_size}",
+            "use the tokenizer that belongs to the models"
+            if what == "labels"
+            else "lower loss.top_k: it reaches columns that pad the teacher's vocabulary",
+        )
+
+
+class _Logits:
+    """The teacher's logits [n, v] on this shard, a chunk at a time: the next overwrites the last.
+
+    hidden: [n, Ht]; weight: [v, Ht], no padding; longest: rows of the longest chunk.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, longest: int) -> None:
+        self._hidden = hidden
+        self._weight = weight
+        self._buffer = weight.new_empty(longest, len(weight))
+
+    def __getitem__(self, chunk: slice) -> Tensor:
+        hidden = self._hidden[chunk].to(self._weight.dtype)
+        return torch.mm(hidden, self._weight.t(), out=self._buffer[: len(hidden)])
+
+
+class _Divergence(torch.autograd.Function):
+    """Forms the gradients in the forward pass; the backward pass scales and releases them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher: _Logits | TopK,
+        labels: Tensor,
+        loss: Loss,
+        shard: VocabShard,
+        grad_enabled: bool,
+    ) -> tuple[Tensor, Tensor]:
+        exact = torch.promote_types(student_weight.dtype, torch.float32)
+        wants_hidden, wants_weight = (grad_enabled and need for need in ctx.needs_input_grad[:2])
+        d_hidden = torch.zeros_like(student_hidden) if wants_hidden else None
+        d_weight = torch.zeros_like(student_weight, dtype=exact) if wants_weight else None
+        statistics = student_hidden.new_zeros(len(METRICS) + 1, labels.numel(), dtype=exact)
+
+        # Padding is cut off here, once: no mask, no wasted work, no way for junk to come in.
+        weight = student_weight[: shard.columns]
+        block = loss.chunk_size
+        if not weight.is_cuda:
+            row_bytes = student_weight.shape[0] * exact.itemsize  # the same on all ranks
+            block = max(1, CPU_BLOCK_BYTES // row_bytes)
+        buffer = weight.new_empty(min(loss.chunk_size, labels.numel()), shard.columns)
+        for start in range(0, labels.numel(), loss.chunk_size):
+            chunk = slice(start, start + loss.chunk_size)
+            hidden = student_hidden[chunk].to(weight.dtype)
+            logits = torch.mm(hidden, weight.t(), out=buffer[: len(hidden)])
+            others = teacher[chunk]
+            for i in range(0, len(hidden), block):
+                rows = slice(i, i + block)
+                statistics[:, chunk][:, rows] = _tokens(
+                    logits[rows], others[rows], labels[chunk][rows], loss, shard
+                )
+            if d_hidden is not None:
+                d_hidden[chunk] = logits @ weight
+            if d_weight is not None:
+                _add_outer(d_weight[: shard.columns], logits, hidden)
+        ctx.gradients = d_hidden, d_weight
+        ctx.weight_dtype = student_weight.dtype
+        ctx.mark_non_differentiable(statistics)
+        return statistics[0].sum(), statistics
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of a divergence are handed out once, by backward()")
+        d_hidden, d_weight = ctx.gradients
+        ctx.gradients = None
+        if d_hidden is not None:
+            d_hidden.mul_(upstream)
+        if d_weight is not None:
+            d_weight = d_weight.mul_(upstream).to(ctx.weight_dtype)
+        return d_hidden, d_weight, None, None, None, None, None
+
+
+def _add_outer(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
+    """total [v, H] += d_logits^T [v, n] hidden [n, H], in the precision of `total`."""
+    if total.dtype == hidden.dtype:
+        total.addmm_(d_logits.t(), hidden)
+    elif total.is_cuda:  # half-precision factors, fp32 sum; PyTorch has this on CUDA only
+        torch.addmm(total, d_logits.t(), hidden, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(d_logits.t().to(total.dtype), hidden.to(total.dtype))
+
+
+def _tokens(
+    student: Tensor, teacher: Tensor | TopK, labels: Tensor, loss: Loss, shard: VocabShard
+) -> Tensor:
+    """Statistics of n positions; the gradient in the raw logits replaces `student`, in place.
+
+    Args:
+        student: [n, v] raw logits on this shard.
+        teacher: the same, or the top k of these positions.
+        labels: [n]
+
+    Returns: [len(METRICS) + 1, n]; the last row is the divergence before the clip.
+    """
+    exact = torch.promote_types(student.dtype, torch.float32)
+    z_s = _tempered(student, exact, loss)
+    if isinstance(teacher, TopK):
+        found = _with_top_k(z_s, teacher, labels, loss, shard)
+    else:
+        found = _with_logits(z_s, _tempered(teacher, exact, loss), labels, loss, shard)
+    value, gradient = found.value, found.gradient
+    if loss.token_clip is None:
+        clipped_value, clipped = value, torch.zeros_like(value)
+    else:
+        clipped_value, clipped = value.clamp(max=loss.token_clip), value > loss.token_clip
+        gradient.mul_(~clipped[:, None])
+    if loss.temperature != 1:
+        gradient.div_(loss.temperature)
+    student.copy_(gradient)
+    rows = (clipped_value, *found.nll, *found.entropy, found.agreement, clipped, found.tail, value)
+    return torch.stack([row.to(exact) for row in rows])
+
+
+def _tempered(logits: Tensor, dtype: torch.dtype, loss: Loss) -> Tensor:
+    z = logits.to(dtype)
+    return z if loss.temperature == 1 else z / loss.temperature
+
+
+class _Comparison(NamedTuple):
+    """Of n positions; pairs are student and teacher."""
+
+    value: Tensor  # [n]
+    gradient: Tensor  # [n, v] in the student's tempered logits
+    tail: Tensor  # [n], the teacher's probability outside its top k
+    nll: tuple[Tensor, Tensor]
+    entropy: tuple[Tensor, Tensor]
+    agreement: Tensor  # [n], whether both have the same most likely id
+
+
+def _with_logits(
+    z_s: Tensor, z_t: Tensor, labels: Tensor, loss: Loss, shard: VocabShard
+) -> _Comparison:
+    (log_s, log_t), agreement = log_softmax([z_s, z_t], shard)
+    s, t = log_s.exp(), log_t.exp()
+    product = s * log_s
+    entropy_s = -product.sum(-1)
+    entropy_t = -torch.mul(t, log_t, out=product).sum(-1)
+    del product
+    nll_s, nll_t, entropy_s, entropy_t = shard.total(
+        -_label(log_s, labels, shard), -_label(log_t, labels, shard), entropy_s, entropy_t
+    )
+    if loss.top_k is None:
+        value, gradient = closed_form(loss)(log_s, log_t, s, t, shard.total)
+        tail = torch.zeros_like(value)
+    else:
+        del log_s, log_t, s, t
+        value, gradient, tail = on_top_k(z_s, z_t, loss, shard)
+    return _Comparison(value, gradient, tail, (nll_s, nll_t), (entropy_s, entropy_t), agreement)
+
+
+def _with_top_k(
+    z_s: Tensor, teacher: TopK, labels: Tensor, loss: Loss, shard: VocabShard
+) -> _Comparison:
+    """The teacher's entropy is not known, and is zero."""
+    (log_s,), _ = log_softmax([z_s], shard)
+    nll, entropy, at_best = shard.total(
+        -_label(log_s, labels, shard),
+        -(log_s.exp() * log_s).sum(-1),
+        pick(log_s, teacher.ids[:, :1], shard)[:, 0],
+    )
+    best = log_s.amax(-1) if shard.columns else torch.full_like(nll, -math.inf)
+    agreement = at_best == shard.gather(best).amax(0)
+    del log_s
+    top, tail = teacher.log_probs.to(z_s.dtype), teacher.log_tail().to(z_s.dtype)
+    value, gradient, tail_mass = on_support(z_s, teacher.ids, top, tail, loss, shard)
+    unknown, nll_t = torch.zeros_like(nll), -teacher.label_log_probs
+    return _Comparison(value, gradient, tail_mass, (nll, nll_t), (entropy, unknown), agreement)
+
+
+def _label(log_probs: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:
+    """[n]: of each row's label, zero where another rank holds it."""
+    return pick(log_probs, labels[:, None], shard)[:, 0]
+
+
+@torch.no_grad()
+def token_nll(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float,
+    vocab_size: int,
+    chunk_size: int,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """[n]: -log p(label) of each position. Arguments as in `divergence`. No gradient."""
+    shard = own_shard(weight.shape[0], vocab_size, group)
+    _check_ids("labels", labels, vocab_size)
+    weight = weight[: shard.columns]
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    nll = hidden.new_empty(labels.numel(), dtype=exact)
+    for start in range(0, labels.numel(), chunk_size):
+        chunk = slice(start, start + chunk_size)
+        logits = (hidden[chunk].to(weight.dtype) @ weight.t()).to(exact) / temperature
+        (log_probs,), _ = log_softmax([logits], shard)
+        (nll[chunk],) = shard.total(-_label(log_probs, labels[chunk], shard))
+    return nll
+
+
+@torch.no_grad()
+def top_k_of(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    k: int,
+    *,
+    vocab_size: int,
+    chunk_size: int,
+    group: dist.ProcessGroup | None = None,
+) -> TopK:
+    """The k most likely ids at each of n > 0 labels, at temperature 1; as in `divergence`."""
+    shard = own_shard(weight.shape[0], vocab_size, group)
+    _check_ids("labels", labels, vocab_size)
+    weight = weight[: shard.columns]
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    parts = []
+    for start in range(0, labels.numel(), chunk_size):
+        chunk = slice(start, start + chunk_size)
+        logits = (hidden[chunk].to(weight.dtype) @ weight.t()).to(exact)
+        (log_probs,), _ = log_softmax([logits], shard)
+        (of_labels,) = shard.total(_label(log_probs, labels[chunk], shard))
+        parts.append((*most_likely(log_probs, k, shard), of_labels))
+    return TopK(*map(torch.cat, zip(*parts, strict=True)))

@@ -1,0 +1,98 @@
+"""Which models and layouts can be built: rules on config.json alone. Imports no torch.
+
+`hf` is a `transformers.PretrainedConfig` or anything else with its attributes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nemo_trd.config.errors import ConfigError, rule_broken
+from nemo_trd.config.schema import Layout
+from nemo_trd.models.family import SUPPORTED_MODEL_TYPES, rope_parameters
+
+# Frequencies that do not depend on the sequence length and leave attention scores unscaled.
+SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
+
+
+def check_supported(hf: Any) -> None:
+    """Refuse what the Megatron models would compute differently from transformers.
+
+    Raises:
+        ConfigError: naming config.json, the key, its value and what is supported.
+    """
+    file = Path(hf.name_or_path or "") / "config.json"
+
+    def require(key: str, value: object, holds: bool, rule: str) -> None:
+        if not holds:
+            raise _unsupported(file, key, value, rule)
+
+    architectures = hf.architectures or []
+    known = {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+    require(
+        "model_type",
+        hf.model_type,
+        hf.model_type in SUPPORTED_MODEL_TYPES,
+        _one_of(SUPPORTED_MODEL_TYPES),
+    )
+    require("architectures", architectures, set(architectures) <= known, _one_of(sorted(known)))
+    require("hidden_act", hf.hidden_act, hf.hidden_act == "silu", "silu is supported")
+    for key in ("attention_bias", "mlp_bias"):
+        value = getattr(hf, key, False)
+        require(key, value, not value, "only the QKV bias of qwen2 is supported")
+    window = getattr(hf, "sliding_window", None)
+    layer_types = set(getattr(hf, "layer_types", None) or [])
+    windowed = getattr(hf, "use_sliding_window", False) and window is not None
+    require(
+        "sliding_window",
+        window,
+        not windowed and layer_types <= {"full_attention"},
+        "every layer must use full attention",
+    )
+    quantization = getattr(hf, "quantization_config", None)
+    require("quantization_config", quantization, quantization is None, "weights must be plain")
+    rope = rope_parameters(hf)
+    require(
+        "rope_type", rope["rope_type"], rope["rope_type"] in SUPPORTED_ROPE_TYPES,
+        _one_of(SUPPORTED_ROPE_TYPES),
+    )  # fmt: skip
+    partial = rope.get("partial_rotary_factor", 1.0)
+    require("partial_rotary_factor", partial, partial == 1.0, "1.0 is supported")
+
+
+def _unsupported(file: Path, key: str, value: object, rule: str) -> ConfigError:
+    return rule_broken(f"{file}: {key}", value, rule, "use a supported model")
+
+
+def _one_of(values: Any) -> str:
+    return f"supported are {', '.join(values)}"
+
+
+def check_layout(hf: Any, layout: Layout, field: str) -> None:
+    """Refuse a layout that does not divide the model. `field` is e.g. "parallel.student".
+
+    The vocabulary always divides: it is padded.
+
+    Raises:
+        ConfigError: naming the field, its value and the size that it does not divide.
+    """
+    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        size = getattr(hf, name)
+        if size % tp:
+            raise rule_broken(
+                f"{field}.tensor_model_parallel_size",
+                tp,
+                f"it must divide {name} of the model, {size}",
+                f"use a divisor of {size}",
+            )
+    layers, virtual = hf.num_hidden_layers, layout.virtual_pipeline_model_parallel_size or 1
+    if layers % (pp * virtual):
+        key = "virtual_" if virtual > 1 else ""
+        raise rule_broken(
+            f"{field}.{key}pipeline_model_parallel_size",
+            virtual if virtual > 1 else pp,
+            f"{pp * virtual} stages must divide num_hidden_layers of the model, {layers}",
+            f"let the stages be a divisor of {layers}",
+        )

@@ -1,0 +1,114 @@
+"""Writing a Hugging Face directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nemo_trd.models.directory import INDEX_NAME, SINGLE_NAME
+
+COPIED_SUFFIXES = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")  # not weights
+
+
+# What would let a reader look for other weights, an adapter, quantized or renamed ones, or tells
+# of another training.
+NOT_COPIED = (
+    *("*.index.json", "adapter_*", "quant*", "hf_quant*", "modules.json", "params.json"),
+    *("trainer_state.json", "training_args.json", "*_results.json"),
+)
+
+
+CHAT_TEMPLATES = "additional_chat_templates"
+
+
+def save_hf_directory(
+    tensors: Iterable[tuple[str, Tensor]],
+    source_path: str,
+    out_dir: str | Path,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write a Hugging Face model directory; it appears under its name only when it is complete.
+
+    Every rank consumes `tensors`, rank 0 writes. Config, tokenizer and generation settings are
+    copied from `source_path`; the dtype in config.json becomes that of the tensors. An existing
+    `out_dir` is replaced. Returns, on every rank, when the directory is there.
+    """
+    writer = not dist.is_initialized() or dist.get_rank() == 0
+    target = Path(out_dir)
+    temporary = target.with_name(f".{target.name}.tmp")
+    if writer:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        dtype = _write_shards(tensors, temporary, max_shard_bytes)
+        _copy_settings(Path(source_path), temporary, dtype)
+        _replace(target, temporary)
+    else:
+        for _ in tensors:
+            pass
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _write_shards(
+    tensors: Iterable[tuple[str, Tensor]], directory: Path, max_shard_bytes: int
+) -> torch.dtype:
+    shards: list[list[str]] = []
+    total, pending, pending_bytes = 0, dict[str, Tensor](), 0
+    dtype = torch.float32
+
+    def flush() -> None:
+        save_file(pending, directory / f"{len(shards)}.part", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        if pending and pending_bytes + tensor.nbytes > max_shard_bytes:
+            flush()
+            pending_bytes = 0
+        # The caller may reuse or change the tensor: keep a copy of it.
+        pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        dtype, total = tensor.dtype, total + tensor.nbytes
+        pending_bytes += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        os.rename(directory / "0.part", directory / SINGLE_NAME)
+        return dtype
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.rename(directory / f"{number}.part", directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / INDEX_NAME).write_text(json.dumps(index, indent=2))
+    return dtype
+
+
+def _copy_settings(source: Path, directory: Path, dtype: torch.dtype) -> None:
+    for file in sorted(source.iterdir()):
+        unwanted = any(fnmatch(file.name, pattern) for pattern in NOT_COPIED)
+        if file.is_file() and file.suffix in COPIED_SUFFIXES and not unwanted:
+            shutil.copyfile(file, directory / file.name)
+    if (source / CHAT_TEMPLATES).is_dir():
+        shutil.copytree(source / CHAT_TEMPLATES, directory / CHAT_TEMPLATES)
+    config = json.loads((directory / "config.json").read_text())
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    config |= dict.fromkeys(keys, str(dtype).removeprefix("torch."))
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _replace(target: Path, temporary: Path) -> None:
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(temporary, target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,135 @@
+"""What to change so that a run fits: each change is tried, not guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_trd.config.errors import ConfigError
+from nemo_trd.config.schema import Config, Layout
+from nemo_trd.models.rules import check_layout
+from nemo_trd.plan.memory import GIB, GpuMemory, replicas, training_memory
+from nemo_trd.preflight.batch import batch_problems
+
+LEAST_GAIN = 0.01  # of a further change, or more nodes would be advised without end
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Overrides that were tried together, and the fullest GPU with them."""
+
+    overrides: tuple[str, ...]
+    peak: int
+    fits: bool
+
+
+def peak(memory: list[GpuMemory]) -> GpuMemory:
+    """The fullest kind of GPU."""
+    return max(memory, key=lambda gpu: gpu.total)
+
+
+def capacity(config: Config) -> int:
+    return round(config.cluster.gpu_memory_gib * GIB)
+
+
+def advise(config: Config, student: Any, teacher: Any) -> Advice | None:
+    """The first single change that makes the run fit, else those that help most, together; more
+    nodes come last.
+
+    None: no change that is known here helps.
+    """
+    limit = capacity(config)
+
+    def tried(start: Config) -> list[tuple[int, str, Config]]:
+        return [
+            (peak(training_memory(changed, student, teacher)).total, override, changed)
+            for override, changed in changes(start, student, teacher)
+        ]
+
+    for needed, override, _ in tried(config):
+        if needed <= limit:
+            return Advice((override,), needed, True)
+    now = peak(training_memory(config, student, teacher)).total
+    taken: dict[str, str] = {}  # key -> value
+    while now > limit:
+        *changed_settings, more_nodes = tried(config)
+        helping = [option for option in changed_settings if option[0] <= now * (1 - LEAST_GAIN)]
+        needed, override, changed = min(helping, key=lambda o: o[0], default=more_nodes)
+        if needed > now * (1 - LEAST_GAIN):
+            break
+        now, config = needed, changed
+        key, _, value = override.partition("=")
+        taken[key] = value
+    overrides = tuple(f"{key}={value}" for key, value in taken.items())
+    return Advice(overrides, now, now <= limit) if taken else None
+
+
+def on_fewer_gpus(config: Config) -> Config | None:
+    """Both layouts with pipeline, then tensor parallelism halved until they fill the GPUs.
+
+    None when that takes nothing, or does not help.
+    """
+    world, fitted = config.cluster.world_size, config
+    has_teacher = config.teacher.scoring == "megatron"
+    for role in ("student", "teacher") if has_teacher else ("student",):
+        layout: Layout = getattr(config.parallel, role)
+        for key in ("pipeline_model_parallel_size", "tensor_model_parallel_size"):
+            while world % layout.model_parallel_size and getattr(layout, key) % 2 == 0:
+                layout = layout.model_copy(update={key: getattr(layout, key) // 2})
+        if world % layout.model_parallel_size:
+            return None
+        fitted = _with(fitted, "parallel", **{role: layout})
+    return None if fitted == config else fitted
+
+
+def changes(config: Config, student: Any, teacher: Any) -> Iterator[tuple[str, Config]]:
+    """Single changes that need less memory on a GPU, cheapest in time first."""
+    layout, has_teacher = config.parallel.student, config.teacher.scoring == "megatron"
+    if not config.optimizer.distributed and replicas(config, layout) > 1:
+        yield "optimizer.distributed=true", _with(config, "optimizer", distributed=True)
+    for role in ("student", "teacher") if has_teacher else ("student",):
+        own = getattr(config.parallel, role)
+        if own.tensor_model_parallel_size > 1 and not own.sequence_parallel:
+            changed = own.model_copy(update={"sequence_parallel": True})
+            yield (
+                f"parallel.{role}.sequence_parallel=true",
+                _with(config, "parallel", **{role: changed}),
+            )
+    if has_teacher and not config.teacher.offload_states:
+        yield "teacher.offload_states=true", _with(config, "teacher", offload_states=True)
+    if has_teacher and not config.teacher.offload_weights:
+        yield "teacher.offload_weights=true", _with(config, "teacher", offload_weights=True)
+    if config.train.recompute != "full":
+        yield "train.recompute=full", _with(config, "train", recompute="full")
+    if config.loss.chunk_size > 128:
+        half = config.loss.chunk_size // 2
+        yield f"loss.chunk_size={half}", _with(config, "loss", chunk_size=half)
+    yield from _larger_layouts(config, student, teacher)
+    nodes = 2 * config.cluster.training_nodes
+    yield f"cluster.training_nodes={nodes}", _with(config, "cluster", training_nodes=nodes)
+
+
+def _larger_layouts(config: Config, student: Any, teacher: Any) -> Iterator[tuple[str, Config]]:
+    """Twice as many tensor parallel ranks in a node, or pipeline stages, on the same GPUs."""
+    roles = [("student", student)]
+    if config.teacher.scoring == "megatron":
+        roles.append(("teacher", teacher))
+    for role, hf in roles:
+        own: Layout = getattr(config.parallel, role)
+        for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+            size = 2 * getattr(own, key)
+            if key.startswith("tensor") and size > config.cluster.gpus_per_node:
+                continue
+            changed = own.model_copy(update={key: size})
+            other = _with(config, "parallel", **{role: changed})
+            try:
+                check_layout(hf, changed, role)
+            except ConfigError:
+                continue
+            if not any(batch_problems(other, config.cluster.world_size)):
+                yield f"parallel.{role}.{key}={size}", other
+
+
+def _with(config: Config, section: str, **values: Any) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})

@@ -1,0 +1,319 @@
+"""FLOPs of a step, how long it takes under stated assumptions, and which node split evens it out.
+
+Multiplications and additions count one each. Lengths are mean lengths: the longest allowed times
+`cluster.assumptions.mean_length`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_trd.config.lengths import longest_answer, longest_trajectory
+from nemo_trd.config.schema import Cluster, Config, Layout
+from nemo_trd.plan.memory import ELEMENT, GIB, generations, trajectories_per_rank
+from nemo_trd.plan.shapes import head_size, key_value_bytes, parameters
+
+TERA = 1e12
+
+
+def layer_flops(hf: Any, attended: float, *, gated: bool = True) -> float:
+    """Of one token's forward pass through one layer, with `attended` keys for its query."""
+    queries = hf.num_attention_heads * head_size(hf)
+    keys = hf.num_key_value_heads * head_size(hf)
+    matrices = hf.hidden_size * (2 * queries + 2 * keys)
+    matrices += hf.hidden_size * hf.intermediate_size * (3 if gated else 2)
+    return 2 * matrices + 4 * queries * attended
+
+
+def forward_flops(
+    hf: Any, tokens: float, attended: float, logits: float, *, gated: bool = True
+) -> float:
+    """Of `tokens` through all layers, and of the output layer at `logits` positions.
+
+    Three times this is a training step. For a GPT with a MLP of 4 h it is the published
+    24 B s l h^2 (1 + s / 6h + V / 12h l) when every token attends to all s (Narayanan et al.
+    2021, "Efficient Large-Scale Language Model Training on GPU Clusters", appendix); under a
+    causal mask a token attends to (s + 1) / 2 on average.
+    """
+    layers = tokens * hf.num_hidden_layers * layer_flops(hf, attended, gated=gated)
+    return layers + logits * 2 * hf.hidden_size * hf.vocab_size
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Of one step, all GPUs together."""
+
+    student: float  # forward, backward and recomputation
+    teacher: float  # forward
+    loss: float  # logits of both models and the gradients of the student's
+
+
+def step_flops(config: Config, student: Any, teacher: Any) -> StepFlops:
+    mean = config.cluster.assumptions.mean_length
+    count = config.train.trajectories_per_step
+    labels = mean * longest_answer(config)
+    student_length = mean * config.data.max_prompt_tokens + labels
+    teacher_length = mean * (longest_trajectory(config) - longest_answer(config)) + labels
+    passes = 4 if config.train.recompute == "full" else 3
+    return StepFlops(
+        student=passes
+        * count
+        * forward_flops(student, student_length, (student_length + 1) / 2, logits=0),
+        teacher=count * forward_flops(teacher, teacher_length, (teacher_length + 1) / 2, logits=0),
+        loss=count
+        * labels
+        * 2
+        * (3 * student.hidden_size + teacher.hidden_size)
+        * min(student.vocab_size, teacher.vocab_size),
+    )
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of each part of one step."""
+
+    rollout: float
+    refinement: float
+    teacher: float
+    student: float  # with the loss
+    overlap: bool  # generation.max_staleness 1: generation beside the training of the last step
+
+    @property
+    def generation(self) -> float:
+        return self.rollout + self.refinement
+
+    @property
+    def training(self) -> float:
+        return self.teacher + self.student
+
+    @property
+    def total(self) -> float:
+        if self.overlap:
+            return max(self.generation, self.training)
+        return self.generation + self.training
+
+
+def step_time(config: Config, student: Any, teacher: Any) -> StepTime:
+    """Under the assumptions of `cluster.assumptions`; weight sync and checkpoints not counted."""
+    flops, parallel, precision = (
+        step_flops(config, student, teacher),
+        config.parallel,
+        config.precision,
+    )
+    world = config.cluster.world_size
+    rate = _training_rate(config, precision.fp8 is not None)
+    teacher_rate = _training_rate(config, precision.teacher_fp8 is not None)
+    # The loss is computed by the last stages alone, in bf16; the other stages wait for them.
+    last_stage = world / parallel.student.pipeline_model_parallel_size
+    loss = flops.loss / (last_stage * _training_rate(config, False))
+    made = {
+        role: generation_seconds(config, role, hf, context, answer)
+        for role, hf, context, answer in generations(config, student, teacher)
+    }
+    teacher_time = flops.teacher / (world * teacher_rate) * bubble(config, parallel.teacher)
+    if config.teacher.scoring == "server":
+        made_for = servers(config, "refinement", teacher)
+        gpus = made_for.count * made_for.tp
+        teacher_time = flops.teacher / (gpus * _training_rate(config, False)) if gpus else math.inf
+    return StepTime(
+        rollout=made["rollout"],
+        refinement=made.get("refinement", 0.0),
+        teacher=teacher_time,
+        student=(flops.student / (world * rate) + loss) * bubble(config, parallel.student),
+        overlap=config.generation.max_staleness > 0,
+    )
+
+
+def _training_rate(config: Config, fp8: bool) -> float:
+    """FLOP/s of one GPU."""
+    assumed = config.cluster.assumptions
+    if fp8:
+        return assumed.fp8_tflops * assumed.fp8_mfu * TERA
+    return assumed.bf16_tflops * assumed.mfu * TERA
+
+
+def micro_batches(config: Config, layout: Layout) -> int:
+    """Of one data parallel rank in a step, at mean lengths."""
+    train, mean = config.train, config.cluster.assumptions.mean_length
+    per_batch = train.micro_batch_size
+    if per_batch is None:
+        assert train.max_tokens_per_micro_batch is not None
+        per_batch = max(
+            1, int(train.max_tokens_per_micro_batch // (mean * longest_trajectory(config)))
+        )
+    return -(-trajectories_per_rank(config, layout) // per_batch)
+
+
+def bubble(config: Config, layout: Layout) -> float:
+    """By what filling and draining the pipeline makes a pass longer (Narayanan et al. 2021)."""
+    pp = layout.pipeline_model_parallel_size
+    virtual = layout.virtual_pipeline_model_parallel_size or 1
+    return 1 + (pp - 1) / (virtual * micro_batches(config, layout))
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Where one model generates: `count` replicas of `tp` GPUs."""
+
+    count: int
+    tp: int
+    element: int
+    sequences: int  # that one replica works on at one time, at most
+    cache_bytes: float  # for keys and values, all GPUs of a replica together
+
+
+def servers(config: Config, role: str, hf: Any) -> Servers:
+    """In-process: every rank is a replica. Otherwise the nodes set aside for it, or, where there
+    are none, the servers that the run starts itself."""
+    cluster, vllm = config.cluster, config.generation.vllm
+    if vllm is None:
+        local = config.generation.local
+        return Servers(cluster.world_size, 1, ELEMENT[local.dtype], local.batch_size, math.inf)
+    nodes, tp = server_nodes(cluster, role)
+    count = nodes * cluster.gpus_per_node // tp
+    pool = vllm.student if role == "rollout" else vllm.teacher
+    if nodes == 0:
+        count, tp = pool.replicas, pool.server.tensor_parallel_size
+    memory = tp * (cluster.gpu_memory_gib - cluster.reserved_gib) * GIB - parameters(hf) * 2
+    return Servers(count, tp, 2, pool.server.max_num_seqs, memory)
+
+
+def server_nodes(cluster: Cluster, role: str) -> tuple[int, int]:
+    """(nodes, GPUs of one server) that generate rollouts or refinements."""
+    if role == "rollout":
+        return cluster.student_server_nodes, cluster.student_server_tp
+    return cluster.teacher_server_nodes, cluster.teacher_server_tp
+
+
+def concurrent_sequences(hf: Any, made: Servers, length: float) -> int:
+    """How many of `length` tokens one replica holds at one time; 0: not one."""
+    fitting = made.cache_bytes / (length * key_value_bytes(hf, made.element))
+    return max(0, int(min(made.sequences, fitting)))
+
+
+def generation_seconds(config: Config, role: str, hf: Any, context: int, answer: int) -> float:
+    """Time to generate what one step needs.
+
+    Decoding reads all weights once for each token of the longest answer of a batch, and every
+    sequence's keys and values once for each of its tokens; both at the assumed share of the memory
+    bandwidth. Prompts are read at the training rate. Infinite without servers.
+    """
+    assumed, made = config.cluster.assumptions, servers(config, role, hf)
+    if made.count == 0:
+        return math.inf
+    count, mean = config.train.trajectories_per_step, assumed.mean_length
+    measured = (
+        assumed.student_tokens_per_second
+        if role == "rollout"
+        else assumed.teacher_tokens_per_second
+    )
+    gpus = made.count * made.tp
+    if measured is not None:
+        return count * mean * answer / (measured * gpus)
+    per_replica = -(-count // made.count)
+    mean_position = mean * (context + answer / 2)
+    at_once = concurrent_sequences(hf, made, mean * (context + answer))
+    if at_once == 0:
+        return math.inf
+    batches = -(-per_replica // at_once)
+    read = float(batches * answer * parameters(hf) * made.element)
+    read += per_replica * mean * answer * mean_position * key_value_bytes(hf, made.element)
+    bandwidth = made.tp * assumed.memory_bandwidth_tb * TERA * assumed.memory_utilization
+    length = mean * context
+    prefill = count * forward_flops(hf, length, (length + 1) / 2, logits=1)
+    return read / bandwidth + prefill / (gpus * _training_rate(config, False))
+
+
+@dataclass(frozen=True)
+class Split:
+    """Nodes of each role, and the step's time with them."""
+
+    training: int
+    student_servers: int
+    teacher_servers: int
+    time: StepTime
+
+
+def split_of(config: Config, student: Any, teacher: Any) -> Split:
+    cluster = config.cluster
+    return Split(
+        cluster.training_nodes,
+        cluster.student_server_nodes,
+        cluster.teacher_server_nodes,
+        step_time(config, student, teacher),
+    )
+
+
+def with_nodes(config: Config, training: int, student: int, teacher: int) -> Config:
+    nodes = {
+        "training_nodes": training,
+        "student_server_nodes": student,
+        "teacher_server_nodes": teacher,
+    }
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update=nodes)})
+
+
+def possible_splits(config: Config) -> Iterator[Config]:
+    """Every division of the same nodes in which both layouts and every server find room."""
+    cluster = config.cluster
+    total = cluster.training_nodes + cluster.student_server_nodes + cluster.teacher_server_nodes
+    asks = config.asks_teacher
+    layouts = [config.parallel.student]
+    if config.teacher.scoring == "megatron":
+        layouts.append(config.parallel.teacher)
+    for training in range(1, total):
+        for student in range(1, total - training + 1):
+            teacher = total - training - student
+            if asks == (teacher == 0):
+                continue
+            other = with_nodes(config, training, student, teacher)
+            if any(other.cluster.world_size % x.model_parallel_size for x in layouts):
+                continue
+            roles = [("rollout", student)] + ([("refinement", teacher)] if asks else [])
+            if all(
+                nodes * cluster.gpus_per_node >= server_nodes(cluster, role)[1]
+                for role, nodes in roles
+            ):
+                yield other
+
+
+MOST_NODES = 64
+
+
+@dataclass(frozen=True)
+class Evening:
+    """The fewest server nodes with which generation takes no longer than training."""
+
+    student_servers: int
+    teacher_servers: int
+    possible: bool  # False: not even with these, `MOST_NODES` for each
+    generation: float  # seconds with them
+
+
+def evening_servers(config: Config, student: Any, teacher: Any) -> Evening:
+    """How many server nodes even out the training nodes that are there."""
+    cluster = config.cluster
+    training = step_time(config, student, teacher).training
+    options: dict[str, list[tuple[int, float]]] = {"refinement": [(int(config.asks_teacher), 0.0)]}
+    for role, hf, context, answer in generations(config, student, teacher):
+        options[role] = [
+            (
+                n,
+                generation_seconds(
+                    with_nodes(config, cluster.training_nodes, n, n), role, hf, context, answer
+                ),
+            )
+            for n in range(1, MOST_NODES + 1)
+        ]
+    pairs = [
+        Evening(n, m, rollout + refinement <= training, rollout + refinement)
+        for n, rollout in options["rollout"]
+        for m, refinement in options["refinement"]
+    ]
+    enough = [pair for pair in pairs if pair.possible]
+    if not enough:
+        return min(pairs, key=lambda pair: pair.generation)
+    return min(enough, key=lambda p: (p.student_servers + p.teacher_servers, p.generation))

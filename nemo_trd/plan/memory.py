@@ -1,0 +1,293 @@
+"""Bytes on each GPU of a training job, by part, in the phase of a step that needs most.
+
+Exact: parameters, gradients, main weights, Adam states. Formulas: activations (activations.py),
+hidden states, loss workspace, key-value caches. Lengths are the longest that the settings allow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_trd.config.lengths import longest_answer, longest_trajectory
+from nemo_trd.config.schema import Config, Layout
+from nemo_trd.models.family import padded_vocab_size, sequence_alignment
+from nemo_trd.plan.activations import (
+    layer_activation_bytes,
+    micro_batches_in_flight,
+    working_set_bytes,
+)
+from nemo_trd.plan.shapes import key_value_bytes, parameters, stage_parameters
+
+GIB = 2**30
+ELEMENT = {"bf16": 2, "fp32": 4}
+# Tensors [chunk, V/tp] in fp32 that a divergence holds at one time beside the logits of both
+# models. Two of them are copies, which logits in fp32 at temperature 1 do not need.
+LOSS_TENSORS = {"forward_kl": 7, "reverse_kl": 7, "jsd": 8.25}
+TOP_K_TENSORS = 7  # of any divergence on the teacher's top k
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """One kind of GPU of the training job: all that hold the same stages of both models."""
+
+    ranks: tuple[int, ...]
+    student_stage: int
+    teacher_stage: int
+    phases: dict[str, dict[str, int]]  # phase of the step -> part -> bytes
+
+    def total_during(self, phase: str) -> int:
+        return sum(self.phases[phase].values())
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=self.total_during)
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Of the phase that needs most."""
+        return self.phases[self.peak_phase]
+
+    @property
+    def total(self) -> int:
+        return self.total_during(self.peak_phase)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of one micro-batch and of one step, at most."""
+
+    student_tokens: int
+    teacher_tokens: int
+    labels: int  # of a micro-batch
+    student_rank_labels: int  # of all micro-batches of a student's data parallel rank
+    teacher_rank_labels: int
+
+
+def training_memory(config: Config, student: Any, teacher: Any) -> list[GpuMemory]:
+    """Of every kind of GPU, first stages first. `student` and `teacher` are their shapes."""
+    world = config.cluster.world_size
+    lengths = longest_lengths(config)
+    has_teacher = config.teacher.scoring == "megatron"
+    sizes = (
+        config.parallel.student.pipeline_model_parallel_size,
+        config.parallel.teacher.pipeline_model_parallel_size if has_teacher else 1,
+    )
+    kinds: dict[tuple[int, int], list[int]] = {}
+    for rank in range(world):  # Megatron's order: the pipeline stage varies slowest
+        stages = (rank * sizes[0] // world, rank * sizes[1] // world)
+        kinds.setdefault(stages, []).append(rank)
+    generation = _generation_phases(config, student, teacher)
+    memory = []
+    for (student_stage, teacher_stage), ranks in kinds.items():
+        held = _held(config, student, teacher, student_stage)
+        resident, phases = {}, {}
+        if has_teacher:
+            resident = _teacher_weights(config, teacher, teacher_stage)
+            phases["teacher"] = resident | _teacher_phase(config, teacher, teacher_stage, lengths)
+        phases |= {
+            "student": _student_phase(config, student, teacher, student_stage, lengths),
+            "export": {"export buffers": _export_bytes(config, student)},
+            **generation,
+        }
+        if not config.teacher.offload_weights:
+            phases = {name: resident | phase for name, phase in phases.items()}
+        phases = {name: held | phase for name, phase in phases.items()}
+        memory.append(GpuMemory(tuple(ranks), student_stage, teacher_stage, phases))
+    return memory
+
+
+def longest_lengths(config: Config) -> Lengths:
+    """The longest micro-batch: full, or of the longest sequences; padded as the layouts need."""
+    train, parallel = config.train, config.parallel
+    answer = longest_answer(config)
+    if train.micro_batch_size is not None:
+        student_tokens = train.micro_batch_size * (config.data.max_prompt_tokens + answer)
+        teacher_tokens = train.micro_batch_size * longest_trajectory(config)
+        labels = train.micro_batch_size * answer
+    else:
+        assert train.max_tokens_per_micro_batch is not None
+        student_tokens = teacher_tokens = train.max_tokens_per_micro_batch
+        labels = min(student_tokens, train.trajectories_per_step * answer)
+    student_multiple, teacher_multiple = alignments(config)
+    return Lengths(
+        _round_up(student_tokens, student_multiple),
+        _round_up(teacher_tokens, teacher_multiple),
+        labels,
+        trajectories_per_rank(config, parallel.student) * answer,
+        trajectories_per_rank(config, parallel.teacher) * answer,
+    )
+
+
+def alignments(config: Config) -> tuple[int, int]:
+    """What sequence lengths of student and teacher are padded to a multiple of."""
+    parallel, precision = config.parallel, config.precision
+    return (
+        sequence_alignment(parallel.student, precision.fp8 is not None),
+        sequence_alignment(parallel.teacher, precision.teacher_fp8 is not None),
+    )
+
+
+def trajectories_per_rank(config: Config, layout: Layout) -> int:
+    """Of one step, for each data parallel rank of a model."""
+    return -(-config.train.trajectories_per_step // replicas(config, layout))
+
+
+def replicas(config: Config, layout: Layout) -> int:
+    """Data parallel size. A layout larger than the world counts as one replica."""
+    return max(1, config.cluster.world_size // layout.model_parallel_size)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def model_state_bytes(config: Config, student: Any, stage: int) -> dict[str, int]:
+    """Weights, fp32 gradients, fp32 main weights and Adam's two moments of one rank.
+
+    The distributed optimizer shares the last two among the data parallel ranks, up to padding.
+    """
+    layout, precision = config.parallel.student, config.precision
+    count = stage_parameters(student, layout)[stage].total
+    shards = 1
+    if config.optimizer.distributed:
+        shards = replicas(config, layout)
+    main = 4 if precision.dtype == "bf16" else 0  # fp32 weights are their own main weights
+    return {
+        "weights": count * ELEMENT[precision.dtype],
+        "gradients": count * 4,
+        "optimizer": -(-count * (main + 8) // shards),
+    }
+
+
+def _held(config: Config, student: Any, teacher: Any, stage: int) -> dict[str, int]:
+    """What stays from the first step to the last."""
+    layout, element = config.parallel.student, ELEMENT[config.precision.dtype]
+    held = model_state_bytes(config, student, stage)
+    if config.precision.fp8 is not None:  # TransformerEngine keeps rows and columns, 1 B each
+        held["fp8 copies"] = 2 * stage_parameters(student, layout)[stage].linear
+    last = stage == layout.pipeline_model_parallel_size - 1
+    if last and config.teacher.scoring == "megatron":
+        rows = _vocabulary_rows(student, layout)
+        held["teacher output weight"] = rows * teacher.hidden_size * element
+    if config.generation.backend == "local":
+        element = ELEMENT[config.generation.local.dtype]
+        models = [student] + ([teacher] if config.algorithm.trajectory == "refinement" else [])
+        held["generation weights"] = sum(map(parameters, models)) * element
+    held["reserved"] = round(config.cluster.reserved_gib * GIB)
+    return held
+
+
+def _vocabulary_rows(hf: Any, layout: Layout) -> int:
+    tp = layout.tensor_model_parallel_size
+    return padded_vocab_size(hf.vocab_size, tp) // tp
+
+
+def _teacher_weights(config: Config, teacher: Any, stage: int) -> dict[str, int]:
+    count = stage_parameters(teacher, config.parallel.teacher)[stage]
+    copies = count.linear if config.precision.teacher_fp8 is not None else 0
+    return {"teacher weights": count.total * ELEMENT[config.precision.dtype] + copies}
+
+
+def _teacher_phase(config: Config, teacher: Any, stage: int, lengths: Lengths) -> dict[str, int]:
+    """Forward only: one layer at a time, and on the last stage the states of all micro-batches."""
+    layout, element = config.parallel.teacher, ELEMENT[config.precision.dtype]
+    working = working_set_bytes(teacher, lengths.teacher_tokens, layout, element)
+    phase = {"activations": working}
+    if stage == layout.pipeline_model_parallel_size - 1:
+        phase["hidden states"] = lengths.teacher_rank_labels * teacher.hidden_size * element
+    return phase
+
+
+def _student_phase(
+    config: Config, student: Any, teacher: Any, stage: int, lengths: Lengths
+) -> dict[str, int]:
+    layout, element = config.parallel.student, ELEMENT[config.precision.dtype]
+    phase = {"activations": activation_bytes(config, student, stage, lengths.student_tokens)}
+    if stage == layout.pipeline_model_parallel_size - 1:
+        if config.teacher.scoring == "megatron":
+            offloaded = config.teacher.offload_states
+            labels = lengths.labels if offloaded else lengths.student_rank_labels
+            phase["hidden states"] = labels * teacher.hidden_size * element
+        phase["loss workspace"] = loss_workspace_bytes(config, student, lengths)
+    return phase
+
+
+def activation_bytes(config: Config, hf: Any, stage: int, tokens: int) -> int:
+    """Kept for the backward passes in flight, and the working set of the layer at work."""
+    layout, element = config.parallel.student, ELEMENT[config.precision.dtype]
+    recompute = config.train.recompute
+    layers = hf.num_hidden_layers // layout.pipeline_model_parallel_size
+    longest = min(tokens, longest_trajectory(config))
+
+    def layer(mode: str) -> int:
+        return layer_activation_bytes(hf, tokens, longest, layout, element, recompute=mode)
+
+    kept = round(micro_batches_in_flight(layout, stage) * layers * layer(recompute))
+    again = layer("none") if recompute == "full" else 0
+    return kept + again + working_set_bytes(hf, tokens, layout, element)
+
+
+def loss_workspace_bytes(config: Config, student: Any, lengths: Lengths) -> int:
+    """The most that `losses.divergence` holds, with the label rows that go into it."""
+    layout, element = config.parallel.student, ELEMENT[config.precision.dtype]
+    rows, hidden = _vocabulary_rows(student, layout), student.hidden_size
+    chunk = min(config.loss.chunk_size, lengths.labels)
+    limited = config.loss.top_k is not None
+    tensors = TOP_K_TENSORS if limited else LOSS_TENSORS[config.loss.divergence]
+    tensors -= 2 if element == 4 and config.loss.temperature == 1 else 0
+    logits = round(chunk * rows * (2 * element + 4 * tensors))
+    logits += chunk * hidden * (element + 4) + lengths.labels * 80  # a chunk's rows; statistics
+    # Summed in fp32; when the logits are gone it is copied to the weight's dtype.
+    weight_gradient = rows * hidden * 4
+    copy = rows * hidden * element if element < 4 else 0
+    gathered = 2 * lengths.student_tokens * hidden * element  # hidden states and their gradient
+    label_rows = 2 * lengths.labels * hidden * element
+    return weight_gradient + max(logits, copy) + gathered + label_rows
+
+
+def _export_bytes(config: Config, student: Any) -> int:
+    """The largest tensor: its slices, the whole, and a copy without padding."""
+    element = ELEMENT[config.precision.dtype]
+    largest = max(
+        padded_vocab_size(student.vocab_size, config.parallel.student.tensor_model_parallel_size),
+        student.intermediate_size,
+    )
+    return 3 * largest * student.hidden_size * element
+
+
+def _generation_phases(config: Config, student: Any, teacher: Any) -> dict[str, dict[str, int]]:
+    """The caches of in-process generation; servers have GPUs of their own."""
+    if config.generation.backend != "local":
+        return {}
+    phases = {}
+    for role, hf, context, answer in generations(config, student, teacher):
+        batch = config.generation.local.batch_size
+        element = ELEMENT[config.generation.local.dtype]
+        cache = batch * (context + answer) * key_value_bytes(hf, element)
+        phases[role] = {"KV cache": cache, "logits": batch * hf.vocab_size * 4}
+    return phases
+
+
+def generations(config: Config, student: Any, teacher: Any) -> list[tuple[str, Any, int, int]]:
+    """(what, shape, longest context, longest answer) of what is generated in a step."""
+    made = [
+        ("rollout", student, config.data.max_prompt_tokens, config.generation.rollout.max_tokens)
+    ]
+    if config.algorithm.trajectory == "refinement":
+        context = config.refinement.max_context_tokens
+        made.append(("refinement", teacher, context, config.generation.refinement.max_tokens))
+    return made
+
+
+def checkpoint_bytes(config: Config, student: Any) -> dict[str, int]:
+    """On disk: one checkpoint (weights, main weights, Adam states), and the export."""
+    count, element = parameters(student), ELEMENT[config.precision.dtype]
+    main = 4 if config.precision.dtype == "bf16" else 0
+    export = count * element if config.checkpoint.export_hf else 0
+    return {"checkpoint": count * (element + main + 8), "export": export}
+
+
+def largest_part(parts: Mapping[str, int]) -> str:
+    return max(parts, key=lambda part: parts[part])

@@ -1,0 +1,155 @@
+"""Model shapes: config.json without transformers, and parameters per pipeline stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from nemo_trd.config.errors import ConfigError, rule_broken
+from nemo_trd.config.schema import Layout, ModelSource
+from nemo_trd.models.directory import check_model_type, read_json
+from nemo_trd.models.family import expected_shapes, padded_vocab_size
+from nemo_trd.models.read import Model
+from nemo_trd.models.rules import check_supported
+
+SHIPPED = Path(__file__).parent / "models"
+# What transformers assumes for a key that config.json of a supported model leaves out.
+DEFAULTS: dict[str, Any] = {
+    "architectures": None,
+    "attention_bias": False,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+}
+REQUIRED = (
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "vocab_size",
+)
+EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+
+
+def read_model(source: ModelSource, field: str) -> tuple[Model, str | None]:
+    """The model of a directory that need hold no more than config.json.
+
+    Where there is no such directory, the shape that is shipped under its name takes its place:
+    a run can be planned before anything has been downloaded. The model has no tokenizer.
+
+    Returns: the model, and a note when its shape is a shipped one.
+
+    Raises:
+        ConfigError: neither exists, or config.json is damaged, incomplete or unsupported.
+    """
+    directory = Path(source.path).absolute()
+    names = (directory.name, "-".join(directory.parts[-2:]))  # the toy's are in a directory: toy
+    files = [SHIPPED / f"{name}.json" for name in names]
+    shipped = next((file for file in files if file.is_file()), None)
+    note = None
+    if directory.is_dir():
+        check_model_type(directory, field)
+        settings = read_json(directory / "config.json", field)
+    elif shipped is not None:
+        settings = read_json(shipped, field)
+        note = f"{field} = {source.path}: not on this machine; the shipped shape of that name"
+    else:
+        known = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.json")))
+        raise rule_broken(
+            field,
+            source.path,
+            "there is no such directory, and no shape is shipped under its name",
+            f"give a directory with the model's config.json, or one of these names: {known}",
+        )
+    hf = as_namespace(settings, directory, field)
+    check_supported(hf)
+    return Model(field, directory, hf, tokenizer=None), note
+
+
+def as_namespace(settings: Mapping[str, Any], directory: Path, field: str) -> SimpleNamespace:
+    """config.json with the attributes that a `PretrainedConfig` would have.
+
+    Raises:
+        ConfigError: a size is missing or no positive integer.
+    """
+    hf = SimpleNamespace(**(DEFAULTS | dict(settings) | {"name_or_path": str(directory)}))
+    if getattr(hf, "num_key_value_heads", None) is None:
+        if hf.model_type != "llama":
+            raise _bad_size(directory, field, "num_key_value_heads", None)
+        hf.num_key_value_heads = getattr(hf, "num_attention_heads", None)
+    for key in (*REQUIRED, "num_key_value_heads"):
+        value = getattr(hf, key, None)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise _bad_size(directory, field, key, value)
+    return hf
+
+
+def _bad_size(directory: Path, field: str, key: str, value: object) -> ConfigError:
+    return rule_broken(
+        f"{field} ({directory / 'config.json'}: {key})",
+        value,
+        "it must be a positive integer",
+        "copy config.json of the model again",
+    )
+
+
+@dataclass(frozen=True)
+class StageParameters:
+    """Parameters that one rank of a pipeline stage holds."""
+
+    total: int
+    linear: int  # of these, in the layers' matrices: what FP8 applies to
+    layers: int
+
+
+def has_shape(hf: Any) -> bool:
+    """False of a teacher that its servers alone know: only lengths are known of it."""
+    return hasattr(hf, "hidden_size")
+
+
+def parameters(hf: Any) -> int:
+    """Of the whole model, without padding; a tied output weight counts once."""
+    return sum(math.prod(shape) for shape in expected_shapes(hf).values())
+
+
+def stage_parameters(hf: Any, layout: Layout) -> list[StageParameters]:
+    """For each pipeline rank: what each of its tensor parallel ranks holds.
+
+    The vocabulary is padded. A tied output weight is a second copy on the last of several stages.
+    """
+    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    chunks = pp * (layout.virtual_pipeline_model_parallel_size or 1)
+    total, linear = [0] * pp, [0] * pp
+    vocabulary = padded_vocab_size(hf.vocab_size, tp) // tp * hf.hidden_size
+    total[0] += vocabulary
+    if not hf.tie_word_embeddings or pp > 1:
+        total[-1] += vocabulary
+    for name, shape in expected_shapes(hf).items():
+        if name in (EMBEDDING, HEAD):
+            continue
+        size = math.prod(shape)
+        if name == FINAL_NORM:
+            total[-1] += size
+            continue
+        layer = int(name.split(".")[2])
+        stage = layer * chunks // hf.num_hidden_layers % pp
+        total[stage] += size if "norm" in name else size // tp
+        if "proj.weight" in name:
+            linear[stage] += size // tp
+    layers = hf.num_hidden_layers // pp
+    return [StageParameters(t, m, layers) for t, m in zip(total, linear, strict=True)]
+
+
+def key_value_bytes(hf: Any, element: int = 2) -> int:
+    """Of one token's keys and values in all layers."""
+    return 2 * hf.num_hidden_layers * hf.num_key_value_heads * head_size(hf) * element
+
+
+def head_size(hf: Any) -> int:
+    return hf.head_dim or hf.hidden_size // hf.num_attention_heads

@@ -1,0 +1,307 @@
+"""A plan as text and as JSON."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from nemo_trd.plan.advice import capacity, peak
+from nemo_trd.plan.cost import Split, concurrent_sequences, micro_batches, servers
+from nemo_trd.plan.memory import (
+    GIB,
+    GpuMemory,
+    alignments,
+    checkpoint_bytes,
+    generations,
+    largest_part,
+    longest_lengths,
+    replicas,
+)
+from nemo_trd.plan.shapes import has_shape, key_value_bytes, parameters
+
+if TYPE_CHECKING:
+    from nemo_trd.plan.plan import Plan
+
+PARTS = (  # in the order in which they are shown
+    "weights",
+    "gradients",
+    "optimizer",
+    "fp8 copies",
+    "teacher weights",
+    "teacher output weight",
+    "activations",
+    "hidden states",
+    "loss workspace",
+    "generation weights",
+    "KV cache",
+    "logits",
+    "export buffers",
+    "reserved",
+)
+PHASES = {
+    "teacher": "teacher pass",
+    "student": "student step",
+    "export": "weight export",
+    "rollout": "rollouts",
+    "refinement": "refinements",
+}
+
+
+def text(plan: Plan) -> str:
+    """What `python -m nemo_trd.plan` prints."""
+    blocks = [_setup(plan)]
+    if plan.memory:
+        blocks += [_memory(plan), _verdict(plan), _servers(plan)]
+        blocks += [_time(plan)] if plan.flops is not None else []
+        blocks.append(_disk(plan))
+    if plan.findings.notes:
+        notes = (f"  {note}" for note in plan.findings.notes)
+        blocks.append("\n".join(["Not checked on this machine", *notes]))
+    count = len(plan.findings.problems)
+    if count:
+        blocks.append(f"{count} setting{'s' if count > 1 else ''} cannot work (see below).")
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _setup(plan: Plan) -> str:
+    config, cluster = plan.config, plan.config.cluster
+    lines = ["Run"]
+    for role, model in (("student", plan.student), ("teacher", plan.teacher)):
+        if model is None:
+            continue
+        size = str(getattr(model.hf, "model_type", ""))
+        if has_shape(model.hf):
+            size = f"{parameters(model.hf) / 1e9:.2f} B parameters"
+        named = f"  {role:<8} {model.directory.name}  {size}  "
+        if role == "teacher" and config.teacher.scoring == "server":
+            lines.append(f"{named}on its servers only, top {config.loss.top_k}")
+            continue
+        layout = getattr(config.parallel, role)
+        fp8 = config.precision.fp8 if role == "student" else config.precision.teacher_fp8
+        lines.append(
+            f"{named}TP {layout.tensor_model_parallel_size}  "
+            f"PP {layout.pipeline_model_parallel_size}"
+            + (f"  VPP {v}" if (v := layout.virtual_pipeline_model_parallel_size) else "")
+            + f"  DP {replicas(config, layout)}  {config.precision.dtype}"
+            + (f" + FP8 {fp8}" if fp8 else "")
+        )
+    lengths = longest_lengths(config)
+    student_multiple, teacher_multiple = alignments(config)
+    lines += [
+        f"  nodes    {cluster.training_nodes} training, {cluster.student_server_nodes} student "
+        f"servers, {cluster.teacher_server_nodes} teacher servers, {cluster.gpus_per_node} GPUs of "
+        f"{cluster.gpu_memory_gib:g} GiB each",
+        f"  step     {config.train.trajectories_per_step} trajectories; micro-batches of up to "
+        f"{max(lengths.student_tokens, lengths.teacher_tokens):,} tokens, lengths padded to "
+        f"multiples of {student_multiple} (teacher {teacher_multiple}); recompute "
+        f"{config.train.recompute}",
+    ]
+    return "\n".join(lines)
+
+
+def _memory(plan: Plan) -> str:
+    """One column for each kind of GPU, one line for each part while the student trains, in GiB."""
+    students = [gpu.phases["student"] for gpu in plan.memory]
+    shown = [part for part in PARTS if any(parts.get(part) for parts in students)]
+    rows = [
+        ["student stage", *(str(gpu.student_stage) for gpu in plan.memory)],
+        ["teacher stage", *(str(gpu.teacher_stage) for gpu in plan.memory)],
+        ["GPUs", *(str(len(gpu.ranks)) for gpu in plan.memory)],
+        *([part, *(_gib(parts.get(part, 0)) for parts in students)] for part in shown),
+        *(
+            [f"total, {PHASES[phase]}", *(_gib(gpu.total_during(phase)) for gpu in plan.memory)]
+            for phase in plan.memory[0].phases
+        ),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["Memory of a training GPU at the longest lengths, GiB"]
+    for name, *values in rows:
+        cells = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
+        lines.append(f"  {name.ljust(widths[0])}  " + "  ".join(cells))
+    return "\n".join(lines)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}" if size else "-"
+
+
+def _verdict(plan: Plan) -> str:
+    fullest = peak(plan.memory)
+    largest, limit = largest_part(fullest.parts), capacity(plan.config)
+    lines = []
+    if plan.tried is not None:
+        lines.append(
+            f"The layouts do not divide {plan.config.cluster.world_size} GPUs. Computed instead: "
+            + ", ".join(
+                f"parallel.{role} TP {layout.tensor_model_parallel_size} "
+                f"PP {layout.pipeline_model_parallel_size}"
+                for role, layout in (
+                    ("student", plan.tried.parallel.student),
+                    ("teacher", plan.tried.parallel.teacher),
+                )
+            )
+        )
+    lines.append(
+        f"{'Fits' if plan.fits else 'DOES NOT FIT'}: {fullest.total / GIB:.1f} of "
+        f"{limit / GIB:.1f} GiB ({PHASES[fullest.peak_phase]}); the largest item is {largest}, "
+        f"{fullest.parts[largest] / GIB:.1f} GiB"
+    )
+    advice = plan.advice
+    if advice is not None and advice.fits:
+        lines.append(f"It fits with {' '.join(advice.overrides)} ({advice.peak / GIB:.1f} GiB)")
+    elif advice is not None:
+        lines.append(
+            f"Nearest to fitting: {' '.join(advice.overrides)} ({advice.peak / GIB:.1f} GiB)"
+        )
+    return "\n".join(lines)
+
+
+def _servers(plan: Plan) -> str:
+    assert plan.student is not None and plan.teacher is not None
+    config = plan.config
+    lines = ["Generation"]
+    for role, hf, context, answer in generations(config, plan.student.hf, plan.teacher.hf):
+        if not has_shape(hf):
+            continue
+        made = servers(config, role, hf)
+        cache = (context + answer) * key_value_bytes(hf, made.element)
+        at_once = concurrent_sequences(hf, made, context + answer)
+        lines.append(
+            f"  {role:<10} {made.count} x TP {made.tp}; a sequence of {context + answer:,} tokens "
+            f"has {cache / GIB:.2f} GiB of keys and values; {at_once} of them at once in each"
+            + (f" ({made.cache_bytes / GIB:.0f} GiB)" if math.isfinite(made.cache_bytes) else "")
+        )
+    return "\n".join(lines)
+
+
+def _time(plan: Plan) -> str:
+    assert plan.flops is not None and plan.split is not None
+    flops, time, assumed = plan.flops, plan.split.time, plan.config.cluster.assumptions
+    lines = [
+        "One step, estimated",
+        f"  FLOPs      student {flops.student:.2e}, teacher {flops.teacher:.2e}, "
+        f"loss {flops.loss:.2e}",
+        f"  generation {_seconds(time.generation)}: rollouts {_seconds(time.rollout)}, refinements "
+        f"{_seconds(time.refinement)}",
+        f"  training   {_seconds(time.training)}: teacher {_seconds(time.teacher)}, student "
+        f"{_seconds(time.student)} in {micro_batches(plan.config, plan.config.parallel.student)} "
+        "micro-batches a rank",
+        f"  generation : training = {time.generation / time.training:.2f}; step "
+        f"{_seconds(time.total)}, as they "
+        + ("overlap" if time.overlap else "take turns (generation.max_staleness=0)"),
+    ]
+    if plan.fastest is not None and plan.evenest is not None:
+        lines.append(f"  fastest split of these nodes: {_split(plan.fastest)}")
+        if plan.evenest != plan.fastest:
+            lines.append(f"  evenest split of these nodes: {_split(plan.evenest)}")
+    if plan.evening is not None:
+        lines.append(f"  {_evening(plan)}")
+    lines.append(
+        f"  Assumed: MFU {assumed.mfu:g} of {assumed.bf16_tflops:g} TFLOP/s (FP8 "
+        f"{assumed.fp8_mfu:g} of {assumed.fp8_tflops:g}); mean lengths {assumed.mean_length:g} of "
+        f"the longest; decoding at {assumed.memory_utilization:g} of "
+        f"{assumed.memory_bandwidth_tb:g} TB/s"
+    )
+    for role in ("student", "teacher"):
+        measured = getattr(assumed, f"{role}_tokens_per_second")
+        if measured is not None:
+            lines.append(f"  Measured: {measured:g} tokens/s a GPU of the {role}'s servers")
+    return "\n".join(lines)
+
+
+def _evening(plan: Plan) -> str:
+    assert plan.evening is not None
+    evening, nodes = plan.evening, plan.config.cluster.training_nodes
+    if evening.possible:
+        return (
+            f"generation would take no longer than training with {nodes} + "
+            f"{evening.student_servers} + {evening.teacher_servers} nodes"
+        )
+    return (
+        f"no number of servers evens this out: decoding the longest answers takes "
+        f"{_seconds(evening.generation)}; a larger step does (train.prompts_per_step)"
+    )
+
+
+def _split(split: Split) -> str:
+    return (
+        f"{split.training} + {split.student_servers} + {split.teacher_servers} (training, student, "
+        f"teacher servers): generation {_seconds(split.time.generation)}, training "
+        f"{_seconds(split.time.training)}"
+    )
+
+
+def _seconds(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "never"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
+
+
+def _disk(plan: Plan) -> str:
+    assert plan.student is not None
+    sizes = checkpoint_bytes(plan.config, plan.student.hf)
+    kept = plan.config.checkpoint.keep_last
+    return (
+        f"Disk below run.dir: {plan.disk / GIB:,.1f} GiB (a checkpoint "
+        f"{sizes['checkpoint'] / GIB:,.1f}, {kept} kept and one being written; export "
+        f"{sizes['export'] / GIB:,.1f})"
+    )
+
+
+def figures(plan: Plan) -> dict[str, Any]:
+    """All figures, bytes and seconds, for other programs."""
+    result: dict[str, Any] = {
+        "exit_code": plan.exit_code,
+        "fits": plan.fits,
+        "problems": [str(problem) for problem in plan.findings.problems],
+        "not_checked": plan.findings.notes,
+        "assumptions": plan.config.cluster.assumptions.model_dump(),
+    }
+    if not plan.memory:
+        return result
+    assert plan.student is not None and plan.teacher is not None
+    fullest = peak(plan.memory)
+    models = {"student": plan.student, "teacher": plan.teacher}
+    return result | {
+        "parameters": {
+            role: parameters(model.hf) if has_shape(model.hf) else None
+            for role, model in models.items()
+        },
+        "gpu_memory": capacity(plan.config),
+        "peak": fullest.total,
+        "largest": largest_part(fullest.parts),
+        "advice": list(plan.advice.overrides) if plan.advice else [],
+        "gpus": [_gpu(gpu) for gpu in plan.memory],
+        "flops": vars(plan.flops) if plan.flops else None,
+        "step": _split_figures(plan.split) if plan.split else None,
+        "fastest_split": _split_figures(plan.fastest) if plan.fastest else None,
+        "evenest_split": _split_figures(plan.evenest) if plan.evenest else None,
+        "evening": vars(plan.evening) if plan.evening else None,
+        "disk": plan.disk,
+    }
+
+
+def _gpu(gpu: GpuMemory) -> dict[str, Any]:
+    return {
+        "ranks": list(gpu.ranks),
+        "student_stage": gpu.student_stage,
+        "teacher_stage": gpu.teacher_stage,
+        "peak_phase": gpu.peak_phase,
+        "total": gpu.total,
+        "phases": gpu.phases,
+    }
+
+
+def _split_figures(split: Split) -> dict[str, Any]:
+    nodes = {
+        "training_nodes": split.training,
+        "student_server_nodes": split.student_servers,
+        "teacher_server_nodes": split.teacher_servers,
+    }
+    times = {
+        f"{part}_seconds": seconds if math.isfinite(seconds) else None
+        for part, seconds in vars(split.time).items()
+        if part != "overlap"
+    }
+    total = split.time.total if math.isfinite(split.time.total) else None
+    return nodes | times | {"step_seconds": total, "overlap": split.time.overlap}

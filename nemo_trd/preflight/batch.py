@@ -1,0 +1,55 @@
+"""World size, global batch and micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nemo_trd.config.errors import ConfigError, rule_broken
+from nemo_trd.config.lengths import longest_trajectory
+from nemo_trd.config.schema import Config, Layout
+
+
+def _layouts(config: Config) -> list[tuple[str, Layout]]:
+    """Of the models that are held in Megatron."""
+    layouts = [("student", config.parallel.student)]
+    if config.teacher.scoring == "megatron":
+        layouts.append(("teacher", config.parallel.teacher))
+    return layouts
+
+
+def batch_problems(config: Config, world_size: int) -> Iterator[ConfigError]:
+    """World size, global batch and micro-batches."""
+    train = config.train
+    for role, layout in _layouts(config):
+        if world_size % layout.model_parallel_size:
+            yield rule_broken(
+                "world size",
+                world_size,
+                f"the {role} takes tensor x pipeline x context = "
+                f"{layout.tensor_model_parallel_size} x {layout.pipeline_model_parallel_size} x "
+                f"{layout.context_parallel_size} ranks, which must divide it",
+                f"start a multiple of {layout.model_parallel_size} ranks, or change "
+                f"parallel.{role}",
+            )
+    if train.micro_batch_size is not None:
+        ranks = max(1, world_size // config.parallel.student.model_parallel_size)
+        unit = train.micro_batch_size * ranks
+        if train.trajectories_per_step % unit:
+            yield rule_broken(
+                "train.prompts_per_step",
+                train.prompts_per_step,
+                f"prompts_per_step x rollouts_per_prompt = {train.trajectories_per_step} must be "
+                f"a multiple of micro_batch_size x data parallel ranks = {unit}",
+                "change one of them, or set train.max_tokens_per_micro_batch instead of "
+                "train.micro_batch_size",
+            )
+    longest = longest_trajectory(config)
+    budget = train.max_tokens_per_micro_batch
+    if budget is not None and budget < longest:
+        yield rule_broken(
+            "train.max_tokens_per_micro_batch",
+            budget,
+            f"the longest sequence that these settings allow has {longest} tokens",
+            f"raise it to {longest}, or lower refinement.max_context_tokens or max_tokens of "
+            "generation.rollout and generation.refinement",
+        )

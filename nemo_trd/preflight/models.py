@@ -1,0 +1,221 @@
+"""What can be checked of a run before any model is built: files, layouts, lengths, tokenizers.
+
+Rules between settings alone are in `config.py`, rules about the data in `prompts.py`. Nothing is
+written here and nothing that exists is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nemo_trd.config.errors import ConfigError, rule_broken
+from nemo_trd.config.lengths import _longest_contexts, longest_answer
+from nemo_trd.config.schema import Config, Layout, ModelSource
+from nemo_trd.models.family import shared_vocab_size
+from nemo_trd.models.read import Model, _load, _read
+from nemo_trd.models.rules import check_layout
+from nemo_trd.models.served import check_served_weights, is_only_served, read_served
+from nemo_trd.preflight.batch import batch_problems
+from nemo_trd.preflight.machine import _machine_problems
+from nemo_trd.preflight.server_lengths import server_length_problems
+
+STUDENT, TEACHER = "model.student.path", "model.teacher.path"
+
+
+def check(config: Config, world_size: int) -> tuple[Model, Model]:
+    """Refuse a run that cannot work on `world_size` ranks. Returns student and teacher.
+
+    Raises:
+        ConfigError: every broken rule that was found, one a line: field, value, rule, fix.
+    """
+    problems = [*_machine_problems(config), *batch_problems(config, world_size)]
+    return _check(config, problems, served=is_only_served(config))
+
+
+def check_models(config: Config) -> tuple[Model, Model]:
+    """As `check`, for one process that only computes with both models.
+
+    Raises:
+        ConfigError
+    """
+    return _check(config, [], served=False)
+
+
+def _check(config: Config, problems: list[ConfigError], served: bool) -> tuple[Model, Model]:
+    """`served`: the teacher's servers hold it, and nobody here."""
+    student = _load(config.model.student, STUDENT, problems)
+    teacher = student
+    if config.model.teacher is not None:
+        load = partial(_load_served, config) if served else _load
+        teacher = load(config.model.teacher, TEACHER, problems)
+    if student is not None:
+        problems += _tokenizer_problems(student)
+    if student is not None and teacher is not None and teacher is not student:
+        problems += _tokenizer_problems(teacher)
+        problems += _different_tokenizers(student, teacher)
+    problems += model_problems(config, student, teacher)
+    if problems:
+        raise ConfigError("\n".join(str(problem) for problem in problems))
+    assert student is not None and teacher is not None
+    return student, teacher
+
+
+def model_problems(
+    config: Config, student: Model | None, teacher: Model | None
+) -> Iterator[ConfigError]:
+    """What config.json of the two models tells: layouts, lengths, the loss. Needs no tokenizer.
+
+    A model that could not be read is None; what needs it is left out.
+    """
+    if student is not None:
+        yield from _layout_problems("parallel.student", config.parallel.student, student)
+    if teacher is not None and config.teacher.scoring == "megatron":
+        yield from _layout_problems("parallel.teacher", config.parallel.teacher, teacher)
+    if student is not None and teacher is not None:
+        yield from _length_problems(config, student, teacher)
+        yield from _loss_problems(config, student, teacher)
+
+
+def real_vocab_size(columns: int, tokenizer: Any | None) -> int:
+    """Over how many of the shared columns the divergence runs: ids of the student's tokenizer.
+
+    Columns that pad (Qwen's last 267), and those for tokens that only the teacher knows, are left
+    out on both sides. That the teacher knows the student's tokens is what `check` demands. A
+    model without a tokenizer has all of them.
+    """
+    return columns if tokenizer is None else min(columns, _largest_id(tokenizer) + 1)
+
+
+def _largest_id(tokenizer: Any) -> int:
+    return max(tokenizer.get_vocab().values(), default=-1)
+
+
+def _load_served(
+    config: Config, source: ModelSource, field: str, problems: list[ConfigError]
+) -> Model | None:
+    """As `_load`, of a teacher that only its servers hold: of any architecture, without weights."""
+    from transformers import AutoTokenizer
+
+    directory = Path(source.path).absolute()
+    assert config.generation.vllm is not None  # config_rules: servers score
+    try:
+        hf = read_served(source, field, config.generation.vllm.teacher.server)
+        check_served_weights(config, directory)
+        options = {"trust_remote_code": source.trust_remote_code, "local_files_only": True}
+        tokenizer = _read(AutoTokenizer, directory, f"{field} (tokenizer)", options)
+    except ConfigError as error:
+        problems.append(error)
+        return None
+    return Model(field, directory, hf, tokenizer)
+
+
+def _layout_problems(field: str, layout: Layout, model: Model) -> Iterator[ConfigError]:
+    """Whether the layout divides the model; only the first size that it does not is told."""
+    try:
+        check_layout(model.hf, layout, field)
+    except ConfigError as error:
+        yield error
+
+
+def _tokenizer_problems(model: Model) -> Iterator[ConfigError]:
+    """What prompts, labels and the embedding need of a tokenizer."""
+    tokenizer, where = model.tokenizer, f"{model.field} (tokenizer)"
+    largest = _largest_id(tokenizer)
+    if largest >= model.hf.vocab_size:
+        yield rule_broken(
+            where,
+            str(model.directory),
+            f"its largest token id is {largest} and the model has {model.hf.vocab_size} columns",
+            "give tokenizer and weights of the same model, or resize the embedding",
+        )
+    if tokenizer.eos_token_id is None:
+        yield rule_broken(
+            where,
+            str(model.directory),
+            "it has no EOS token; answers must end with one",
+            "set eos_token in tokenizer_config.json",
+        )
+    if not tokenizer.chat_template:
+        yield rule_broken(
+            where,
+            str(model.directory),
+            "it has no chat template; prompts go through it",
+            "use an instruct model, or set chat_template in tokenizer_config.json",
+        )
+
+
+def _different_tokenizers(student: Model, teacher: Model) -> Iterator[ConfigError]:
+    """The teacher knows the student's tokens, by the same ids, and ends as the student does.
+
+    It may know more of them: it never samples those (`generation.eos.read_vocabulary`).
+    """
+    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
+    from nemo_trd.models.vocabulary import stop_ids
+
+    by_id = [{index: token for token, index in vocab.items()} for vocab in (ours, theirs)]
+    differing = sorted({index for _, index in ours.items() - theirs.items()})
+    if differing:
+        examples = "; ".join(
+            f"id {index}: {by_id[0].get(index)!r} (student), {by_id[1].get(index)!r} (teacher)"
+            for index in differing[:3]
+        )
+        yield rule_broken(
+            TEACHER,
+            str(teacher.directory),
+            f"the teacher must map the student's tokens to the same ids; {len(differing)} differ: "
+            f"{examples}",
+            "choose a teacher of the student's family",
+        )
+        return
+    try:
+        stops = stop_ids(student.directory, student.hf, student.tokenizer)
+        stop_ids(teacher.directory, teacher.hf, teacher.tokenizer)
+    except ConfigError as error:
+        yield error
+        return
+    if teacher.tokenizer.eos_token_id not in {None, *stops}:
+        yield rule_broken(
+            TEACHER,
+            str(teacher.directory),
+            f"its EOS token is {teacher.tokenizer.eos_token!r}, the student's is "
+            f"{student.tokenizer.eos_token!r}: the student would learn to end with a token that "
+            "it is not stopped at",
+            "set the same eos_token in both tokenizer_config.json files, or add the teacher's to "
+            "eos_token_id in the student's generation_config.json",
+        )
+
+
+def _length_problems(config: Config, student: Model, teacher: Model) -> Iterator[ConfigError]:
+    """The longest sequences against the positions that the models know."""
+    answer = longest_answer(config)
+    contexts = _longest_contexts(config)
+    positions = teacher.hf.max_position_embeddings
+    yield from server_length_problems(config, contexts[1], answer, positions)
+    for role, model, (field, context) in zip(
+        ("student", "teacher"), (student, teacher), contexts, strict=True
+    ):
+        known = model.hf.max_position_embeddings
+        if context + answer > known:
+            yield rule_broken(
+                field,
+                context,
+                f"with up to {answer} tokens generated after it the {role} sees {context + answer} "
+                f"positions, and {model.directory} has max_position_embeddings = {known}",
+                "lower it, or max_tokens of generation.rollout and generation.refinement",
+            )
+
+
+def _loss_problems(config: Config, student: Model, teacher: Model) -> Iterator[ConfigError]:
+    top_k = config.loss.top_k
+    columns = shared_vocab_size(student.hf, teacher.hf)
+    shared = real_vocab_size(columns, student.tokenizer)
+    if top_k is not None and top_k > shared:
+        yield rule_broken(
+            "loss.top_k",
+            top_k,
+            f"student and teacher share a vocabulary of {shared} tokens",
+            "lower it, or set loss.top_k=null for the full vocabulary",
+        )

@@ -1,0 +1,1 @@
+"""What is below RUN_DIR: writing and reading it."""

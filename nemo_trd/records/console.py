@@ -1,0 +1,84 @@
+"""The console: the line of a step, handlers."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nemo_trd.records.last_line import LOG_FORMAT
+
+Figures = Mapping[str, float | int | None]
+
+
+def step_line(step: int, num_steps: int, figures: Figures, eta_seconds: float) -> str:
+    """The console line of one step, from the names in metrics.jsonl."""
+    width = len(str(num_steps))
+    parts = [f"step {step:>{width}}/{num_steps}"]
+    loss = figures.get("loss")
+    parts.append("skipped: nothing to train on" if "loss" not in figures else f"loss {_g(loss)}")
+    if "label_tokens" in figures:
+        parts.append(f"{figures['label_tokens'] or 0:,.0f} tokens")
+    if "accepted" in figures:
+        failed = sum(
+            value or 0
+            for name, value in figures.items()
+            if name.startswith("rejected_") and name != "rejected_subset"
+        )
+        parts.append(f"refinements {figures['accepted']:.0f} accepted {failed:.0f} failed")
+    if "grad_norm" in figures:
+        parts.append(f"grad norm {_g(figures['grad_norm'])}")
+    if "lr" in figures:
+        parts.append(f"lr {_g(figures['lr'], 3)}")
+    if figures.get("staleness"):
+        parts.append(f"staleness {_g(figures['staleness'], 2)}")
+    if "logprob_difference" in figures:
+        parts.append(f"log-probs off by {_g(figures['logprob_difference'], 2)}")
+    parts.append(f"{figures['tokens_per_second'] or 0:,.0f} tok/s")
+    phases = [
+        f"{name.removeprefix('seconds/')} {value:.1f}"
+        for name, value in figures.items()
+        if name.startswith("seconds/") and value is not None
+    ]
+    parts.append(f"seconds: {' '.join(phases)}")
+    parts.append(f"left {timedelta(seconds=round(eta_seconds))}")
+    return " | ".join(parts)
+
+
+def _g(value: float | int | None, digits: int = 4) -> str:
+    return "not finite" if value is None else f"{value:.{digits}g}"
+
+
+class _ConsoleHandler(logging.Handler):
+    """Writes above the progress bars that are open, instead of through them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+
+
+def _attach_handlers(log_file: Path) -> list[logging.Handler]:
+    package = logging.getLogger("nemo_trd")
+    file = logging.FileHandler(log_file, encoding="utf-8")
+    file.setFormatter(logging.Formatter(LOG_FORMAT))
+    console = _ConsoleHandler()
+    console.setFormatter(logging.Formatter("%(message)s"))
+    handlers: list[logging.Handler] = [console, file]
+    for handler in handlers:
+        package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    package.propagate = False  # whatever handles the root logger would print every line again
+    return handlers
+
+
+def _detach_handlers(handlers: Sequence[logging.Handler]) -> None:
+    package = logging.getLogger("nemo_trd")
+    for handler in handlers:
+        package.removeHandler(handler)
+        handler.close()
+    if handlers:
+        package.setLevel(logging.NOTSET)
+        package.propagate = True

@@ -1,0 +1,96 @@
+"""Whether the servers and the trainer agree on the student's log-probabilities.
+
+A rollout is only a sample of pi_theta when the server that drew it computes what Megatron does:
+the same weights, rotary embedding, normalisation, special tokens. Every run checks that before
+its first step, and measures it in every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_trd.algorithm.trajectories import rollout_trajectory
+from nemo_trd.data.types import Rollout, Trajectory
+
+# Mean |difference| of a token's log-probability that rounding can explain, in nats. In fp32 it is
+# some 1e-6. In bf16 single rare tokens differ by far more than the mean, of which 0.05 is the
+# usual bound for a healthy pair of engines (NeMo-RL's token_mult_prob_error of 1.05).
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}
+SHOWN = 5
+
+StudentNll = Callable[[Sequence[Trajectory]], dict[str, list[float]]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One token on which they differ."""
+
+    rollout: str
+    position: int  # in y_o, from 0
+    token_id: int
+    server: float  # log-probability, in nats
+    trainer: float
+
+    @property
+    def size(self) -> float:
+        return abs(self.server - self.trainer)
+
+
+class Disagreement(RuntimeError):
+    """The servers do not serve the student that is trained."""
+
+
+def differences(rollouts: Sequence[Rollout], student_nll: StudentNll) -> list[Difference]:
+    """Of every token of the rollouts that carry log-probabilities, largest first. Collective."""
+    measured = [rollout for rollout in rollouts if rollout.completion.logprobs]
+    trajectories = [rollout_trajectory(r, r.prompt.token_ids) for r in measured]
+    nll = student_nll(trajectories) if trajectories else {}
+    found = [
+        Difference(trajectory.name, position, token_id, server, -own)
+        for rollout, trajectory in zip(measured, trajectories, strict=True)
+        for position, (token_id, server, own) in enumerate(
+            zip(
+                trajectory.labels,
+                rollout.completion.logprobs or (),
+                nll[trajectory.name],
+                strict=True,
+            )
+        )
+    ]
+    return sorted(found, key=lambda difference: difference.size, reverse=True)
+
+
+def figures(found: Sequence[Difference]) -> dict[str, float]:
+    """Metrics of a step: mean and largest difference, in nats."""
+    if not found:
+        return {}
+    return {
+        "logprob_difference": sum(difference.size for difference in found) / len(found),
+        "logprob_difference_max": found[0].size,
+    }
+
+
+def check(found: Sequence[Difference], dtype: str, tokenizer: Any) -> None:
+    """Refuse servers that say something else than the trainer.
+
+    Raises:
+        Disagreement: the mean difference exceeds the tolerance of `dtype`; with the tokens.
+    """
+    mean, limit = figures(found).get("logprob_difference", 0.0), TOLERANCE[dtype]
+    if mean <= limit:
+        return
+    lines = [
+        f"  {d.rollout}, token {d.position} {tokenizer.decode([d.token_id])!r}: "
+        f"server {d.server:.5f}, trainer {d.trainer:.5f}"
+        for d in found[:SHOWN]
+    ]
+    raise Disagreement(
+        f"log-probabilities of the student's servers and of the trainer differ by {mean:.5f} nats "
+        f"on average over {len(found)} tokens; precision.dtype={dtype} explains {limit:g}. "
+        "The largest:\n"
+        + "\n".join(lines)
+        + "\nFix: serve the model of model.student.path in the same precision "
+        "(generation.vllm.server.dtype), without quantization."
+    )

@@ -1,0 +1,49 @@
+"""What a run that has ended leaves, and whether there is anything left to do for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nemo_trd.config.schema import Config
+from nemo_trd.records import latest
+from nemo_trd.records.checkpoint_dir import read_state
+
+
+def nothing_left(config: Config, checkpoint: Path | None) -> str | None:
+    """A line that says so for a run with all its steps, its last evaluation and its export.
+
+    None where something is left, or where `checkpoint` is not the run's current one.
+    """
+    if checkpoint is None:
+        return None
+    step, wanted, run_dir = read_state(checkpoint).step, config.train.num_steps, config.run_dir
+    if checkpoint != latest.read(run_dir / "checkpoints"):
+        return None
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    done = step >= wanted and summary.get("steps") == step
+    evaluated = summary.get("after") is not None
+    exported = (run_dir / "export" / "config.json").is_file()
+    if (
+        not done
+        or (config.evaluation.at_end and not evaluated)
+        or (config.checkpoint.export_hf and not exported)
+    ):
+        return None
+    known = [name for name, there in (("evaluated", evaluated), ("exported", exported)) if there]
+    return (
+        f"nothing left to do: step {step} is done ({', '.join(known) or 'not evaluated'}) and "
+        f"train.num_steps is {wanted}; {where_to_look(run_dir, exported)}"
+    )
+
+
+def where_to_look(run_dir: Path, exported: bool) -> str:
+    """The files of a run that has finished, and the command that shows them."""
+    model = f", the model in {run_dir / 'export'}" if exported else ""
+    return (
+        f"see {run_dir / 'summary.json'}{model}; python -m nemo_trd.report {run_dir} "
+        "makes a page of it"
+    )

@@ -1,0 +1,205 @@
+"""Whether a run can go on from a checkpoint, and what has changed since. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from nemo_trd.config.errors import rule_broken
+from nemo_trd.config.schema import Config, Dataset
+from nemo_trd.data.files import read_rows
+from nemo_trd.data.prompt_digests import BYTES, DIGESTS_FILE, Difference, difference
+from nemo_trd.records.checkpoint_dir import read_state
+from nemo_trd.records.trackers import public_settings
+
+# What a resumed run may have otherwise without being another run.
+_OF_A_START = ("run.dir", "checkpoint.resume", "checkpoint.accept_changed_data", "cluster")
+# What the samples of a step depend on, beside the weights.
+_OF_SAMPLES = (
+    *("run.seed", "algorithm", "model", "refinement", "data", "sandbox"),
+    *("generation.rollout", "generation.refinement", "generation.backend"),
+    *("generation.max_staleness", "train.prompts_per_step", "train.rollouts_per_prompt"),
+)
+# What decides which prompts there are, and what their tokens are.
+_OF_PROMPTS = ("data", "algorithm.mode", "model.student", "refinement")
+_SHOWN = 60  # characters of a value
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that is not what the checkpoint was made with."""
+
+    name: str  # dotted
+    before: str  # JSON; "nothing" where there was no such setting
+    now: str
+
+    def __str__(self) -> str:
+        start = _first_difference(self.before, self.now)
+        return f"{self.name}: {_excerpt(self.before, start)} -> {_excerpt(self.now, start)}"
+
+    def is_of(self, sections: Sequence[str]) -> bool:
+        return any(self.name == s or self.name.startswith(f"{s}.") for s in sections)
+
+
+def _first_difference(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), 0)
+
+
+def _excerpt(text: str, start: int) -> str:
+    """At most `_SHOWN` characters, those at `start` among them."""
+    first = max(0, min(start - _SHOWN // 3, len(text) - _SHOWN))
+    shown = text[first : first + _SHOWN]
+    return f"{'...' * (first > 0)}{shown}{'...' * (first + _SHOWN < len(text))}"
+
+
+def changed_settings(record: Mapping[str, Any], config: Config) -> list[Change]:
+    """Every setting that is not what a checkpoint's record of them says, in the order of conf/."""
+    changes = [Change(*change) for change in _differing(record, public_settings(config), "")]
+    return [change for change in changes if not change.is_of(_OF_A_START)]
+
+
+def _differing(before: Any, now: Any, name: str) -> Iterator[tuple[str, str, str]]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in [*now, *(key for key in before if key not in now)]:
+            inner = f"{name}.{key}" if name else key
+            if key not in before:
+                yield inner, "nothing", _as_text(now[key])
+            elif key not in now:
+                yield inner, _as_text(before[key]), "nothing"
+            else:
+                yield from _differing(before[key], now[key], inner)
+    elif before != now:
+        yield name, _as_text(before), _as_text(now)
+
+
+def _as_text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def samples_hold(changes: Sequence[Change]) -> bool:
+    """Whether what was sampled ahead is what would be sampled with the settings of now."""
+    return not any(change.is_of(_OF_SAMPLES) for change in changes)
+
+
+def changes_since(checkpoint: Path, config: Config) -> tuple[list[Change], str]:
+    """What has changed since a checkpoint was made, and a line that says so, "" if nothing has."""
+    state = read_state(checkpoint)
+    if not state.settings:
+        differ = "settings that change the numbers may differ from those that it was made with"
+        return [], "" if state.digest == config.digest() else f"{differ}; it does not record which"
+    changes = changed_settings(state.settings, config)
+    return changes, f"changed: {'; '.join(map(str, changes))}" if changes else ""
+
+
+def check_matches(checkpoint: Path, model: dict[str, Any], config: Config) -> None:
+    """Refuse a checkpoint of another model, or of another precision.
+
+    Raises:
+        ConfigError: naming the first field that differs.
+    """
+    state = read_state(checkpoint)
+    for field in sorted({*state.model, *model}):
+        if state.model.get(field) != model.get(field):
+            raise rule_broken(
+                "checkpoint.resume",
+                str(checkpoint),
+                f"it holds a model with {field} = {state.model.get(field)!r}, and the student "
+                f"has {model.get(field)!r}",
+                "give another run.dir, or the model that the run began with",
+            )
+    dtype = state.settings.get("precision", {}).get("dtype", config.precision.dtype)
+    if dtype != config.precision.dtype:
+        raise rule_broken(
+            "precision.dtype",
+            config.precision.dtype,
+            f"{checkpoint} holds a run in {dtype}, and the weights and states of one precision "
+            "do not continue in the other",
+            f"set precision.dtype={dtype}, or start again with another run.dir",
+        )
+
+
+def check_prompts(checkpoint: Path, prompts: bytes, config: Config) -> str | None:
+    """Refuse to go on with other data, unless `checkpoint.accept_changed_data` allows it.
+
+    Args:
+        prompts: `digests` of those of now.
+
+    Returns:
+        What has changed and was accepted, None where nothing has.
+
+    Raises:
+        ConfigError: how many there were, and the first row that differs.
+    """
+    file = checkpoint / DIGESTS_FILE
+    if not file.is_file():  # of a version that kept their number alone
+        before, now = read_state(checkpoint).num_prompts, len(prompts) // BYTES
+        rule = f"it was made with {before} usable prompts and there are {now} now"
+        if before == now:
+            return None
+    else:
+        changed = difference(file.read_bytes(), prompts)
+        if changed is None:
+            return None
+        rule = _explanation(changed, config.data.train)
+        record = read_state(checkpoint).settings
+        reasons = [c for c in changed_settings(record, config) if c.is_of(_OF_PROMPTS)]
+        if reasons and record:
+            rule += f"; changed settings: {'; '.join(map(str, reasons))}"
+    if config.checkpoint.accept_changed_data:
+        return f"checkpoint.accept_changed_data=true, going on with other data: {rule}"
+    raise rule_broken(
+        "data.train.path",
+        config.data.train.path,
+        f"not the data of {checkpoint}: {rule}",
+        "restore the data, start again with another run.dir, or go on with "
+        "checkpoint.accept_changed_data=true",
+    )
+
+
+def _explanation(changed: Difference, dataset: Dataset) -> str:
+    place = "" if changed.row is None else _place(dataset, changed.row)
+    if changed.only_tokens:
+        return (
+            f"the texts are the same and their tokens are not, first at {place}: the chat "
+            "template, what it is given, or the tokenizer has changed"
+        )
+    if changed.only_order and not changed.parts and changed.row_before is not None:
+        return (
+            f"the same prompts stand in other rows (seeds depend on them): {place} was row "
+            f"{changed.row_before + 1}"
+        )
+    if changed.only_order:
+        return f"the same prompts come in another order, first at {place}"
+    counts = f"it was made with {changed.before} usable prompts and there are {changed.now} now"
+    if changed.before == changed.now:
+        counts = f"{changed.differing} of {changed.now} usable prompts differ"
+    if changed.row is None:
+        return f"{counts}; the last {changed.before - changed.now} are gone"
+    if changed.row_before is None:
+        return f"{counts}; the first new one is {place}"
+    return f"{counts}, first at {place} (another {', '.join(changed.parts) or 'row'})"
+
+
+def _place(dataset: Dataset, row: int) -> str:
+    """Where a row stands, as error messages name it."""
+    return next(islice(read_rows(dataset, "data.train"), row, None))[0]
+
+
+def model_identity(hf: Any) -> dict[str, Any]:
+    """What of a Hugging Face config a checkpoint depends on."""
+    fields = (
+        "model_type",
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+        "tie_word_embeddings",
+    )
+    return {field: getattr(hf, field, None) for field in fields}

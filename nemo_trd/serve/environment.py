@@ -1,0 +1,81 @@
+"""Where vLLM runs: the interpreter that has it, and the environment of a server's processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from pydantic import SecretStr
+
+from nemo_trd.config.errors import rule_broken
+from nemo_trd.config.load import conf_dir
+from nemo_trd.serve.worker import worker_environment
+
+PYTHON_VARIABLE = "NEMO_TRD_VLLM_PYTHON"
+CPU_ENVIRONMENT = {  # unless the caller's environment says otherwise
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "TORCH_COMPILE_DISABLE": "1",
+}
+# Of the trainer's rank, its rendezvous and its Python: they would mislead a server.
+NOT_INHERITED = (
+    *("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
+    *("LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT"),
+)
+_PROBE = """
+import importlib.metadata, json
+found = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
+print(json.dumps([found.get("vllm") or found.get("vllm-cpu"), "vllm-cpu" in found]))
+"""
+
+
+def server_environment(
+    is_cpu: bool, api_key: SecretStr | None, devices: Sequence[int]
+) -> dict[str, str]:
+    """Of this process, without what would mislead a server, and with the server's key."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in NOT_INHERITED and not name.startswith("TORCHELASTIC_")
+    }
+    environment.pop("VLLM_API_KEY", None)
+    if api_key is not None:
+        environment["VLLM_API_KEY"] = api_key.get_secret_value()
+    if devices:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+    if is_cpu:
+        environment = {**CPU_ENVIRONMENT, **environment, "CUDA_VISIBLE_DEVICES": ""}
+    # Nothing is looked up or reported on the network.
+    environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    environment |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    return worker_environment(environment)
+
+
+def find_vllm(
+    configured: str | None, field: str = "generation.vllm.server.python"
+) -> tuple[str, bool]:
+    """The interpreter to run vLLM with, and whether its vLLM is a build for CPUs.
+
+    `configured`, by the setting `field`, else $NEMO_TRD_VLLM_PYTHON, else .venv-vllm of the
+    checkout, else this one.
+
+    Raises:
+        ConfigError: there is no such interpreter, or no vLLM in it.
+    """
+    checkout = conf_dir().parent / ".venv-vllm" / "bin" / "python"
+    python = configured or os.environ.get(PYTHON_VARIABLE)
+    if python is None:
+        python = str(checkout) if checkout.exists() else sys.executable
+    fix = f"`make vllm-env`, or name an interpreter that has vLLM here or in {PYTHON_VARIABLE}"
+    try:
+        answer = subprocess.run([python, "-I", "-c", _PROBE], capture_output=True, timeout=60)
+        version, is_cpu = json.loads(answer.stdout)
+    except (OSError, subprocess.TimeoutExpired, ValueError) as error:
+        raise rule_broken(field, python, f"it does not run: {error}", fix) from error
+    if version is None:
+        raise rule_broken(field, python, "it has no vLLM", fix)
+    return python, is_cpu or "cpu" in version

@@ -1,0 +1,165 @@
+"""A run that was saved and resumed equals one that was not interrupted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import launch
+from test_parallel_layouts import DISTRIBUTED, PP2, TP2, VPP2, trajectories
+from tiny_models import make_model
+
+from nemo_trd.records import latest
+
+pytestmark = pytest.mark.distributed
+
+HALF = 2
+
+
+def run_steps(directory: str, overrides: list[str], first: int, last: int, results: str) -> None:
+    """On every rank: resume from the checkpoint of step `first`, if not 0, and save at `last`."""
+    import torch.distributed as dist
+
+    from nemo_trd.config.load import compose
+    from nemo_trd.distributed.process import init_distributed
+    from nemo_trd.megatron.checkpoint import Checkpointer
+    from nemo_trd.megatron.student import Student
+    from nemo_trd.megatron.teacher import Teacher
+    from nemo_trd.megatron.verification import verified_checkpoint
+    from nemo_trd.records.checkpoint_dir import TrainerState
+
+    watch = init_distributed(timeout_minutes=2)
+    model_paths = [f"model.{role}.path={directory}/{role}" for role in ("student", "teacher")]
+    settings = ["precision.dtype=fp32", "optimizer.lr=1e-2"]
+    config = compose(["model=local", *model_paths, *settings, *overrides])
+    student = Student(config)
+    teacher = Teacher(config, student.groups)
+    root = Path(directory) / "checkpoints"
+    checkpointer = Checkpointer(config.checkpoint, root, student, needed=0)
+    if first:
+        checkpoint, notices = verified_checkpoint(config.checkpoint, root)
+        assert checkpoint is not None and checkpointer.load(checkpoint).step == first
+        notices += checkpointer.begin(checkpoint)
+        if dist.get_rank() == 0:
+            (root / "notices").write_text("\n".join(notices))
+    seen = []
+    for step in range(first, last):
+        plan = student.pack(trajectories(config, step))
+        metrics = student.train_step(plan, teacher.states(plan)).metrics
+        seen.append((metrics["loss"], metrics["grad_norm"], metrics["lr"]))
+    checkpointer.save(TrainerState(last, last, 0, 7, config.digest(), {}))
+    checkpointer.wait()
+    checkpointer.close()
+    if dist.get_rank() == 0:
+        Path(results).write_text(json.dumps(seen))
+    watch.close()
+
+
+def steps(directory: Path, ranks: int, overrides: list[str], first: int, last: int) -> Any:
+    results = directory / "results.json"
+    launch(ranks, run_steps, str(directory), overrides, first, last, str(results))
+    return json.loads(results.read_text())
+
+
+def models(directory: Path) -> Path:
+    sizes = {"vocab_size": 120, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+    make_model(directory / "student", "qwen3", tie_word_embeddings=True, **sizes)
+    make_model(directory / "teacher", "qwen3", seed=1, **sizes)
+    return directory
+
+
+def test_resuming_on_one_layout_is_bitwise_past_cut_and_damaged_saves(tmp_path: Path) -> None:
+    whole = steps(models(tmp_path / "whole"), 1, [], 0, 2 * HALF)
+    broken = models(tmp_path / "broken")
+    assert steps(broken, 1, ["checkpoint.async_save=true"], 0, HALF) == whole[:HALF]
+    cut = broken / "checkpoints" / "step_00000009.partial"  # what a killed save leaves behind
+    cut.mkdir()
+    damaged = broken / "checkpoints" / "step_00000008"
+    damaged.mkdir()
+    (damaged / "trainer_state.json").write_text('{"step": 8, "files": {"x.distcp": 10}}')
+    other = broken / "checkpoints" / "step_00000007"  # the newest, of the right size
+    shutil.copytree(broken / "checkpoints" / "step_00000002", other)
+    bytes_of = bytearray((other / "__0_0.distcp").read_bytes())
+    bytes_of[len(bytes_of) // 2] ^= 1
+    (other / "__0_0.distcp").write_bytes(bytes_of)
+    latest.point(other.parent, other)
+    assert steps(broken, 1, [], HALF, 2 * HALF) == whole[HALF:]
+    notices = (other.parent / "notices").read_text()
+    for part in ("passing over checkpoint", "step_00000007: __0_0.distcp is damaged", "moved 2"):
+        assert part in notices
+    assert (other.parent / "abandoned_001" / other.name).is_dir()
+    assert latest.read(other.parent) == other.parent / "step_00000004" and not cut.exists()
+
+
+def save_where_nothing_fits(directory: str) -> None:
+    """On every rank: saves that fail before and while they write, on the last rank alone."""
+    import resource
+
+    import torch.distributed as dist
+
+    from nemo_trd.config.load import compose
+    from nemo_trd.distributed.process import init_distributed
+    from nemo_trd.megatron.checkpoint import Checkpointer, SaveFailed
+    from nemo_trd.megatron.student import Student
+    from nemo_trd.records import disk_space
+    from nemo_trd.records.checkpoint_dir import TrainerState, complete_checkpoints
+
+    watch = init_distributed(timeout_minutes=2)
+    models = [f"model.{role}.path={directory}/student" for role in ("student", "teacher")]
+    config = compose(["model=local", *models, "precision.dtype=fp32", *PP2])
+    student, root = Student(config), Path(directory) / "checkpoints"
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    free_bytes = disk_space.free_bytes
+    for number, in_background in enumerate((False, True)):
+        settings = config.checkpoint.model_copy(update={"async_save": in_background})
+        checkpointer = Checkpointer(settings, root, student, needed=1000)
+
+        def save(step: int, checkpointer: Any = checkpointer) -> str:
+            try:
+                checkpointer.save(TrainerState(step, step, 0, 7, "digest", {}))
+                checkpointer.wait()
+            except SaveFailed as failed:
+                assert failed.__cause__ is None
+                return str(failed)
+            return ""
+
+        good = 10 * number + 1
+        assert save(good) == ""
+        newest = f"The newest checkpoint is {root / f'step_{good:08d}'}."
+        disk_space.free_bytes = lambda _: 512
+        refused = save(good + 1)
+        disk_space.free_bytes = free_bytes
+        assert f"512 bytes are free in {root}, and a checkpoint needs " in refused
+        if dist.get_rank() == dist.get_world_size() - 1:  # a file may not grow further
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, unlimited[1]))
+        full = save(good + 2)
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        assert "a write was cut short (no space left, or a quota)" in full, full
+        for message in (refused, full):
+            assert "could not be saved" in message and message.endswith(newest)
+            assert "\n" not in message
+        assert not list(root.glob("*.partial")) and len(complete_checkpoints(root)) == number + 1
+        dist.barrier()
+        assert save(good + 3) == ""
+        checkpointer.close()
+    watch.close()
+
+
+def test_a_save_that_does_not_fit_is_one_line_and_leaves_the_last_good_one(tmp_path: Path) -> None:
+    launch(2, save_where_nothing_fits, str(models(tmp_path)))
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(4, TP2 + PP2), (2, PP2 + VPP2), (2, DISTRIBUTED)])
+def test_resuming_on_another_layout_agrees(ranks: int, layout: list[str], tmp_path: Path) -> None:
+    optimizer = layout if layout == DISTRIBUTED else []
+    whole = steps(models(tmp_path / "whole"), 1, optimizer, 0, 2 * HALF)
+    broken = models(tmp_path / "broken")
+    steps(broken, 1, optimizer, 0, HALF)
+    resumed = steps(broken, ranks, layout, HALF, HALF + 1)
+    resumed += steps(broken, 1, optimizer, HALF + 1, 2 * HALF)  # and back again
+    for step, expected in zip(resumed, whole[HALF:], strict=True):
+        assert step == pytest.approx(expected, rel=1e-5)

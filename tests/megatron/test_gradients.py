@@ -1,0 +1,174 @@
+"""The gradient of every parameter, against transformers' logits and the dense divergence."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launch import launch
+from oracles import DIVERGENCES, TAILS, make_loss
+from tiny_models import make_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from nemo_trd.data.types import Trajectory
+from nemo_trd.loss.formulas import dense_divergence
+
+pytestmark = pytest.mark.distributed
+
+VOCABULARY, TEACHER_VOCABULARY = 120, 136  # the same ids, padded differently
+LABELS = (5, 1, 9, 3, 14)  # 32 in all; one answer is a single token
+# Both temperatures meet chunks that do and do not divide 32.
+NUMBERS = ((1.7, 8), (1.0, 5), (1.7, 5), (1.0, 8))
+RECIPES = {
+    f"{name} {tail}": (name, tail, *NUMBERS[i % 4])
+    for i, (name, tail) in enumerate(product(DIVERGENCES, TAILS))
+}
+TP2 = ["parallel.student.tensor_model_parallel_size=2"]
+PP2 = ["parallel.student.pipeline_model_parallel_size=2"]
+SP = ["parallel.student.sequence_parallel=true"]
+TEACHER_TP2 = ["parallel.teacher.tensor_model_parallel_size=2"]
+SMALL_BATCHES = ["train.max_tokens_per_micro_batch=40"]
+LAYOUTS = {
+    1: {"one batch": [], "small batches": SMALL_BATCHES},
+    2: {"tp2": [*TP2, *SMALL_BATCHES], "tp2 sp": [*TP2, *SP], "pp2": [*PP2, *TEACHER_TP2]},
+    4: {
+        "tp4 sp": ["parallel.student.tensor_model_parallel_size=4", *SP],
+        "tp2 pp2 sp": [*TP2, *PP2, *SP, *TEACHER_TP2, *SMALL_BATCHES],
+        "tp2 dp2": TP2,
+    },
+}
+
+
+def trajectories() -> list[Trajectory]:
+    def tokens(start: int, count: int) -> tuple[int, ...]:  # not 0: its embedding is frozen there
+        return tuple((start + 7 * i) % (VOCABULARY - 1) + 1 for i in range(count))
+
+    return [
+        Trajectory(i, 0, "refinement", tokens(i, i + 2), tokens(50 + i, 4), tokens(90 + i, n), 0)
+        for i, n in enumerate(LABELS)
+    ]
+
+
+def label_logits(model: Any, context: tuple[int, ...], labels: tuple[int, ...]) -> Tensor:
+    logits = model(torch.tensor([context + labels])).logits[0, len(context) - 1 : -1]
+    return logits[:, :VOCABULARY].double()
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, and the expected loss and gradients of every recipe."""
+    root = tmp_path_factory.mktemp("models")
+    sizes = {"intermediate_size": 48, "head_dim": 8, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+    wide = {"vocab_size": TEACHER_VOCABULARY, "hidden_size": 48}
+    make_model(root / "teacher", "qwen3", seed=1, **sizes, **wide)
+    own = {"vocab_size": VOCABULARY, "hidden_size": 32}
+    load = AutoModelForCausalLM.from_pretrained
+    teacher = load(root / "teacher", dtype=torch.float64)
+    expected = {}
+    for tied in (False, True):
+        path = make_model(
+            root / f"student_{tied}", "qwen3", tie_word_embeddings=tied, **sizes, **own
+        )
+        student = load(path, dtype=torch.float64)
+        for recipe, (name, tail, temperature, chunk_size) in RECIPES.items():
+            loss = make_loss(name, tail, temperature=temperature, chunk_size=chunk_size)
+            total = torch.zeros((), dtype=torch.float64)
+            for t in trajectories():
+                with torch.no_grad():
+                    other = label_logits(teacher, t.teacher_context, t.labels)
+                logits = label_logits(student, t.student_context, t.labels)
+                total = total + dense_divergence(logits, other, loss).sum()
+            student.zero_grad()
+            (total / sum(LABELS)).backward()
+            gradients = {name: p.grad.clone() for name, p in student.named_parameters()}
+            expected[recipe, tied] = total.item() / sum(LABELS), gradients
+    torch.save(expected, root / "expected.pt")
+    return root
+
+
+def check_layouts(directory: str, ranks: int) -> None:
+    """On every rank."""
+    from nemo_trd.distributed.process import init_distributed
+
+    watch = init_distributed(timeout_minutes=2)
+    expected = torch.load(Path(directory) / "expected.pt")
+    for (layout, overrides), tied in product(LAYOUTS[ranks].items(), (False, True)):
+        student, states, plan = prepare(directory, tied, overrides, fillers=layout == "tp2 dp2")
+        config = student._config
+        for recipe, (name, tail, temperature, chunk_size) in RECIPES.items():
+            loss = make_loss(name, tail, temperature=temperature, chunk_size=chunk_size)
+            student._config = config.model_copy(update={"loss": loss})
+            measured = loss_and_gradients(student, plan, states)
+            compare(measured, expected[recipe, tied], f"{layout}, {tied=}, {recipe}")
+    print("all gradients agree", flush=True)
+    watch.close()
+
+
+def prepare(directory: str, tied: bool, overrides: list[str], fillers: bool) -> tuple[Any, ...]:
+    """Student, teacher states and micro-batches; `fillers`: one of many has all the labels."""
+    from nemo_trd.algorithm.micro_batches import make_micro_batch
+    from nemo_trd.config.load import compose
+    from nemo_trd.megatron.student import Student
+    from nemo_trd.megatron.teacher import Teacher
+
+    models = [f"model.student.path={directory}/student_{tied}"]
+    models += [f"model.teacher.path={directory}/teacher"]
+    config = compose(["model=local", "precision.dtype=fp32", *models, *overrides])
+    student = Student(config)
+    teacher = Teacher(config, student.groups)
+    plan = student.pack(trajectories())
+    if fillers:
+        empty = make_micro_batch([])
+        full = make_micro_batch([t for rank in plan for b in rank for t in b.trajectories])
+        plan = [[empty, full if rank == 0 else empty, empty] for rank in range(len(plan))]
+    fill_padding_with_nan(student)
+    return student, teacher.states(plan), plan
+
+
+def loss_and_gradients(student: Any, plan: Any, states: Any) -> tuple[float, dict[str, Tensor]]:
+    """Of one step, which updates nothing."""
+    gradients: dict[str, Tensor] = {}
+
+    def step() -> tuple[bool, float, None]:
+        parameters = [p for model in student.models for p in model.parameters()]
+        weights = [p.data.clone() for p in parameters]
+        for parameter in parameters:
+            parameter.data.copy_(parameter.main_grad)
+        gradients.update((name, x.clone()) for name, x in student.export_hf_weights())
+        for parameter, weight in zip(parameters, weights, strict=True):
+            parameter.data.copy_(weight)
+        return True, 0.0, None
+
+    student.optimizer.step = step
+    return student.train_step(plan, states).metrics["loss"], gradients
+
+
+def fill_padding_with_nan(student: Any) -> None:
+    tp, model = student.groups.tp, student.models[-1]
+    if model.post_process:
+        weight = model.output_weight().data
+        first = max(0, VOCABULARY - tp.rank() * len(weight))
+        weight[first:] = float("nan")
+        student._teacher_head[first:] = float("nan")
+
+
+def compare(
+    measured: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str, Tensor]], where: str
+) -> None:
+    (loss, gradients), (exact_loss, exact) = measured, expected
+    assert loss == pytest.approx(exact_loss, rel=1e-5), where
+    assert gradients.keys() == exact.keys()
+    for name, gradient in gradients.items():
+        error = (gradient.double() - exact[name]).norm() / exact[name].norm()
+        assert error < 1e-5, f"{where}, {name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_gradients_of_all_parameters_are_those_of_dense_logits(ranks: int, directory: Path) -> None:
+    output = launch(ranks, check_layouts, str(directory), ranks, timeout=400)
+    assert output.count("all gradients agree") == ranks

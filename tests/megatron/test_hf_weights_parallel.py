@@ -1,0 +1,97 @@
+"""Hugging Face weights in tensor, pipeline and virtual pipeline parallel layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import launch
+from tiny_models import LLAMA3_ROPE, make_model
+
+pytestmark = pytest.mark.distributed
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"rope_parameters": LLAMA3_ROPE, "max_shard_size": "100KB"},
+    "llama-tied": {"tie_word_embeddings": True},
+    "qwen2": {},
+    "qwen2-tied": {"tie_word_embeddings": True},
+    "qwen3": {"max_shard_size": "60KB"},
+    "qwen3-tied": {"tie_word_embeddings": True},
+}
+
+
+def layout(
+    tp: int = 1, pp: int = 1, virtual: int | None = None, sp: bool = False
+) -> dict[str, Any]:
+    return {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "virtual_pipeline_model_parallel_size": virtual,
+        "sequence_parallel": sp,
+    }
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for name, settings in MODELS.items():
+        make_model(root / name, name.split("-")[0], **settings)
+    return root
+
+
+def test_two_ranks_agree_with_transformers_and_round_trip_exactly(directory: Path) -> None:
+    layouts = [layout(), layout(tp=2), layout(tp=2, sp=True), layout(pp=2), layout(pp=2, virtual=2)]
+    launch(2, check_layouts, str(directory), layouts, timeout=300)
+
+
+def test_four_ranks_agree_with_transformers_and_round_trip_exactly(directory: Path) -> None:
+    layouts = [layout(tp=4), layout(tp=4, sp=True), layout(tp=2, pp=2), layout(pp=4)]
+    layouts.append(layout(tp=2, pp=2, virtual=2, sp=True))
+    launch(4, check_layouts, str(directory), layouts, timeout=300)
+
+
+def check_layouts(directory: str, layouts: list[dict[str, Any]]) -> None:
+    import torch
+    import torch.distributed as dist
+    from model_checks import FP32, logits, reference_logits, stored_tensors
+
+    from nemo_trd.config.schema import Layout
+    from nemo_trd.megatron.hf_weights import export_hf_weights, load_hf_weights, read_output_weight
+    from nemo_trd.megatron.model import build_model, load_hf_config
+    from nemo_trd.megatron.process_groups import process_groups
+    from nemo_trd.models.write import save_hf_directory
+
+    dist.init_process_group("gloo")
+    tokens = torch.randint(0, 300, (2, 96), generator=torch.Generator().manual_seed(1))
+    expected = {name: reference_logits(f"{directory}/{name}", tokens) for name in MODELS}
+    for settings in layouts:
+        chosen = Layout(**settings)
+        groups = process_groups(chosen)
+        for name in MODELS:
+            path = f"{directory}/{name}"
+            hf = load_hf_config(path)
+            models = build_model(hf, chosen, groups, FP32)
+            load_hf_weights(models, hf, path, groups)
+            case = f"{name} {settings}"
+            actual = logits(models, tokens, hf.vocab_size, groups)
+            error = (actual - expected[name]).abs().max().item()
+            if dist.get_rank() == 0:
+                print(f"{error:.1e} {case}")
+            assert error < 1e-4, (case, error)
+            stored = stored_tensors(path)
+            exported = {n: t.clone() for n, t in export_hf_weights(models, hf, groups)}
+            assert exported.keys() == stored.keys(), case
+            for tensor in stored:
+                assert torch.equal(exported[tensor], stored[tensor]), (case, tensor)
+            if models[-1].post_process:
+                weight = models[-1].output_weight()
+                read = read_output_weight(
+                    hf, path, groups.tp.rank(), groups.tp.size(), weight.dtype, weight.device
+                )
+                assert torch.equal(read, weight), case
+    out = f"{directory}/saved"
+    save_hf_directory(export_hf_weights(models, hf, groups), path, out, max_shard_bytes=100_000)
+    saved = stored_tensors(out)
+    assert all(torch.equal(saved[tensor], stored[tensor]) for tensor in stored)
+    dist.destroy_process_group()

@@ -1,0 +1,214 @@
+"""The same losses and gradient norms however a step is split over ranks and micro-batches."""
+
+from __future__ import annotations
+
+import json
+import random
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import launch
+from tiny_models import make_model
+
+pytestmark = pytest.mark.distributed
+
+STEPS, PROMPTS, VOCABULARY = 3, 7, 120
+RELATIVE = 1e-5
+
+DIVERGENCES = {
+    "forward": [],
+    "reverse": ["loss.divergence=reverse_kl"],
+    "jsd": ["loss.divergence=jsd", "loss.beta=0.3"],
+    "bucket": ["loss.top_k=5"],
+    "renormalize": ["loss.top_k=5", "loss.top_k_tail=renormalize", "loss.temperature=1.7"],
+    "clip": ["loss.token_clip=0.3", "loss.chunk_size=3"],
+}
+RECIPES = {
+    f"{mode} {context} {divergence}": [
+        f"algorithm.mode={mode}",
+        f"algorithm.teacher_context={context}",
+        *DIVERGENCES[divergence],
+    ]
+    for mode, context, divergence in product(("opd", "opsd"), ("refine", "prompt"), DIVERGENCES)
+}
+
+
+def student(**sizes: int | bool) -> list[str]:
+    return [f"parallel.student.{key}={value}" for key, value in sizes.items()]
+
+
+def teacher(**sizes: int) -> list[str]:
+    return [f"parallel.teacher.{key}={value}" for key, value in sizes.items()]
+
+
+TP2 = student(tensor_model_parallel_size=2)
+PP2 = student(pipeline_model_parallel_size=2)
+SP = student(sequence_parallel=True)
+VPP2 = student(virtual_pipeline_model_parallel_size=2)
+TEACHER_TP2 = teacher(tensor_model_parallel_size=2)
+TEACHER_PP2 = teacher(pipeline_model_parallel_size=2)
+ONE_EACH = ["train.max_tokens_per_micro_batch=null", "train.micro_batch_size=1"]
+ALL_IN_ONE = ["train.max_tokens_per_micro_batch=100000"]
+DISTRIBUTED = ["optimizer.distributed=true", "optimizer.overlap_grad_reduce=true"]
+
+# ranks -> layouts. Every recipe runs in the first group, a part of them in the second.
+FULL = {
+    1: {"budget": []},
+    2: {
+        "tp2": TP2,
+        "pp2": PP2 + TEACHER_PP2,
+        "dp2": [],
+        "tp2 sp": TP2 + SP + TEACHER_TP2,
+        "pp2 vpp2": PP2 + VPP2,
+    },
+    4: {"tp2 pp2": TP2 + PP2, "pp4": student(pipeline_model_parallel_size=4)},
+}
+PARTIAL = {
+    1: {
+        "one each": ONE_EACH,
+        "all in one": ALL_IN_ONE,
+        "full recompute": ["train.recompute=full"],
+        "selective recompute": ["train.recompute=selective"],
+        "distributed": DISTRIBUTED,
+    },
+    2: {
+        "dp2 one each": ONE_EACH,
+        "dp2 all in one": ALL_IN_ONE,
+        "dp2 distributed": DISTRIBUTED,
+        "tp2 one each": TP2 + ONE_EACH,
+        "tp2 sp recompute": [*TP2, *SP, "train.recompute=full"],
+        "offload": [*PP2, "teacher.offload_states=true", "teacher.offload_weights=true"],
+    },
+    4: {
+        "tp2 pp2 sp, teacher 2x2": TP2 + PP2 + SP + TEACHER_TP2 + TEACHER_PP2,
+        "tp2 pp2, teacher 4x1": TP2 + PP2 + teacher(tensor_model_parallel_size=4),
+        "tp2 pp2, teacher 1x4": TP2 + PP2 + teacher(pipeline_model_parallel_size=4),
+        "tp2 pp2, teacher 2x1": TP2 + PP2 + TEACHER_TP2,
+        "tp2 pp2, teacher 1x2": TP2 + PP2 + TEACHER_PP2,
+        "tp2 pp2 vpp2 sp": TP2 + PP2 + SP + VPP2,
+        "tp2 dp2 distributed": TP2 + DISTRIBUTED,
+        "pp2 dp2 one each": PP2 + ONE_EACH,
+        "pp2 vpp2 dp2": PP2 + VPP2 + TEACHER_PP2,
+        "tp4 sp": [*student(tensor_model_parallel_size=4), *SP, *TEACHER_TP2],
+        "pp4 distributed": student(pipeline_model_parallel_size=4) + DISTRIBUTED,
+        "dp4 all in one": ALL_IN_ONE,
+    },
+}
+SOME_RECIPES = ["opd refine forward", "opsd prompt jsd", "opd prompt bucket"]
+
+
+def trajectories(config: Any, step: int) -> list[Any]:
+    """What one step trains on, through the code that pairs contexts."""
+    from nemo_trd.algorithm.trajectories import pair
+    from nemo_trd.data.types import (
+        Completion,
+        FittedContext,
+        Prompt,
+        Refinement,
+        RefinementPrompt,
+        Rollout,
+    )
+
+    rng = random.Random(step)
+
+    def tokens(longest: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(VOCABULARY) for _ in range(rng.randint(1, longest)))
+
+    refinements = []
+    for index in range(PROMPTS):
+        prompt = Prompt(index, "", tokens(9))
+        rollout = Rollout(prompt, 0, Completion(tokens(20), "stop", step), "", None)
+        request = RefinementPrompt(rollout, prompt.token_ids + rollout.completion.token_ids)
+        answer = Completion(tokens(25), "stop", 0)
+        # One of seven trains on its rollout, and one is left out.
+        rejection = {2: "subset", 5: "truncated"}.get(index)
+        refinements.append(Refinement(request, answer, "", None, rejection))
+    return pair(refinements, config, lambda prompt: FittedContext((7, *prompt.token_ids)))
+
+
+def run_cases(directory: str, cases: dict[str, list[str]], results: str) -> None:
+    """On every rank: train each case from the same weights; rank 0 writes what it saw."""
+    import torch.distributed as dist
+
+    from nemo_trd.config.load import compose
+    from nemo_trd.distributed.process import init_distributed
+    from nemo_trd.megatron.student import Student
+    from nemo_trd.megatron.teacher import Teacher
+
+    watch = init_distributed(timeout_minutes=2)
+    seen: dict[str, list[tuple[float, float, float]]] = {}
+    for name, overrides in cases.items():
+        opsd = "algorithm.mode=opsd" in overrides
+        config = compose(
+            [
+                "model=local",
+                f"model.student.path={directory}/student",
+                "model.teacher=null" if opsd else f"model.teacher.path={directory}/teacher",
+                "precision.dtype=fp32",
+                "optimizer.lr=1e-2",
+                "optimizer.eps=1e-4",
+                "train.max_tokens_per_micro_batch=80",
+                *overrides,
+            ]
+        )
+        model = Student(config)
+        frozen = Teacher(config, model.groups)
+        seen[name] = []
+        for step in range(STEPS):
+            plan = model.pack(trajectories(config, step))
+            metrics = model.train_step(plan, frozen.states(plan)).metrics
+            seen[name].append((metrics["loss"], metrics["grad_norm"], metrics["label_tokens"]))
+    if dist.get_rank() == 0:
+        Path(results).write_text(json.dumps(seen))
+    watch.close()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models")
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+    make_model(directory / "student", "qwen3", tie_word_embeddings=True, **sizes)
+    make_model(directory / "teacher", "qwen3", seed=1, **(sizes | {"hidden_size": 48}))
+    return directory
+
+
+def run(ranks: int, models: Path, cases: dict[str, list[str]], tmp_path: Path) -> dict[str, Any]:
+    results = tmp_path / "results.json"
+    launch(ranks, run_cases, str(models), cases, str(results), timeout=500)
+    return json.loads(results.read_text())
+
+
+@pytest.fixture(scope="module")
+def reference(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every recipe on one process."""
+    return run(1, models, RECIPES, tmp_path_factory.mktemp("reference"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_no_layout_changes_losses_or_gradients(
+    ranks: int, models: Path, reference: dict[str, Any], tmp_path: Path
+) -> None:
+    cases = {
+        f"{recipe} | {layout}": [*RECIPES[recipe], *overrides]
+        for layouts, recipes in ((FULL[ranks], RECIPES), (PARTIAL[ranks], SOME_RECIPES))
+        for layout, overrides in layouts.items()
+        for recipe in recipes
+    }
+    results = run(ranks, models, cases, tmp_path)
+    wrong = [
+        f"{name}: {measured} instead of {reference[name.split(' | ')[0]]}"
+        for name, measured in results.items()
+        for step, expected in zip(measured, reference[name.split(" | ")[0]], strict=True)
+        if step != pytest.approx(expected, rel=RELATIVE)
+    ]
+    assert len(results) == len(cases)
+    assert not wrong, "\n".join(wrong)
+
+
+def test_recipes_differ_from_each_other(reference: dict[str, Any]) -> None:
+    """So that the comparison of layouts says something about each of them."""
+    first_losses = [steps[0][0] for steps in reference.values()]
+    assert len(set(first_losses)) == len(RECIPES)

@@ -1,0 +1,724 @@
+"""`nemo_trd.plan`: its arithmetic against formulas and real models, its advice, its command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nemo_trd.config.errors import ConfigError
+from nemo_trd.config.load import compose
+from nemo_trd.config.schema import Config, Layout, ModelSource
+from nemo_trd.plan.activations import layer_activation_bytes, micro_batches_in_flight
+from nemo_trd.plan.advice import advise, peak
+from nemo_trd.plan.cost import bubble, forward_flops, step_flops, step_time, with_nodes
+from nemo_trd.plan.main import main
+from nemo_trd.plan.memory import GIB, largest_part, training_memory
+from nemo_trd.plan.plan import Plan, make_plan
+from nemo_trd.plan.shapes import (
+    SHIPPED,
+    as_namespace,
+    key_value_bytes,
+    parameters,
+    read_model,
+    stage_parameters,
+)
+
+RECIPES = ("trd_70b", "trd_8b", "paper_qwen3_1p7b", "paper_qwen3_4b", "paper_qwen3_8b")
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 4096,
+}
+
+
+def gpt(layers: int, hidden: int, heads: int, vocabulary: int = 51_200) -> SimpleNamespace:
+    """The GPT of the published formulas: equal numbers of heads, a MLP of 4 h."""
+    return SimpleNamespace(
+        model_type="gpt",
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=None,
+        intermediate_size=4 * hidden,
+        vocab_size=vocabulary,
+    )
+
+
+def split(tp: int = 1, pp: int = 1, virtual: int | None = None, sp: bool = False) -> Layout:
+    return Layout(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=virtual,
+        sequence_parallel=sp,
+    )
+
+
+def shapes(config: Config) -> tuple[Any, Any]:
+    student = read_model(config.model.student, "student")[0].hf
+    return student, read_model(config.teacher_source, "teacher")[0].hf
+
+
+def planned(*overrides: str) -> Plan:
+    return make_plan(compose(list(overrides)))
+
+
+# Parameters
+
+
+REAL = [file for file in sorted(SHIPPED.glob("*.json")) if not file.stem.startswith("toy-")]
+
+
+@pytest.mark.parametrize("file", REAL, ids=lambda file: file.stem)
+def test_shipped_shapes_have_the_parameters_that_transformers_counts(file: Path) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = json.loads(file.read_text())
+    hf = AutoConfig.for_model(**settings)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf)
+    shape = as_namespace(settings, file, "model")
+    assert parameters(shape) == sum(p.numel() for p in model.parameters())
+    assert parameters(shape) / 1e9 == pytest.approx(size_in_name(file.stem), rel=0.16)
+
+
+def size_in_name(name: str) -> float:
+    (size,) = (part for part in name.split("-") if part.endswith("B"))
+    return float(size.removesuffix("B"))
+
+
+def test_stages_together_hold_the_model_and_its_padding() -> None:
+    shape = as_namespace({**TINY, "model_type": "qwen3", "head_dim": 16}, Path("x"), "m")
+    whole = parameters(shape)
+    assert stage_parameters(shape, split())[0].total == whole + 2 * (384 - 300) * 64
+    stages = stage_parameters(shape, split(pp=2, virtual=2))
+    assert sum(stage.total for stage in stages) == whole + 2 * (384 - 300) * 64
+    assert stages[1].total - stages[0].total == 64  # the final norm
+    tied = as_namespace({**vars(shape), "tie_word_embeddings": True}, Path("x"), "m")
+    copies = [sum(s.total for s in stage_parameters(tied, split(pp=pp))) for pp in (1, 2)]
+    assert copies[1] - copies[0] == 384 * 64  # the last stage's copy of the embedding
+
+
+# Activations: Korthikanti et al. 2022, equations 1 to 6
+
+SIZES_70B = [(8192, 64, 2048), (8192, 64, 8192), (12288, 96, 2048)]  # h, a, s
+
+
+@pytest.mark.parametrize(("hidden", "heads", "length"), SIZES_70B)
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("tp", [1, 8])
+def test_activations_are_the_published_formula(
+    hidden: int, heads: int, length: int, batch: int, tp: int
+) -> None:
+    hf, sbh = gpt(80, hidden, heads), length * batch * hidden
+    quadratic = 5 * heads * length / hidden
+
+    def layer(sequence_parallel: bool, recompute: str = "none") -> int:
+        return layer_activation_bytes(
+            hf,
+            length * batch,
+            length,
+            split(tp, sp=sequence_parallel),
+            element=2,
+            gated=False,
+            dropout=True,
+            fused_attention=False,
+            recompute=recompute,
+        )
+
+    assert layer(False) == sbh * (10 + 24 / tp + quadratic / tp)
+    assert layer(True) == sbh * (34 + quadratic) / tp
+    assert layer(False, "selective") == sbh * (10 + 24 / tp)
+    assert layer(True, "selective") == sbh * 34 / tp
+    assert layer(False, "full") == 2 * sbh
+    assert layer(True, "full") == 2 * sbh / tp
+
+
+def test_activations_in_flight_are_the_published_ones() -> None:
+    """First stage: L layers' worth with 1F1B, L (1 + (p - 1) / (p m)) with m virtual stages."""
+    for pp in (2, 4, 8):
+        assert micro_batches_in_flight(split(pp=pp), 0) / pp == 1
+        assert micro_batches_in_flight(split(pp=pp), pp - 1) == 1
+        for virtual in (2, 3):
+            first = micro_batches_in_flight(split(pp=pp, virtual=virtual), 0)
+            assert first / pp == pytest.approx(1 + (pp - 1) / (pp * virtual))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_full_recompute_keeps_what_autograd_keeps_of_a_real_model(
+    architecture: str, dtype: str, one_rank: Any
+) -> None:
+    element = {"bf16": 2, "fp32": 4}[dtype]
+    kept = [saved_bytes(architecture, layers, dtype, one_rank) for layers in (2, 4)]
+    shape = as_namespace({**TINY, "model_type": architecture}, Path("x"), "m")
+    formula = layer_activation_bytes(shape, 2 * 64, 64, split(), element, recompute="full")
+    assert kept[1] - kept[0] == 2 * formula
+
+
+def saved_bytes(architecture: str, layers: int, dtype: str, groups: Any) -> int:
+    """Of the tensors, parameters left out, that a forward pass saves for its backward pass."""
+    import torch
+    from tiny_models import CONFIGS
+
+    from nemo_trd.megatron.model import build_model
+
+    settings = {k: v for k, v in TINY.items() if k != "model_type"} | {"num_hidden_layers": layers}
+    (model,) = build_model(
+        CONFIGS[architecture](**settings),
+        split(),
+        groups,
+        compose([f"precision.dtype={dtype}"]).precision,
+        recompute="full",
+    )
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor  # held: its place is not reused
+        return tensor
+
+    tokens = torch.zeros(2, 64, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(
+            input_ids=tokens,
+            position_ids=torch.arange(64).expand(2, 64),
+            attention_mask=None,
+        )
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+# FLOPs: Narayanan et al. 2021
+
+
+@pytest.mark.parametrize(("layers", "hidden", "heads"), [(80, 8192, 64), (96, 12288, 96)])
+def test_flops_are_the_published_formula(layers: int, hidden: int, heads: int) -> None:
+    vocabulary, length, batch = 51_200, 2048, 16
+    hf, tokens = gpt(layers, hidden, heads, vocabulary), batch * length
+    base = batch * length * layers * hidden**2
+    forward = forward_flops(hf, tokens, length, logits=tokens, gated=False)
+    correction = length / (6 * hidden) + vocabulary / (12 * layers * hidden)
+    assert 3 * forward == pytest.approx(72 * base * (1 + correction))
+    without_logits = forward_flops(hf, tokens, length, logits=0, gated=False)
+    recomputed = 3 * forward + without_logits  # appendix: with activation recomputation
+    correction = length / (6 * hidden) + vocabulary / (16 * layers * hidden)
+    assert recomputed == pytest.approx(96 * base * (1 + correction))
+
+
+def test_flops_are_about_two_for_each_parameter_and_token() -> None:
+    student, _ = shapes(compose(["experiment=trd_70b"]))
+    assert forward_flops(student, 1, 0, logits=1) == pytest.approx(2 * 70.55e9, rel=0.02)
+
+
+def test_step_counts_the_loss_at_labels_only_and_recomputation() -> None:
+    config = compose(["experiment=trd_8b"])
+    student, teacher = shapes(config)
+    flops = step_flops(config, student, teacher)
+    labels = 128 * 4096 * 0.5
+    assert flops.loss == labels * 128_256 * 2 * (3 * 4096 + 8192)
+    full = step_flops(compose(["experiment=trd_8b", "train.recompute=full"]), student, teacher)
+    assert full.student == pytest.approx(flops.student * 4 / 3)
+    assert (full.teacher, full.loss) == (flops.teacher, flops.loss)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("top_k", [None, 32])
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_loss_workspace_is_what_the_loss_allocates(
+    divergence: str,
+    top_k: int | None,
+    temperature: float,
+    dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The logits of a chunk in one block, as on a GPU; rows and vocabulary as in the formula."""
+    import torch
+
+    from nemo_trd.loss import fused as losses
+    from nemo_trd.plan.memory import Lengths, loss_workspace_bytes
+
+    rows, vocabulary, hidden, chunk = 64, 4096, 64, 32
+    config = compose(
+        [
+            f"loss.divergence={divergence}",
+            f"loss.top_k={'null' if top_k is None else top_k}",
+            f"loss.chunk_size={chunk}",
+            f"loss.temperature={temperature}",
+            f"precision.dtype={dtype}",
+        ]
+    )
+    shape = SimpleNamespace(vocab_size=vocabulary, hidden_size=hidden)
+    formula = loss_workspace_bytes(config, shape, Lengths(0, 0, rows, rows, rows))
+    monkeypatch.setattr(losses, "CPU_BLOCK_BYTES", 1 << 40)
+    exact = torch.bfloat16 if dtype == "bf16" else torch.float32
+    student, weight, teacher, teacher_weight = (
+        torch.randn(n, hidden, dtype=exact) for n in (rows, vocabulary, rows, vocabulary)
+    )
+    labels = torch.randint(0, vocabulary, (rows,))
+    student.requires_grad_(), weight.requires_grad_()
+    with live_bytes(beside=(student, weight, teacher, teacher_weight, labels)) as live:
+        output = losses.divergence(
+            student, weight, teacher, teacher_weight, labels, config.loss, vocabulary
+        )
+        output.loss_sum.backward()
+    assert live.peak <= formula <= 1.1 * live.peak
+
+
+def live_bytes(beside: Any) -> Any:
+    """Follows every tensor that operators return: `peak` is the most that lived at one time,
+    the tensors of `beside` left out."""
+    import torch
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    others = {tensor.untyped_storage()._cdata for tensor in beside}
+
+    class Live(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.peak = 0
+            self.held: dict[int, tuple[StorageWeakRef, int]] = {}
+
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            result = function(*arguments, **(keywords or {}))
+            for tensor in tree_leaves(result):
+                if not isinstance(tensor, torch.Tensor):
+                    continue
+                storage = tensor.untyped_storage()
+                if storage._cdata not in others:
+                    entry = (StorageWeakRef(storage), storage.nbytes())
+                    self.held.setdefault(storage._cdata, entry)
+            self.held = {k: held for k, held in self.held.items() if not held[0].expired()}
+            self.peak = max(self.peak, sum(size for _, size in self.held.values()))
+            return result
+
+    return Live()
+
+
+def test_offloading_takes_the_teacher_off_the_gpu() -> None:
+    plain = planned("experiment=trd_8b")
+    assert peak(plain.memory).peak_phase == "student"
+    weights = planned("experiment=trd_8b", "teacher.offload_weights=true")
+    assert "teacher weights" not in peak(weights.memory).phases["student"]
+    assert "teacher weights" in peak(weights.memory).phases["teacher"]
+    states = planned("experiment=trd_8b", "teacher.offload_states=true")
+    parts = [peak(p.memory).phases["student"]["hidden states"] for p in (plain, states)]
+    assert parts[0] == 128 * 4096 * 8192 * 2  # every label of the step
+    assert parts[1] == 16_384 * 8192 * 2  # of one micro-batch
+
+
+def test_a_teacher_that_scores_on_servers_is_on_no_training_gpu() -> None:
+    held = planned("experiment=trd_8b", "loss.top_k=64")
+    served = planned("experiment=trd_8b", "loss.top_k=64", "teacher.scoring=server")
+    assert "teacher" in peak(held.memory).phases and "teacher" not in peak(served.memory).phases
+    parts = [peak(p.memory).phases["student"] for p in (held, served)]
+    gone = {"teacher weights", "teacher output weight", "hidden states"}
+    assert {name: size for name, size in parts[0].items() if name not in gone} == parts[1]
+    more = planned(
+        *("experiment=trd_8b", "loss.top_k=64", "teacher.scoring=server"),
+        "cluster.teacher_server_nodes=2",
+    )
+    one, two = (step_time(p.config, *shapes(p.config)).teacher for p in (served, more))
+    assert two == pytest.approx(one / 2)
+
+
+def test_a_second_replica_halves_optimizer_and_hidden_states() -> None:
+    one, two = (
+        peak(planned("experiment=trd_70b", f"cluster.training_nodes={n}").memory) for n in (4, 8)
+    )
+    for part in ("optimizer", "hidden states"):
+        assert two.parts[part] == pytest.approx(one.parts[part] / 2, rel=1e-6)
+    for part in ("weights", "gradients", "activations"):
+        assert two.parts[part] == one.parts[part]
+
+
+def test_stages_of_different_pipelines_meet_on_the_ranks_that_hold_them() -> None:
+    config = compose(
+        [
+            "experiment=trd_70b",
+            "parallel.teacher.pipeline_model_parallel_size=2",
+            "cluster.training_nodes=4",
+        ]
+    )
+    memory = training_memory(config, *shapes(config))
+    stages = [(gpu.student_stage, gpu.teacher_stage) for gpu in memory]
+    assert stages == [(0, 0), (1, 0), (2, 1), (3, 1)]
+    assert [len(gpu.ranks) for gpu in memory] == [8, 8, 8, 8]
+
+
+def test_in_process_generation_is_counted_on_the_training_gpus(tmp_path: Path) -> None:
+    plan = planned(f"model.student.path={directory(tmp_path)}", f"model.teacher.path={tmp_path}")
+    (gpu,) = plan.memory
+    shape = plan.student.hf  # type: ignore[union-attr]
+    assert gpu.phases["rollout"]["KV cache"] == 64 * (64 + 1024) * key_value_bytes(shape, 4)
+    assert gpu.phases["refinement"]["KV cache"] == 64 * (2048 + 1024) * key_value_bytes(shape, 4)
+    assert gpu.parts["generation weights"] == 2 * parameters(shape) * 4
+    assert plan.exit_code == 0
+
+
+# Recipes
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_fits_its_nodes(recipe: str, precision: str) -> None:
+    plan = planned(f"experiment={recipe}", f"precision={precision}")
+    assert plan.findings.problems == []
+    assert plan.exit_code == 0
+    assert peak(plan.memory).total < 0.9 * 79.1 * GIB
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_states_its_nodes_and_its_layout(recipe: str) -> None:
+    from nemo_trd.config.load import conf_dir
+
+    head = (conf_dir() / "experiment" / f"{recipe}.yaml").read_text().split("defaults:")[0]
+    cluster = compose([f"experiment={recipe}"]).cluster
+    nodes = [
+        cluster.training_nodes, cluster.student_server_nodes, cluster.teacher_server_nodes
+    ]  # fmt: skip
+    assert (
+        f"{sum(nodes)} = {nodes[0]} training + {nodes[1]} student servers + {nodes[2]} teacher "
+        "servers" in head
+    )
+    assert "# Layout. " in head
+    assert "precision=fp8" in head
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_documented_memory_of_the_recipe_is_what_the_plan_says(recipe: str) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+    (row,) = (line for line in page.splitlines() if line.startswith(f"| `{recipe}` |"))
+    totals = [
+        peak(planned(f"experiment={recipe}", f"precision={p}").memory).total / GIB
+        for p in ("bf16", "fp8")
+    ]
+    assert row.endswith(f"| {totals[0]:.0f} GiB | {totals[1]:.0f} GiB |")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_with_half_its_nodes_names_what_does_not_fit(recipe: str) -> None:
+    config = compose([f"experiment={recipe}"])
+    cluster = config.cluster
+    nodes = [cluster.training_nodes, cluster.student_server_nodes, cluster.teacher_server_nodes]
+    total = sum(nodes) // 2
+    half = [max(1, nodes[0] // 2), nodes[1] // 2, nodes[2] // 2]
+    assert sum(half) <= total
+    plan = make_plan(with_nodes(config, *half))
+    assert plan.exit_code == 2
+    if recipe == "trd_70b":
+        assert plan.tried is not None
+        assert plan.tried.parallel.student.pipeline_model_parallel_size == 2
+        assert not plan.fits
+        assert largest_part(peak(plan.memory).parts) == "optimizer"
+    else:
+        assert "one student server takes" in str(plan.findings.problems[0])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "largest"), [("trd_8b", "teacher weights"), ("paper_qwen3_8b", "activations")]
+)
+def test_recipe_with_half_its_gpus_names_what_does_not_fit(recipe: str, largest: str) -> None:
+    plan = planned(f"experiment={recipe}", "cluster.gpus_per_node=4", "cluster.teacher_server_tp=4")
+    assert plan.tried is not None and not plan.fits
+    assert largest_part(peak(plan.memory).parts) == largest
+
+
+def test_layout_reasons_of_the_recipes_hold() -> None:
+    def total(*overrides: str) -> float:
+        return peak(planned(*overrides).memory).total / GIB
+
+    def tp(size: int) -> list[str]:
+        return [f"parallel.{r}.tensor_model_parallel_size={size}" for r in ("student", "teacher")]
+
+    assert total("experiment=trd_70b", "train.recompute=none") > 79.1
+    assert total("experiment=paper_qwen3_8b", *tp(4)) > 79.1
+    assert total("experiment=paper_qwen3_8b", *tp(4), "train.recompute=full") < 79.1
+    assert total("experiment=paper_qwen3_4b", *tp(2)) > 79.1
+    assert total("experiment=paper_qwen3_1p7b", *single("student"), *single("teacher")) > 79.1
+
+
+def single(role: str) -> list[str]:
+    return [
+        f"parallel.{role}.tensor_model_parallel_size=1",
+        f"parallel.{role}.sequence_parallel=false",
+    ]
+
+
+# Advice
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["experiment=trd_70b", "train.recompute=none"],
+        ["experiment=trd_70b", "cluster.gpu_memory_gib=58.0"],
+        ["experiment=paper_qwen3_8b", "cluster.gpu_memory_gib=40.0"],
+        ["experiment=trd_8b", "cluster.gpu_memory_gib=30.0"],  # takes several changes
+        ["experiment=trd_8b", "optimizer.distributed=false", "cluster.gpu_memory_gib=45.0",
+         "cluster.training_nodes=2"],
+    ],
+)  # fmt: skip
+def test_advice_holds_what_it_promises(overrides: list[str]) -> None:
+    config = compose(overrides)
+    student, teacher = shapes(config)
+    advice = advise(config, student, teacher)
+    assert advice is not None and advice.fits
+    followed = compose([*overrides, *advice.overrides])
+    fullest = peak(training_memory(followed, student, teacher)).total
+    assert fullest == advice.peak <= config.cluster.gpu_memory_gib * GIB
+
+
+def test_advice_says_when_it_is_not_enough() -> None:
+    config = compose(["experiment=trd_70b", "cluster.gpu_memory_gib=6.5"])
+    advice = advise(config, *shapes(config))
+    assert advice is not None and not advice.fits
+
+
+# Time and balance
+
+
+def test_time_follows_the_assumptions() -> None:
+    config = compose(["experiment=trd_70b"])
+    student, teacher = shapes(config)
+    base = step_time(config, student, teacher)
+    twice = step_time(with_nodes(config, 8, 4, 4), student, teacher)
+    assert twice.teacher == pytest.approx(base.teacher / 2, rel=0.05)  # less a longer bubble
+    assert twice.rollout < base.rollout
+    faster = compose(["experiment=trd_70b", "cluster.assumptions.mfu=0.7"])
+    assert step_time(faster, student, teacher).student == pytest.approx(base.student / 2)
+    fp8 = step_time(compose(["experiment=trd_70b", "precision=fp8"]), student, teacher)
+    assert fp8.teacher == pytest.approx(base.teacher * (989 * 0.35) / (1979 * 0.25))
+
+
+def test_overlapping_steps_take_as_long_as_the_longer_half() -> None:
+    config = compose(["experiment=trd_70b"])
+    ahead = step_time(config, *shapes(config))
+    assert ahead.total == max(ahead.generation, ahead.training)
+    config = compose(["experiment=trd_70b", "generation.max_staleness=0"])
+    in_turns = step_time(config, *shapes(config))
+    assert in_turns.total == ahead.generation + ahead.training
+
+
+def test_measured_generation_speed_replaces_the_estimate() -> None:
+    config = compose(["experiment=trd_70b", "cluster.assumptions.student_tokens_per_second=100.0"])
+    student, teacher = shapes(config)
+    expected = 128 * 4096 * 0.5 / (100 * 16)
+    assert step_time(config, student, teacher).rollout == pytest.approx(expected)
+
+
+def test_bubble_is_the_published_one() -> None:
+    config = compose(["experiment=trd_70b"])  # 128 trajectories, two at mean length in 16k tokens
+    assert bubble(config, config.parallel.student) == pytest.approx(1 + 3 / 64)
+    interleaved = split(tp=8, pp=4, virtual=4)
+    assert bubble(config, interleaved) == pytest.approx(1 + 3 / (4 * 64))
+
+
+def test_best_splits_are_the_best_of_all() -> None:
+    plan = planned("experiment=trd_70b", "train.prompts_per_step=1024")
+    assert plan.split and plan.fastest and plan.evenest and plan.evening
+    config = plan.config
+    student, teacher = shapes(config)
+    for students in range(1, 4):
+        other = step_time(with_nodes(config, 4, students, 4 - students), student, teacher)
+        assert plan.fastest.time.total <= other.total
+        worse = max(other.generation, other.training)
+        assert max(plan.evenest.time.generation, plan.evenest.time.training) <= worse
+    servers = (plan.evening.student_servers, plan.evening.teacher_servers)
+    assert plan.evening.possible
+    even = step_time(with_nodes(config, 4, *servers), student, teacher)
+    assert even.generation <= even.training
+    fewer = step_time(with_nodes(config, 4, servers[0], servers[1] - 1), student, teacher)
+    assert fewer.generation > fewer.training
+
+
+# Checks
+
+
+def directory(path: Path, **settings: Any) -> Path:
+    """A model directory that holds nothing but config.json."""
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(TINY | settings))
+    return path
+
+
+def test_a_directory_with_config_json_alone_is_enough(tmp_path: Path) -> None:
+    model, note = read_model(ModelSource(path=str(directory(tmp_path / "m"))), "model.student.path")
+    assert note is None and parameters(model.hf) > 0
+    plan = planned(f"model.student.path={tmp_path / 'm'}", f"model.teacher.path={tmp_path / 'm'}")
+    assert plan.exit_code == 0
+    assert any("config.json alone" in line for line in plan.findings.notes)
+
+
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "layout that does not divide the model": (
+        ["experiment=trd_8b", "parallel.student.pipeline_model_parallel_size=3"],
+        "parallel.student.pipeline_model_parallel_size = 3",
+    ),
+    "world that the layout does not divide": (
+        ["experiment=trd_70b", "cluster.training_nodes=5"],
+        "world size = 40",
+    ),
+    "micro-batch that cannot hold the longest sequence": (
+        ["experiment=trd_8b", "train.max_tokens_per_micro_batch=8192"],
+        "train.max_tokens_per_micro_batch = 8192",
+    ),
+    "context beyond the model's positions": (
+        ["experiment=paper_qwen3_8b", "refinement.max_context_tokens=30000",
+         "train.max_tokens_per_micro_batch=50000"],
+        "refinement.max_context_tokens = 30000",
+    ),
+    "top k beyond the vocabulary": (
+        ["experiment=trd_8b", "loss.top_k=200000"],
+        "loss.top_k = 200000",
+    ),
+    "disk that is too small": (
+        ["experiment=trd_70b", "cluster.disk_gib=1000.0"],
+        "cluster.disk_gib = 1000.0",
+    ),
+    "no nodes for servers": (
+        ["experiment=trd_8b", "cluster.teacher_server_nodes=0"],
+        "cluster.teacher_server_nodes = 0",
+    ),
+    "nodes for servers that nobody asks": (
+        ["experiment=paper_qwen3_4b", "generation=local"],
+        "cluster.student_server_nodes = 1",
+    ),
+    "a server too small for its model": (
+        ["experiment=trd_8b", "cluster.teacher_server_tp=1"],
+        "cluster.teacher_server_tp = 1",
+    ),
+    "a server larger than a node": (
+        ["experiment=trd_8b", "cluster.gpus_per_node=4", "parallel=tp4"],
+        "cluster.teacher_server_tp = 8",
+    ),
+    "tensor parallelism between nodes": (
+        ["experiment=trd_8b", "cluster.gpus_per_node=4", "cluster.training_nodes=2",
+         "cluster.teacher_server_nodes=2"],
+        "parallel.student.tensor_model_parallel_size = 8",
+    ),
+    "unknown model": (
+        ["experiment=trd_8b", "model.student.path=models/nope"],
+        "model.student.path = 'models/nope'",
+    ),
+    "unknown key": (["train.num_step=3"], "train.num_step = '3'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_setting_that_cannot_work_is_told_with_exit_code_2(
+    case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides, start = REFUSED[case]
+    assert main(overrides) == 2
+    told = capsys.readouterr().err.splitlines()
+    matching = [line for line in told if line.startswith(f"nemo_trd: {start}")]
+    assert matching and "Fix: " in matching[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ("{", "invalid JSON"),
+        (json.dumps(TINY | {"hidden_size": 0}), "hidden_size) = 0: it must be a positive integer"),
+        (json.dumps({k: v for k, v in TINY.items() if k != "vocab_size"}), "vocab_size) = None"),
+        (json.dumps(TINY | {"model_type": "mixtral"}), "model_type) = 'mixtral'"),
+        (json.dumps(TINY | {"rope_scaling": {"rope_type": "yarn"}}), "rope_type = 'yarn'"),
+    ],
+)
+def test_bad_config_json_is_told(tmp_path: Path, content: str, part: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError) as refused:
+        read_model(ModelSource(path=str(tmp_path)), "model.student.path")
+    assert part in str(refused.value) and "Fix: " in str(refused.value)
+
+
+def test_disk_of_an_existing_run_directory_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100 * GIB))
+    plan = planned("experiment=trd_70b", f"run.dir={tmp_path}")
+    (problem,) = plan.findings.problems
+    assert "checkpoint.keep_last = 2" in str(problem)
+    assert "2,891 GiB" in str(problem) and "100 GiB are free" in str(problem)
+
+
+# Command line
+
+
+def test_figures_and_picture_are_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    assert main(["experiment=trd_70b", "--json", str(out), "--plot", str(picture)]) == 0
+    figures = json.loads(out.read_text())
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert figures["parameters"]["student"] == 70_553_706_496
+    fullest = max(gpu["total"] for gpu in figures["gpus"])
+    assert figures["peak"] == fullest
+    for gpu in figures["gpus"]:
+        assert gpu["total"] == max(sum(parts.values()) for parts in gpu["phases"].values())
+    shown = capsys.readouterr().out
+    assert f"Fits: {fullest / GIB:.1f} of 79.1 GiB" in shown
+    assert "the largest item is optimizer" in shown
+
+
+def test_what_does_not_fit_ends_with_1_and_advice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["experiment=trd_70b", "train.recompute=none"]) == 1
+    shown = capsys.readouterr().out
+    assert "DOES NOT FIT" in shown and "the largest item is activations" in shown
+    assert "It fits with train.recompute=full" in shown
+
+
+def test_the_default_settings_are_planned_from_the_shapes_that_the_warm_start_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nemo_trd.toy import warm_start
+    from nemo_trd.toy.tokenizer import build_tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    assert main([]) == 0
+    assert "runs/toy/student: not on this machine; the shipped shape" in capsys.readouterr().out
+    for role, recipe in (("student", warm_start.STUDENT), ("teacher", warm_start.TEACHER)):
+        made = warm_start.new_model(recipe, build_tokenizer(), seed=0).config
+        shipped = json.loads((SHIPPED / f"toy-{role}.json").read_text())
+        assert shipped.pop("rope_theta") == made.rope_parameters["rope_theta"]
+        assert shipped == {key: getattr(made, key) for key in shipped}
+    assert main(["model.student.path=runs/mine/student"]) == 2, "a name alone is not the toy's"
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_file_that_cannot_be_written_is_told(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["experiment=trd_8b", option, str(tmp_path / "none" / "x.png")]) == 2
+    assert "none/x.png" in capsys.readouterr().err
+
+
+def test_planning_imports_neither_torch_nor_megatron() -> None:
+    code = (
+        "import sys; from nemo_trd.plan.main import main; code = main(['experiment=trd_70b']); "
+        "heavy = {'torch', 'megatron', 'transformers', 'matplotlib'} & sys.modules.keys(); "
+        "assert not heavy, heavy; sys.exit(code)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

