@@ -28,7 +28,7 @@ from nemo_trd.data.types import Refinement
 from nemo_trd.distributed.exchange import from_first_rank, raise_together
 from nemo_trd.distributed.process import init_distributed, world_from_environment
 from nemo_trd.distributed.stop import StopRequest
-from nemo_trd.generation import GenerationFailed
+from nemo_trd.generation.protocol import GenerationFailed
 from nemo_trd.records.last_line import Cause, append_to_log, end_process
 from nemo_trd.records.timers import Timers
 from nemo_trd.records.trackers import Tracker

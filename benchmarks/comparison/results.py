@@ -13,8 +13,8 @@ from statistics import fmean, stdev
 
 from scipy import stats
 
-from nemo_trd.prefix_failure.record import FILE as PREFIX_FAILURE
-from nemo_trd.prefix_failure.record import PrefixFailure
+from nemo_trd.records.prefix_failure import FILE as PREFIX_FAILURE
+from nemo_trd.records.prefix_failure import PrefixFailure
 
 # What steps are for. Evaluation and records are left out of wall time.
 VERDICTS = ("wrong_to_right", "wrong_to_wrong", "right_to_right", "right_to_wrong")

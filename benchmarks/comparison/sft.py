@@ -19,8 +19,8 @@ from nemo_trd.config.schema import Config
 from nemo_trd.data.prompts import load_prompts, prompts_of_step
 from nemo_trd.data.types import GenerationRequest
 from nemo_trd.evaluate.in_run import evaluate
-from nemo_trd.generation import request_seed
 from nemo_trd.generation.local import LocalGenerator
+from nemo_trd.generation.protocol import request_seed
 from nemo_trd.records.run_logger import RunLogger
 from nemo_trd.records.timers import Timers
 from nemo_trd.toy.rows import Row

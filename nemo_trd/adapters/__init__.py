@@ -1,7 +1,8 @@
 """TRD inside recipes that people already have; see docs/recipes.md.
 
 Each module translates between another package and `nemo_trd`, whose algorithm stays where it is.
-Importing `nemo_trd` imports none of those packages, whether they are installed or not.
+May import every room; no room imports it. Importing `nemo_trd` imports none of those packages,
+whether they are installed or not.
 """
 
 from __future__ import annotations

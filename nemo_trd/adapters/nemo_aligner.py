@@ -27,7 +27,7 @@ from nemo_trd.algorithm.acceptance import refinement_counts
 from nemo_trd.algorithm.trajectories import pair
 from nemo_trd.data.types import GenerationRequest, Prompt, Refinement, Trajectory
 from nemo_trd.distributed.exchange import merge_shares, own_share
-from nemo_trd.generation import request_seed
+from nemo_trd.generation.protocol import request_seed
 from nemo_trd.megatron.student import StepResult
 from nemo_trd.run.run import Run
 from nemo_trd.train import sample, train

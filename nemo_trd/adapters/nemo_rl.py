@@ -25,7 +25,7 @@ from nemo_trd.algorithm.refinement_checks import check_templates
 from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import Config
 from nemo_trd.data.types import Completion, GenerationRequest, Prompt, Refinement, TokenIds
-from nemo_trd.generation import Generator, request_seed
+from nemo_trd.generation.protocol import Generator, request_seed
 from nemo_trd.verifiers import verifier
 
 

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from nemo_trd.algorithm.trajectories import refinement_trajectory, rollout_trajectory
 from nemo_trd.config.schema import Config
+from nemo_trd.data.chat import text_to_judge
 from nemo_trd.data.types import (
     Completion,
     Prompt,
@@ -17,16 +18,14 @@ from nemo_trd.data.types import (
     Rollout,
     Trajectory,
 )
-from nemo_trd.generation.stop_strings import completion_text
 from nemo_trd.verifiers import Verifier, judge_all
-from nemo_trd.verifiers.thoughts import text_to_judge
 
 
 def read_rollout(
     prompt: Prompt, sample_index: int, completion: Completion, tokenizer: Any, verify: Verifier
 ) -> Rollout:
     """y_o with its text and the verifier's verdict."""
-    text = completion_text(completion, tokenizer)
+    text = completion.text(tokenizer)
     said = text_to_judge(text, prompt.token_ids, completion, tokenizer)
     return Rollout(prompt, sample_index, completion, text, _verdict(said, prompt, verify))
 
@@ -58,7 +57,7 @@ def _judge_one(
 ) -> Refinement:
     if completion is None or request.token_ids is None:
         return Refinement(request, None, "", None, request.rejection)
-    text = completion_text(completion, tokenizer)
+    text = completion.text(tokenizer)
     rejection: Rejection | None = None
     if completion.finish_reason == "abort":
         rejection = "aborted"

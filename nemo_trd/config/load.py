@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from nemo_trd.config.errors import ConfigError
+from nemo_trd.config.rules import check_consistent
 from nemo_trd.config.schema import Config
 
 
@@ -27,7 +28,9 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 def validate(given: DictConfig | dict[str, Any]) -> Config:
     """Turn what Hydra composed into a `Config`; see `validate_as`."""
-    return validate_as(Config, given)
+    config = validate_as(Config, given)
+    check_consistent(config)
+    return config
 
 
 def validate_as(schema: type[Schema], given: DictConfig | dict[str, Any]) -> Schema:
@@ -98,7 +101,7 @@ def _keys_of(schema: type[BaseModel], path: list[str]) -> list[str] | None:
 
 def compose(overrides: list[str], config_name: str = "config") -> Config:
     """Compose and validate from Python, as the command line does; see `compose_as`."""
-    return compose_as(Config, overrides, config_name)
+    return validate(composed(overrides, config_name))
 
 
 def compose_as(schema: type[Schema], overrides: list[str], config_name: str) -> Schema:

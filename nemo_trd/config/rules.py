@@ -1,16 +1,13 @@
-"""The rules between settings, where those of one setting alone stand in `config.py`."""
+"""The rules between settings, where those of one setting alone stand in `schema.py`."""
 
 from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from nemo_trd.config.errors import rule_broken
-
-if TYPE_CHECKING:
-    from nemo_trd.config.schema import Config, Dataset, Layout, ServedPool, VerifierName, Vllm
+from nemo_trd.config.schema import Config, Dataset, Layout, ServedPool, VerifierName, Vllm
 
 
 def check_consistent(config: Config) -> None:
@@ -343,3 +340,22 @@ def check_pool(field: str, pool: ServedPool) -> None:
                 "each server is given once, as http://HOST:PORT without a path or a password",
                 "correct the list",
             )
+
+
+def check_server_tp(config: Config, role: str) -> None:
+    """The cluster's figure holds for servers of a node; another one must not be lost in silence.
+
+    Raises:
+        ConfigError
+    """
+    vllm, cluster = config.generation.vllm, config.cluster
+    assert vllm is not None
+    tp = cluster.student_server_tp if role == "student" else cluster.teacher_server_tp
+    given = (vllm.student if role == "student" else vllm.teacher).server.tensor_parallel_size
+    if given not in (1, tp):
+        raise rule_broken(
+            f"generation.vllm.{role}.server.tensor_parallel_size",
+            given,
+            f"on nodes of their own servers have cluster.{role}_server_tp = {tp} GPUs",
+            f"set cluster.{role}_server_tp={given}",
+        )

@@ -1,8 +1,8 @@
 """The schema of `conf/`: every setting of a run, its type, its rule and its meaning.
 
 Unknown keys, wrong types and settings that contradict each other are refused here, before
-torch is imported: rules between settings by `config_rules.py`. What needs the model directories or
-the data is checked in `preflight.py`.
+torch is imported. Rules between settings are in `rules.py`; what needs the model directories or the
+data is checked in the room `preflight`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from nemo_trd.config.errors import rule_broken
-from nemo_trd.config.rules import check_consistent
 
 # The resolvers of NeMo's recipes, so that their YAML means the same without NeMo.
 OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
@@ -554,8 +553,3 @@ class Config(Section):
         for knob in ("micro_batch_size", "max_tokens_per_micro_batch", "recompute"):
             del settings["train"][knob]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Config:
-        check_consistent(self)
-        return self

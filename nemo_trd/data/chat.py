@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from nemo_trd.data.control_tokens import Message, encode_chat
-from nemo_trd.data.types import TokenIds
+from nemo_trd.data.types import Completion, TokenIds
+from nemo_trd.verifiers.thoughts import THOUGHT_ENDS, THOUGHT_OPENED
 
 ROLES = ("system", "user", "assistant")
 
@@ -67,3 +68,19 @@ def transcript(messages: list[Message]) -> str:
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+_OPENING_TOKENS = 32  # at least as many as the sign of an opened thought has
+
+
+def text_to_judge(text: str, prompt: Sequence[int], completion: Completion, tokenizer: Any) -> str:
+    """What of the text of a completion a verifier is to read.
+
+    Nothing where the prompt ends with the sign that opens a thought (as chat templates of models
+    that always think do) and the completion has none that ends it: the text shows neither, and a
+    \\boxed{} in it would be taken for an answer.
+    """
+    if not THOUGHT_OPENED.search(tokenizer.decode(list(prompt[-_OPENING_TOKENS:]))):
+        return text
+    written = tokenizer.decode(list(completion.token_ids)) + completion.tail
+    return text if THOUGHT_ENDS.search(written) else ""

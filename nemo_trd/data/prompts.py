@@ -25,7 +25,8 @@ from nemo_trd.data.control_tokens import Message
 from nemo_trd.data.files import read_rows
 from nemo_trd.data.row import BOXED, BadRow, RowReader, shown
 from nemo_trd.data.turns import ends_with_user, read_messages
-from nemo_trd.data.types import Answer, AnswerList, Prompt
+from nemo_trd.data.types import Prompt
+from nemo_trd.verifiers.judgement import Answer, AnswerList
 
 log = logging.getLogger(__name__)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from nemo_trd.verifiers.judgement import Answer
+
 if TYPE_CHECKING:
     import torch
 
@@ -22,20 +24,6 @@ Rejection = Literal[
     "truncated",  # it reached generation.refinement.max_tokens
     "nll_gap",  # beyond refinement.max_student_nll_gap
 ]
-
-
-@dataclass(frozen=True)
-class AnswerList:
-    """Several answers to one problem: any of them is right, or all together are."""
-
-    texts: tuple[str, ...]
-    needed: Literal["any", "all"]
-
-    def __str__(self) -> str:
-        return (" or " if self.needed == "any" else " and ").join(self.texts)
-
-
-Answer = str | AnswerList
 
 
 @dataclass(frozen=True)
@@ -81,6 +69,10 @@ class Completion:
     weight_version: int
     logprobs: tuple[float, ...] | None = None
     tail: str = ""
+
+    def text(self, tokenizer: Any) -> str:
+        """Return what it says, without special tokens, up to a stop that has ended it."""
+        return tokenizer.decode(self.token_ids, skip_special_tokens=True) + self.tail
 
 
 @dataclass(frozen=True)

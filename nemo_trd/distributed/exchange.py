@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 
 from nemo_trd.config.errors import ConfigError
-from nemo_trd.generation import GenerationFailed
+from nemo_trd.generation.protocol import GenerationFailed
 
 
 def fail_together(

@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nemo_trd.config.schema import Evaluation, Sampling
+from nemo_trd.data.chat import text_to_judge
 from nemo_trd.data.types import Completion, GenerationRequest, Prompt
 from nemo_trd.evaluate.accuracy import Accuracy, Score, accuracy
-from nemo_trd.generation import request_seed
-from nemo_trd.generation.stop_strings import completion_text
+from nemo_trd.generation.protocol import request_seed
 from nemo_trd.verifiers import Verifier, judge_all
-from nemo_trd.verifiers.thoughts import text_to_judge
 
 # Of a distributed run: collective, and every rank gets every completion.
 Generate = Callable[[Sequence[GenerationRequest], Sampling, str], list[Completion]]
@@ -69,5 +68,5 @@ def _verdict(
 ) -> bool | None:
     if prompt.answer is None or completion.finish_reason == "abort":
         return None
-    text = completion_text(completion, tokenizer)
+    text = completion.text(tokenizer)
     return verify(text_to_judge(text, prompt.token_ids, completion, tokenizer), prompt.answer)

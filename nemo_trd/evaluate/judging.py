@@ -11,9 +11,8 @@ from tqdm import tqdm
 
 from nemo_trd.config.evaluation import EvaluationConfig
 from nemo_trd.config.schema import VerifierName
-from nemo_trd.data.types import Answer
 from nemo_trd.verifiers import judge_of
-from nemo_trd.verifiers.judgement import Judge, Judgement
+from nemo_trd.verifiers.judgement import Answer, Judge, Judgement
 from nemo_trd.verifiers.math import MathJudge
 from nemo_trd.verifiers.several import judge_answer
 

@@ -27,18 +27,17 @@ from pydantic import SecretStr
 from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.evaluation import EvaluationConfig
 from nemo_trd.config.load import compose_as, conf_dir
+from nemo_trd.data.chat import text_to_judge
 from nemo_trd.data.prompts import LoadedPrompts, load_prompts
 from nemo_trd.data.types import Completion, GenerationRequest, Prompt
 from nemo_trd.evaluate.figures import figures, table
 from nemo_trd.evaluate.judging import JudgePool
 from nemo_trd.evaluate.sample_store import Sample, SampleStore
 from nemo_trd.evaluate.source import Source, find_source, load_tokenizer
-from nemo_trd.generation import GenerationFailed, Generator, request_seed
-from nemo_trd.generation.stop_strings import completion_text
+from nemo_trd.generation.protocol import GenerationFailed, Generator, request_seed
 from nemo_trd.serve.server import ServerError
 from nemo_trd.verifiers.judgement import Judgement
 from nemo_trd.verifiers.sandbox import check_sandbox
-from nemo_trd.verifiers.thoughts import text_to_judge
 
 log = logging.getLogger("nemo_trd.evaluate")  # under `python -m` the name of this module differs
 
@@ -211,7 +210,7 @@ def draw_and_judge(
 
         def judge(position: int, completion: Completion) -> None:
             task = tasks[position]
-            text = completion_text(completion, tokenizer)
+            text = completion.text(tokenizer)
 
             def keep(judgement: Judgement) -> None:
                 store.append(_sample(task, completion, text, judgement))

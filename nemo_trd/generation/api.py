@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, SecretStr, ValidationError
 
 from nemo_trd.config.schema import Sampling
 from nemo_trd.data.types import GenerationRequest, TokenIds
-from nemo_trd.generation import GenerationFailed
+from nemo_trd.generation.protocol import GenerationFailed
 
 GENERATE = "/inference/v1/generate"
 INITIAL_WEIGHTS = "default"  # how vLLM calls the weights that a server has loaded at its start

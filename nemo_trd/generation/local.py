@@ -21,8 +21,8 @@ from transformers.utils.logging import disable_progress_bar
 from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import LocalGeneration, ModelSource, Sampling
 from nemo_trd.data.types import Completion, GenerationRequest, TokenIds
-from nemo_trd.generation import Done
 from nemo_trd.generation.gumbel import SeededSampler, seed_tensor
+from nemo_trd.generation.protocol import Done
 from nemo_trd.generation.stop_strings import StopStrings, decoder
 from nemo_trd.models.directory import tensors_with_copies
 from nemo_trd.models.vocabulary import Vocabulary, read_vocabulary
@@ -39,9 +39,8 @@ _PROGRESS_INTERVAL = 16  # tokens between two looks at which rows have ended
 class LocalGenerator:
     """A Hugging Face model that samples in this process, on CUDA where there is any.
 
-    Implements `nemo_trd.generation.Generator`. Its `vocabulary` is the model's own, unless one is
-    given. `weight_version` is 0 until `load_weights`, and
-    stays 0 for a frozen teacher.
+    Implements `nemo_trd.generation.protocol.Generator`. Its `vocabulary` is the model's own, unless
+    one is given. `weight_version` is 0 until `load_weights`, and stays 0 for a frozen teacher.
 
     Raises:
         ConfigError: `path` lacks weights that the model needs.

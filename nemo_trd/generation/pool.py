@@ -14,8 +14,8 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from nemo_trd.config.schema import VllmClient
-from nemo_trd.generation import GenerationFailed
 from nemo_trd.generation.api import AttemptFailed, Refused
+from nemo_trd.generation.protocol import GenerationFailed
 
 log = logging.getLogger(__name__)
 

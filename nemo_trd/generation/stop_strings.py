@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_trd.data.types import Completion, TokenIds
+from nemo_trd.data.types import TokenIds
 
 Decode = Callable[[Sequence[int]], str]
 CONTEXT_TOKENS = 4  # of the prompt: some tokenizers drop the space before a text's first token
@@ -101,8 +101,3 @@ def decoder(path: str, trust_remote_code: bool) -> Decode:
         )
 
     return decode
-
-
-def completion_text(completion: Completion, tokenizer: Any) -> str:
-    """What a completion says, without special tokens, up to a stop that has ended it."""
-    return tokenizer.decode(completion.token_ids, skip_special_tokens=True) + completion.tail

@@ -22,7 +22,6 @@ from tqdm import tqdm
 from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import Sampling, VllmClient
 from nemo_trd.data.types import Completion, GenerationRequest, TokenIds
-from nemo_trd.generation import Done, GenerationFailed
 from nemo_trd.generation.api import (
     GENERATE,
     Answer,
@@ -38,6 +37,7 @@ from nemo_trd.generation.api import (
     version_number,
 )
 from nemo_trd.generation.pool import Dispatcher, Member
+from nemo_trd.generation.protocol import Done, GenerationFailed
 from nemo_trd.generation.stop_strings import Decode, StopStrings
 
 if TYPE_CHECKING:

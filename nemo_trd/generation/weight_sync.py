@@ -27,8 +27,8 @@ from pydantic import SecretStr
 from torch import Tensor
 
 from nemo_trd.config import schema as config
-from nemo_trd.generation import GenerationFailed
 from nemo_trd.generation.api import INITIAL_WEIGHTS
+from nemo_trd.generation.protocol import GenerationFailed
 from nemo_trd.generation.replica import Replica, ReplicaError
 from nemo_trd.generation.transport import Bucket, WeightFiles, buckets
 

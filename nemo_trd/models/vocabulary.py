@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import ModelSource
-from nemo_trd.data.types import TokenIds
 from nemo_trd.models.served import read_served
 
 logger = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ class Vocabulary:
             return {"logit_bias": dict.fromkeys(map(str, self.never), NEVER)}
         return {"allowed_token_ids": sorted(set(range(self.columns)) - set(self.never))}
 
-    def ended(self, token_ids: TokenIds) -> TokenIds:
+    def ended(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
         """A completion with the end that it is given, if it has ended by itself."""
         if not token_ids:
             return token_ids

@@ -1,4 +1,5 @@
-"""What a run will need, from its settings and two config.json: memory, FLOPs, time, disk.
+"""python -m nemo_trd.plan: memory, time and disk of a run, from its settings alone.
 
-Imports neither torch nor Megatron, so that it answers on any machine in a second.
+Here: shapes of models, activations, cost of a step, memory of a rank, checks before the queue,
+advice and pictures. May import config, models, preflight. No torch: it runs on a login node.
 """

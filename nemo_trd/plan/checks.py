@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemo_trd.config.errors import ConfigError, rule_broken
+from nemo_trd.config.rules import check_server_tp
 from nemo_trd.config.schema import Config, ModelSource
 from nemo_trd.models.directory import INDEX_NAME, SINGLE_NAME, check_weights
 from nemo_trd.models.read import Model
@@ -21,7 +22,6 @@ from nemo_trd.plan.memory import GIB, checkpoint_bytes, generations
 from nemo_trd.plan.shapes import has_shape, read_model
 from nemo_trd.preflight.batch import batch_problems
 from nemo_trd.preflight.models import STUDENT, TEACHER, model_problems
-from nemo_trd.serve.node import check_server_tp
 
 
 @dataclass

@@ -21,7 +21,7 @@ from nemo_trd.data.types import (
     TokenIds,
     Trajectory,
 )
-from nemo_trd.prefix_failure.record import Locator, TeacherContext, Verdict
+from nemo_trd.records.prefix_failure import Locator, TeacherContext, Verdict
 from nemo_trd.toy import errors
 from nemo_trd.toy.task import MARKS, NUMBERS, Factors, read_problem
 from nemo_trd.toy.tokenizer import END

@@ -34,10 +34,10 @@ from nemo_trd.models.family import shared_vocab_size
 from nemo_trd.models.read import Model
 from nemo_trd.prefix_failure.answers import Answers, read_answers
 from nemo_trd.prefix_failure.positions import measure
-from nemo_trd.prefix_failure.record import FILE, Counts, PrefixFailure
 from nemo_trd.prefix_failure.summary import Measured, curves, groups
 from nemo_trd.prefix_failure.words import choice_table, divergence_table, for_terminal, sentences
 from nemo_trd.preflight.models import check_models, real_vocab_size
+from nemo_trd.records.prefix_failure import FILE, Counts, PrefixFailure
 from nemo_trd.records.read import read_runs
 from nemo_trd.records.step_lines import write_atomically
 

@@ -20,7 +20,7 @@ from nemo_trd.config.schema import Loss
 from nemo_trd.data.types import ContextBatch
 from nemo_trd.loss.formulas import closed_form
 from nemo_trd.prefix_failure.answers import Answer
-from nemo_trd.prefix_failure.record import DIVERGENCES
+from nemo_trd.records.prefix_failure import DIVERGENCES
 
 TWO_PEAKS = 0.1  # of both choices the teacher must think at least so much to be of two minds
 # Of each label, in nats or probabilities, everything at the loss's temperature.

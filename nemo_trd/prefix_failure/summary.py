@@ -13,7 +13,7 @@ import numpy as np
 
 from nemo_trd.prefix_failure.answers import Answer
 from nemo_trd.prefix_failure.positions import FIGURES
-from nemo_trd.prefix_failure.record import (
+from nemo_trd.records.prefix_failure import (
     DIVERGENCES,
     Alignment,
     Curve,

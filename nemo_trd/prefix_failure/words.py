@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import log
 
-from nemo_trd.prefix_failure.record import Divergence, Estimate, Group, PartFigures, PrefixFailure
+from nemo_trd.records.prefix_failure import Divergence, Estimate, Group, PartFigures, PrefixFailure
 
 NAMES: dict[Divergence, str] = {
     "forward_kl": "forward KL",

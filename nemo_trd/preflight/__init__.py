@@ -1,1 +1,6 @@
-"""What is refused before a model is built."""
+"""What is refused before a model is built, all broken rules at once.
+
+Here: `models` (student, teacher, tokenizers), `machine` (directories, devices, packages),
+`batch` (ranks and batch sizes), `server_lengths`. May import config, models, verifiers, records.
+Nothing is written and nothing that exists is changed.
+"""

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from nemo_trd.config.errors import rule_broken
-from nemo_trd.prefix_failure.record import FILE, PrefixFailure
+from nemo_trd.records.prefix_failure import FILE, PrefixFailure
 from nemo_trd.records.step_lines import read_lines
 
 Record = dict[str, Any]

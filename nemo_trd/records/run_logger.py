@@ -23,7 +23,6 @@ from typing import Any
 import yaml
 
 from nemo_trd.config.schema import Config
-from nemo_trd.evaluate.accuracy import Accuracy
 from nemo_trd.records.console import Figures, _attach_handlers, _detach_handlers, step_line
 from nemo_trd.records.samples import Decode, Sample, sample_record, samples_page
 from nemo_trd.records.step_lines import StepLines, write_atomically
@@ -98,14 +97,14 @@ class RunLogger:
         eta = left * sum(self._durations) / len(self._durations)
         log.info("%s", step_line(step, self._config.train.num_steps, figures, eta))
 
-    def evaluation(self, step: int, accuracy: Accuracy) -> None:
-        """Record the accuracy of the student after `step` steps."""
+    def evaluation(self, step: int, accuracy: Mapping[str, float], sentence: str) -> None:
+        """Record the accuracy of the student after `step` steps; `sentence` tells it to people."""
         if not self._writer:
             return
-        figures = finite(accuracy.summary(), f"evaluation after step {step}")
+        figures = finite(accuracy, f"evaluation after step {step}")
         self._evaluations.append(step, {**figures, "time": time.time()})
         self._track(step, {f"evaluation/{name}": value for name, value in figures.items()})
-        log.info("evaluation after step %d: %s", step, accuracy)
+        log.info("evaluation after step %d: %s", step, sentence)
 
     def wants_samples(self, step: int) -> bool:
         """The same on all ranks."""

@@ -1,1 +1,5 @@
-"""The parts of `nemo_trd.report`: records read, figures drawn, samples marked, one page."""
+"""python -m nemo_trd.report: one HTML page of what became of runs, from their records.
+
+Here: figures, tables, plots, marked samples, the page. May import records, prefix_failure's words.
+Reads only; whatever the records hold is escaped.
+"""

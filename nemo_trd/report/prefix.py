@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from nemo_trd.prefix_failure.record import Alignment, PrefixFailure, Source, Verdict
 from nemo_trd.prefix_failure.words import NAMES, Table, choice_table, divergence_table, sentences
+from nemo_trd.records.prefix_failure import Alignment, PrefixFailure, Source, Verdict
 from nemo_trd.records.read import RunRecords
 from nemo_trd.report.figures import Shown
 from nemo_trd.report.plots import Band, bands, run_color, run_marker

@@ -14,7 +14,7 @@ from pydantic import SecretStr
 
 from nemo_trd.config.schema import Config, ModelSource, Vllm, VllmPool
 from nemo_trd.distributed.exchange import from_first_rank
-from nemo_trd.generation import Generator
+from nemo_trd.generation.protocol import Generator
 from nemo_trd.models.vocabulary import read_vocabulary
 
 if TYPE_CHECKING:

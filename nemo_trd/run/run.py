@@ -27,7 +27,7 @@ from nemo_trd.distributed.exchange import from_first_rank, merge_shares, own_sha
 from nemo_trd.distributed.stop import StopRequest
 from nemo_trd.evaluate.accuracy import Accuracy
 from nemo_trd.evaluate.in_run import evaluate
-from nemo_trd.generation import request_seed
+from nemo_trd.generation.protocol import request_seed
 from nemo_trd.megatron.checkpoint import Checkpointer
 from nemo_trd.megatron.learning_rate import rate_change
 from nemo_trd.megatron.student import StepResult, Student
@@ -425,7 +425,7 @@ class Run:
             self._inputs.student_tokenizer,
             self.sampler.judge,
         )
-        self._logger.evaluation(self.step, accuracy)
+        self._logger.evaluation(self.step, accuracy.summary(), str(accuracy))
         return accuracy
 
     def _write_samples(

@@ -13,13 +13,13 @@ from pydantic import SecretStr
 from nemo_trd.config.schema import Config, TeacherPool
 from nemo_trd.data.types import TokenIds, Trajectory
 from nemo_trd.distributed.exchange import from_first_rank, merge_shares
-from nemo_trd.generation import GenerationFailed
 from nemo_trd.generation.identity import (
     ask,
     check_log_probabilities,
     check_name,
     check_weights_and_tokenizer,
 )
+from nemo_trd.generation.protocol import GenerationFailed
 from nemo_trd.generation.vllm import VllmGenerator
 from nemo_trd.megatron.student import Student
 from nemo_trd.megatron.teacher import Teacher

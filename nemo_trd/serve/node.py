@@ -23,6 +23,7 @@ from typing import Literal
 from nemo_trd.config.arguments import path
 from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.load import compose
+from nemo_trd.config.rules import check_server_tp
 from nemo_trd.config.schema import Config
 from nemo_trd.serve.api_key import read_api_key
 from nemo_trd.serve.server import Server, ServerError, start_all, stop_all
@@ -78,25 +79,6 @@ def servers_of_node(config: Config, role: Role, host: str, logs: Path) -> list[S
         )
         for number in range(cluster.gpus_per_node // tp)
     ]
-
-
-def check_server_tp(config: Config, role: str) -> None:
-    """The cluster's figure holds for servers of a node; another one must not be lost in silence.
-
-    Raises:
-        ConfigError
-    """
-    vllm, cluster = config.generation.vllm, config.cluster
-    assert vllm is not None
-    tp = cluster.student_server_tp if role == "student" else cluster.teacher_server_tp
-    given = (vllm.student if role == "student" else vllm.teacher).server.tensor_parallel_size
-    if given not in (1, tp):
-        raise rule_broken(
-            f"generation.vllm.{role}.server.tensor_parallel_size",
-            given,
-            f"on nodes of their own servers have cluster.{role}_server_tp = {tp} GPUs",
-            f"set cluster.{role}_server_tp={given}",
-        )
 
 
 def address_towards(host: str) -> str:

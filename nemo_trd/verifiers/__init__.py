@@ -2,7 +2,8 @@
 
 A `Judge` tells why; a `Verifier` only the verdict: True, False, or None. None says that there is
 no verdict (verifier "none", or the check failed or ran out of time): it is neither right nor
-wrong, and whoever counts must count it apart.
+wrong, and whoever counts must count it apart. Here: `math`, `code` in its `sandbox`, exact words.
+May import config. No models and no prompts: two texts in, a judgement out.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from functools import lru_cache, partial
 from typing import TypeVar
 
 from nemo_trd.config.schema import Sandbox, VerifierName
-from nemo_trd.data.types import Answer
-from nemo_trd.verifiers.judgement import Judge, Judgement
+from nemo_trd.verifiers.judgement import Answer, Judge, Judgement
 from nemo_trd.verifiers.several import judge_answer
 
 Verifier = Callable[[str, Answer], bool | None]  # (generated text, expected answer)

@@ -1,9 +1,24 @@
-"""What is found out about one answer."""
+"""Expected answers, and what a verifier finds out about a text."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class AnswerList:
+    """Several answers to one problem: any of them is right, or all together are."""
+
+    texts: tuple[str, ...]
+    needed: Literal["any", "all"]
+
+    def __str__(self) -> str:
+        return (" or " if self.needed == "any" else " and ").join(self.texts)
+
+
+Answer = str | AnswerList
 
 
 @dataclass(frozen=True)

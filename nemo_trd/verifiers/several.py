@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from nemo_trd.data.types import Answer
 from nemo_trd.verifiers.boxes import boxed
-from nemo_trd.verifiers.judgement import Judge, Judgement
+from nemo_trd.verifiers.judgement import Answer, Judge, Judgement
 from nemo_trd.verifiers.thoughts import without_thoughts
 
 SEPARATORS = r",|;|\s(?:and|or)\s|\\(?:text|mathrm|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}"

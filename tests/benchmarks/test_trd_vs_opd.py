@@ -300,8 +300,8 @@ def first_loss(config: Any) -> float:
 
     from nemo_trd.data.prompts import load_prompts, prompts_of_step
     from nemo_trd.data.types import GenerationRequest
-    from nemo_trd.generation import request_seed
     from nemo_trd.generation.local import LocalGenerator
+    from nemo_trd.generation.protocol import request_seed
 
     tokenizer = AutoTokenizer.from_pretrained(config.model.student.path)
     prompts = load_prompts(config.data.train, "data.train", config.data, tokenizer).prompts

@@ -22,7 +22,8 @@ from nemo_trd.config.errors import ConfigError
 from nemo_trd.config.load import composed, conf_dir, validate
 from nemo_trd.config.schema import Config
 from nemo_trd.data.prompts import LoadedPrompts, load_prompts
-from nemo_trd.data.types import AnswerList, Prompt
+from nemo_trd.data.types import Prompt
+from nemo_trd.verifiers.judgement import AnswerList
 
 TOKENIZER = byte_level_tokenizer()
 OPSD = ("algorithm.mode=opsd", "model.teacher=null")

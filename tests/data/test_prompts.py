@@ -26,7 +26,8 @@ from transformers import PreTrainedTokenizerFast
 from nemo_trd.config.errors import ConfigError
 from nemo_trd.config.schema import Columns, Data, Dataset
 from nemo_trd.data.prompts import LoadedPrompts, load_prompts, prompts_of_step
-from nemo_trd.data.types import AnswerList, Prompt
+from nemo_trd.data.types import Prompt
+from nemo_trd.verifiers.judgement import AnswerList
 
 GSM8K = Path(__file__).parents[3] / "shared/data/gsm8k_test.jsonl"
 TOKENIZER = byte_level_tokenizer()

@@ -21,9 +21,9 @@ from transformers import (
 from nemo_trd.config.errors import ConfigError
 from nemo_trd.config.schema import LocalGeneration, ModelSource, Sampling
 from nemo_trd.data.types import GenerationRequest
-from nemo_trd.generation import request_seed
 from nemo_trd.generation.gumbel import gumbel_noise, sample, seed_tensor
 from nemo_trd.generation.local import LocalGenerator
+from nemo_trd.generation.protocol import request_seed
 from nemo_trd.models.vocabulary import read_vocabulary
 
 torch.set_num_threads(1)

@@ -27,8 +27,8 @@ from nemo_trd.prefix_failure import positions
 from nemo_trd.prefix_failure.answers import Answer, read_answers
 from nemo_trd.prefix_failure.main import main
 from nemo_trd.prefix_failure.positions import FIGURES, measure
-from nemo_trd.prefix_failure.record import DIVERGENCES, FILE, PrefixFailure
 from nemo_trd.prefix_failure.summary import Bootstrap, Measured, aligned, coarse, curves, groups
+from nemo_trd.records.prefix_failure import DIVERGENCES, FILE, PrefixFailure
 from nemo_trd.records.trackers import public_settings
 from nemo_trd.report import main as report
 from nemo_trd.toy import task, warm_start

@@ -30,7 +30,7 @@ from nemo_trd.data.types import (
     Rollout,
     Trajectory,
 )
-from nemo_trd.evaluate.accuracy import Score, accuracy
+from nemo_trd.evaluate.accuracy import Accuracy, Score, accuracy
 from nemo_trd.records.run_logger import RunLogger, finite
 from nemo_trd.records.samples import Sample, fenced, sample_record, samples_page, token_texts
 from nemo_trd.records.step_lines import StepLines
@@ -53,6 +53,10 @@ METRICS = {
 def settings(tmp_path: Path, *overrides: str) -> Config:
     quiet = ["logging.tensorboard=false"]
     return compose([f"run.dir={tmp_path / 'run'}", "train.num_steps=100", *quiet, *overrides])
+
+
+def evaluate(logger: RunLogger, step: int, measured: Accuracy) -> None:
+    logger.evaluation(step, measured.summary(), str(measured))
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -165,7 +169,7 @@ def test_messages_of_the_package_reach_console_and_file_once(
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with RunLogger(settings(tmp_path, "logging.tensorboard=true"), writer=False) as logger:
         logger.step(1, METRICS, SECONDS)
-        logger.evaluation(1, accuracy([Score(0, 1, 1, 0)], 2))
+        evaluate(logger, 1, accuracy([Score(0, 1, 1, 0)], 2))
         logger.samples(1, [sample()], str)
         logger.summary({"a": 1})
         assert logger.wants_samples(20) and not logger.wants_samples(19)
@@ -180,7 +184,7 @@ def test_resuming_leaves_each_step_once(tmp_path: Path) -> None:
         for step in range(1, 8):
             logger.step(step, METRICS | {"loss": float(step)}, SECONDS)
             if step in (2, 6):
-                logger.evaluation(step, accuracy([Score(0, 1, 1, 0)], 2))
+                evaluate(logger, step, accuracy([Score(0, 1, 1, 0)], 2))
     with path.open("a") as file:
         file.write('{"step": 8, "lo')  # killed while writing
     with RunLogger(config, writer=True, resumed_step=4) as logger:
@@ -216,7 +220,7 @@ def test_a_new_run_in_an_old_directory_starts_its_files_again(tmp_path: Path) ->
     config = settings(tmp_path)
     for _ in range(2):
         with RunLogger(config, writer=True) as logger:
-            logger.evaluation(0, accuracy([Score(0, 1, 1, 0)], 2))
+            evaluate(logger, 0, accuracy([Score(0, 1, 1, 0)], 2))
             logger.step(1, METRICS, SECONDS)
     assert steps_in(tmp_path / "run" / "metrics.jsonl") == [1]
     assert steps_in(tmp_path / "run" / "evaluation.jsonl") == [0]
@@ -244,7 +248,7 @@ def test_evaluations_are_recorded_and_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with RunLogger(settings(tmp_path), writer=True) as logger:
-        logger.evaluation(0, accuracy([Score(0, 1, 3, 0), Score(1, 4, 0, 0)], 4))
+        evaluate(logger, 0, accuracy([Score(0, 1, 3, 0), Score(1, 4, 0, 0)], 4))
         found = logger.evaluations()
     assert found[0]["avg@4"] == 0.625 and found[0]["problems"] == 2
     assert "evaluation after step 0: avg@4 0.625 ± 0.375, pass@4 1.000" in capsys.readouterr().out
@@ -266,7 +270,7 @@ def test_tensorboard_has_each_step_once_after_a_resume(tmp_path: Path) -> None:
             logger.step(step, METRICS | {"loss": float(step)}, SECONDS)
     with RunLogger(config, writer=True, resumed_step=2) as logger:
         logger.step(3, METRICS | {"loss": 30.0}, SECONDS)
-        logger.evaluation(3, accuracy([Score(0, 1, 1, 0)], 2))
+        evaluate(logger, 3, accuracy([Score(0, 1, 1, 0)], 2))
     found = scalars(tmp_path / "run" / "tensorboard")
     assert found["train/loss"] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     assert found["seconds/rollout"][0] == (1, 1.5)
@@ -371,7 +375,7 @@ def test_mlflow_records_settings_and_steps(tmp_path: Path) -> None:
         logger.step(1, METRICS, SECONDS)
     with RunLogger(config, writer=True, resumed_step=1) as logger:
         logger.step(2, METRICS | {"loss": 0.5}, SECONDS)
-        logger.evaluation(2, accuracy([Score(0, 1, 1, 0)], 2))
+        evaluate(logger, 2, accuracy([Score(0, 1, 1, 0)], 2))
     client = mlflow.MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("e")
     (run,) = client.search_runs([experiment.experiment_id])

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from nemo_trd.prefix_failure.record import (
+from nemo_trd.records.prefix_failure import (
     FILE,
     Counts,
     Curve,

@@ -106,8 +106,8 @@ class Scorer:
         vocab_size: int,
         spare: int,
     ) -> list[Any]:
-        from nemo_trd.generation import GenerationFailed
         from nemo_trd.generation.api import TokenScores
+        from nemo_trd.generation.protocol import GenerationFailed
 
         if self.broken:
             raise GenerationFailed("http://localhost:1: gone")
@@ -137,7 +137,7 @@ def check_layouts(directory: str) -> None:
     """On every rank."""
     from nemo_trd.config.load import compose
     from nemo_trd.distributed.process import init_distributed
-    from nemo_trd.generation import GenerationFailed
+    from nemo_trd.generation.protocol import GenerationFailed
     from nemo_trd.megatron.student import Student
     from nemo_trd.megatron.teacher import Teacher
     from nemo_trd.run.server_teacher import ServerTeacher

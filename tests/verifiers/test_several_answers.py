@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from pydantic import TypeAdapter
 
-from nemo_trd.data.types import AnswerList, Prompt
+from nemo_trd.data.types import Prompt
 from nemo_trd.verifiers import verifier
 from nemo_trd.verifiers.boxes import boxed, last_boxed
-from nemo_trd.verifiers.judgement import Judgement
+from nemo_trd.verifiers.judgement import AnswerList, Judgement
 from nemo_trd.verifiers.several import judge_answer
 
 same_mathematics, same_words = verifier("math"), verifier("exact")
