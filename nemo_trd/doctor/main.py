@@ -136,7 +136,7 @@ def _interpreter(role: Role) -> tuple[str, list[str]]:
 
 
 def run_probe(python: str, role: Role) -> tuple[dict[str, Any], list[str]]:
-    """What doctor_probe.py says in a process of its own, and faults: a broken library may crash.
+    """What probe.py says in a process of its own, and faults: a broken library may crash.
 
     It imports what the role starts with, if that is in `python`.
     """
@@ -147,7 +147,7 @@ def run_probe(python: str, role: Role) -> tuple[dict[str, Any], list[str]]:
         paths = [str(package.parent), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     # -P: the package's own directory, which has a types.py, must not be on the import path.
-    command = [python, "-P", "-W", "ignore", str(package / "doctor_probe.py")]
+    command = [python, "-P", "-W", "ignore", str(package / "doctor" / "probe.py")]
     command += ["vllm"] if role == "server" else []
     command += [ENTRY_POINTS[role]] if own else []
     try:

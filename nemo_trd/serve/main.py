@@ -44,7 +44,7 @@ def _stop_on(number: int, frame: FrameType | None) -> None:
 def _parse(arguments: Sequence[str] | None) -> tuple[Server, Path | None]:
     defaults = OmegaConf.load(conf_dir() / "generation" / "vllm.yaml").vllm
     parser = argparse.ArgumentParser(
-        prog="python -m nemo_trd.serve.main",
+        prog="python -m nemo_trd.serve",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import runpy
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,16 @@ import pytest
 CHECKOUT = Path(__file__).parents[2]
 MODULES = (
     *("launch", "quickstart", "smollm2", "plan", "evaluate", "report", "prefix_failure", "doctor"),
-    *("generation.serve", "generation.serve_node", "toy.warm_start"),
+    *("serve", "serve.node", "toy.warm_start"),
 )
 SCRIPTS = ("overlap.py", "trd_vs_opd.py", "loss.py", "comparison/models.py", "comparison/sft.py")
+
+
+def main_of(module: str) -> Callable[[list[str]], object]:
+    """Return what `python -m nemo_trd.MODULE` calls."""
+    name = f"nemo_trd.{module}"
+    is_room = importlib.util.find_spec(name).submodule_search_locations
+    return importlib.import_module(f"{name}.main" if is_room else name).main
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +48,7 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_help_is_a_usage(module: str, empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main = importlib.import_module(f"nemo_trd.{module}").main
+    main = main_of(module)
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     told = capsys.readouterr()
@@ -99,7 +107,7 @@ def test_what_cannot_be_meant_is_refused(
     module: str, arguments: list[str], empty: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        importlib.import_module(f"nemo_trd.{module}").main(arguments)
+        main_of(module)(arguments)
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith(f"usage: python -m nemo_trd.{module} ")
 

@@ -26,7 +26,7 @@ def test_installed_wheel_finds_its_settings_from_any_directory(tmp_path: Path) -
     run(*pip, "wheel", *own_build, REPOSITORY, cwd=tmp_path)
     wheel = next(tmp_path.glob("nemo_trd-*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
-    assert {f"nemo_trd/reporting/page.{kind}" for kind in ("html", "css")} <= set(names)
+    assert {f"nemo_trd/report/page.{kind}" for kind in ("html", "css")} <= set(names)
     packed = {name for name in names if "/conf/" in name}
     conf = REPOSITORY / "conf"
     expected = {f"nemo_trd/conf/{f.relative_to(conf)}" for f in conf.rglob("*.yaml")}
@@ -40,7 +40,7 @@ def test_installed_wheel_finds_its_settings_from_any_directory(tmp_path: Path) -
     # Its dependencies are those of this environment; an editable install is not seen this way.
     (site_packages / "behind.pth").write_text(sysconfig.get_path("purelib"))
     code = (
-        "import nemo_trd.config.schema as c; c.compose(['experiment=quickstart']); "
+        "import nemo_trd.config.load as c; c.compose(['experiment=quickstart']); "
         "print(c.conf_dir()); print(c.__file__)"
     )
     found = [Path(line) for line in run(fresh, "-c", code, cwd=tmp_path).split()]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny_models import make_model
 
-from nemo_trd.config import schema as settings
+from nemo_trd.config import load as settings_of
 from nemo_trd.config.errors import ConfigError
 from nemo_trd.config.schema import Config
 from nemo_trd.data.prompt_digests import DIGESTS_FILE, digests
@@ -43,7 +43,7 @@ CHANGES = [
 
 @cache
 def composed(*overrides: str) -> Config:
-    return settings.compose(list(overrides))
+    return settings_of.compose(list(overrides))
 
 
 def compose(overrides: Sequence[str]) -> Config:
