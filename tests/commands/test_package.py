@@ -44,4 +44,4 @@ def test_installed_wheel_finds_its_settings_from_any_directory(tmp_path: Path) -
         "print(c.conf_dir()); print(c.__file__)"
     )
     found = [Path(line) for line in run(fresh, "-c", code, cwd=tmp_path).split()]
-    assert found == [site_packages / "nemo_trd/conf", site_packages / "nemo_trd/config/schema.py"]
+    assert found == [site_packages / "nemo_trd/conf", site_packages / "nemo_trd/config/load.py"]
