@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -22,10 +21,11 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+from nemo_trd.distributed.parent import end_with_parent
+
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 GRACE_SECONDS = 20.0  # in which the ranks end by themselves after the first of them has
 POLL_SECONDS = 0.1
-PR_SET_PDEATHSIG = 1
 
 
 def launch(ranks: int, command: Sequence[str]) -> int:
@@ -54,7 +54,7 @@ def launch(ranks: int, command: Sequence[str]) -> int:
                     stdin=subprocess.DEVNULL,
                     env={**threads, **os.environ, **rank_environment},
                     start_new_session=True,
-                    preexec_fn=_end_with_launcher,
+                    preexec_fn=end_with_parent,  # nobody else passes signals on to a rank
                 )
             )
         return _wait(processes)
@@ -90,11 +90,6 @@ def _exit_code(processes: Sequence[subprocess.Popen[bytes]], first: int) -> int:
             name = signal.Signals(-process.returncode).name
             print(f"nemo_trd: rank {rank} was ended by {name}", file=sys.stderr)
     return first if first >= 0 else 128 - first
-
-
-def _end_with_launcher() -> None:
-    """Let a rank end with the launcher: nobody else passes signals on. Runs in the new process."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _free_port() -> int:

@@ -1,4 +1,4 @@
-"""Runs TRD once from end to end on the toy arithmetic task: warm starts, distillation, figures.
+"""Runs TRD once from end to end on the toy arithmetic task: warm starts, distillation, results.
 
 python -m nemo_trd.quickstart [key=value ...]     settings of conf/experiment/quickstart.yaml
 """

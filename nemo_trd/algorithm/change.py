@@ -21,8 +21,8 @@ class Change:
     """
 
     first_difference: int | None  # position, from 0, where they part; None where they do not
-    first_difference_share: float | None  # of y_o's length
-    kept_share: float  # of y_o's length
+    first_difference_share: float | None  # the same as a share of y_o's length
+    kept_share: float  # common tokens as a share of y_o's length
     rollout_tokens: int  # a terminating EOS included, as everywhere here
     refinement_tokens: int
     unchanged: int  # 1 where both are the same

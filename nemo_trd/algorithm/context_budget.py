@@ -37,6 +37,7 @@ class Measured:
 
     @property
     def tokens(self) -> int:
+        """Number of tokens."""
         return len(self.ends)
 
 

@@ -172,7 +172,7 @@ def _fitting_context(prompt: Prompt, config: Config, tokenizer: Any) -> FittedCo
         return None
     limit = config.refinement.max_context_tokens
     if config.algorithm.trajectory == "rollout" and config.algorithm.mode == "opd":
-        limit = config.data.max_prompt_tokens  # what the run is planned for
+        limit = config.data.max_prompt_tokens  # length that the run is planned for
     fits = len(context.token_ids) <= limit or context.token_ids == prompt.token_ids
     return context if fits else None
 

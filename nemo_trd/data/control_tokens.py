@@ -46,7 +46,7 @@ def encode_chat(
         return _encode(tokenizer, render(messages))
     marks = _marks(messages, controls, template)
     hidden = render(_hide(messages, render, controls, marks))
-    # Of the template, of data (the mark of a token), of the template, ...
+    # Pieces alternate: text of the template, the mark of a token in data, text of the template ...
     pieces = re.split(f"([{''.join(marks.values())}])", hidden) if marks else [hidden]
     data = [_show(mark, marks) for mark in pieces[1::2]]
     if tokenizer.is_fast:
@@ -74,7 +74,7 @@ class ControlTokens:
 
     strings: tuple[str, ...]
     numbers: Mapping[str, int]  # position in `strings`
-    special: frozenset[str]  # those that no template reads in a message
+    special: frozenset[str]  # tokens that no template reads in a message
     pattern: re.Pattern[str]  # matches the longest of them at a place
     normalize: Callable[[str], str] | None  # applied before the tokenizer looks for them
 
@@ -110,6 +110,7 @@ def _inner(value: Any) -> list[Any]:
 
 @lru_cache(maxsize=8)
 def control_tokens(tokenizer: Any, template: str) -> ControlTokens:
+    """Find the control tokens of a tokenizer with a chat template."""
     added = tokenizer.added_tokens_decoder.values()
     # transformers lets a tokenizer name its control tokens.
     chat_tokens = getattr(tokenizer, "chat_control_tokens", None)
@@ -199,7 +200,7 @@ class Renamed:
 
     core: Tokenizer
     names: Mapping[str, str]
-    pattern: re.Pattern[str]  # of control tokens
+    pattern: re.Pattern[str]  # matches a control token
     ids: Mapping[int, int]  # ids of added tokens: in the copy -> in the original
 
     def encode(self, pieces: Sequence[str], data: Sequence[str]) -> TokenIds:

@@ -25,6 +25,7 @@ DECODER = json.JSONDecoder(parse_int=_integer)
 
 
 def open_bytes(path: Path) -> io.BufferedIOBase:
+    """Open a file, also a gzipped one, for reading its bytes."""
     return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
 
 

@@ -18,20 +18,20 @@ from nemo_trd.data.types import Prompt
 DIGESTS_FILE = "prompts.digest"
 PARTS = ("problem", "reference solution", "answer", "tokens")
 _ENTRY = struct.Struct("<I4s4s4s4s")
-BYTES = _ENTRY.size  # of one prompt
+BYTES = _ENTRY.size  # length of one prompt's entry
 
 
 @dataclass(frozen=True)
 class Difference:
     """Difference between the prompts of a checkpoint and the present ones."""
 
-    before: int  # how many there were
-    now: int
+    before: int  # number of prompts in the checkpoint
+    now: int  # number of prompts now
     first: int  # position of the first that differs, among the usable ones
-    row: int | None  # where that one stands in the data now, from 0; None: they end before it
-    row_before: int | None
-    parts: tuple[str, ...]  # which of PARTS differ there, where there is one before and now
-    differing: int  # positions that differ, of those that both have
+    row: int | None  # its row in the data now, from 0; None: the data end before it
+    row_before: int | None  # its row in the data before
+    parts: tuple[str, ...]  # those of PARTS that differ there, where both have a prompt
+    differing: int  # number of positions that both have and that differ
     only_order: bool  # the same prompts, in another order or in other rows
     only_tokens: bool  # the same rows with the same texts, tokenized otherwise
 

@@ -178,7 +178,9 @@ def _epoch_order(count: int, per_step: int, seed: int, epoch: int) -> tuple[int,
         first -= 1
     order = _shuffled(count, seed, first)
     for later in range(first + 1, epoch + 1):
-        carried = later * count % per_step  # of the step on the border, by the epoch before
+        carried = (
+            later * count % per_step
+        )  # prompts of the step on the border that the epoch before has
         before = set(order[count - carried :]) if carried else set()
         shuffled = _shuffled(count, seed, later)
         head = [i for i in shuffled if i not in before][: (per_step - carried) % per_step]

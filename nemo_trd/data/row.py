@@ -39,15 +39,15 @@ Row = tuple[str, dict[str, Any] | BadRow]
 
 @dataclass(frozen=True)
 class RowReader:
-    """Takes values out of one row. Every method raises BadRow, which names the place.
+    """Reader of the values of one row. Every method raises BadRow, which names the place.
 
-    `key` is what a value is for (problem, answer, ...); the reason of a BadRow says missing_KEY or
-    bad_KEY.
+    `key` is the purpose of a value (problem, answer, ...); the reason of a BadRow is missing_KEY
+    or bad_KEY.
     """
 
     where: str
     row: dict[str, Any]
-    field: str  # of the dataset, as in "data.train"
+    field: str  # setting of the dataset, as in "data.train"
 
     def value(self, key: str, column: str) -> Any:
         """Value of a column, or, where none has that name, at a path of names with dots."""
@@ -78,6 +78,7 @@ class RowReader:
         )
 
     def text(self, key: str, column: str) -> str:
+        """Text of a column that is not empty."""
         return self._text(key, column, self.value(key, column))
 
     def _text(self, key: str, column: str, value: Any) -> str:
@@ -177,6 +178,7 @@ class RowReader:
         return answer.strip()
 
     def bad(self, key: str, column: str, value: object, rule: str) -> BadRow:
+        """Error for a value that breaks `rule`."""
         missing = value is None or (isinstance(value, str) and not value.strip())
         return BadRow(
             f"{'missing' if missing else 'bad'}_{key}",

@@ -45,11 +45,11 @@ def read_messages(reader: RowReader, column: str) -> list[Message]:
             rule = "only the first message may be from the system"
             raise reader.bad("messages", column, value, rule)
         if role == "system" and _is_blank(content):
-            continue  # as in a column of system prompts, it is none
+            continue  # an empty system prompt is none, as in a column of system prompts
         text = _text(reader, column, value, position, content)
         # Parquet gives every message every key; a null stands for a key that is not there.
         others = {k: v for k, v in message.items() if v is not None and k not in ("from", "value")}
-        # What else a template may be shown must be text as well.
+        # The other keys of a message reach the template: they must be text as well.
         reader.valid("messages", column, json.dumps(others, ensure_ascii=False, default=str))
         messages.append({**others, "role": role, "content": text})
     if not messages:

@@ -91,7 +91,7 @@ class FittedContext:
     """Teacher context within its token budget."""
 
     token_ids: TokenIds
-    shortened: tuple[str, ...] = ()  # which of "rollout", "reference_solution" was cut to fit
+    shortened: tuple[str, ...] = ()  # "rollout", "reference_solution": texts cut to fit
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class RefinementPrompt:
     rollout: Rollout
     token_ids: TokenIds | None  # None exactly when `rejection` is set
     rejection: Rejection | None = None  # "subset", "context_overflow" or "aborted" (y_o itself)
-    shortened: tuple[str, ...] = ()  # which of "rollout", "reference_solution" was cut to fit
+    shortened: tuple[str, ...] = ()  # "rollout", "reference_solution": texts cut to fit
     # The same as the teacher sees it that scores, where teacher.chat_template_kwargs differ.
     scored_token_ids: TokenIds | None = None
 
@@ -132,7 +132,7 @@ class Trajectory:
     student_context: TokenIds
     teacher_context: TokenIds
     labels: TokenIds  # y, its terminating EOS included
-    weight_version: int  # of the student that sampled y_o
+    weight_version: int  # version of the student that sampled y_o
     shortened: tuple[str, ...] = ()  # names of the texts that were cut to fit its budget
 
     @property

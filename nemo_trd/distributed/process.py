@@ -86,6 +86,7 @@ class Process:
 
     @classmethod
     def own(cls) -> Process:
+        """Process that calls this."""
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = os.stat("/proc/self/ns/pid").st_ino
         stderr = os.fstat(2)

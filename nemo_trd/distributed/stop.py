@@ -19,7 +19,7 @@ from nemo_trd.records.last_line import end_process, leave
 log = logging.getLogger(__name__)
 
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL: the run was asked to stop, saved, and can be resumed
-INTERRUPTED_EXIT_CODE = 130  # as of a program that SIGINT ends
+INTERRUPTED_EXIT_CODE = 130  # exit code of a program that SIGINT ends
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_PRESS_SECONDS = 0.5  # a launcher may pass on what the terminal has sent already
 
@@ -40,7 +40,7 @@ class StopRequest:
         self._rank = rank
         self._stop_file = run_dir / "stop"
         self._signal = 0
-        self._announced = False  # that the run stops
+        self._announced = False  # whether the log says that the run stops
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._previous_wakeup = signal.set_wakeup_fd(
@@ -95,7 +95,9 @@ class StopRequest:
         requests = torch.tensor([int(self.signalled()), int(self._stop_file.exists())])
         dist.all_reduce(requests, op=dist.ReduceOp.MAX)
         signalled, stop_file = requests.tolist()
-        self._announced |= bool(signalled or stop_file)  # what the run says of its end comes last
+        self._announced |= bool(
+            signalled or stop_file
+        )  # nothing may follow the last line of the log
         if signalled:
             return REQUEUE_EXIT_CODE
         if not stop_file:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import inspect
 import logging
 import multiprocessing
 import queue
 import random
 import shutil
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -31,6 +29,7 @@ from nemo_trd.config.schema import Checkpoint
 from nemo_trd.data.prompt_digests import DIGESTS_FILE
 from nemo_trd.data.types import Refinement
 from nemo_trd.distributed.exchange import from_first_rank
+from nemo_trd.distributed.parent import end_with_parent
 from nemo_trd.megatron.optimizer_states import load_optimizer
 from nemo_trd.megatron.student import Student
 from nemo_trd.records import checkpoint_dir, checksums, disk_space, latest
@@ -143,6 +142,7 @@ class Checkpointer:
             self._under_way = None
 
     def close(self) -> None:
+        """Finish every background save and end the writers."""
         self.wait()
         self._queue.close()
 
@@ -322,10 +322,5 @@ def _results_queue(async_save: bool) -> Any:
     if not async_save:
         return queue.Queue()  # writers are threads and forked processes that report to this one
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-    manager.start(_end_with_parent)
+    manager.start(end_with_parent)
     return manager.Queue()
-
-
-def _end_with_parent() -> None:
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

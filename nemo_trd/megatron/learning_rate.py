@@ -52,7 +52,12 @@ def rate_change(record: Mapping[str, Any], config: Config, updates: int) -> str 
     try:
         before = Optimizer.model_validate(record["optimizer"])
         planned = int(record["train"]["num_steps"])
-    except (KeyError, TypeError, ValueError, ValidationError):  # of a version with other settings
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        ValidationError,
+    ):  # written by a version with other settings
         return None
     if updates >= config.train.num_steps:
         return None

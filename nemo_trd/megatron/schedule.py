@@ -67,6 +67,7 @@ def run_schedule(
 
 
 def is_last_stage(groups: ProcessGroupCollection) -> bool:
+    """Whether this rank is on the last pipeline stage."""
     return groups.pp.rank() == groups.pp.size() - 1
 
 

@@ -84,14 +84,17 @@ class StepTime:
 
     @property
     def generation(self) -> float:
+        """Seconds of generation."""
         return self.rollout + self.refinement
 
     @property
     def training(self) -> float:
+        """Seconds of training: teacher and student."""
         return self.teacher + self.student
 
     @property
     def total(self) -> float:
+        """Seconds of the whole step."""
         if self.overlap:
             return max(self.generation, self.training)
         return self.generation + self.training
@@ -246,6 +249,7 @@ class Split:
 
 
 def split_of(config: Config, student: Any, teacher: Any) -> Split:
+    """Split of nodes that the settings have, with the time of its step."""
     cluster = config.cluster
     return Split(
         cluster.training_nodes,
@@ -256,6 +260,7 @@ def split_of(config: Config, student: Any, teacher: Any) -> Split:
 
 
 def with_nodes(config: Config, training: int, student: int, teacher: int) -> Config:
+    """Copy of the settings with other numbers of nodes."""
     nodes = {
         "training_nodes": training,
         "student_server_nodes": student,

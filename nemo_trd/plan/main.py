@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(show.text(plan))
     try:
         if options.json:
-            options.json.write_text(json.dumps(show.figures(plan), indent=1) + "\n")
+            options.json.write_text(json.dumps(show.as_json(plan), indent=1) + "\n")
         if options.plot and plan.memory:
             plot(plan.memory, plan.config.cluster.gpu_memory_gib, options.plot)
     except (OSError, ValueError) as error:  # no such directory; no such image format

@@ -34,17 +34,19 @@ class Plan:
     advice: Advice | None = None
     flops: StepFlops | None = None  # with all below: None where the teacher's shape is unknown
     split: Split | None = None
-    fastest: Split | None = None  # of the same nodes
-    evenest: Split | None = None  # of the same nodes: the longer of generation and training least
+    fastest: Split | None = None  # best split of the same nodes by the time of a step
+    evenest: Split | None = None  # split with the shortest maximum of generation and training
     evening: Evening | None = None  # server nodes that even out the training nodes
     disk: int = 0
 
     @property
     def fits(self) -> bool:
+        """Whether the fullest GPU has room for the run."""
         return bool(self.memory) and peak(self.memory).total <= capacity(self.config)
 
     @property
     def exit_code(self) -> int:
+        """Exit code of `nemo_trd.plan`: 0 fits, 1 does not fit, 2 a rule is broken."""
         if self.findings.problems:
             return 2
         return 0 if self.fits else 1

@@ -249,8 +249,8 @@ def _disk(plan: Plan) -> str:
     )
 
 
-def figures(plan: Plan) -> dict[str, Any]:
-    """All figures for other programs, in bytes and seconds."""
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Estimates for other programs, as plain data; sizes in bytes, times in seconds."""
     result: dict[str, Any] = {
         "exit_code": plan.exit_code,
         "fits": plan.fits,
@@ -274,9 +274,9 @@ def figures(plan: Plan) -> dict[str, Any]:
         "advice": list(plan.advice.overrides) if plan.advice else [],
         "gpus": [_gpu(gpu) for gpu in plan.memory],
         "flops": vars(plan.flops) if plan.flops else None,
-        "step": _split_figures(plan.split) if plan.split else None,
-        "fastest_split": _split_figures(plan.fastest) if plan.fastest else None,
-        "evenest_split": _split_figures(plan.evenest) if plan.evenest else None,
+        "step": _split_values(plan.split) if plan.split else None,
+        "fastest_split": _split_values(plan.fastest) if plan.fastest else None,
+        "evenest_split": _split_values(plan.evenest) if plan.evenest else None,
         "evening": vars(plan.evening) if plan.evening else None,
         "disk": plan.disk,
     }
@@ -293,7 +293,7 @@ def _gpu(gpu: GpuMemory) -> dict[str, Any]:
     }
 
 
-def _split_figures(split: Split) -> dict[str, Any]:
+def _split_values(split: Split) -> dict[str, Any]:
     nodes = {
         "training_nodes": split.training,
         "student_server_nodes": split.student_servers,

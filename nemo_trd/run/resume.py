@@ -42,6 +42,7 @@ class Change:
         return f"{self.name}: {_excerpt(self.before, start)} -> {_excerpt(self.now, start)}"
 
     def is_of(self, sections: Sequence[str]) -> bool:
+        """Whether the setting is one of `sections`, or stands in one."""
         return any(self.name == s or self.name.startswith(f"{s}.") for s in sections)
 
 
@@ -135,7 +136,7 @@ def check_prompts(checkpoint: Path, prompts: bytes, config: Config) -> str | Non
         ConfigError: with the number of prompts before, and the first row that differs.
     """
     file = checkpoint / DIGESTS_FILE
-    if not file.is_file():  # of a version that kept their number alone
+    if not file.is_file():  # written by a version that recorded their number alone
         before, now = read_state(checkpoint).num_prompts, len(prompts) // BYTES
         rule = f"it was made with {before} usable prompts and there are {now} now"
         if before == now:

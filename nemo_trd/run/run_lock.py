@@ -40,7 +40,7 @@ POLL_SECONDS = 1.0
 class Holder:
     """Holder of a lock, as in the file."""
 
-    token: str  # of this holding alone
+    token: str  # another one for each time that a lock is taken
     host: str
     pid: int
     process_start: int  # in ticks since the machine started

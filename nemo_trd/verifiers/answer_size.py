@@ -11,11 +11,11 @@ import re
 
 MAX_CHARACTERS = 1000  # or four times as many as the expected answer has
 MAX_DEPTH = 12  # brackets in one another; every level doubles the work of the parser
-FUNCTION_DEPTH = 3  # of the brackets of a function: sympy looks for a value of cos(cos(cos(1)))
-MAX_DIGITS = 100_000.0  # of every number to be computed: 2^{2024}, 1000! and 10^{10000} fit
-MAX_TERMS = 100_000.0  # of a sum or a product
+FUNCTION_DEPTH = 3  # depth of a function's brackets: sympy looks for a value of cos(cos(cos(1)))
+MAX_DIGITS = 100_000.0  # largest number to be computed: 2^{2024}, 1000! and 10^{10000} fit
+MAX_TERMS = 100_000.0  # longest sum or product
 MAX_EXPANDED = 500  # terms that a power of a sum, (x+1)^{300}, has when it is expanded
-MAX_ROOT_DIGITS = 2_100  # of a number under a root, which sympy tries to divide: 10^{2024} fits
+MAX_ROOT_DIGITS = 2_100  # largest number under a root, which sympy tries to divide: 10^{2024} fits
 
 TOKEN = re.compile(
     r"(?P<number>\d[\d,]*\.?\d*)|(?P<open>\\\{|[{(\[])|(?P<close>\\\}|[})\]])"

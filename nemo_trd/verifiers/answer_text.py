@@ -55,7 +55,7 @@ SYMBOLS = str.maketrans(
         **{"，": ",", "：": ":", "（": "(", "）": ")", "′": "'", "’": "'", "″": '"'},
     }
 )
-FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")  # of full width, Arabic, ...
+FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")  # full width, Arabic, ...
 ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 ROOT = re.compile(r"([√∛∜])\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|\\?[A-Za-z]+))?")
 BARE_PI = re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])")

@@ -62,6 +62,8 @@ Dimensions = tuple[tuple[str, int], ...]  # with their exponents, in order
 
 @dataclass(frozen=True)
 class Unit:
+    """Unit as powers of dimensions, and its value in their own units."""
+
     dimensions: Dimensions
     factor: Fraction
 
@@ -102,6 +104,7 @@ class Quantity:
 
     @property
     def dimensions(self) -> Dimensions:
+        """Dimensions that all parts have."""
         return self.parts[0][1].dimensions
 
     @property

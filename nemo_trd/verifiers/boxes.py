@@ -13,7 +13,7 @@ def boxed(text: str) -> list[str]:
 
     In one pass, however many are left open.
     """
-    open_braces: list[int | None] = []  # where a box began, None for any other brace
+    open_braces: list[int | None] = []  # begin of a box, None for any other brace
     boxes: list[tuple[int, str]] = []
     for token in _TOKEN.finditer(text):
         if token[0] == "}":

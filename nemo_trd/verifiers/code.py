@@ -34,7 +34,7 @@ SCRIPT = Path(code_script.__file__).read_text()
 FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([^\s`]*)[^\n]*$", re.MULTILINE)
 CPU_LIMIT = 128 + signal.SIGXCPU  # exit status
 LANGUAGES = ("", "python", "python3", "py")
-FLOAT_TOLERANCE = {"rel_tol": 1e-7, "abs_tol": 1e-6}  # where a reference solution is followed
+FLOAT_TOLERANCE = {"rel_tol": 1e-7, "abs_tol": 1e-6}  # for outputs of a reference solution
 
 
 class TestsBroken(Exception):

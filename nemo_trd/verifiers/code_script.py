@@ -75,6 +75,8 @@ def decode(coded: Any) -> Any:
 
 
 def read_code() -> str:
+    """Read the code from stdin: 8 bytes of length, then UTF-8."""
+
     def read(count: int) -> bytes:
         received = b""
         while len(received) < count:
@@ -88,12 +90,14 @@ def read_code() -> str:
 
 
 def run_program(code: str) -> None:
+    """Run the code as a main program."""
     namespace = new_namespace("__main__")
     sys.argv = ["solution.py"]
     exec(compile(code, "solution.py", "exec"), namespace)
 
 
 def new_namespace(name: str) -> dict[str, Any]:
+    """Make a module with the names of `PREAMBLE`; return its namespace."""
     module = type(sys)(name)
     sys.modules[name] = module
     exec(PREAMBLE, module.__dict__)

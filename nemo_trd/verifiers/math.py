@@ -30,8 +30,8 @@ from nemo_trd.verifiers.thoughts import without_thoughts
 
 log = logging.getLogger(__name__)
 
-PROSE_CHARACTERS = 4000  # of a text without a marked answer, so many from its end are read
-EXPONENT = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d{1,3})")  # as programs write numbers
+PROSE_CHARACTERS = 4000  # read from the end of a text without a marked answer
+EXPONENT = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d{1,3})")  # a number as programs write it
 PERCENT = re.compile(r"(?<=[\d)}])\s*\\?%$")
 UNKNOWN_UNITS = re.compile(r"(?<=\d)( [A-Za-z]{3,})+$")  # "18 eggs", but not "18 x" or "2 pi"
 BOUND = re.compile(r"\\neq?(?![A-Za-z])|\d\s*\+$|\bor (?:more|less|greater|fewer)\b")
@@ -39,7 +39,7 @@ WORDS = re.compile(r"[A-Za-z]+( [A-Za-z]+)*")
 LONG_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 COMPUTED = re.compile(r"\$[^$]+\$|\\\(.+?\\\)|\\\[.+?\\\]|[^\s$]+", re.DOTALL)
 NOT_OF_A_SENTENCE = {"sqrt", "pi", "and", "or", "square", "cubic", "unit", "units"}
-FORMULA = re.compile(r"\$|\\|\d")  # where math-verify may find something
+FORMULA = re.compile(r"\$|\\|\d")  # a sign that math-verify may find an answer
 
 
 class MathJudge:

@@ -59,6 +59,7 @@ class MathWorker:
         return Judgement(None, reason)
 
     def stop(self) -> None:
+        """End the process; the next comparison starts another."""
         with self._lock:
             self._kill()
 
@@ -137,7 +138,7 @@ def serve() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
         logging.getLogger("math_verify").setLevel(logging.ERROR)  # "timeout is disabled": it is
         _compare("$x$", "$2x$")  # imports and tables belong to the start, not to a limit
-        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # who asks may use a profiler
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the parent may use a profiler
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
         print("true", file=replies, flush=True)
         for line in sys.stdin:

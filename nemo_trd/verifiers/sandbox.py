@@ -27,7 +27,7 @@ from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import Sandbox
 
 NOBODY = 65534
-PYTHON, PACKAGES = "/opt/python", "/opt/packages"  # where the interpreter is found inside
+PYTHON, PACKAGES = "/opt/python", "/opt/packages"  # their places inside the sandbox
 READY = b"ready\n"
 START_SECONDS = 60.0
 WATCH_SECONDS = 0.05  # between two looks at the memory of all its processes
@@ -315,7 +315,7 @@ DENIED = {
     "msgget": (68, 186),
 }
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-LOAD, EQUAL, GREATER_OR_EQUAL, RETURN = 0x20, 0x15, 0x35, 0x06  # of classic BPF
+LOAD, EQUAL, GREATER_OR_EQUAL, RETURN = 0x20, 0x15, 0x35, 0x06  # instructions of classic BPF
 ALLOW, PERMISSION_DENIED, KILL_PROCESS = 0x7FFF0000, 0x00050000 | 1, 0x80000000
 X32_CALLS = 0x40000000  # the same calls once more, under other numbers
 
