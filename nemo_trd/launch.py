@@ -2,7 +2,7 @@
 
 python -m nemo_trd.launch --nproc 4 parallel.student.tensor_model_parallel_size=2 run.dir=runs/mine
 
-As `torchrun --nproc-per-node`, except that a run keeps what it says of its end: SIGTERM, SIGUSR1
+Like `torchrun --nproc-per-node`, except that a run ends in its own way: SIGTERM, SIGUSR1
 and Ctrl-C reach the ranks, which take all the time that a step and its checkpoint need, and the
 exit code is theirs (75: stopped, saved, can be resumed). A second Ctrl-C ends them at once. When
 one rank fails, or is killed, none is left.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -22,44 +21,45 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+from nemo_trd.distributed.parent import end_with_parent
+
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 GRACE_SECONDS = 20.0  # in which the ranks end by themselves after the first of them has
 POLL_SECONDS = 0.1
-PR_SET_PDEATHSIG = 1
 
 
 def launch(ranks: int, command: Sequence[str]) -> int:
-    """Run `command` once for each rank and wait for all. Returns the exit code.
+    """Run `command` once for each rank, wait for all, and return the exit code.
 
-    That is the code of the first rank that failed, 128 + number where a signal ended it, else 0.
+    It is the code of the first rank that failed, 128 + number where a signal ended it, else 0.
     The ranks find each other by the variables that torchrun sets. They are in sessions of their
     own, so a terminal's Ctrl-C reaches them through this process alone.
     """
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), **address}
     threads = {} if ranks == 1 else {"OMP_NUM_THREADS": "1"}  # ranks share the cores
-    started: list[subprocess.Popen[bytes]] = []
+    processes: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        for process in started:
+        for process in processes:
             process.send_signal(number)
 
     before = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
         for rank in range(ranks):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **world}
-            started.append(
+            rank_environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), **world}
+            processes.append(
                 subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
-                    env={**threads, **os.environ, **own},
+                    env={**threads, **os.environ, **rank_environment},
                     start_new_session=True,
-                    preexec_fn=_end_with_launcher,
+                    preexec_fn=end_with_parent,  # nobody else passes signals on to a rank
                 )
             )
-        return _wait(started)
+        return _wait(processes)
     finally:
-        for process in started:
+        for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             process.wait()
@@ -67,34 +67,29 @@ def launch(ranks: int, command: Sequence[str]) -> int:
             signal.signal(number, handler)
 
 
-def _wait(started: Sequence[subprocess.Popen[bytes]]) -> int:
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
     first, limit = 0, None
-    while running := [process for process in started if process.poll() is None]:
-        ended = [process for process in started if process not in running]
+    while running := [process for process in processes if process.poll() is None]:
+        ended = [process for process in processes if process not in running]
         if ended and limit is None:  # the others are about to end: all leave a run together
             limit = time.monotonic() + GRACE_SECONDS
         first = first or next((p.returncode for p in ended if p.returncode), 0)
         if limit is not None and time.monotonic() > limit:
-            numbers = ", ".join(str(started.index(process)) for process in running)
+            numbers = ", ".join(str(processes.index(process)) for process in running)
             print(f"nemo_trd: rank {numbers} did not end with the others: killed", file=sys.stderr)
-            return _exit_code(started, first or 1)
+            return _exit_code(processes, first or 1)
         time.sleep(POLL_SECONDS)
-    first = first or next((p.returncode for p in started if p.returncode), 0)
-    return _exit_code(started, first)
+    first = first or next((p.returncode for p in processes if p.returncode), 0)
+    return _exit_code(processes, first)
 
 
-def _exit_code(started: Sequence[subprocess.Popen[bytes]], first: int) -> int:
-    """As a shell has it; ranks that a signal ended could not say so themselves."""
-    for rank, process in enumerate(started):
+def _exit_code(processes: Sequence[subprocess.Popen[bytes]], first: int) -> int:
+    """Exit code as a shell has it; reports the ranks that a signal ended."""
+    for rank, process in enumerate(processes):
         if process.returncode is not None and process.returncode < 0:
             name = signal.Signals(-process.returncode).name
             print(f"nemo_trd: rank {rank} was ended by {name}", file=sys.stderr)
     return first if first >= 0 else 128 - first
-
-
-def _end_with_launcher() -> None:
-    """In a rank, before it begins. It would go on without anybody to pass signals on to it."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _free_port() -> int:
@@ -113,10 +108,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--nproc", type=int, required=True, metavar="N", help="ranks, one for each GPU"
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for nemo_trd.train")
-    given = parser.parse_intermixed_args(arguments)
-    if given.nproc < 1:
-        parser.error(f"--nproc {given.nproc}: at least 1")
-    return launch(given.nproc, [sys.executable, "-m", "nemo_trd.train", *given.overrides])
+    options = parser.parse_intermixed_args(arguments)
+    if options.nproc < 1:
+        parser.error(f"--nproc {options.nproc}: at least 1")
+    return launch(options.nproc, [sys.executable, "-m", "nemo_trd.train", *options.overrides])
 
 
 if __name__ == "__main__":

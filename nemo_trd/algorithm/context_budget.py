@@ -1,8 +1,8 @@
-"""Fit a teacher context into its token budget, by shortening texts with a visible notice.
+"""Fits a teacher context into its token budget, by shortening texts with a visible notice.
 
-Problem and instructions are never cut. The rule for the rest: what the budget leaves is shared by
+Problem and instructions are never cut. The rule for the rest: the remaining budget is shared by
 rollout and reference solution. A text that is no longer than half of it stays whole, and the other
-one gets what is left; where both are longer, each gets half.
+one gets the remainder; where both are longer, each gets half.
 
 Every text is tokenized once, to know where its tokens begin and end: whatever its length, it is
 cut in one step. Lengths are then measured on the rendered token ids, since the token counts of
@@ -19,17 +19,17 @@ from typing import Any
 from nemo_trd.config.schema import RefinementConfig
 from nemo_trd.data.types import TokenIds
 
-Texts = Mapping[str, str]  # placeholder of the template -> what is put in its place
+Texts = Mapping[str, str]  # placeholder of the template -> text in its place
 Render = Callable[[Texts], TokenIds]
 
 LONGEST_WORD = 32  # characters; see _word_border
-ATTEMPTS = 6  # at what exceeds the budget, or leaves more of it than CLOSE
+ATTEMPTS = 6  # while a result exceeds the budget, or leaves more than CLOSE of it
 CLOSE = 8  # tokens
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A text, and where each of its tokens begins and ends, in characters."""
+    """Text with the begin and end of each of its tokens, in characters."""
 
     text: str
     starts: list[int]
@@ -37,6 +37,7 @@ class Measured:
 
     @property
     def tokens(self) -> int:
+        """Number of tokens."""
         return len(self.ends)
 
 
@@ -52,7 +53,7 @@ def fit(
     more than some ten tokens and a word are left unused.
 
     Returns:
-        The token ids, None when they do not fit, and the names of what was shortened.
+        The token ids, None when they do not fit, and the names of the shortened texts.
     """
     budget = refinement.max_context_tokens
     token_ids = render(texts)
@@ -64,11 +65,11 @@ def fit(
     notice = _count(f"\n{_notice(len(token_ids))}\n", tokenizer)
 
     def attempt(room: int) -> tuple[TokenIds, tuple[str, ...]]:
-        given = _shares({name: text.tokens for name, text in measured.items()}, room)
+        shares = _shares({name: text.tokens for name, text in measured.items()}, room)
         cut = {
-            name: SHORTEN[name](text, max(0, given[name] - notice))
+            name: SHORTEN[name](text, max(0, shares[name] - notice))
             for name, text in measured.items()
-            if text.tokens > max(given[name], notice)
+            if text.tokens > max(shares[name], notice)
         }
         return render({**texts, **cut}), tuple(cut)
 
@@ -89,16 +90,16 @@ def fit(
 
 
 def _shares(lengths: Mapping[str, int], room: int) -> dict[str, int]:
-    """How many of `room` tokens each of at most two texts gets."""
-    given, left = {}, room
+    """Number of tokens, of `room`, that each of at most two texts gets."""
+    shares, remaining = {}, room
     for position, name in enumerate(sorted(lengths, key=lambda name: lengths[name])):
-        given[name] = min(lengths[name], left // (len(lengths) - position))
-        left -= given[name]
-    return given
+        shares[name] = min(lengths[name], remaining // (len(lengths) - position))
+        remaining -= shares[name]
+    return shares
 
 
 def keep_head(measured: Measured, tokens: int) -> str:
-    """The beginning of a rollout: the first error decides, what follows it is built on it.
+    """Keep the beginning of a rollout: the first error decides, the rest is built on it.
 
     The rewrite keeps what is right before that error, and an end without its middle would
     invite the teacher to copy a result whose derivation it cannot see.
@@ -107,7 +108,7 @@ def keep_head(measured: Measured, tokens: int) -> str:
 
 
 def keep_both_ends(measured: Measured, tokens: int) -> str:
-    """Three quarters beginning, one quarter end: a reference solution ends with its answer."""
+    """Keep three quarters beginning, one quarter end: a reference solution ends with its answer."""
     tail = tokens // 4
     end = measured.starts[-tail] if tail else len(measured.text)
     return _with_notice(
@@ -138,30 +139,30 @@ def _head(measured: Measured, tokens: int) -> int:
 
 
 def _with_notice(measured: Measured, start: int, end: int) -> str:
-    """The text with [start, end) replaced by a notice of how much is missing."""
+    """Replace [start, end) of a text by a notice of the number of tokens left out."""
     head, tail = measured.text[:start].rstrip(), measured.text[end:].lstrip()
     first = bisect_right(measured.ends, start)
-    missing = bisect_left(measured.starts, end) - first
-    return "\n".join(part for part in (head, _notice(max(missing, 1)), tail) if part)
+    omitted = bisect_left(measured.starts, end) - first
+    return "\n".join(part for part in (head, _notice(max(omitted, 1)), tail) if part)
 
 
-def _notice(missing: int) -> str:
-    return f"[... {missing} tokens left out ...]"
+def _notice(omitted: int) -> str:
+    return f"[... {omitted} tokens left out ...]"
 
 
 def _word_border(text: str, end: int) -> int:
-    """At most `end`, less where that would cut a word: "12" must not become "1"."""
+    """Position <= `end` that cuts no word: "12" must not become "1"."""
     if end >= len(text) or text[end].isspace():
         return end
     start = max(0, end - LONGEST_WORD)
     for position in range(end, start, -1):
         if text[position - 1].isspace():
             return position
-    return end if start else 0  # writing without spaces is cut anywhere
+    return end if start else 0  # text without spaces is cut anywhere
 
 
 def _word_border_after(text: str, start: int) -> int:
-    """At least `start`, more where that would cut a word."""
+    """Position >= `start` that cuts no word."""
     if start <= 0 or text[start - 1].isspace():
         return start
     end = min(len(text), start + LONGEST_WORD)

@@ -1,4 +1,4 @@
-"""Refinement prompts: what the teacher sees when it rewrites a rollout, and which rewrites count.
+"""Builds the teacher's contexts: refinement prompts, and contexts without a rollout.
 
 Pure functions of records and a tokenizer. Source: the refinement step of arXiv 2606.08432; the
 wording of the prompts is ours and stands in `conf/refinement/`.
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class ContextOverflow(ValueError):
-    """A teacher context that does not fit `refinement.max_context_tokens`, however shortened."""
+    """Teacher context that does not fit `refinement.max_context_tokens`, however shortened."""
 
 
 # --- contexts of the teacher ---
@@ -39,23 +39,23 @@ class ContextOverflow(ValueError):
 
 def rewriting_kwargs(config: Config) -> dict[str, Any]:
     """Arguments of the chat template for refinement prompts."""
-    own = config.refinement.chat_template_kwargs
-    return config.data.chat_template_kwargs if own is None else own
+    kwargs = config.refinement.chat_template_kwargs
+    return config.data.chat_template_kwargs if kwargs is None else kwargs
 
 
 def scoring_kwargs(config: Config) -> dict[str, Any]:
     """Arguments of the teacher's chat template for a context without a rollout."""
-    own = config.teacher.chat_template_kwargs
-    return config.data.chat_template_kwargs if own is None else own
+    kwargs = config.teacher.chat_template_kwargs
+    return config.data.chat_template_kwargs if kwargs is None else kwargs
 
 
 def refinement_prompts(
     rollouts: Sequence[Rollout], config: Config, teacher_tokenizer: Any
 ) -> list[RefinementPrompt]:
-    """c_T of every rollout, (x, y_o) or in OPSD (x, y*, y_o), or why none is asked for.
+    """Build c_T of every rollout, (x, y_o) or in OPSD (x, y*, y_o), or the reason for none.
 
-    `refinement.subset` wrong and right take the rollouts that the verifier called so; one
-    without a verdict is in neither. With `algorithm.trajectory=rollout` none is in the subset.
+    `refinement.subset` wrong and right take the rollouts with that verdict; one without a verdict
+    is in neither. With `algorithm.trajectory=rollout` none is in the subset.
     """
     return [_refinement_prompt(rollout, config, teacher_tokenizer) for rollout in rollouts]
 
@@ -72,41 +72,41 @@ def _refinement_prompt(rollout: Rollout, config: Config, tokenizer: Any) -> Refi
         texts["reference_solution"] = _reference(rollout.prompt)
         template = templates.opsd
     render = renderer(template, templates.system, rewriting_kwargs(config), tokenizer)
-    scored = config.teacher.chat_template_kwargs
-    if scored in (None, rewriting_kwargs(config)):
+    scoring = config.teacher.chat_template_kwargs
+    if scoring in (None, rewriting_kwargs(config)):
         token_ids, shortened = fit(texts, render, config.refinement, tokenizer)
         if token_ids is None:
             return RefinementPrompt(rollout, None, "context_overflow")
         return RefinementPrompt(rollout, token_ids, shortened=shortened)
     pairs: dict[TokenIds, tuple[TokenIds, TokenIds]] = {}
-    render_scored = renderer(template, templates.system, scored, tokenizer)
+    render_scoring = renderer(template, templates.system, scoring, tokenizer)
 
     def longer(texts: Texts) -> TokenIds:
-        """Of the two contexts; both of them have to fit."""
-        pair = render(texts), render_scored(texts)
+        """Longer one of the rewriting and the scoring context: both have to fit."""
+        pair = render(texts), render_scoring(texts)
         pairs[max(pair, key=len)] = pair
         return max(pair, key=len)
 
     fitting, shortened = fit(texts, longer, config.refinement, tokenizer)
     if fitting is None:
         return RefinementPrompt(rollout, None, "context_overflow")
-    asked, scored_ids = pairs[fitting]
-    return RefinementPrompt(rollout, asked, None, shortened, scored_ids)
+    rewriting_ids, scoring_ids = pairs[fitting]
+    return RefinementPrompt(rollout, rewriting_ids, None, shortened, scoring_ids)
 
 
 def _in_subset(rollout: Rollout, config: Config) -> bool:
     if config.algorithm.trajectory == "rollout":
         return False
-    wanted = {"all": (True, False, None), "wrong": (False,), "right": (True,)}
-    return rollout.correct in wanted[config.refinement.subset]
+    verdicts = {"all": (True, False, None), "wrong": (False,), "right": (True,)}
+    return rollout.correct in verdicts[config.refinement.subset]
 
 
 def privileged_context(prompt: Prompt, config: Config, tokenizer: Any) -> FittedContext:
-    """The teacher's context without a rollout (`teacher_context=prompt`): x, in OPSD (x, y*).
+    """Build the teacher's context without a rollout (`teacher_context=prompt`): x, in OPSD (x, y*).
 
-    In OPD the student's messages through the teacher's own chat template. In OPSD it has the
-    student's system prompt, not the one of the rewriting instructions, and y* is shortened as in
-    a refinement prompt.
+    In OPD these are the student's messages in the teacher's own chat template. In OPSD it has the
+    student's system prompt, not that of the rewriting instructions, and y* is shortened as in a
+    refinement prompt.
 
     Raises:
         ContextOverflow: it does not fit; `fitting_prompts` leaves such prompts out beforehand.
@@ -151,41 +151,41 @@ def fitting_prompts(loaded: LoadedPrompts, config: Config, tokenizer: Any) -> Lo
             len(prompts),
             config.refinement.max_context_tokens,
         )
-    left_out = len(loaded.prompts) - len(prompts)
-    if not left_out:
+    dropped = len(loaded.prompts) - len(prompts)
+    if not dropped:
         return loaded
     if not prompts:
         raise rule_broken(
             "refinement.max_context_tokens",
             config.refinement.max_context_tokens,
-            f"no prompts left: all {left_out} need more as the teacher is to see them",
+            f"no prompts left: all {dropped} need more as the teacher is to see them",
             "raise it, or set refinement.on_overflow=shorten",
         )
-    return LoadedPrompts(prompts, {**loaded.skipped, "context_overflow": left_out})
+    return LoadedPrompts(prompts, {**loaded.skipped, "context_overflow": dropped})
 
 
 def _fitting_context(prompt: Prompt, config: Config, tokenizer: Any) -> FittedContext | None:
-    """What the teacher can be shown of a prompt, None: nothing. The student's own always fits."""
+    """Teacher context of a prompt; None where it does not fit. The student's own always fits."""
     try:
         context = privileged_context(prompt, config, tokenizer)
     except ContextOverflow:
         return None
     limit = config.refinement.max_context_tokens
     if config.algorithm.trajectory == "rollout" and config.algorithm.mode == "opd":
-        limit = config.data.max_prompt_tokens  # what the run is planned for
+        limit = config.data.max_prompt_tokens  # length that the run is planned for
     fits = len(context.token_ids) <= limit or context.token_ids == prompt.token_ids
     return context if fits else None
 
 
 def _reference(prompt: Prompt) -> str:
-    assert prompt.reference_solution is not None  # config_rules.check_consistent and load_prompts
+    assert prompt.reference_solution is not None  # config.rules and load_prompts
     return prompt.reference_solution
 
 
 def renderer(
     template: str, system: str | None, chat_template_kwargs: dict[str, Any], tokenizer: Any
 ) -> Render:
-    """What fills a template and puts it through the teacher's chat template."""
+    """Function that fills a template and renders it with the teacher's chat template."""
 
     def render(texts: Texts) -> TokenIds:
         messages = conversation(system, fill_template(template, **texts))
@@ -204,6 +204,3 @@ def _rendered(
             f"the chat template of {tokenizer.name_or_path!r} refuses the teacher's "
             f"messages: {error}. Fix: a teacher whose template takes what the data have."
         ) from error
-
-
-# --- acceptance ---

@@ -1,4 +1,4 @@
-"""What can be checked of the teacher's contexts before any model is built: their templates."""
+"""Checks the templates of the teacher's contexts before any model is built."""
 
 from __future__ import annotations
 
@@ -35,24 +35,26 @@ def check_templates(config: Config, teacher_tokenizer: Any) -> None:
             these messages, or instructions that alone exceed the context budget.
     """
     templates = config.refinement.templates
-    for name, needed in TEMPLATE_FIELDS.items():
+    for name, required in TEMPLATE_FIELDS.items():
         template = getattr(templates, name)
         if template is None:
             continue
         field = f"refinement.templates.{name}"
-        used = set(PLACEHOLDER.findall(template))
-        if used - needed:
+        placeholders = set(PLACEHOLDER.findall(template))
+        if placeholders - required:
             raise rule_broken(
                 field,
                 template,
-                f"it has no value for {placeholder_names(used - needed)}",
-                f"use {placeholder_names(needed)}" if needed else "write it without placeholders",
+                f"it has no value for {placeholder_names(placeholders - required)}",
+                f"use {placeholder_names(required)}"
+                if required
+                else "write it without placeholders",
             )
-        if needed - used:
+        if required - placeholders:
             raise rule_broken(
                 field,
                 template,
-                f"{placeholder_names(needed - used)} must appear in it",
+                f"{placeholder_names(required - placeholders)} must appear in it",
                 "put in what is missing",
             )
     _check_chat_templates(config, teacher_tokenizer)
@@ -71,37 +73,37 @@ def check_templates(config: Config, teacher_tokenizer: Any) -> None:
 
 
 def _check_chat_templates(config: Config, tokenizer: Any) -> None:
-    """That the teacher's shows what the teacher is to see, with and without a rollout."""
-    own = config.refinement.chat_template_kwargs
+    """Check that the teacher's chat template shows its contexts, with and without a rollout."""
+    own_kwargs = config.refinement.chat_template_kwargs
     check_chat_template(
         tokenizer,
         rewriting_kwargs(config),
-        "data" if own is None else "refinement",
+        "data" if own_kwargs is None else "refinement",
         config.refinement.templates.system,
         "refinement.templates.system",
-        inherited=own is None,
+        inherited=own_kwargs is None,
     )
-    own = config.teacher.chat_template_kwargs
-    if own is None and not config.shows_prompt_to_teacher:
+    own_kwargs = config.teacher.chat_template_kwargs
+    if own_kwargs is None and not config.shows_prompt_to_teacher:
         return
     check_chat_template(
         tokenizer,
         scoring_kwargs(config),
-        "data" if own is None else "teacher",
+        "data" if own_kwargs is None else "teacher",
         config.data.system_prompt if config.shows_prompt_to_teacher else None,
         "data.system_prompt",
-        inherited=own is None,
+        inherited=own_kwargs is None,
     )
 
 
 def check_openings(config: Config, student_tokenizer: Any, teacher_tokenizer: Any) -> None:
     """Warn where a block of thought is open, or was, for only one of student and teacher.
 
-    y_r is what follows the opening of the teacher's turn, and is trained on after the student's.
-    Arguments that the teacher's template has from the student's and does not read are told too.
+    y_r follows the opening of the teacher's turn, and is trained on after the student's opening.
+    Warns of inherited arguments that the teacher's template does not read, too.
     """
     student = opening(student_tokenizer, config.data.chat_template_kwargs)
-    contexts: dict[str, tuple[str, dict[str, Any]]] = {}  # section of its arguments -> where, they
+    contexts: dict[str, tuple[str, dict[str, Any]]] = {}  # section of the settings -> place, kwargs
     if config.algorithm.trajectory == "refinement":
         contexts["refinement"] = "after the refinement prompt", rewriting_kwargs(config)
     if config.shows_prompt_to_teacher:
@@ -113,7 +115,7 @@ def check_openings(config: Config, student_tokenizer: Any, teacher_tokenizer: An
             _warn_of_unread(teacher_tokenizer, kwargs, section)
         teacher = opening(teacher_tokenizer, kwargs)
         states = thought(teacher), thought(student)
-        # A teacher that is kept from thinking answers like a student that never does.
+        # A teacher that is kept from thinking writes like a student that never thinks.
         if states[0] == states[1] or states == ("closed", "none"):
             continue
         switches = [
@@ -138,7 +140,7 @@ def _warn_of_unread(tokenizer: Any, kwargs: dict[str, Any], section: str) -> Non
 
 
 def _harm(section: str, teacher: str, student: str) -> str:
-    """What comes of blocks of thought in these states; see `chat_checks.thought`."""
+    """Consequence of blocks of thought in these states; see `chat_checks.thought`."""
     if section == "teacher":
         return "it then scores after another opening than the student answers to"
     if teacher == "open":

@@ -1,4 +1,4 @@
-"""What is asked of a chat template before any model is built: it is rendered, and looked into.
+"""Checks of a chat template before any model is built: it is rendered and parsed.
 
 Imports neither torch nor transformers; `tokenizer` is always a Hugging Face tokenizer.
 """
@@ -20,7 +20,7 @@ from nemo_trd.data.chat import chat_template, conversation, render_text
 from nemo_trd.data.control_tokens import Message
 from nemo_trd.verifiers.thoughts import THOUGHT_BEGINS, THOUGHT_ENDS
 
-# What apply_chat_template takes besides the variables of a template.
+# Arguments that apply_chat_template takes besides the variables of a template.
 RESERVED_TEMPLATE_KWARGS = {
     *("tokenize", "add_generation_prompt", "continue_final_message", "conversation", "messages"),
     *("chat_template", "padding", "truncation", "max_length", "tokenizer_kwargs"),
@@ -37,10 +37,11 @@ def check_chat_template(
     system_field: str = "data.system_prompt",
     inherited: bool = False,
 ) -> None:
-    """Refuse a chat template that does not show what it is given.
+    """Refuse a chat template that does not show its messages or ignores its arguments.
 
     Args:
-        section: where `chat_template_kwargs` stand, and `system_field` the system prompt.
+        section: section of the settings that holds `chat_template_kwargs`.
+        system_field: setting that holds `system_prompt`.
         inherited: whether they stand there for another template, which may read what this one
             does not.
 
@@ -50,7 +51,7 @@ def check_chat_template(
             assistant's turn.
     """
     if not getattr(tokenizer, "chat_template", None):
-        raise _of(
+        raise _tokenizer_error(
             tokenizer,
             "it has no chat template, which turns a problem into a prompt",
             "use the directory of an instruct model, or put a chat_template.jinja into this one",
@@ -77,44 +78,46 @@ def left_out(
     None where it takes the conversation with these texts only.
     """
     words = [_WORDS.format(position) for position in range(len(messages))]
-    marked = [{**m, "content": word} for m, word in zip(messages, words, strict=True)]
-    if _refusal(tokenizer, chat_template_kwargs, marked) is not None:
+    marked_messages = [{**m, "content": word} for m, word in zip(messages, words, strict=True)]
+    if _refusal(tokenizer, chat_template_kwargs, marked_messages) is not None:
         return []
-    text = render_text(marked, tokenizer, chat_template_kwargs)
+    text = render_text(marked_messages, tokenizer, chat_template_kwargs)
     return [position for position, word in enumerate(words) if word not in text]
 
 
 def _check_rendering(
     tokenizer: Any, kwargs: dict[str, Any], system_prompt: str | None, system_field: str
 ) -> None:
-    refused = _refusal(tokenizer, kwargs, conversation(None, "?"))
-    if refused is None and system_prompt:
-        refused = _refusal(tokenizer, kwargs, conversation(system_prompt, "?"))
-        if refused is not None:
+    refusal = _refusal(tokenizer, kwargs, conversation(None, "?"))
+    if refusal is None and system_prompt:
+        refusal = _refusal(tokenizer, kwargs, conversation(system_prompt, "?"))
+        if refusal is not None:
             raise rule_broken(
                 system_field,
                 system_prompt,
                 f"the chat template of {_name(tokenizer)!r} takes no such system message "
-                f"({refused})",
+                f"({refusal})",
                 f"set {system_field}=null, and say it in the user's turn",
             )
-    if isinstance(refused, TemplateSyntaxError):
-        raise _of(
+    if isinstance(refusal, TemplateSyntaxError):
+        raise _tokenizer_error(
             tokenizer,
-            f"its chat template has a syntax error in line {refused.lineno}: {refused.message}",
+            f"its chat template has a syntax error in line {refusal.lineno}: {refusal.message}",
             "correct chat_template.jinja there, or chat_template in its tokenizer_config.json",
         )
-    if refused is not None:
-        raise _of(
+    if refusal is not None:
+        raise _tokenizer_error(
             tokenizer,
-            f"its chat template does not take a user's message ({refused!r})",
+            f"its chat template does not take a user's message ({refusal!r})",
             "correct it, or use the directory of an instruct model",
         )
     messages = conversation(system_prompt, "?")
-    gone = left_out(messages, tokenizer, kwargs)
-    if len(messages) - 1 in gone:
-        raise _of(tokenizer, "its chat template leaves out the user's message", "correct it")
-    if gone:
+    hidden = left_out(messages, tokenizer, kwargs)
+    if len(messages) - 1 in hidden:
+        raise _tokenizer_error(
+            tokenizer, "its chat template leaves out the user's message", "correct it"
+        )
+    if hidden:
         raise rule_broken(
             system_field,
             system_prompt,
@@ -134,16 +137,16 @@ def _refusal(
 
 
 def unread(tokenizer: Any, chat_template_kwargs: dict[str, Any]) -> list[str]:
-    """Arguments that are no variables of the template."""
-    read = _variables(chat_template(tokenizer, chat_template_kwargs))
-    return [key for key in chat_template_kwargs if key not in read]
+    """Arguments that the template does not read."""
+    variables = _variables(chat_template(tokenizer, chat_template_kwargs))
+    return [key for key in chat_template_kwargs if key not in variables]
 
 
 def _check_names(tokenizer: Any, kwargs: dict[str, Any], section: str) -> None:
-    read = _variables(chat_template(tokenizer, kwargs))
+    variables = _variables(chat_template(tokenizer, kwargs))
     for key in unread(tokenizer, kwargs):
-        close = difflib.get_close_matches(key, read, n=1)
-        settable = ", ".join(sorted(read - {"messages", "add_generation_prompt"}))
+        close = difflib.get_close_matches(key, variables, n=1)
+        settable = ", ".join(sorted(variables - {"messages", "add_generation_prompt"}))
         fix = f"did you mean {close[0]}?" if close else f"it reads {settable}"
         if not settable:
             fix = "remove it"
@@ -159,7 +162,7 @@ def _check_names(tokenizer: Any, kwargs: dict[str, Any], section: str) -> None:
 
 
 class _GenerationTag(Extension):
-    """What transformers adds to Jinja: {% generation %} around an assistant's words."""
+    """Tag that transformers adds to Jinja: {% generation %} around an assistant's words."""
 
     tags = {"generation"}
 
@@ -170,30 +173,31 @@ class _GenerationTag(Extension):
 
 @lru_cache(maxsize=8)
 def _variables(template: str) -> frozenset[str]:
-    """What a template reads of what it is given."""
+    """Names of the variables that a template reads."""
     environment = Environment(extensions=[_GenerationTag, "jinja2.ext.loopcontrols"])
     return frozenset(meta.find_undeclared_variables(environment.parse(template)))
 
 
 def _check_generation_prompt(tokenizer: Any, kwargs: dict[str, Any]) -> None:
-    """The prompt must end where the answer begins.
+    """Refuse a template whose prompt does not end where the completion begins.
 
-    Most templates add the head of the assistant's turn when asked. Some need none (Llama 2: the
-    answer follows `[/INST]`): there the answer of a finished conversation stands at that place.
+    Most templates add the head of the assistant's turn on request. Some need none (Llama 2: the
+    completion follows `[/INST]`): there the last turn of a finished conversation stands at that
+    place.
     """
-    asked = conversation(None, _WORDS.format(0))
-    with_prompt = render_text(asked, tokenizer, kwargs)
-    if with_prompt != render_text(asked, tokenizer, kwargs, generation_prompt=False):
+    messages = conversation(None, _WORDS.format(0))
+    with_prompt = render_text(messages, tokenizer, kwargs)
+    if with_prompt != render_text(messages, tokenizer, kwargs, generation_prompt=False):
         return
-    answer = _WORDS.format(1)
-    finished = [*asked, {"role": "assistant", "content": answer}]
+    reply = _WORDS.format(1)
+    finished = [*messages, {"role": "assistant", "content": reply}]
     if _refusal(tokenizer, kwargs, finished) is None:
         text = render_text(finished, tokenizer, kwargs, generation_prompt=False)
         before, _, after = text.partition(with_prompt.rstrip())
         ends_the_turn = with_prompt.rpartition(_WORDS.format(0))[2].strip()
-        if ends_the_turn and not before and after.lstrip().startswith(answer):
+        if ends_the_turn and not before and after.lstrip().startswith(reply):
             return
-    raise _of(
+    raise _tokenizer_error(
         tokenizer,
         "its chat template ignores add_generation_prompt: nothing tells the model that the "
         "assistant's turn begins",
@@ -205,19 +209,19 @@ def _check_generation_prompt(tokenizer: Any, kwargs: dict[str, Any]) -> None:
 
 
 def opening(tokenizer: Any, chat_template_kwargs: dict[str, Any]) -> str:
-    """What the template writes before an assistant's first word, after the user's turn."""
-    asked = conversation(None, _WORDS.format(0))
-    text = render_text(asked, tokenizer, chat_template_kwargs)
-    without = render_text(asked, tokenizer, chat_template_kwargs, generation_prompt=False)
+    """Text that the template writes after the user's turn, before the assistant's first word."""
+    messages = conversation(None, _WORDS.format(0))
+    text = render_text(messages, tokenizer, chat_template_kwargs)
+    without = render_text(messages, tokenizer, chat_template_kwargs, generation_prompt=False)
     if text.startswith(without):
         return text[len(without) :]
     return text.rpartition(_WORDS.format(0))[2]
 
 
 def thought(text: str) -> Literal["open", "closed", "none"]:
-    """Whether a block of thought is open at the end of a text, was closed, or was never there."""
+    """State of a text's last block of thought: open at its end, closed, or none there."""
     begin, end = (
-        max((found.start() for found in sign.finditer(text)), default=-1)
+        max((match.start() for match in sign.finditer(text)), default=-1)
         for sign in (THOUGHT_BEGINS, THOUGHT_ENDS)
     )
     if begin == end:
@@ -227,11 +231,11 @@ def thought(text: str) -> Literal["open", "closed", "none"]:
 
 def thinking_variables(tokenizer: Any, chat_template_kwargs: dict[str, Any]) -> list[str]:
     """Arguments of the template that seem to switch thinking."""
-    read = _variables(chat_template(tokenizer, chat_template_kwargs))
-    return sorted(name for name in read if re.search("think|reason", name))
+    variables = _variables(chat_template(tokenizer, chat_template_kwargs))
+    return sorted(name for name in variables if re.search("think|reason", name))
 
 
-def _of(tokenizer: Any, rule: str, fix: str) -> ConfigError:
+def _tokenizer_error(tokenizer: Any, rule: str, fix: str) -> ConfigError:
     return rule_broken("tokenizer", _name(tokenizer), rule, fix)
 
 

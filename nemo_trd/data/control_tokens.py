@@ -1,4 +1,4 @@
-"""Text is tokenized as text: of a rendered chat, only what the template wrote is control tokens.
+"""Tokenizes rendered chats so that only the template, never a message, writes control tokens.
 
 Control tokens are those that transformers calls so: the special tokens of a tokenizer, and its
 other added tokens that its chat template writes (`<think>`). transformers' own way of sparing them,
@@ -34,7 +34,7 @@ _NAME = re.compile(rf"{_SECRET}N\d+Q")
 def encode_chat(
     messages: Sequence[Message], render: RenderText, tokenizer: Any, template: str
 ) -> TokenIds:
-    """The rendered conversation as token ids, its messages as text whatever they spell.
+    """Token ids of a rendered conversation; messages count as text, whatever they spell.
 
     Where no message spells a control token, these are the ids of the rendered text.
 
@@ -42,19 +42,19 @@ def encode_chat(
         render: puts messages through `template`, the tokenizer's chat template.
     """
     controls = control_tokens(tokenizer, template)
-    if not any(controls.spelt_in(message) for message in messages):
+    if not any(controls.spelled_in(message) for message in messages):
         return _encode(tokenizer, render(messages))
     marks = _marks(messages, controls, template)
     hidden = render(_hide(messages, render, controls, marks))
-    # Of the template, of data (the mark of a token), of the template, ...
+    # Pieces alternate: text of the template, the mark of a token in data, text of the template ...
     pieces = re.split(f"([{''.join(marks.values())}])", hidden) if marks else [hidden]
     data = [_show(mark, marks) for mark in pieces[1::2]]
     if tokenizer.is_fast:
         return _renamed(tokenizer, template).encode(pieces[::2], data)
     # A tokenizer written in Python takes no new names: cut what data spell behind its first letter.
     parts = [""]
-    for written_by_template, spelt in zip(pieces[::2], [*data, ""], strict=True):
-        parts[-1] += written_by_template + spelt[:1]
+    for piece, spelt in zip(pieces[::2], [*data, ""], strict=True):
+        parts[-1] += piece + spelt[:1]
         parts += [spelt[1:]] if spelt else []
     return tuple(token for part in parts if part for token in _encode(tokenizer, part))
 
@@ -65,38 +65,38 @@ def _encode(tokenizer: Any, text: str) -> TokenIds:
     return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-# --- which they are, and where a message spells one ---
+# --- the control tokens of a tokenizer, and where a message spells one ---
 
 
 @dataclass(frozen=True)
 class ControlTokens:
-    """The control tokens of a tokenizer with a template."""
+    """Control tokens of a tokenizer with a chat template."""
 
     strings: tuple[str, ...]
-    numbers: Mapping[str, int]  # of each in `strings`
-    special: frozenset[str]  # those that no template reads in a message
-    pattern: re.Pattern[str]  # the longest of them at a place
-    normalize: Callable[[str], str] | None  # where the tokenizer looks for one after that
+    numbers: Mapping[str, int]  # position in `strings`
+    special: frozenset[str]  # tokens that no template reads in a message
+    pattern: re.Pattern[str]  # matches the longest of them at a place
+    normalize: Callable[[str], str] | None  # applied before the tokenizer looks for them
 
-    def spelt_in(self, value: Any) -> bool:
+    def spelled_in(self, value: Any) -> bool:
         """Whether any text in a message, its role excepted, spells one."""
         if isinstance(value, str):
-            found = self.pattern.search(value)
-            if not found and self.normalize:
-                found = self.pattern.search(self.normalize(value))
-            return found is not None
-        return any(map(self.spelt_in, _inner(value)))
+            match = self.pattern.search(value)
+            if not match and self.normalize:
+                match = self.pattern.search(self.normalize(value))
+            return match is not None
+        return any(map(self.spelled_in, _inner(value)))
 
-    def found_in(self, value: Any) -> set[str]:
-        """Those that the texts of a message spell."""
+    def tokens_in(self, value: Any) -> set[str]:
+        """Control tokens that the texts of a message spell."""
         if isinstance(value, str):
             return set(self.pattern.findall(value))
-        return set().union(*map(self.found_in, _inner(value)))
+        return set().union(*map(self.tokens_in, _inner(value)))
 
     def hide(self, value: Any, marks: Mapping[str, str]) -> Any:
-        """The message with marks for those that it spells; what has none stays."""
+        """Put marks in the place of the control tokens that a message spells; others stay."""
         if isinstance(value, str):
-            return self.pattern.sub(lambda found: marks.get(found[0], found[0]), value)
+            return self.pattern.sub(lambda match: marks.get(match[0], match[0]), value)
         if isinstance(value, Mapping):
             return {k: v if k == "role" else self.hide(v, marks) for k, v in value.items()}
         return [self.hide(v, marks) for v in value] if isinstance(value, list) else value
@@ -110,13 +110,15 @@ def _inner(value: Any) -> list[Any]:
 
 @lru_cache(maxsize=8)
 def control_tokens(tokenizer: Any, template: str) -> ControlTokens:
+    """Find the control tokens of a tokenizer with a chat template."""
     added = tokenizer.added_tokens_decoder.values()
-    named = getattr(tokenizer, "chat_control_tokens", None)  # as transformers lets one name them
+    # transformers lets a tokenizer name its control tokens.
+    chat_tokens = getattr(tokenizer, "chat_control_tokens", None)
 
-    def written(token: str) -> bool:
-        return token in (template if named is None else named) and not token.isspace()
+    def in_template(token: str) -> bool:
+        return token in (template if chat_tokens is None else chat_tokens) and not token.isspace()
 
-    controls = [token for token in added if token.special or written(token.content)]
+    controls = [token for token in added if token.special or in_template(token.content)]
     strings = tuple(dict.fromkeys(token.content for token in controls if token.content))
     late = any(token.normalized for token in controls) and tokenizer.is_fast
     normalizer = tokenizer.backend_tokenizer.normalizer if late else None
@@ -130,7 +132,7 @@ def control_tokens(tokenizer: Any, template: str) -> ControlTokens:
 
 
 def _any_of(strings: Iterable[str]) -> str:
-    """A regular expression for the longest of these; some tokenizers have thousands of them."""
+    """Regular expression for the longest of these; some tokenizers have thousands of them."""
     words = sorted(strings)
     branches = [
         re.escape(first) + _any_of(word[1:] for word in group)
@@ -142,14 +144,14 @@ def _any_of(strings: Iterable[str]) -> str:
 
 
 def _marks(messages: Sequence[Message], controls: ControlTokens, template: str) -> dict[str, str]:
-    """A mark for each control token that the messages spell: a character that is nowhere else.
+    """Choose a mark for each control token that the messages spell: a character used nowhere else.
 
     One character, since a template that cuts texts, or writes them in other letters, would leave
     a piece of anything longer in the prompt.
     """
-    taken = {*template, *json.dumps(list(messages), ensure_ascii=False, default=str)}
-    free = (mark for mark in map(chr, _PRIVATE) if mark not in taken)
-    return dict(zip(sorted(controls.found_in(list(messages))), free, strict=False))
+    characters = {*template, *json.dumps(list(messages), ensure_ascii=False, default=str)}
+    free = (mark for mark in map(chr, _PRIVATE) if mark not in characters)
+    return dict(zip(sorted(controls.tokens_in(list(messages))), free, strict=False))
 
 
 def _show(text: str, marks: Mapping[str, str]) -> str:
@@ -162,61 +164,61 @@ def _hide(
     controls: ControlTokens,
     marks: Mapping[str, str],
 ) -> list[Message]:
-    """Messages with marks for the control tokens that they spell.
+    """Put marks in the place of the control tokens that messages spell.
 
-    What the template itself looks for in an assistant's turn stays, as the `</think>` up to which
-    Qwen3's leaves an earlier turn out: there it is the template's to say what becomes of it.
+    Tokens that the template itself looks for in an assistant's turn stay, as the `</think>` up to
+    which Qwen3's leaves an earlier turn out: the template decides what becomes of them.
     """
     turns = [message for message in messages if message["role"] == "assistant"]
-    spelt = controls.found_in(turns) - controls.special
+    spelt = controls.tokens_in(turns) - controls.special
 
     def hiding(one: str) -> list[Message]:
         mark = {one: marks[one]}
         return [controls.hide(m, mark) if m["role"] == "assistant" else m for m in messages]
 
-    read: set[str] = set()
+    template_tokens: set[str] = set()
     if spelt:
         try:
             whole = render(messages)
-            read = {one for one in spelt if _show(render(hiding(one)), marks) != whole}
+            template_tokens = {one for one in spelt if _show(render(hiding(one)), marks) != whole}
         except TemplateError:  # it refuses a turn that spells them; as text they are none
-            read = set()
-    of_turns = {token: mark for token, mark in marks.items() if token not in read}
-    return [controls.hide(m, of_turns if m["role"] == "assistant" else marks) for m in messages]
+            template_tokens = set()
+    turn_marks = {token: mark for token, mark in marks.items() if token not in template_tokens}
+    return [controls.hide(m, turn_marks if m["role"] == "assistant" else marks) for m in messages]
 
 
-# --- the tokenizer that reads them under other names ---
+# --- a tokenizer that knows control tokens under other names ---
 
 
 @dataclass(frozen=True)
 class Renamed:
-    """A tokenizer that knows control tokens by other names.
+    """Copy of a tokenizer that knows control tokens by other names.
 
-    It does with the names what the tokenizer that it was made of does with the tokens, and how
-    these are spelt is to it a text like any other.
+    It treats the names as the original treats the tokens; the spellings of the tokens are plain
+    text to it.
     """
 
     core: Tokenizer
     names: Mapping[str, str]
-    pattern: re.Pattern[str]  # of control tokens
-    ids: Mapping[int, int]  # from its own of added tokens to those of the other
+    pattern: re.Pattern[str]  # matches a control token
+    ids: Mapping[int, int]  # ids of added tokens: in the copy -> in the original
 
-    def encode(self, written: Sequence[str], data: Sequence[str]) -> TokenIds:
-        """Pieces that the template wrote, control tokens included, with what data spell between."""
-        named = [self.pattern.sub(lambda found: self.names[found[0]], text) for text in written]
-        text = named[0] + "".join(map("".join, zip(data, named[1:], strict=True)))
+    def encode(self, pieces: Sequence[str], data: Sequence[str]) -> TokenIds:
+        """Token ids of the template's pieces, with the texts of `data` between them."""
+        renamed = [self.pattern.sub(lambda match: self.names[match[0]], text) for text in pieces]
+        text = renamed[0] + "".join(map("".join, zip(data, renamed[1:], strict=True)))
         encoded = self.core.encode(text, add_special_tokens=False)
-        known = [
+        spans = [
             span
             for token, span in zip(encoded.ids, encoded.offsets, strict=True)
             if self.core.id_to_token(token) in self.tokens
         ]
-        if len(known) < text.count(_SECRET):  # some it passes over, as the other does there
+        if len(spans) < text.count(_SECRET):  # it passes some over, as the original does
             text = _NAME.sub(
-                lambda found: (
-                    found[0]
-                    if any(a <= found.start() and found.end() <= b for a, b in known)
-                    else self.tokens[found[0]]
+                lambda match: (
+                    match[0]
+                    if any(a <= match.start() and match.end() <= b for a, b in spans)
+                    else self.tokens[match[0]]
                 ),
                 text,
             )
@@ -225,7 +227,7 @@ class Renamed:
 
     @cached_property
     def tokens(self) -> dict[str, str]:
-        """By name."""
+        """Control token of each name."""
         return {name: token for token, name in self.names.items()}
 
 
@@ -246,9 +248,9 @@ def _renamed(tokenizer: Any, template: str) -> Renamed:
 
 
 def _rename_in_model(model: dict[str, Any], names: Mapping[str, str]) -> None:
-    """Let the model of a tokenizer (tokenizer.json) spell no control token as one piece.
+    """Rename the control tokens in the vocabulary of a tokenizer's model (tokenizer.json).
 
-    Except for the one that stands for what it cannot spell.
+    So it spells none of them as one piece. The unknown token keeps its name.
     """
     vocabulary = model["vocab"]
     if isinstance(vocabulary, list):  # Unigram: [piece, score]
@@ -256,8 +258,8 @@ def _rename_in_model(model: dict[str, Any], names: Mapping[str, str]) -> None:
             if index != model.get("unk_id"):
                 vocabulary[index] = [names.get(piece, piece), score]
         return
-    known = {t for t in names if t in vocabulary and t != model.get("unk_token")}
-    model["vocab"] = {names[t] if t in known else t: i for t, i in vocabulary.items()}
-    if known and model.get("merges"):
+    pieces = {t for t in names if t in vocabulary and t != model.get("unk_token")}
+    model["vocab"] = {names[t] if t in pieces else t: i for t, i in vocabulary.items()}
+    if pieces and model.get("merges"):
         pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        model["merges"] = [p for p in pairs if known.isdisjoint((*p, "".join(p)))]
+        model["merges"] = [p for p in pairs if pieces.isdisjoint((*p, "".join(p)))]

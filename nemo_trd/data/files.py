@@ -1,4 +1,4 @@
-"""Rows of files, directories of files and `datasets` datasets, each with the place it is at."""
+"""Reads rows of files, directories of files and `datasets` datasets, each with its place."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nemo_trd.data.row import BadRow, Row
 log = logging.getLogger(__name__)
 
 FORMATS = "JSON Lines (.jsonl, .ndjson), JSON (.json), both also as .gz, or Parquet (.parquet)"
-# What stands beside data and is none.
+# Files that stand beside data and hold none.
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 # The words by which names of files and directories tell the split, as `datasets` has them.
 SPLITS = {
@@ -33,7 +33,7 @@ SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_OF_WORD)})(?![a-z])")
 
 
 def read_rows(dataset: Dataset, field: str) -> Iterator[Row]:
-    """Every row of a dataset, in order; in the place of one that cannot be read, why.
+    """Yield (place, row) for every row of a dataset, in order; a BadRow for an unreadable one.
 
     A path is a file, a directory of files, a directory that `datasets` has saved, or else what
     `datasets.load_dataset` takes.
@@ -43,8 +43,10 @@ def read_rows(dataset: Dataset, field: str) -> Iterator[Row]:
     """
     path = Path(dataset.path)
     if path.is_dir():
-        own = _is_plain(path) and dataset.name is None and re.fullmatch(r"[\w.-]+", dataset.split)
-        return _directory_rows(dataset, field) if own else _dataset_rows(dataset, field)
+        is_read_here = (
+            _is_plain(path) and dataset.name is None and re.fullmatch(r"[\w.-]+", dataset.split)
+        )
+        return _directory_rows(dataset, field) if is_read_here else _dataset_rows(dataset, field)
     if path.is_file() and reader_of(path) is None:
         raise rule_broken(
             f"{field}.path",
@@ -62,7 +64,7 @@ def read_rows(dataset: Dataset, field: str) -> Iterator[Row]:
 
 
 def reader_of(path: Path) -> Callable[[Path], Iterator[Row]] | None:
-    """What reads a file of this name; None where nothing does."""
+    """Function that reads a file of this name; None where none does."""
     name = path.name.lower()
     if name.endswith(".parquet"):
         return _parquet_rows
@@ -107,18 +109,18 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _with_short_floats(batch: Any) -> Any:
-    """The pyarrow.RecordBatch with 0.1 where a column of 32 bits has the number next to it."""
+    """Turn float32 columns of a pyarrow.RecordBatch into float64 that print as short (0.1)."""
     import pyarrow
 
     for place, column in enumerate(batch.schema):
         if column.type == pyarrow.float32():
-            written = batch.column(place).cast(pyarrow.string()).cast(pyarrow.float64())
-            batch = batch.set_column(place, column.name, written)
+            shortened = batch.column(place).cast(pyarrow.string()).cast(pyarrow.float64())
+            batch = batch.set_column(place, column.name, shortened)
     return batch
 
 
 def _batch_rows(batch: object) -> list[dict | Exception]:
-    """Rows of a pyarrow.RecordBatch; where a value is not what its type says, the error."""
+    """Rows of a pyarrow.RecordBatch; the error for one whose value its type does not allow."""
     try:
         return batch.to_pylist()  # type: ignore[attr-defined]
     except (ValueError, OverflowError):  # a text that is no UTF-8, a date outside of all calendars
@@ -135,7 +137,7 @@ def _batch_rows(batch: object) -> list[dict | Exception]:
 
 
 def _is_plain(directory: Path) -> bool:
-    """Whether files are all there is: nothing that `datasets` saved or must be asked about."""
+    """Whether a directory holds only files: nothing that `datasets` saved or must load."""
     if any((directory / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return False
     card = directory / "README.md"
@@ -146,7 +148,7 @@ def _is_plain(directory: Path) -> bool:
 
 
 def _directory_rows(dataset: Dataset, field: str) -> Iterator[Row]:
-    """Of all data files below it, in the order of their names; hidden ones are none.
+    """Rows of all data files below a directory, in the order of their names; not of hidden ones.
 
     Where names of files or of their directories tell a split (train-00000.parquet,
     test/a.jsonl), only those of `split` are read.
@@ -161,40 +163,40 @@ def _directory_rows(dataset: Dataset, field: str) -> Iterator[Row]:
             f"none of the {len(files)} files in this directory is {FORMATS}",
             "correct the path",
         )
-    chosen = _of_split(data, dataset, field)
-    _refuse_doubles(chosen, dataset, field)
-    _warn_of_missing_shards(chosen, field)
-    read = set(chosen)
-    others = [str(file.relative_to(root)) for file in files if file not in read]
+    split_files = _files_of_split(data, dataset, field)
+    _refuse_doubles(split_files, dataset, field)
+    _warn_of_missing_shards(split_files, field)
+    read_files = set(split_files)
+    others = [str(file.relative_to(root)) for file in files if file not in read_files]
     log.info(
         "%s: %d files of %s are read%s",
         field,
-        len(chosen),
+        len(split_files),
         root,
         f"; not read: {_some(others)}" if others else "",
     )
-    for file in chosen:
+    for file in split_files:
         yield from _file_rows(file, field)
 
 
 def _files_below(root: Path) -> list[Path]:
-    """Also those in directories that are links, but each directory once; links to nothing too."""
+    """Files below a directory, linked directories and dead links included, each directory once."""
     files: list[Path] = []
-    seen: set[str] = set()
+    visited: set[str] = set()
     for directory, names, inside in os.walk(root, followlinks=True):
-        if os.path.realpath(directory) in seen:
+        if os.path.realpath(directory) in visited:
             names.clear()
             continue
-        seen.add(os.path.realpath(directory))
+        visited.add(os.path.realpath(directory))
         files += [Path(directory, name) for name in inside]
     return sorted(files)
 
 
 def _warn_of_missing_shards(files: list[Path], field: str) -> None:
-    """Where names tell how many shards there are, as after a download that was cut short."""
+    """Warn where names tell of more shards than are there, as after a download cut short."""
     names = [(file.parent, SHARD.match(file.name)) for file in files]
-    found = Counter((directory, name[1], int(name[2])) for directory, name in names if name)
-    for (directory, name, count), present in found.items():
+    shards = Counter((directory, name[1], int(name[2])) for directory, name in names if name)
+    for (directory, name, count), present in shards.items():
         if present < count:
             log.warning(
                 "%s: %d of the %d shards %s/%s... are there",
@@ -211,26 +213,26 @@ def _is_data(name: Path) -> bool:
     return not hidden and name.name not in METADATA and reader_of(name) is not None
 
 
-def _of_split(files: list[Path], dataset: Dataset, field: str) -> list[Path]:
+def _files_of_split(files: list[Path], dataset: Dataset, field: str) -> list[Path]:
     root = Path(dataset.path)
     splits = {file: _split_of(file.relative_to(root)) for file in files}
-    told = sorted({split for split in splits.values() if split is not None})
-    if not told:
+    named_splits = sorted({split for split in splits.values() if split is not None})
+    if not named_splits:
         return files
-    wanted = SPLIT_OF_WORD.get(dataset.split, dataset.split)
-    chosen = [file for file, split in splits.items() if split == wanted]
-    if not chosen:
+    split_name = SPLIT_OF_WORD.get(dataset.split, dataset.split)
+    split_files = [file for file, split in splits.items() if split == split_name]
+    if not split_files:
         raise rule_broken(
             f"{field}.split",
             dataset.split,
-            f"by their names the files in {root} are {', '.join(told)}",
+            f"by their names the files in {root} are {', '.join(named_splits)}",
             "name one of these",
         )
-    return chosen
+    return split_files
 
 
 def _split_of(name: Path) -> str | None:
-    """What the file's name says, or else the directory next to it that says something."""
+    """Split that a file's name tells, or else that of the nearest directory that tells one."""
     for part in reversed(name.parts):
         words = SPLIT_WORD.findall(part.lower())
         if words:
@@ -239,7 +241,7 @@ def _split_of(name: Path) -> str | None:
 
 
 def _refuse_doubles(files: list[Path], dataset: Dataset, field: str) -> None:
-    """The same data in two formats would be there twice."""
+    """Refuse the same data in two formats: every row would be there twice."""
     first: dict[Path, Path] = {}
     for file in files:
         stem = file.with_name(re.sub(r"(\.\w+?)(\.gz)?$", "", file.name.lower()))

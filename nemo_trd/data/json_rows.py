@@ -1,4 +1,4 @@
-"""Rows of JSON files: one object a line, or one array of objects. Both also behind gzip."""
+"""Reads rows of JSON files: one object a line, or one array of objects. Both also with gzip."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ DECODER = json.JSONDecoder(parse_int=_integer)
 
 
 def open_bytes(path: Path) -> io.BufferedIOBase:
+    """Open a file, also a gzipped one, for reading its bytes."""
     return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
 
 
 def line_rows(path: Path) -> Iterator[Row]:
-    """Of a file with one object a line.
+    """Rows of a file with one JSON object a line.
 
     Blank lines are no rows. Lines end at newlines only, whatever Unicode calls a line end.
     """
@@ -59,7 +60,7 @@ def _row_of_line(where: str, line: bytes) -> dict[str, Any] | BadRow:
 
 
 def _reason(error: ValueError) -> str:
-    """Without the line that json counts within what it was given."""
+    """Reason of a parse error, without the line number, which json counts within one row."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at character {error.colno}"
     return str(error)
@@ -76,7 +77,7 @@ def _object(where: str, value: Any) -> dict[str, Any] | BadRow:
 
 
 def json_rows(path: Path) -> Iterator[Row]:
-    """Of a .json file: an array of objects, one object, or one object a line.
+    """Rows of a .json file: an array of objects, one object, or one object a line.
 
     Raises:
         ConfigError: an array that is broken; what stands behind the break cannot be found.
@@ -100,7 +101,7 @@ def json_rows(path: Path) -> Iterator[Row]:
 
 
 def _array(path: Path, text: str, start: int) -> Iterator[Row]:
-    """Of the array that begins at `start`; each row with the line that it begins on."""
+    """Rows of the array that begins at `start`, each with the line that it begins on."""
     position = _behind_space(text, start + 1)
     line = 1 + text.count("\n", 0, position)
     end = text[position : position + 1] == "]"

@@ -1,7 +1,7 @@
-"""Whether the prompts of a run are those that its checkpoint was made with.
+"""Digests of prompts: a run compares its own with those of the checkpoint that it resumes.
 
 A checkpoint keeps 20 bytes for each usable prompt, in their order: its row, and 4 bytes each of
-the BLAKE2b of what it consists of. So the first difference can be named without the old data.
+the BLAKE2b of its parts and tokens. So the first difference can be named without the old data.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from nemo_trd.data.types import Prompt
 DIGESTS_FILE = "prompts.digest"
 PARTS = ("problem", "reference solution", "answer", "tokens")
 _ENTRY = struct.Struct("<I4s4s4s4s")
-BYTES = _ENTRY.size  # of one prompt
+BYTES = _ENTRY.size  # length of one prompt's entry
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Between the prompts of a checkpoint and those of now."""
+    """Difference between the prompts of a checkpoint and the present ones."""
 
-    before: int  # how many there were
-    now: int
+    before: int  # number of prompts in the checkpoint
+    now: int  # number of prompts now
     first: int  # position of the first that differs, among the usable ones
-    row: int | None  # where that one stands in the data now, from 0; None: they end before it
-    row_before: int | None
-    parts: tuple[str, ...]  # which of PARTS differ there, where there is one before and now
-    differing: int  # positions that differ, of those that both have
+    row: int | None  # its row in the data now, from 0; None: the data end before it
+    row_before: int | None  # its row in the data before
+    parts: tuple[str, ...]  # those of PARTS that differ there, where both have a prompt
+    differing: int  # number of positions that both have and that differ
     only_order: bool  # the same prompts, in another order or in other rows
     only_tokens: bool  # the same rows with the same texts, tokenized otherwise
 
 
 def digests(prompts: Sequence[Prompt]) -> bytes:
-    """20 bytes for each prompt."""
+    """Digests of prompts, `BYTES` = 20 bytes for each, in their order."""
     return b"".join(
         _ENTRY.pack(
             prompt.index,
@@ -51,12 +51,12 @@ def digests(prompts: Sequence[Prompt]) -> bytes:
 
 
 def _digest(text: str | None) -> bytes:
-    known = b"" if text is None else b"=" + text.encode("utf-8", "surrogatepass")
-    return blake2b(known, digest_size=4).digest()
+    encoded = b"" if text is None else b"=" + text.encode("utf-8", "surrogatepass")
+    return blake2b(encoded, digest_size=4).digest()
 
 
 def difference(before: bytes, now: bytes) -> Difference | None:
-    """None where both are the same."""
+    """Compare two results of `digests`; None where they are the same."""
     if before == now:
         return None
     old, new = list(_ENTRY.iter_unpack(before)), list(_ENTRY.iter_unpack(now))

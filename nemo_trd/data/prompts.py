@@ -1,4 +1,4 @@
-"""Prompt datasets: reading, checking and ordering the problems that a run trains on.
+"""Reads, checks and orders the problems that a run trains on or is evaluated on.
 
 Imports neither torch nor transformers; `tokenizer` is always a Hugging Face tokenizer.
 """
@@ -35,10 +35,10 @@ SHOWN_BAD_ROWS = 3
 
 @dataclass(frozen=True)
 class LoadedPrompts:
-    """What a dataset has to train on, and what was left out of it and why."""
+    """Usable prompts of a dataset, and counts of the rows left out by reason."""
 
     prompts: list[Prompt]
-    skipped: dict[str, int]  # reason -> rows: "too_long", or of a BadRow
+    skipped: dict[str, int]  # reason ("too_long", or that of a BadRow) -> rows
 
 
 def load_prompts(
@@ -88,13 +88,13 @@ def load_prompts(
             too_long += 1
         else:
             prompts.append(prompt)
-    read = len(prompts) + len(bad) + too_long
-    _report_bad_rows(bad, read, dataset, field, section, rules)
+    count = len(prompts) + len(bad) + too_long
+    _report_bad_rows(bad, count, dataset, field, section, rules)
     if not prompts:
         raise rule_broken(
             f"{field}.path",
             dataset.path,
-            f"no prompts left: {read} rows read, {too_long} of them longer than "
+            f"no prompts left: {count} rows read, {too_long} of them longer than "
             f"{section}.max_prompt_tokens = {rules.max_prompt_tokens}, {len(bad)} of them bad",
             f"raise {section}.max_prompt_tokens" if too_long else "give a dataset with rows",
         )
@@ -117,26 +117,26 @@ def _reasons(bad: Sequence[BadRow]) -> dict[str, int]:
 
 def _report_bad_rows(
     bad: Sequence[BadRow],
-    read: int,
+    rows: int,
     dataset: Dataset,
     field: str,
     section: str,
     rules: PromptRules,
 ) -> None:
-    """One warning with counts by reason and the first rows.
+    """Log one warning with counts by reason and the first rows.
 
     Raises:
-        ConfigError: the same, of too many bad rows.
+        ConfigError: with the same text, where too many rows are bad.
     """
     if not bad:
         return
     reasons = ", ".join(f"{count} {reason}" for reason, count in _reasons(bad).items())
-    first = "; ".join(error.told for error in bad[:SHOWN_BAD_ROWS])
-    if len(bad) > rules.max_bad_share * read:
+    first = "; ".join(error.problem for error in bad[:SHOWN_BAD_ROWS])
+    if len(bad) > rules.max_bad_share * rows:
         raise rule_broken(
             f"{field}.path",
             dataset.path,
-            f"{len(bad)} of {read} rows ({len(bad) / read:.1%}) cannot be used, which is more than "
+            f"{len(bad)} of {rows} rows ({len(bad) / rows:.1%}) cannot be used, which is more than "
             f"{section}.max_bad_share = {rules.max_bad_share:g}: {reasons}. The first: {first}",
             f"{bad[0].fix}; or raise {section}.max_bad_share",
         )
@@ -144,8 +144,8 @@ def _report_bad_rows(
         "%s: left out %d of %d rows (%.1f%%) that cannot be used: %s. The first: %s",
         field,
         len(bad),
-        read,
-        100 * len(bad) / read,
+        rows,
+        100 * len(bad) / rows,
         reasons,
         first,
     )
@@ -154,7 +154,7 @@ def _report_bad_rows(
 def prompts_of_step(
     prompts: Sequence[Prompt], step: int, prompts_per_step: int, seed: int
 ) -> list[Prompt]:
-    """The prompts of one step: a function of its arguments, so resuming needs only `step`.
+    """Prompts of one step: a function of its arguments, so resuming needs only `step`.
 
     Steps walk through the prompts in a new order in each epoch, every prompt once an epoch. A
     step may cross the border of two epochs and still holds no prompt twice, unless there are
@@ -170,7 +170,7 @@ def prompts_of_step(
 
 @lru_cache(maxsize=8)
 def _epoch_order(count: int, per_step: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """A shuffle of range(count) that starts with nothing that its first step already has."""
+    """Shuffle of range(count); its head repeats nothing of the step that crosses into the epoch."""
     if count < per_step:
         return _shuffled(count, seed, epoch)
     first = epoch  # the last epoch that starts with a step depends on none before it
@@ -178,12 +178,14 @@ def _epoch_order(count: int, per_step: int, seed: int, epoch: int) -> tuple[int,
         first -= 1
     order = _shuffled(count, seed, first)
     for later in range(first + 1, epoch + 1):
-        taken = later * count % per_step  # of the step on the border, by the epoch before
-        before = set(order[count - taken :]) if taken else set()
+        carried = (
+            later * count % per_step
+        )  # prompts of the step on the border that the epoch before has
+        before = set(order[count - carried :]) if carried else set()
         shuffled = _shuffled(count, seed, later)
-        head = [i for i in shuffled if i not in before][: (per_step - taken) % per_step]
-        chosen = set(head)
-        order = (*head, *(i for i in shuffled if i not in chosen))
+        head = [i for i in shuffled if i not in before][: (per_step - carried) % per_step]
+        head_set = set(head)
+        order = (*head, *(i for i in shuffled if i not in head_set))
     return order
 
 
@@ -231,18 +233,22 @@ def _prompt(
     tokenizer: Any,
     needs_reference: bool,
 ) -> Prompt:
-    """Raises BadRow."""
+    """Build the prompt of one row.
+
+    Raises:
+        BadRow: the row breaks a rule.
+    """
     try:
         messages, last_turn = _messages(reader, dataset)
         problem = transcript(messages)
         if messages[0]["role"] != "system" and rules.system_prompt:
             messages = [{"role": "system", "content": rules.system_prompt}, *messages]
         searched = dataset.answer_pattern is not None and dataset.columns.answer is None
-        needed = needs_reference or (searched and rules.verifier != "none")
-        reference = _reference(reader, dataset, last_turn, needed)
+        reference_needed = needs_reference or (searched and rules.verifier != "none")
+        reference = _reference(reader, dataset, last_turn, reference_needed)
         answer = _answer(reader, dataset, reference, rules.verifier)
         token_ids = render_chat(messages, tokenizer, rules.chat_template_kwargs)
-        gone = left_out(messages, tokenizer, rules.chat_template_kwargs) if messages[1:] else []
+        hidden = left_out(messages, tokenizer, rules.chat_template_kwargs) if messages[1:] else []
     except TemplateError as error:
         raise BadRow(
             "chat_template",
@@ -254,8 +260,8 @@ def _prompt(
         raise BadRow(
             "nested_too_deep", f"{reader.where}: a value is nested too deeply", "correct the row"
         ) from None
-    if gone:
-        message = messages[gone[0]]
+    if hidden:
+        message = messages[hidden[0]]
         raise BadRow(
             "chat_template",
             f"{reader.where}: the chat template of {tokenizer.name_or_path!r} leaves out the "
@@ -266,7 +272,7 @@ def _prompt(
 
 
 def _messages(reader: RowReader, dataset: Dataset) -> tuple[list[Message], str | None]:
-    """What a row tells the student, and the solution that was its last turn."""
+    """Messages of a row for the student, and the solution that was its last turn, if any."""
     columns, solution = dataset.columns, None
     if columns.messages is not None:
         messages = read_messages(reader, columns.messages)
@@ -276,7 +282,7 @@ def _messages(reader: RowReader, dataset: Dataset) -> tuple[list[Message], str |
         setting = f"{reader.field}.last_assistant_turn"
         ends_with_user(reader, columns.messages, messages, setting)
     else:
-        assert columns.problem is not None  # config_rules.check_dataset
+        assert columns.problem is not None  # config.rules.check_dataset
         problem = reader.text("problem", columns.problem)
         if dataset.template is not None:
             problem = reader.filled(dataset.template, problem)
@@ -290,7 +296,7 @@ def _messages(reader: RowReader, dataset: Dataset) -> tuple[list[Message], str |
 def _reference(
     reader: RowReader, dataset: Dataset, last_turn: str | None, needed: bool
 ) -> str | None:
-    """y*. Where nobody needs it, one that is missing or broken is none."""
+    """y* of a row. Where nobody needs it, a missing or broken one is None."""
     column = dataset.columns.reference_solution
     if last_turn is not None or (column is None and not needed):
         return last_turn
@@ -311,15 +317,15 @@ def _reference(
 def _answer(
     reader: RowReader, dataset: Dataset, reference: str | None, verifier: VerifierName
 ) -> Answer | None:
-    """What the verifier compares with; of verifier code the tests, which must be readable.
+    """Expected answer for the verifier; for verifier code the tests, which must be readable.
 
-    Without a verifier one that is missing or broken is none.
+    Without a verifier a missing or broken one is None.
     """
     column, pattern = dataset.columns.answer, dataset.answer_pattern
     if verifier == "code":
-        assert column is not None  # config_rules.check_dataset
+        assert column is not None  # config.rules.check_dataset
         return reader.tests(column)
-    assert not isinstance(column, list)  # config_rules.check_dataset
+    assert not isinstance(column, list)  # config.rules.check_dataset
     try:
         if column is not None:
             texts = reader.answers(column)

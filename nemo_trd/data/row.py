@@ -1,4 +1,4 @@
-"""Takes what a prompt needs out of one row of a dataset."""
+"""Takes the values that a prompt needs out of one row of a dataset."""
 
 from __future__ import annotations
 
@@ -14,38 +14,43 @@ from nemo_trd.data.templates import PLACEHOLDER, fill_template
 from nemo_trd.verifiers.boxes import last_boxed
 from nemo_trd.verifiers.code_tests import read_tests
 
-BOXED = "boxed"  # in the place of a pattern: what stands in the last \boxed{...}
+BOXED = "boxed"  # in the place of a pattern: the content of the last \boxed{...}
 EXACT_FLOATS = 2**53  # below this every whole number is a float
 
 
 class BadRow(ConfigError):
-    """A row that cannot be used: for which reason, in one word, and what is wrong with it where."""
+    """A row that cannot be used.
 
-    def __init__(self, reason: str, told: str, fix: str) -> None:
-        super().__init__(f"{told}. Fix: {fix}.")
+    Args:
+        reason: one word, under which such rows are counted.
+        problem: place in the dataset and the rule that it breaks.
+    """
+
+    def __init__(self, reason: str, problem: str, fix: str) -> None:
+        super().__init__(f"{problem}. Fix: {fix}.")
         self.reason = reason
-        self.told = told
+        self.problem = problem
         self.fix = fix
 
 
-# Where it stands, for messages; its columns, or why it cannot be read.
+# (place, for messages; columns, or the error for a row that cannot be read)
 Row = tuple[str, dict[str, Any] | BadRow]
 
 
 @dataclass(frozen=True)
 class RowReader:
-    """Takes values out of one row. Every method raises BadRow, which names the place.
+    """Reader of the values of one row. Every method raises BadRow, which names the place.
 
-    `key` is what a value is for (problem, answer, ...); the reason of a BadRow says missing_KEY or
-    bad_KEY.
+    `key` is the purpose of a value (problem, answer, ...); the reason of a BadRow is missing_KEY
+    or bad_KEY.
     """
 
     where: str
     row: dict[str, Any]
-    field: str  # of the dataset, as in "data.train"
+    field: str  # setting of the dataset, as in "data.train"
 
     def value(self, key: str, column: str) -> Any:
-        """What stands in a column, or, where none has that name, at a path of names with dots."""
+        """Value of a column, or, where none has that name, at a path of names with dots."""
         if column in self.row:
             return self.row[column]
         value: Any = self.row
@@ -61,18 +66,19 @@ class RowReader:
     def _no_column(self, key: str, column: str) -> BadRow:
         names = []
         for name, value in self.row.items():
-            inner = list(value) if isinstance(value, dict) else []
-            names += [f"{name}.{step}" for step in inner] or [name]
+            steps = list(value) if isinstance(value, dict) else []
+            names += [f"{name}.{step}" for step in steps] or [name]
         setting = "template" if key == "template" else f"columns.{key}"
-        known = ", ".join(map(repr, names[:20])) + (", ..." if len(names) > 20 else "")
+        columns = ", ".join(map(repr, names[:20])) + (", ..." if len(names) > 20 else "")
         return BadRow(
             f"missing_{key}",
             f"{self.where}: no column {column!r}, which {self.field}.{setting} names; there are "
-            f"{known or 'none'}",
+            f"{columns or 'none'}",
             "name one of these, or correct the row",
         )
 
     def text(self, key: str, column: str) -> str:
+        """Text of a column that is not empty."""
         return self._text(key, column, self.value(key, column))
 
     def _text(self, key: str, column: str, value: Any) -> str:
@@ -81,7 +87,7 @@ class RowReader:
         raise self.bad(key, column, value, "it must be a text that is not empty")
 
     def valid(self, key: str, column: str, text: str) -> str:
-        """The text, unless it holds half of a surrogate pair, which tokenizers do not take."""
+        """Return the text; refuse half of a surrogate pair, which tokenizers do not take."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -93,26 +99,26 @@ class RowReader:
         return text
 
     def system(self, column: str) -> str | None:
-        """A system prompt; a null or an empty text is none."""
+        """System prompt of the row; None for a null or an empty text."""
         value = self.value("system", column)
         if value is None or (isinstance(value, str) and not value.strip()):
             return None
         return self._text("system", column, value)
 
     def reference(self, column: str) -> str:
-        """A worked solution; of a list of them, also one written as JSON, the first."""
+        """Worked solution; the first one of a list, which may be written as JSON."""
         value = self.value("reference_solution", column)
-        held = listed(value)
-        if held is None:
+        solutions = listed(value)
+        if solutions is None:
             return self._text("reference_solution", column, value)
-        for solution in held:
+        for solution in solutions:
             if not isinstance(solution, str) or solution.strip():
                 return self._text("reference_solution", column, solution)
         rule = "it must be a text that is not empty, and this list holds none"
-        raise self.bad("reference_solution", column, None if not held else value, rule)
+        raise self.bad("reference_solution", column, None if not solutions else value, rule)
 
     def answers(self, column: str) -> list[str]:
-        """The answer, or those of a list of answers. Numbers become texts: 4.0 is "4"."""
+        """Answers: one, or those of a list. Numbers become texts: 4.0 is "4"."""
         value = self.value("answer", column)
         if not isinstance(value, list):
             return [self._number_or_text(column, value)]
@@ -130,7 +136,7 @@ class RowReader:
         return _written(value)
 
     def filled(self, template: str, problem: str) -> str:
-        """The template with the problem and whatever other columns it names."""
+        """Template filled with the problem and the other columns that it names."""
         names = set(PLACEHOLDER.findall(template)) - {"problem"}
         values = {name: self.value("template", name) for name in names}
         for name, value in values.items():
@@ -142,21 +148,21 @@ class RowReader:
         return fill_template(template, problem=problem, **values)
 
     def tests(self, column: str | list[str]) -> str:
-        """The tests of a program as JSON; several columns, without their nulls, form an object."""
+        """Tests of a program as JSON; several columns, without their nulls, form an object."""
         if isinstance(column, list):
             values = {name: self.value("answer", name) for name in column}
-            held: Any = {name: value for name, value in values.items() if value is not None}
+            code_tests: Any = {name: value for name, value in values.items() if value is not None}
         else:
-            held = self.value("answer", column)
+            code_tests = self.value("answer", column)
         try:
-            text = held if isinstance(held, str) else json.dumps(held)
+            text = code_tests if isinstance(code_tests, str) else json.dumps(code_tests)
             read_tests(text)
         except (ValueError, TypeError) as error:
-            raise self.bad("answer", str(column), held, str(error)) from None
+            raise self.bad("answer", str(column), code_tests, str(error)) from None
         return self.valid("answer", str(column), text)
 
     def search(self, pattern: str, text: str) -> str:
-        """Group 1 of the last match, or what BOXED stands for."""
+        """Answer in a text: group 1 of the pattern's last match; with BOXED the last box."""
         if pattern == BOXED:
             answer = last_boxed(text)
         else:
@@ -172,6 +178,7 @@ class RowReader:
         return answer.strip()
 
     def bad(self, key: str, column: str, value: object, rule: str) -> BadRow:
+        """Error for a value that breaks `rule`."""
         missing = value is None or (isinstance(value, str) and not value.strip())
         return BadRow(
             f"{'missing' if missing else 'bad'}_{key}",
@@ -181,16 +188,16 @@ class RowReader:
 
 
 def listed(value: Any) -> list[Any] | None:
-    """A list, also one of texts that is written as JSON in a text; None where it is no list."""
+    """List in a value, also one of texts that is written as JSON; None where it is no list."""
     if isinstance(value, list):
         return value
     if not isinstance(value, str) or (value.strip()[:1], value.strip()[-1:]) != ("[", "]"):
         return None
     try:
-        held = json.loads(value)
+        entries = json.loads(value)
     except ValueError:
         return None
-    return held if all(isinstance(entry, str) for entry in held) else None
+    return entries if all(isinstance(entry, str) for entry in entries) else None
 
 
 def _written(number: int | float | Decimal) -> str:
@@ -202,7 +209,7 @@ def _written(number: int | float | Decimal) -> str:
 
 
 def shown(value: object) -> str:
-    """As messages show it."""
+    """Value as error messages show it, at most 200 characters."""
     try:
         text = repr(value)
     except RecursionError:

@@ -1,4 +1,4 @@
-"""Texts with placeholders, filled in one pass."""
+"""Fills texts with placeholders in one pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
 def fill_template(template: str, **fields: str) -> str:
     """Put `fields` in the place of their `{name}` in one pass over the template.
 
-    What is put in is never searched again, so a problem that contains "{rollout}" stays as it
+    Inserted text is never searched again, so a problem that contains "{rollout}" stays as it
     is. Braces around anything but a lower-case name, as in `\\boxed{}`, are plain text.
 
     Raises:
@@ -19,11 +19,11 @@ def fill_template(template: str, **fields: str) -> str:
     """
     unknown = sorted(set(PLACEHOLDER.findall(template)) - set(fields))
     if unknown:
-        known = placeholder_names(fields)
-        raise ValueError(f"template has no value for {placeholder_names(unknown)}; known: {known}")
+        names = placeholder_names(fields)
+        raise ValueError(f"template has no value for {placeholder_names(unknown)}; known: {names}")
     return PLACEHOLDER.sub(lambda match: fields[match[1]], template)
 
 
 def placeholder_names(placeholders: Iterable[str]) -> str:
-    """As they are written in templates, for messages."""
+    """Names in braces, as templates write them, for messages."""
     return ", ".join(f"{{{name}}}" for name in sorted(placeholders))

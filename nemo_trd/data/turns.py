@@ -1,4 +1,4 @@
-"""Conversations of a row, in the layouts of OpenAI (role, content) and ShareGPT (from, value)."""
+"""Reads conversations in the layouts of OpenAI (role, content) and ShareGPT (from, value)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nemo_trd.data.chat import ROLES
 from nemo_trd.data.control_tokens import Message
 from nemo_trd.data.row import RowReader
 
-# Whom names stand for that data sets have in the place of roles.
+# Role of each name by which datasets call a speaker.
 SPEAKERS = {
     **{role: role for role in ROLES},
     "developer": "system",
@@ -21,18 +21,18 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def read_messages(reader: RowReader, column: str) -> list[Message]:
-    """The messages of a conversation, each with role and content.
+    """Messages of a conversation, each with role and content.
 
     Raises:
         BadRow: it is no conversation, or holds something that is no text.
     """
     value = reader.value("messages", column)
-    held = _as_list(value)
-    if not held:
+    turns = _as_list(value)
+    if not turns:
         rule = "it must be a list of messages that is not empty"
         raise reader.bad("messages", column, value, rule)
     messages = []
-    for position, message in enumerate(held):
+    for position, message in enumerate(turns):
         speaker, content = _speaker_and_content(message)
         if speaker not in SPEAKERS:
             rule = (
@@ -45,11 +45,11 @@ def read_messages(reader: RowReader, column: str) -> list[Message]:
             rule = "only the first message may be from the system"
             raise reader.bad("messages", column, value, rule)
         if role == "system" and _is_blank(content):
-            continue  # as in a column of system prompts, it is none
+            continue  # an empty system prompt is none, as in a column of system prompts
         text = _text(reader, column, value, position, content)
         # Parquet gives every message every key; a null stands for a key that is not there.
         others = {k: v for k, v in message.items() if v is not None and k not in ("from", "value")}
-        # What else a template may be shown must be text as well.
+        # The other keys of a message reach the template: they must be text as well.
         reader.valid("messages", column, json.dumps(others, ensure_ascii=False, default=str))
         messages.append({**others, "role": role, "content": text})
     if not messages:
@@ -64,7 +64,11 @@ def _is_blank(content: Any) -> bool:
 def ends_with_user(
     reader: RowReader, column: str, messages: Sequence[Message], setting: str
 ) -> None:
-    """Raises BadRow: there is nothing that the student could answer."""
+    """Check that the last message is from the user.
+
+    Raises:
+        BadRow: there is nothing that the student could answer.
+    """
     if not messages or messages[-1]["role"] != "user":
         rule = "the last message must be from the user"
         if messages and messages[-1]["role"] == "assistant":
@@ -73,7 +77,7 @@ def ends_with_user(
 
 
 def _as_list(value: Any) -> list[Any] | None:
-    """The messages; also from JSON in a text, and from a list for each key, as `datasets` can."""
+    """Messages as a list; also from JSON in a text, and from a list for each key (`datasets`)."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -97,7 +101,7 @@ def _speaker_and_content(message: Any) -> tuple[str | None, Any]:
 
 
 def _text(reader: RowReader, column: str, value: Any, position: int, content: Any) -> str:
-    """The text of a message; the parts of one that has several are lines of it."""
+    """Text of a message; its parts, where it has several, become lines."""
     if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
         for part in content:
             kind = part.get("type")

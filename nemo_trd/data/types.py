@@ -1,4 +1,4 @@
-"""What flows through the loop: prompts, rollouts, refinements, trajectories, micro-batches.
+"""Types that flow through the loop: prompts, rollouts, refinements, trajectories, micro-batches.
 
 Everything up to `Trajectory` is token ids in plain tuples, so that it can be pickled between
 ranks, written as JSON and compared in tests. Only `Microbatch` holds tensors.
@@ -35,7 +35,7 @@ class Prompt:
     token_ids: TokenIds  # x: the student's chat template, generation prompt included
     reference_solution: str | None = None  # y*: worked solution, seen by the teacher in OPSD only
     answer: Answer | None = None  # final answer, for the verifier
-    # What `token_ids` were rendered from, for a teacher with a chat template of its own. None
+    # Messages behind `token_ids`, for a teacher with a chat template of its own. None
     # where only the ids are known: such a teacher sees these.
     messages: tuple[dict[str, Any], ...] | None = field(default=None, hash=False)
 
@@ -52,7 +52,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a generator returns for one request.
+    """Result of a generator for one request.
 
     `token_ids` ends with the EOS token exactly when `finish_reason` is "stop". With "stop_string"
     they are the tokens that lie wholly before a text of `Sampling.stop`, possibly none; `tail` is
@@ -71,7 +71,7 @@ class Completion:
     tail: str = ""
 
     def text(self, tokenizer: Any) -> str:
-        """Return what it says, without special tokens, up to a stop that has ended it."""
+        """Decode it without special tokens, up to the stop string that ended it, if any."""
         return tokenizer.decode(self.token_ids, skip_special_tokens=True) + self.tail
 
 
@@ -88,10 +88,10 @@ class Rollout:
 
 @dataclass(frozen=True)
 class FittedContext:
-    """A context of the teacher within its token budget."""
+    """Teacher context within its token budget."""
 
     token_ids: TokenIds
-    shortened: tuple[str, ...] = ()  # which of "rollout", "reference_solution" was cut to fit
+    shortened: tuple[str, ...] = ()  # "rollout", "reference_solution": texts cut to fit
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class RefinementPrompt:
     rollout: Rollout
     token_ids: TokenIds | None  # None exactly when `rejection` is set
     rejection: Rejection | None = None  # "subset", "context_overflow" or "aborted" (y_o itself)
-    shortened: tuple[str, ...] = ()  # which of "rollout", "reference_solution" was cut to fit
+    shortened: tuple[str, ...] = ()  # "rollout", "reference_solution": texts cut to fit
     # The same as the teacher sees it that scores, where teacher.chat_template_kwargs differ.
     scored_token_ids: TokenIds | None = None
 
@@ -132,18 +132,18 @@ class Trajectory:
     student_context: TokenIds
     teacher_context: TokenIds
     labels: TokenIds  # y, its terminating EOS included
-    weight_version: int  # of the student that sampled y_o
-    shortened: tuple[str, ...] = ()  # what was cut to fit the teacher's context
+    weight_version: int  # version of the student that sampled y_o
+    shortened: tuple[str, ...] = ()  # names of the texts that were cut to fit its budget
 
     @property
     def name(self) -> str:
-        """How error messages and samples call it."""
+        """Name of the trajectory in error messages and samples."""
         return f"prompt {self.prompt_index} sample {self.sample_index} ({self.source})"
 
 
 @dataclass(frozen=True)
 class LabelFigures:
-    """What the loss knows of each label of one trajectory, in nats, before the step's update."""
+    """Divergence and NLLs of each label of one trajectory, in nats, before the step's update."""
 
     divergence: list[float]  # before the clip
     student_nll: list[float]  # at the loss's temperature, as the teacher's

@@ -1,4 +1,4 @@
-"""What ranks give each other: shares of work, results, failures."""
+"""Exchanges between ranks: shares of work, results, failures."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ import torch.distributed as dist
 from nemo_trd.config.errors import ConfigError
 from nemo_trd.generation.protocol import GenerationFailed
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 
 def fail_together(
     make_share: Callable[[], list[Item]], group: dist.ProcessGroup | None = None
 ) -> list[Item]:
-    """What this rank makes, once all ranks have made theirs. Collective.
+    """Make this rank's share of work; return it once all ranks have made theirs. Collective.
 
     Raises:
         GenerationFailed: on all ranks, when it is raised on some.
@@ -31,21 +34,15 @@ def fail_together(
     return share
 
 
-Item = TypeVar("Item")
-
-
-Result = TypeVar("Result")
-
-
 def own_share(items: Sequence[Item], group: dist.ProcessGroup | None = None) -> list[Item]:
-    """What this rank takes of work that all ranks (of `group`) know: every size-th item."""
+    """Share of this rank in work that all ranks (of `group`) know: every size-th item."""
     return list(items[dist.get_rank(group) :: dist.get_world_size(group)])
 
 
 def merge_shares(share: Sequence[Item], group: dist.ProcessGroup | None = None) -> list[Item]:
     """Undo `own_share`: all ranks (of `group`) get all items in their first order. Collective.
 
-    A thread that runs beside others brings a group of its own.
+    A thread that runs beside others needs a group of its own.
     """
     shares: list[list[Item]] = [[] for _ in range(dist.get_world_size(group))]
     dist.all_gather_object(shares, list(share), group)
@@ -84,18 +81,18 @@ def raise_together(check: Callable[[], Result]) -> Result:
 
 
 def from_first_rank(make: Callable[[], Result]) -> Result:
-    """What rank 0 makes; the others get a copy of it. Collective.
+    """Run `make` on rank 0 and send its result to all ranks. Collective.
 
     Raises:
-        ConfigError: on all ranks, what `make` raised.
+        ConfigError: on all ranks, the one that `make` raised.
     """
-    made: list[Any] = [None, None]  # what, and the message of a refusal
+    outcome: list[Any] = [None, None]  # result, error message
     if dist.get_rank() == 0:
         try:
-            made[0] = make()
+            outcome[0] = make()
         except ConfigError as error:
-            made[1] = str(error)
-    dist.broadcast_object_list(made, src=0)
-    if made[1] is not None:
-        raise ConfigError(made[1])
-    return cast(Result, made[0])
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise ConfigError(outcome[1])
+    return cast(Result, outcome[0])

@@ -1,4 +1,4 @@
-"""The process side of a run: device, rendezvous, and ending all ranks when one fails."""
+"""Process side of a run: device, rendezvous, and the end of all ranks when one fails."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RECORD_SECONDS = 5.0  # in which rank 0 writes down the cause; else the rank tha
 
 
 def device() -> torch.device:
-    """Where this rank computes."""
+    """Device on which this rank computes."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -48,7 +48,8 @@ def init_distributed(timeout_minutes: float, log_file: Path | None = None) -> Fa
     """Join the other ranks: NCCL for CUDA tensors where there are any, gloo for the rest.
 
     Args:
-        log_file: where the watch writes the cause of a failure.
+        timeout_minutes: longest wait for other ranks, here and in collectives.
+        log_file: file in which the watch records the cause of a failure.
 
     Raises:
         ConfigError: several ranks without MASTER_ADDR and MASTER_PORT.
@@ -77,14 +78,15 @@ def init_distributed(timeout_minutes: float, log_file: Path | None = None) -> Fa
 
 @dataclass(frozen=True)
 class Process:
-    """Where a rank runs."""
+    """Process of a rank."""
 
     on: str  # the machine, within which process ids mean the same
     pid: int
-    stderr: tuple[int, int]  # device and inode of what it writes to
+    stderr: tuple[int, int]  # device and inode of its stderr
 
     @classmethod
     def own(cls) -> Process:
+        """Process that calls this."""
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = os.stat("/proc/self/ns/pid").st_ino
         stderr = os.fstat(2)
@@ -92,7 +94,7 @@ class Process:
         return cls(where, os.getpid(), (stderr.st_dev, stderr.st_ino))
 
     def is_gone(self) -> bool:
-        """Whether it has ended; only its own machine can tell."""
+        """Whether the process has ended; only its own machine can tell."""
         try:
             status = Path(f"/proc/{self.pid}/stat").read_text()
         except OSError:
@@ -103,7 +105,7 @@ class Process:
 class FailureWatch:
     """Ends this process when another rank has failed or is gone, also while it waits for that one.
 
-    What failed first is the cause for all. Rank 0 writes it to `log_file`, rank 1 where rank 0 is
+    The first failure is the cause for all. Rank 0 writes it to `log_file`, rank 1 where rank 0 is
     gone; of the ranks that write to the same stderr the lowest tells it there.
     """
 
@@ -123,9 +125,11 @@ class FailureWatch:
 
     def _meet(self) -> None:
         own = Process.own()
-        met: list[Process | None] = [None] * self._world
-        dist.all_gather_object(met, own)
-        here = {r: process for r, process in enumerate(met) if process and process.on == own.on}
+        processes: list[Process | None] = [None] * self._world
+        dist.all_gather_object(processes, own)
+        here = {
+            r: process for r, process in enumerate(processes) if process and process.on == own.on
+        }
         self._listeners = [rank for rank in here if here[rank].stderr == own.stderr]
         self._others = {rank: process for rank, process in here.items() if rank != self._rank}
 
@@ -139,13 +143,15 @@ class FailureWatch:
                 if self._done.is_set():
                     return
                 self._no_first_rank = True
-                gone = Cause("the rendezvous store is gone, and rank 0 or the launcher with it")
-                failure = self._lost() or gone
+                store_gone = Cause(
+                    "the rendezvous store is gone, and rank 0 or the launcher with it"
+                )
+                failure = self._lost() or store_gone
             if failure is not None:
                 self._end(store, failure)
 
     def _lost(self) -> Cause | None:
-        """A rank of this machine that has ended without a word."""
+        """Cause where a rank of this machine has ended without a report; else None."""
         for rank, process in self._others.items():
             if process.is_gone():
                 self._no_first_rank |= rank == 0
@@ -154,14 +160,14 @@ class FailureWatch:
         return None
 
     @staticmethod
-    def _first(store: dist.Store, own: Cause | None) -> Cause | None:
-        """What was reported first; `own` where nothing was.
+    def _first(store: dist.Store, cause: Cause | None) -> Cause | None:
+        """Cause that was reported first; `cause`, which is then reported, where none was.
 
         Raises:
             RuntimeError: the store is gone.
         """
-        if own is not None:
-            reported = store.compare_set(FAILURE_KEY, "", json.dumps(asdict(own)))
+        if cause is not None:
+            reported = store.compare_set(FAILURE_KEY, "", json.dumps(asdict(cause)))
         elif store.check([FAILURE_KEY]):
             reported = store.get(FAILURE_KEY)
         else:
@@ -170,18 +176,18 @@ class FailureWatch:
 
     def fail(self, error: BaseException) -> NoReturn:
         """Report `error` as the cause unless another rank was first, and end this process."""
-        own = Cause.of(error)
+        cause = Cause.of(error)
         if self._world == 1:
-            end_process(own.said_by("nemo_trd:"), 1, self._log_file)
+            end_process(cause.said_by("nemo_trd:"), 1, self._log_file)
         time.sleep(POLL_SECONDS / 5)  # a rank that is killed closes its connections first
-        own = own.said_by(f"rank {self._rank} failed first:")
+        cause = cause.said_by(f"rank {self._rank} failed first:")
         try:
-            failure = self._first(self._store, self._lost() or own) or own
+            failure = self._first(self._store, self._lost() or cause) or cause
             if self._rank != 0 and not self._no_first_rank:
                 self._wait_for_record()
         except RuntimeError:
             self._no_first_rank = True
-            failure = self._lost() or own
+            failure = self._lost() or cause
         self._end(self._store, failure)
 
     def _wait_for_record(self) -> None:
@@ -194,11 +200,11 @@ class FailureWatch:
     def _end(self, store: dist.Store, failure: Cause) -> NoReturn:
         self._ending.acquire()  # for good: a second thread waits here until the process is gone
         first = min(self._rank, 1) if self._no_first_rank else 0
-        told = failure.said_by(f"rank {self._rank} stops:")
+        cause = failure.said_by(f"rank {self._rank} stops:")
         if self._rank != first:
-            told = Cause(told.line)
+            cause = Cause(cause.line)
         if self._rank == min((rank for rank in self._listeners if rank >= first), default=first):
-            say_last(told, self._log_file if self._rank == first else None)
+            say_last(cause, self._log_file if self._rank == first else None)
         if self._rank == 0:
             with contextlib.suppress(RuntimeError):
                 store.set(RECORDED_KEY, "1")

@@ -1,4 +1,4 @@
-"""How a run is asked to stop: signals, Ctrl-C, and a file in its directory."""
+"""Requests to stop a run: signals, Ctrl-C, and a file in its directory."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from nemo_trd.records.last_line import end_process, leave
 log = logging.getLogger(__name__)
 
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL: the run was asked to stop, saved, and can be resumed
-INTERRUPTED_EXIT_CODE = 130  # as of a program that SIGINT ends
+INTERRUPTED_EXIT_CODE = 130  # exit code of a program that SIGINT ends
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_PRESS_SECONDS = 0.5  # a launcher may pass on what the terminal has sent already
 
 
 class StopRequest:
-    """Whether the run should save and leave after the step that it is in.
+    """Watch for requests that the run save and leave after its current step.
 
     SIGTERM, SIGUSR1 (preemption, time limit) and SIGINT (Ctrl-C) leave with `REQUEUE_EXIT_CODE`; a
     second SIGINT ends the process at once. A file named `stop` in the run directory leaves with 0,
-    and is removed when it is obeyed. Rank 0 says what it was asked to do, as soon as it is asked.
+    and is removed when it is obeyed. Rank 0 logs a request at once.
 
-    Signals are heard while the main thread is in a library or waits for another rank, too: Python
-    calls their handlers in between only, so a thread listens to what `signal.set_wakeup_fd` writes.
+    Signals take effect while the main thread is in a library or waits for another rank, too: Python
+    calls their handlers in between only, so a thread reads the pipe of `signal.set_wakeup_fd`.
     """
 
     def __init__(self, run_dir: Path, rank: int) -> None:
@@ -40,7 +40,7 @@ class StopRequest:
         self._rank = rank
         self._stop_file = run_dir / "stop"
         self._signal = 0
-        self._told = False  # that the run stops
+        self._announced = False  # whether the log says that the run stops
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._previous_wakeup = signal.set_wakeup_fd(
@@ -64,38 +64,40 @@ class StopRequest:
             elif number in SIGNALS:
                 self._signal = number
                 again = number == signal.SIGINT
-                if self._rank == 0 and (again or not self._told):
+                if self._rank == 0 and (again or not self._announced):
                     log.warning(
                         "%s: the run saves and stops after the step that it is in%s",
                         signal.Signals(number).name,
                         "; Ctrl-C once more ends it at once" if again else "",
                     )
-                self._told = True
+                self._announced = True
                 interrupted = time.monotonic() if again else interrupted
 
     def _end_at_once(self) -> None:
-        """Leave without saving. What the run started ends with its process."""
+        """Leave without saving. Processes that the run started end with it."""
         if self._rank != 0:
             leave(INTERRUPTED_EXIT_CODE)
         saved = self._run_dir / "checkpoints"
-        kept = f"{saved} is kept, and the run can be resumed from there"
+        notice = f"{saved} is kept, and the run can be resumed from there"
         end_process(
             f"nemo_trd: ended at once by a second Ctrl-C: "
-            f"{kept if (saved / 'latest').exists() else 'nothing was saved'}",
+            f"{notice if (saved / 'latest').exists() else 'nothing was saved'}",
             INTERRUPTED_EXIT_CODE,
             self._run_dir / "log.txt" if self._run_dir.exists() else None,
         )
 
     def signalled(self) -> bool:
-        """Whether this rank has been told to leave: it should not wait long for anything."""
+        """Whether this rank got a signal to leave: it should not wait long for anything."""
         return self._signal != 0
 
     def exit_code(self) -> int | None:
-        """None to go on. Collective: all ranks get the same answer."""
-        asked = torch.tensor([int(self.signalled()), int(self._stop_file.exists())])
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        signalled, stop_file = asked.tolist()
-        self._told |= bool(signalled or stop_file)  # what the run says of its end comes last
+        """Exit code of a run that is to stop, the same on all ranks; None to go on. Collective."""
+        requests = torch.tensor([int(self.signalled()), int(self._stop_file.exists())])
+        dist.all_reduce(requests, op=dist.ReduceOp.MAX)
+        signalled, stop_file = requests.tolist()
+        self._announced |= bool(
+            signalled or stop_file
+        )  # nothing may follow the last line of the log
         if signalled:
             return REQUEUE_EXIT_CODE
         if not stop_file:
@@ -105,7 +107,7 @@ class StopRequest:
         return 0
 
     def close(self) -> None:
-        """Give signals back to whom they belonged before."""
+        """Restore the previous signal handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_wakeup)

@@ -1,15 +1,13 @@
-"""Saving and resuming a run: Megatron's distributed checkpoint plus the trainer state."""
+"""Saves and restores a run: Megatron's distributed checkpoint plus the trainer state."""
 
 from __future__ import annotations
 
-import ctypes
 import inspect
 import logging
 import multiprocessing
 import queue
 import random
 import shutil
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -31,6 +29,7 @@ from nemo_trd.config.schema import Checkpoint
 from nemo_trd.data.prompt_digests import DIGESTS_FILE
 from nemo_trd.data.types import Refinement
 from nemo_trd.distributed.exchange import from_first_rank
+from nemo_trd.distributed.parent import end_with_parent
 from nemo_trd.megatron.optimizer_states import load_optimizer
 from nemo_trd.megatron.student import Student
 from nemo_trd.records import checkpoint_dir, checksums, disk_space, latest
@@ -50,14 +49,18 @@ _OWN_WRITER: dict[str, Any] = (
 
 
 class SaveFailed(RuntimeError):
-    """A checkpoint could not be written. The message is one line: the cause, and what is kept."""
+    """A checkpoint could not be written. The message is one line: cause and newest checkpoint."""
 
 
 class Checkpointer:
     """Saves the student's whole training state below `root`. All methods are collective."""
 
     def __init__(self, settings: Checkpoint, root: Path, student: Student, needed: int) -> None:
-        """`needed`: bytes of a checkpoint, as far as they are known before the first."""
+        """Prepare to save.
+
+        Args:
+            needed: estimated bytes of a checkpoint; measured ones replace them.
+        """
         self._settings = settings
         self._root = root
         self._student = student
@@ -65,18 +68,18 @@ class Checkpointer:
         self._queue = AsyncCallsQueue()
         self._under_way: Path | None = None  # a background save
         filesystem_async._results_queue = _results_queue(settings.async_save)
-        # What goes wrong in a writer is raised here; megatron-core prints it besides.
+        # An error in a writer is raised here; megatron-core prints it besides.
         logging.getLogger(filesystem_async.__name__).setLevel(logging.CRITICAL)
 
     def begin(self, resumed: Path | None) -> list[str]:
-        """Make room for what this run saves. Returns what was done, for the log, on rank 0."""
-        begun: list[str] = []
+        """Make room for the checkpoints of this run; return lines for the log, on rank 0."""
+        lines: list[str] = []
         if dist.get_rank() == 0:
             if resumed is not None:
                 self._needed = checkpoint_dir.checkpoint_size(resumed)
-            begun = begin_line(self._root, resumed)
+            lines = begin_line(self._root, resumed)
         dist.barrier()
-        return begun
+        return lines
 
     def save(
         self,
@@ -86,12 +89,14 @@ class Checkpointer:
     ) -> None:
         """Write a checkpoint; with `async_save` return while it is still being written.
 
-        `prompts`: their `prompt_digests.digests`.
-
         The one before stays the newest until all files of this one are on the disk.
 
+        Args:
+            samples_ahead: refinements made for later steps, by step.
+            prompts: `prompt_digests.digests` of the run's prompts.
+
         Raises:
-            SaveFailed: on all ranks; what was written of the checkpoint is removed.
+            SaveFailed: on all ranks; the files written so far are removed.
         """
         self.wait()
         partial_dir = self._root / (checkpoint_name(state.step) + PARTIAL)
@@ -122,7 +127,7 @@ class Checkpointer:
                 request.execute_sync()
 
     def poll(self) -> None:
-        """Finish a background save that has been written; to be called once a step."""
+        """Finish a background save whose files are written; call it once a step."""
         self._finish(blocking=False)
 
     def wait(self) -> None:
@@ -137,61 +142,63 @@ class Checkpointer:
             self._under_way = None
 
     def close(self) -> None:
+        """Finish every background save and end the writers."""
         self.wait()
         self._queue.close()
 
     def _make_room(self, partial_dir: Path) -> None:
-        """Make the directory to write into; refuse what will not fit before anything is written."""
-        missing: list[str | None] = [None]
+        """Make the directory to write into; refuse a checkpoint for which the disk has no room."""
+        problem: list[str | None] = [None]
         if dist.get_rank() == 0:
             try:
-                missing = [disk_space.lacking(self._root, self._needed)]
-                if missing == [None]:
+                problem = [disk_space.lacking(self._root, self._needed)]
+                if problem == [None]:
                     if partial_dir.exists():
                         shutil.rmtree(partial_dir)
                     partial_dir.mkdir(parents=True)
             except OSError as error:
-                missing = [str(error)]
-        dist.broadcast_object_list(missing, src=0)
-        if missing[0] is not None:
-            raise SaveFailed(self._message(partial_dir, missing[0]))
+                problem = [str(error)]
+        dist.broadcast_object_list(problem, src=0)
+        if problem[0] is not None:
+            raise SaveFailed(self._message(partial_dir, problem[0]))
 
     @contextmanager
     def _explained(self, partial_dir: Path) -> Iterator[None]:
-        """Turn whatever ends a save into one line, and give its space back.
+        """Turn any error of a save into a SaveFailed of one line, and give its space back.
 
-        megatron-core raises CheckpointException on all ranks together and tells rank 0 alone what
-        it was. Anything else is of this rank; the others are ended with its cause.
+        megatron-core raises CheckpointException on all ranks together and gives the cause to rank 0
+        alone. Any other error is of this rank alone; the other ranks are ended with its cause.
         """
         try:
             yield
         except (Exception, CheckpointException) as error:
-            told = ""
-            shown: BaseException | None = None  # the trace of what is not known
+            cause = ""
+            origin: BaseException | None = None  # shown with its trace, unless the disk is full
             if dist.get_rank() == 0:
                 shutil.rmtree(partial_dir, ignore_errors=True)
             if dist.get_rank() == 0 or not isinstance(error, CheckpointException):
                 full = self._full(error)
-                told = full or self._first_line(error)
-                shown = error if full is None else None
+                cause = full or self._first_line(error)
+                origin = error if full is None else None
             if isinstance(error, CheckpointException):
-                told = from_first_rank(lambda: told)
-            raise SaveFailed(self._message(partial_dir, told)) from shown
+                cause = from_first_rank(lambda: cause)
+            raise SaveFailed(self._message(partial_dir, cause)) from origin
 
     def _full(self, error: BaseException) -> str | None:
-        """That the disk is full, in words; None where something else ended the save.
+        """Message that the disk is full; None where something else ended the save.
 
-        torch's writer hides what the system said ("unexpected pos 704 vs 598"): what is free tells.
+        torch's writer hides the error of the system ("unexpected pos 704 vs 598"), so this looks
+        at the free space.
         """
-        missing = disk_space.lacking(self._root, self._needed)
-        if missing is None and any(map(disk_space.is_full, _causes(error))):
+        message = disk_space.lacking(self._root, self._needed)
+        if message is None and any(map(disk_space.is_full, _causes(error))):
             free = disk_space.free_bytes(self._root) or 0
-            missing = (
+            message = (
                 "a write was cut short (no space left, or a quota): "
                 f"{disk_space.size(free)} are free in "
                 f"{self._root} now, and a checkpoint needs {disk_space.size(self._needed)}"
             )
-        return missing
+        return message
 
     def _first_line(self, error: BaseException) -> str:
         cause = _causes(error)[0]
@@ -200,8 +207,10 @@ class Checkpointer:
 
     def _message(self, partial_dir: Path, cause: str) -> str:
         name = partial_dir.name.removesuffix(PARTIAL)
-        kept = latest.read(self._root)
-        newest = f"The newest checkpoint is {kept}" if kept else "There is no checkpoint yet"
+        checkpoint = latest.read(self._root)
+        newest = (
+            f"The newest checkpoint is {checkpoint}" if checkpoint else "There is no checkpoint yet"
+        )
         return f"{name} could not be saved: {cause}. {newest}."
 
     def load(self, checkpoint: Path) -> TrainerState:
@@ -209,9 +218,9 @@ class Checkpointer:
 
         The settings of its optimizer and schedule stay those that it was built with.
         """
-        wanted = self._state_dict(is_loading=True)
-        optimizer = wanted.pop("optimizer")
-        states = dist_checkpointing.load(wanted, str(checkpoint))
+        state_dict = self._state_dict(is_loading=True)
+        optimizer = state_dict.pop("optimizer")
+        states = dist_checkpointing.load(state_dict, str(checkpoint))
         for index, model in enumerate(self._student.models):
             model.load_state_dict(states["model"][f"chunk{index}"])
         load_optimizer(self._student.optimizer, optimizer, checkpoint)
@@ -247,17 +256,17 @@ class Checkpointer:
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """Of each rank that failed, as a CheckpointException has them; else the error itself."""
-    return [inner for inner, _ in getattr(error, "failures", {}).values()] or [error]
+    """Errors of the ranks that failed, from a CheckpointException; else the error itself."""
+    return [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
 
 
 def _write_and_hash(
     write: Callable[..., None], directory: Path, rank: int, buckets: list[Any], results: Any
 ) -> None:
-    """What megatron-core runs to write a rank's files, and their checksums while they are cached.
+    """Write a rank's files as megatron-core does, and their checksums while they are cached.
 
-    In a background save this is a process beside the training. Without the checksums, say on a
-    full disk, the rank that commits computes them, or fails with what has failed here.
+    A background save runs this in a process beside the training. Without the checksums, say on a
+    full disk, the rank that commits computes them, or fails with the same error.
     """
     write(rank, buckets, results)
     with suppress(OSError):
@@ -269,7 +278,10 @@ def _rng_file() -> str:
 
 
 def _rng_state() -> dict[str, torch.Tensor]:
-    """Every generator of this rank as tensors. A cached normal of `random.gauss` is dropped."""
+    """States of all random generators of this rank, as tensors.
+
+    A cached normal of `random.gauss` is dropped.
+    """
     version, words, _ = random.getstate()
     numpy_state: Any = numpy.random.get_state(legacy=True)
     state = {
@@ -303,17 +315,12 @@ def _restore_rng_state(state: dict[str, torch.Tensor]) -> None:
 
 
 def _results_queue(async_save: bool) -> Any:
-    """Where megatron-core's writers put their results.
+    """Queue for the results of megatron-core's writers.
 
-    Its own is held by a process that stays behind when this one is killed, or ends at once.
+    That of megatron-core lives in a process that stays behind when this one is killed.
     """
     if not async_save:
         return queue.Queue()  # writers are threads and forked processes that report to this one
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-    manager.start(_end_with_parent)
+    manager.start(end_with_parent)
     return manager.Queue()
-
-
-def _end_with_parent() -> None:
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""A run's checkpoint as a Hugging Face directory, on one process."""
+"""Converts a run's checkpoint to a Hugging Face directory, in one process."""
 
 from __future__ import annotations
 
@@ -28,10 +28,14 @@ def export_checkpoint(
 ) -> None:
     """Write the student of a checkpoint, of whatever layout, to `out_dir`.
 
-    Its files are verified first: raises ConfigError, naming the damaged one.
+    Its files are verified first. Optimizer states are not read. The whole model is in the memory
+    of this process's device.
 
-    `source` is the directory that the run began with: config.json and tokenizer come from there.
-    Optimizer states are not read. The whole model is in the memory of this process's device.
+    Args:
+        source: directory that the run began with: config.json and tokenizer come from there.
+
+    Raises:
+        ConfigError: with the damaged file of the checkpoint.
     """
     log.info("converting %s to %s", checkpoint, out_dir)
     watch = init_distributed(timeout_minutes=60)
@@ -43,8 +47,8 @@ def export_checkpoint(
     precision = Precision(dtype=dtype, fp8=None, teacher_fp8=None, fp8_recipe="delayed")
     models = build_model(hf, ALONE, groups, precision, recompute="none", fp8=None)
     metadata = {**SHARDING, "dp_cp_group": groups.dp_cp}
-    wanted = {"model": {"chunk0": models[0].sharded_state_dict(metadata=metadata)}}
-    states = dist_checkpointing.load(wanted, str(checkpoint))
+    state_dict = {"model": {"chunk0": models[0].sharded_state_dict(metadata=metadata)}}
+    states = dist_checkpointing.load(state_dict, str(checkpoint))
     models[0].load_state_dict(states["model"]["chunk0"])
     save_hf_directory(export_hf_weights(models, hf, groups), source.path, out_dir)
     watch.close()

@@ -1,4 +1,4 @@
-"""What megatron-core needs in order to run on a CPU with gloo.
+"""Patches with which megatron-core runs on a CPU with gloo.
 
 megatron-core names "cuda" as the device in many places, asks torch.cuda for streams and random
 states, and checks the types of parameters by their CUDA names. Each patch below answers one of
@@ -51,7 +51,7 @@ def install() -> None:
 
 
 class _NoStream:
-    """Stands in for streams and events: everything on a CPU has happened when it returns."""
+    """Stand-in for streams and events: on a CPU every call has finished when it returns."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -61,7 +61,7 @@ class _NoStream:
 
 
 class _TorchOnCpu(ModuleType):
-    """The torch module, except that some functions take device="cuda" to mean the CPU.
+    """Torch module in which some functions take device="cuda" to mean the CPU.
 
     Each module of `_MODULES` gets it as its own `torch`. Patching torch itself would break
     `with torch.device(...)`, by which transformers loads models: it knows functions by identity.
@@ -121,7 +121,7 @@ def _patch_cuda_runtime() -> None:
 
 
 def _stub_paged_stash() -> None:
-    """megatron-core 0.19 imports triton unguarded in one module, which only experts use."""
+    """Stub a module that imports triton unguarded (megatron-core 0.19); only experts use it."""
     if importlib.util.find_spec("triton") is not None:
         return
     stub = ModuleType("megatron.core.transformer.moe.ops.paged_stash")

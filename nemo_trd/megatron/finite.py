@@ -1,4 +1,4 @@
-"""What is not finite is found before it reaches the optimizer, and named by its sample."""
+"""Checks that values are finite before they reach the optimizer, and names the sample."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from nemo_trd.data.types import Microbatch
 
 
 class NonFiniteError(RuntimeError):
-    """Something along some sample is not finite; raised before the optimizer has moved."""
+    """A value of a sample is not finite; raised before the optimizer has changed a weight."""
 
 
 def check_hidden_states(micro_batch: Microbatch, hidden: Tensor, first_position: int = 0) -> None:
-    """Of the student, at all positions: those without labels have a share in the gradient too.
+    """Check the student at all positions: those without labels have a share in the gradient too.
 
     Args:
         hidden: [s, b, h], final hidden states of `micro_batch.student` from `first_position` on.
 
     Raises:
-        NonFiniteError: naming the trajectory.
+        NonFiniteError: with the name of the trajectory.
     """
     bad = ~torch.isfinite(hidden).all(-1)
     if not bad.any():
@@ -39,11 +39,15 @@ def check_hidden_states(micro_batch: Microbatch, hidden: Tensor, first_position:
 def check_divergence(
     micro_batch: Microbatch, token_divergence: Tensor, teacher_states: Tensor
 ) -> None:
-    """Of the labels, [n], and what it was computed from: the teacher's hidden states [n, h] or the
-    log-probabilities [n, k] of its top k.
+    """Check the divergence of the labels of a micro-batch.
+
+    Args:
+        token_divergence: [n], one a label.
+        teacher_states: [n, h] hidden states of the teacher, or [n, k] log-probabilities of its
+            top k, from which it was computed.
 
     Raises:
-        NonFiniteError: naming the trajectory.
+        NonFiniteError: with the name of the trajectory.
     """
     bad = ~torch.isfinite(token_divergence).cpu()
     if not bad.any():
@@ -61,9 +65,9 @@ def check_divergence(
     )
 
 
-def _error(what: str, bad: Tensor) -> NonFiniteError:
+def _error(problem: str, bad: Tensor) -> NonFiniteError:
     return NonFiniteError(
-        f"{what} ({int(bad.sum())} such positions in the micro-batch). No weight was changed. "
+        f"{problem} ({int(bad.sum())} such positions in the micro-batch). No weight was changed. "
         "Fix: look for overflow or corrupt weights in student and teacher; try "
         "precision.dtype=fp32."
     )

@@ -1,4 +1,4 @@
-"""The learning rate of every update, as the settings have it."""
+"""Learning rate of every update, by the settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from nemo_trd.config.schema import Config, Optimizer
 
 
 def scheduler(settings: Optimizer, num_steps: int, optimizer: Any) -> OptimizerParamScheduler:
-    """Advanced before each update, over num_steps + 1: no update has a learning rate of 0."""
+    """Scheduler to be advanced before each update.
+
+    It plans num_steps + 1 updates, so that none has a learning rate of 0.
+    """
     steps = num_steps + 1
     return OptimizerParamScheduler(
         optimizer,
@@ -33,23 +36,28 @@ def scheduler(settings: Optimizer, num_steps: int, optimizer: Any) -> OptimizerP
 
 
 def scheduled_lr(settings: Optimizer, num_steps: int, update: int) -> float:
-    """The learning rate of an update; the first one is number 1."""
+    """Learning rate of an update; the first one is number 1."""
     advanced = scheduler(settings, num_steps, SimpleNamespace(param_groups=[]))
     advanced.step(increment=update)
     return advanced.get_lr({})
 
 
 def rate_change(record: Mapping[str, Any], config: Config, updates: int) -> str | None:
-    """What other settings of optimizer and schedule mean for the next update, None if nothing.
+    """Line on how changed settings alter the next update's learning rate, None if they do not.
 
     Args:
-        record: the settings that the checkpoint was made with, as `public_settings` has them.
-        updates: how many there have been.
+        record: settings that the checkpoint was made with, as from `public_settings`.
+        updates: number of updates before.
     """
     try:
         before = Optimizer.model_validate(record["optimizer"])
         planned = int(record["train"]["num_steps"])
-    except (KeyError, TypeError, ValueError, ValidationError):  # of a version with other settings
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        ValidationError,
+    ):  # written by a version with other settings
         return None
     if updates >= config.train.num_steps:
         return None

@@ -1,13 +1,13 @@
-"""Adam's states from a checkpoint, whichever of megatron-core's optimizers wrote them.
+"""Loads Adam's states from a checkpoint, whichever of megatron-core's optimizers wrote them.
 
-    what the optimizers write       distributed             of bf16             of fp32
+    states of an optimizer          distributed             of bf16             of fp32
     means and variances             optimizer.state.exp_avg.NAME, exp_avg_sq.NAME: all three
     parameter NAME in fp32          optimizer.state.param.  optimizer.state.    (the model's own,
                                     NAME                    fp32_param.NAME     which is NAME)
     number of updates               in parameter groups     state.common_step (torch's Adam), or
                                                             in parameter groups
 
-Learning rate, betas and the like are in there too and are not read: those of the run hold.
+Learning rate, betas and the like are there too and are not read: those of the run hold.
 """
 
 from __future__ import annotations
@@ -25,53 +25,55 @@ _MAIN_PARAM = ("optimizer.state.param.", "optimizer.state.fp32_param.")
 _MEAN = "optimizer.state.exp_avg."
 
 
-def load_optimizer(optimizer: Any, wanted: dict[str, Any], checkpoint: Path) -> None:
+def load_optimizer(optimizer: Any, state_dict: dict[str, Any], checkpoint: Path) -> None:
     """Give an optimizer the states and the number of updates of a checkpoint. Collective.
 
     Args:
-        optimizer: what `get_megatron_optimizer` made, for a model that has its weights from the
+        optimizer: result of `get_megatron_optimizer`, for a model that has its weights from the
             checkpoint already. Its settings stay as they are.
-        wanted: its `sharded_state_dict(is_loading=True)`.
+        state_dict: its `sharded_state_dict(is_loading=True)`.
     """
-    inner = optimizer.chained_optimizers[0].optimizer
-    held = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-    if not any(name.startswith(_MEAN) for name in held):  # saved before the first update
-        inner.state.clear()
+    torch_optimizer = optimizer.chained_optimizers[0].optimizer
+    saved_tensors = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+    if not any(name.startswith(_MEAN) for name in saved_tensors):  # saved before the first update
+        torch_optimizer.state.clear()
         optimizer.reload_model_params()
         return
-    for tensor in nested_values(wanted):
+    for tensor in nested_values(state_dict):
         if isinstance(tensor, ShardedBase):
-            tensor.key = _held_name(tensor.key, held)
-    # Under a name of its own, or what the checkpoint holds under "optimizer" would be mixed in.
-    loaded = dist_checkpointing.load({"wanted": wanted}, str(checkpoint))
-    updates, states = _updates(loaded["optimizer"]), loaded["wanted"]
+            tensor.key = _saved_name(tensor.key, saved_tensors)
+    # Under a key of its own, or the checkpoint's "optimizer" would be mixed in.
+    loaded = dist_checkpointing.load({"own": state_dict}, str(checkpoint))
+    updates, states = _updates(loaded["optimizer"]), loaded["own"]
     groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    if "param_state" in wanted or not isinstance(inner, torch.optim.Adam):
+    if "param_state" in state_dict or not isinstance(torch_optimizer, torch.optim.Adam):
         groups = [{**group, "step": updates} for group in groups]
-    if "param_state" in wanted:
+    if "param_state" in state_dict:
         states["optimizer"] = {"param_groups": groups}
-        states["param_state_sharding_type"] = wanted["param_state_sharding_type"]
+        states["param_state_sharding_type"] = state_dict["param_state_sharding_type"]
     else:
         adam = states.get("optimizer", states)
         pairs = zip(groups, adam["param_groups"], strict=True)
-        adam["param_groups"] = [{**group, "params": own["params"]} for group, own in pairs]
-        if isinstance(inner, torch.optim.Adam):
+        adam["param_groups"] = [
+            {**group, "params": group_state["params"]} for group, group_state in pairs
+        ]
+        if isinstance(torch_optimizer, torch.optim.Adam):
             adam["state"]["common_step"] = torch.tensor(float(updates))
     optimizer.load_state_dict(states)
 
 
-def _held_name(name: str, held: Container[str]) -> str:
-    """What the checkpoint calls a tensor: a parameter in fp32 has one of three names."""
+def _saved_name(name: str, saved_tensors: Container[str]) -> str:
+    """Name of a tensor in the checkpoint: a parameter in fp32 has one of three."""
     for prefix in _MAIN_PARAM:
         if name.startswith(prefix):
             parameter = name.removeprefix(prefix)
-            names = [name, *(other + parameter for other in _MAIN_PARAM), parameter]
-            return next((known for known in names if known in held), name)
+            names = [name, *(main + parameter for main in _MAIN_PARAM), parameter]
+            return next((other for other in names if other in saved_tensors), name)
     return name
 
 
 def _updates(saved: dict[str, Any]) -> int:
-    """How many updates the states in a checkpoint have seen."""
+    """Number of updates behind the states in a checkpoint."""
     adam = saved.get("optimizer", saved)
     if "common_step" in adam.get("state", {}):
         return int(adam["state"]["common_step"])

@@ -1,4 +1,4 @@
-"""Process groups of one model, and the few exchanges that the loop needs between ranks."""
+"""Process groups of one model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from nemo_trd.config.schema import Layout
 
 
 def process_groups(layout: Layout) -> ProcessGroupCollection:
-    """The groups of one model over all ranks, in Megatron's rank order tp, cp, dp, pp.
+    """Process groups of one model over all ranks, in Megatron's rank order tp, cp, dp, pp.
 
-    Student and teacher each have their own, unless they are split alike: then they share them,
+    Student and teacher each have their own, unless their layouts are equal: then they share them,
     since they never compute at the same time. Collective: every rank calls it with the same
     layouts in the same order.
     """
@@ -58,7 +58,7 @@ def _process_groups(world: dist.ProcessGroup, tp: int, cp: int, pp: int) -> Proc
 
 
 def _own_group(members: Iterable[list[int]]) -> dist.ProcessGroup | None:
-    """Create every group of `members`, return the one that this rank belongs to, if any."""
+    """Create a group for each of `members`; return the one that this rank belongs to, if any."""
     own = None
     for ranks in members:
         group = dist.new_group(ranks)

@@ -1,4 +1,4 @@
-"""One pass over micro-batches with Megatron's own pipeline schedules."""
+"""Runs one pass over micro-batches with Megatron's own pipeline schedules."""
 
 from __future__ import annotations
 
@@ -36,11 +36,15 @@ def run_schedule(
     collect: bool = False,
     shape: tuple[int, int] = (1, 1),
 ) -> list[Any]:
-    """What the loss function reported for each micro-batch; on the last stage only.
+    """Run a pass; return the loss function's report on each micro-batch, on the last stage only.
 
-    `chunks` are this rank's virtual stages. `collect` calls the loss function with
-    `non_loss_data=True` and returns what it returns. Stages tell each other the shapes of
-    micro-batches; only with several chunks they must all be `shape`, (rows, length).
+    Stages send each other the shapes of micro-batches.
+
+    Args:
+        chunks: virtual stages of this rank.
+        collect: whether the loss function is called with `non_loss_data=True`, and its results
+            are returned.
+        shape: (rows, length) of all micro-batches; used with several chunks only.
     """
     config = chunks[0].config
     arguments: dict[str, Any] = {
@@ -63,11 +67,12 @@ def run_schedule(
 
 
 def is_last_stage(groups: ProcessGroupCollection) -> bool:
+    """Whether this rank is on the last pipeline stage."""
     return groups.pp.rank() == groups.pp.size() - 1
 
 
 def run_model(model: torch.nn.Module, batch: ContextBatch) -> Tensor:
-    """Hidden states [s, b, h] of one micro-batch (or what the next stage needs)."""
+    """Hidden states [s, b, h] of one micro-batch, or the input of the next stage."""
     packed = None
     if batch.cu_seqlens is not None:
         borders = batch.cu_seqlens.to(device())
@@ -90,7 +95,7 @@ def run_model(model: torch.nn.Module, batch: ContextBatch) -> Tensor:
 def label_rows(
     hidden: Tensor, batch: ContextBatch, groups: ProcessGroupCollection, sequence_parallel: bool
 ) -> Tensor:
-    """The hidden states [n, h] that predict the labels, whole on every tensor parallel rank.
+    """Hidden states [n, h] that predict the labels, whole on every tensor parallel rank.
 
     Each rank computes the logits of its own vocabulary shard from them, so its gradient is a
     partial sum: the backward pass adds those up over the tensor parallel group.

@@ -1,4 +1,4 @@
-"""Reading all bytes of a checkpoint before it is trusted, divided among the ranks."""
+"""Verifies all bytes of a checkpoint before it is loaded, divided among the ranks."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from nemo_trd.records.checkpoint_dir import damaged, defects, recorded_checksums
 
 
 def verified_checkpoint(settings: Checkpoint, root: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint to resume from, after all its bytes were read; None to start from step 0.
+    """Find the checkpoint to resume from and verify all its bytes; None to start from step 0.
 
     Collective: the ranks divide the files. With `checkpoint.resume=auto` a damaged checkpoint is
     passed over.
 
     Returns:
-        The checkpoint, and what is to be logged, one sentence each.
+        The checkpoint, and sentences for the log.
 
     Raises:
-        ConfigError: naming the damaged file; a named checkpoint, or all of the run's.
+        ConfigError: a named checkpoint, or every one of the run, is damaged; with the file.
     """
     notices, reasons = [], {}
     for candidate in from_first_rank(lambda: wanted_checkpoints(settings, root)):
@@ -42,13 +42,16 @@ def verified_checkpoint(settings: Checkpoint, root: Path) -> tuple[Path | None, 
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be trusted, by sizes and SHA-256 of its files. Collective."""
+    """Reason why a checkpoint is damaged, by sizes and SHA-256 of its files; None if it is not.
+
+    Collective.
+    """
     reason = from_first_rank(
         lambda: defects(checkpoint) if checkpoint.is_dir() else "there is no such directory"
     )
     if reason is not None:
         return reason
     share = own_share(list(recorded_checksums(checkpoint).items()))
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, checksums.first_difference(checkpoint, dict(share)))
-    return next((reason for reason in found if reason is not None), None)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, checksums.first_difference(checkpoint, dict(share)))
+    return next((reason for reason in problems if reason is not None), None)

@@ -1,4 +1,4 @@
-"""What to change so that a run fits: each change is tried, not guessed."""
+"""Finds changes of settings with which a run fits: each change is computed, not guessed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from nemo_trd.models.rules import check_layout
 from nemo_trd.plan.memory import GIB, GpuMemory, replicas, training_memory
 from nemo_trd.preflight.batch import batch_problems
 
-LEAST_GAIN = 0.01  # of a further change, or more nodes would be advised without end
+LEAST_GAIN = 0.01  # share of memory; a further change saves more, or nodes would be added forever
 
 
 @dataclass(frozen=True)
 class Advice:
-    """Overrides that were tried together, and the fullest GPU with them."""
+    """Overrides to be set together, and the peak memory of the fullest GPU with them, in bytes."""
 
     overrides: tuple[str, ...]
     peak: int
@@ -25,50 +25,51 @@ class Advice:
 
 
 def peak(memory: list[GpuMemory]) -> GpuMemory:
-    """The fullest kind of GPU."""
+    """Fullest kind of GPU."""
     return max(memory, key=lambda gpu: gpu.total)
 
 
 def capacity(config: Config) -> int:
+    """Memory of one GPU, in bytes."""
     return round(config.cluster.gpu_memory_gib * GIB)
 
 
 def advise(config: Config, student: Any, teacher: Any) -> Advice | None:
-    """The first single change that makes the run fit, else those that help most, together; more
-    nodes come last.
+    """Find the first single change with which the run fits, else the most helpful ones together;
+    more nodes come last.
 
-    None: no change that is known here helps.
+    None where no known change helps.
     """
     limit = capacity(config)
 
-    def tried(start: Config) -> list[tuple[int, str, Config]]:
+    def attempts(start: Config) -> list[tuple[int, str, Config]]:
         return [
             (peak(training_memory(changed, student, teacher)).total, override, changed)
             for override, changed in changes(start, student, teacher)
         ]
 
-    for needed, override, _ in tried(config):
-        if needed <= limit:
-            return Advice((override,), needed, True)
+    for size, override, _ in attempts(config):
+        if size <= limit:
+            return Advice((override,), size, True)
     now = peak(training_memory(config, student, teacher)).total
-    taken: dict[str, str] = {}  # key -> value
+    values: dict[str, str] = {}  # key -> value
     while now > limit:
-        *changed_settings, more_nodes = tried(config)
+        *changed_settings, more_nodes = attempts(config)
         helping = [option for option in changed_settings if option[0] <= now * (1 - LEAST_GAIN)]
-        needed, override, changed = min(helping, key=lambda o: o[0], default=more_nodes)
-        if needed > now * (1 - LEAST_GAIN):
+        size, override, changed = min(helping, key=lambda o: o[0], default=more_nodes)
+        if size > now * (1 - LEAST_GAIN):
             break
-        now, config = needed, changed
+        now, config = size, changed
         key, _, value = override.partition("=")
-        taken[key] = value
-    overrides = tuple(f"{key}={value}" for key, value in taken.items())
-    return Advice(overrides, now, now <= limit) if taken else None
+        values[key] = value
+    overrides = tuple(f"{key}={value}" for key, value in values.items())
+    return Advice(overrides, now, now <= limit) if values else None
 
 
 def on_fewer_gpus(config: Config) -> Config | None:
-    """Both layouts with pipeline, then tensor parallelism halved until they fill the GPUs.
+    """Halve pipeline, then tensor parallelism of both layouts until they divide the GPUs.
 
-    None when that takes nothing, or does not help.
+    None where nothing has to change, or where it does not help.
     """
     world, fitted = config.cluster.world_size, config
     has_teacher = config.teacher.scoring == "megatron"
@@ -89,9 +90,9 @@ def changes(config: Config, student: Any, teacher: Any) -> Iterator[tuple[str, C
     if not config.optimizer.distributed and replicas(config, layout) > 1:
         yield "optimizer.distributed=true", _with(config, "optimizer", distributed=True)
     for role in ("student", "teacher") if has_teacher else ("student",):
-        own = getattr(config.parallel, role)
-        if own.tensor_model_parallel_size > 1 and not own.sequence_parallel:
-            changed = own.model_copy(update={"sequence_parallel": True})
+        role_layout = getattr(config.parallel, role)
+        if role_layout.tensor_model_parallel_size > 1 and not role_layout.sequence_parallel:
+            changed = role_layout.model_copy(update={"sequence_parallel": True})
             yield (
                 f"parallel.{role}.sequence_parallel=true",
                 _with(config, "parallel", **{role: changed}),
@@ -111,17 +112,17 @@ def changes(config: Config, student: Any, teacher: Any) -> Iterator[tuple[str, C
 
 
 def _larger_layouts(config: Config, student: Any, teacher: Any) -> Iterator[tuple[str, Config]]:
-    """Twice as many tensor parallel ranks in a node, or pipeline stages, on the same GPUs."""
+    """Double the tensor parallel ranks in a node, or the pipeline stages, on the same GPUs."""
     roles = [("student", student)]
     if config.teacher.scoring == "megatron":
         roles.append(("teacher", teacher))
     for role, hf in roles:
-        own: Layout = getattr(config.parallel, role)
+        layout: Layout = getattr(config.parallel, role)
         for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
-            size = 2 * getattr(own, key)
+            size = 2 * getattr(layout, key)
             if key.startswith("tensor") and size > config.cluster.gpus_per_node:
                 continue
-            changed = own.model_copy(update={key: size})
+            changed = layout.model_copy(update={key: size})
             other = _with(config, "parallel", **{role: changed})
             try:
                 check_layout(hf, changed, role)

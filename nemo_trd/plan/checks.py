@@ -1,7 +1,7 @@
-"""What can be checked before the queue: settings against models, nodes, files and disk.
+"""Checks before the queue: settings against models, nodes, files and disk.
 
-The rules on settings and models are those of `config.py`, `model_rules.py` and `preflight.py`;
-what is added here is about the machines that the run is meant for.
+The rules on settings and models are those of `config.rules`, `models.rules` and `preflight`; the
+rules here are about the machines that the run is meant for.
 """
 
 from __future__ import annotations
@@ -26,90 +26,90 @@ from nemo_trd.preflight.models import STUDENT, TEACHER, model_problems
 
 @dataclass
 class Findings:
-    """What is wrong, and what could not be looked at on this machine."""
+    """Broken rules, and notes on everything that could not be checked on this machine."""
 
     problems: list[ConfigError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 def check(config: Config) -> tuple[Model | None, Model | None, Findings]:
-    """The shapes of student and teacher, None where they cannot be read, and all findings."""
-    found = Findings()
-    student = _model(config.model.student, STUDENT, found)
+    """Check a run; return student and teacher, None where they cannot be read, and all findings."""
+    findings = Findings()
+    student = _model(config.model.student, STUDENT, findings)
     teacher = student
     if config.model.teacher is not None:
         teacher = (
-            _served_teacher(config, config.model.teacher, found)
+            _served_teacher(config, config.model.teacher, findings)
             if is_only_served(config)
-            else _model(config.model.teacher, TEACHER, found)
+            else _model(config.model.teacher, TEACHER, findings)
         )
-    found.problems += batch_problems(config, config.cluster.world_size)
-    found.problems += model_problems(config, student, teacher)
-    found.problems += _layout_problems(config)
-    _check_nodes(config, found)
+    findings.problems += batch_problems(config, config.cluster.world_size)
+    findings.problems += model_problems(config, student, teacher)
+    findings.problems += _layout_problems(config)
+    _check_nodes(config, findings)
     if student is not None and teacher is not None:
-        found.problems += _server_problems(config, student, teacher)
-        _check_disk(config, student, found)
-    _check_data(config, found)
-    return student, teacher, found
+        findings.problems += _server_problems(config, student, teacher)
+        _check_disk(config, student, findings)
+    _check_data(config, findings)
+    return student, teacher, findings
 
 
-def _served_teacher(config: Config, source: ModelSource, found: Findings) -> Model | None:
-    """Of any architecture; one whose shape is not known here has no more than its lengths."""
-    assert config.generation.vllm is not None  # config_rules: servers score
+def _served_teacher(config: Config, source: ModelSource, findings: Findings) -> Model | None:
+    """Read a teacher of any architecture; an unknown one has its lengths and no shape."""
+    assert config.generation.vllm is not None  # config.rules: servers score
     directory = Path(source.path).absolute()
     try:
         model, note = read_model(source, TEACHER)
-        found.notes += [note] if note is not None else []
+        findings.notes += [note] if note is not None else []
         return model
     except ConfigError as error:
         if not (directory / "config.json").is_file():
-            found.problems.append(error)
+            findings.problems.append(error)
             return None
     try:
         hf = read_served(source, TEACHER, config.generation.vllm.teacher.server)
     except ConfigError as error:
-        found.problems.append(error)
+        findings.problems.append(error)
         return None
-    found.notes.append(
+    findings.notes.append(
         f"{TEACHER} = {source.path}: {hf.model_type} is on servers only; what its servers need and "
         "how long they take is not estimated"
     )
     return Model(TEACHER, directory, hf, tokenizer=None)
 
 
-def _model(source: ModelSource, name: str, found: Findings) -> Model | None:
+def _model(source: ModelSource, name: str, findings: Findings) -> Model | None:
     try:
         model, note = read_model(source, name)
         if note is not None:
-            found.notes.append(note)
+            findings.notes.append(note)
         elif any((model.directory / file).exists() for file in (INDEX_NAME, SINGLE_NAME)):
             check_weights(model.directory, model.hf, name)
         else:
-            found.notes.append(
+            findings.notes.append(
                 f"{name} = {source.path}: no weights here, config.json alone is used"
             )
     except ConfigError as error:
-        found.problems.append(error)
+        findings.problems.append(error)
         return None
     return model
 
 
-def _check_nodes(config: Config, found: Findings) -> None:
-    """Servers have nodes of their own exactly where something is generated on servers."""
+def _check_nodes(config: Config, findings: Findings) -> None:
+    """Check that servers have nodes of their own exactly where servers generate something."""
     cluster, vllm = config.cluster, config.generation.vllm
     asks = config.asks_teacher
-    for name, role, used in (("student", "rollout", True), ("teacher", "refinement", asks)):
+    for name, role, is_used in (("student", "rollout", True), ("teacher", "refinement", asks)):
         nodes, tp = server_nodes(cluster, role)
-        if vllm is not None and used and nodes > 0:
+        if vllm is not None and is_used and nodes > 0:
             try:
                 check_server_tp(config, name)
             except ConfigError as error:
-                found.problems.append(error)
-        pool = getattr(vllm, name) if vllm is not None and used else None
+                findings.problems.append(error)
+        pool = getattr(vllm, name) if vllm is not None and is_used else None
         field = f"cluster.{name}_server_nodes"
         if pool is None and nodes > 0:
-            found.problems.append(
+            findings.problems.append(
                 rule_broken(
                     field,
                     nodes,
@@ -120,12 +120,12 @@ def _check_nodes(config: Config, found: Findings) -> None:
                 )
             )
         elif pool is not None and nodes == 0 and pool.replicas > 0:
-            found.notes.append(
+            findings.notes.append(
                 f"{field} = 0: the run's own {name} servers share the training GPUs; the memory "
                 "that they take is not counted"
             )
         elif pool is not None and nodes == 0:
-            found.problems.append(
+            findings.problems.append(
                 rule_broken(
                     field,
                     nodes,
@@ -134,7 +134,7 @@ def _check_nodes(config: Config, found: Findings) -> None:
                 )
             )
         elif pool is not None and tp > cluster.gpus_per_node:
-            found.problems.append(
+            findings.problems.append(
                 rule_broken(
                     f"cluster.{name}_server_tp",
                     tp,
@@ -145,7 +145,7 @@ def _check_nodes(config: Config, found: Findings) -> None:
 
 
 def _layout_problems(config: Config) -> Iterator[ConfigError]:
-    """Tensor parallel ranks exchange activations in every layer: not between nodes."""
+    """Rules that keep tensor parallel ranks on one node: they exchange activations every layer."""
     gpus = config.cluster.gpus_per_node
     for name in ("student", "teacher"):
         tp = getattr(config.parallel, name).tensor_model_parallel_size
@@ -159,71 +159,71 @@ def _layout_problems(config: Config) -> Iterator[ConfigError]:
 
 
 def _server_problems(config: Config, student: Model, teacher: Model) -> Iterator[ConfigError]:
-    """One sequence of the greatest length must find room in a server."""
+    """Rules for a server: its GPUs divide the model, and the longest sequence finds room."""
     if config.generation.vllm is None:
         return
-    for role, hf, context, answer in generations(config, student.hf, teacher.hf):
+    for role, hf, context, completion in generations(config, student.hf, teacher.hf):
         if not has_shape(hf):
             continue
         name = "student" if role == "rollout" else "teacher"
-        made = servers(config, role, hf)
+        pool = servers(config, role, hf)
         for size, key in (
             (hf.num_attention_heads, "num_attention_heads"),
             (hf.intermediate_size, "intermediate_size"),
         ):
-            if size % made.tp:
+            if size % pool.tp:
                 yield rule_broken(
                     f"cluster.{name}_server_tp",
-                    made.tp,
+                    pool.tp,
                     f"it must divide {key} of the model, {size}",
                     f"use a divisor of {size}",
                 )
-        if concurrent_sequences(hf, made, context + answer) == 0:
-            left = made.cache_bytes / GIB
+        if concurrent_sequences(hf, pool, context + completion) == 0:
+            cache_gib = pool.cache_bytes / GIB
             yield rule_broken(
                 f"cluster.{name}_server_tp",
-                made.tp,
-                f"the weights leave {left:.1f} GiB of a server's GPUs for keys and values, and one "
-                f"sequence of {context + answer} tokens does not fit",
+                pool.tp,
+                f"the weights leave {cache_gib:.1f} GiB of a server's GPUs for keys and values, "
+                f"and one sequence of {context + completion} tokens does not fit",
                 "give a server more GPUs",
             )
 
 
 def disk_needed(config: Config, model: Model) -> int:
-    """Bytes below run.dir: the checkpoints that are kept, one that is being written, the export."""
+    """Bytes below run.dir: the checkpoints that are kept, one being written, and the export."""
     sizes = checkpoint_bytes(config, model.hf)
     return sizes["checkpoint"] * (config.checkpoint.keep_last + 1) + sizes["export"]
 
 
-def _check_disk(config: Config, student: Model, found: Findings) -> None:
-    """Against `cluster.disk_gib`, or what is free where the run directory is there already."""
-    needed, given = disk_needed(config, student) / GIB, config.cluster.disk_gib
-    if given is not None:
-        free, where, name = given, "cluster.disk_gib", "cluster.disk_gib"
+def _check_disk(config: Config, student: Model, findings: Findings) -> None:
+    """Check the disk: `cluster.disk_gib`, or the free space where the run directory exists."""
+    required, disk_gib = disk_needed(config, student) / GIB, config.cluster.disk_gib
+    if disk_gib is not None:
+        free, where, name = disk_gib, "cluster.disk_gib", "cluster.disk_gib"
     elif config.run_dir.is_dir():
         free = shutil.disk_usage(config.run_dir).free / GIB
         where, name = f"free in {config.run_dir}", "checkpoint.keep_last"
     else:
-        found.notes.append(
-            f"run.dir = {config.run.dir}: not here yet; its disk must hold {needed:,.0f} GiB"
+        findings.notes.append(
+            f"run.dir = {config.run.dir}: not here yet; its disk must hold {required:,.0f} GiB"
         )
         return
-    if needed > free:
-        found.problems.append(
+    if required > free:
+        findings.problems.append(
             rule_broken(
                 name,
-                given if name == "cluster.disk_gib" else config.checkpoint.keep_last,
+                disk_gib if name == "cluster.disk_gib" else config.checkpoint.keep_last,
                 f"{config.checkpoint.keep_last} checkpoints, one being written and the export take "
-                f"{needed:,.0f} GiB, and {free:,.0f} GiB are {where}",
+                f"{required:,.0f} GiB, and {free:,.0f} GiB are {where}",
                 "lower checkpoint.keep_last, or take a larger disk",
             )
         )
 
 
-def _check_data(config: Config, found: Findings) -> None:
+def _check_data(config: Config, findings: Findings) -> None:
     for name, dataset in (("train", config.data.train), ("validation", config.data.validation)):
         if dataset is None:
             continue
         path = Path(dataset.path)
         if path.suffix in (".jsonl", ".parquet") and not path.is_file():
-            found.notes.append(f"data.{name}.path = {dataset.path}: not on this machine")
+            findings.notes.append(f"data.{name}.path = {dataset.path}: not on this machine")

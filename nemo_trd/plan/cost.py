@@ -1,4 +1,4 @@
-"""FLOPs of a step, how long it takes under stated assumptions, and which node split evens it out.
+"""Estimates FLOPs and seconds of a step under stated assumptions, and the best split of nodes.
 
 Multiplications and additions count one each. Lengths are mean lengths: the longest allowed times
 `cluster.assumptions.mean_length`.
@@ -20,7 +20,7 @@ TERA = 1e12
 
 
 def layer_flops(hf: Any, attended: float, *, gated: bool = True) -> float:
-    """Of one token's forward pass through one layer, with `attended` keys for its query."""
+    """FLOPs of one token's forward pass through one layer, with `attended` keys for its query."""
     queries = hf.num_attention_heads * head_size(hf)
     keys = hf.num_key_value_heads * head_size(hf)
     matrices = hf.hidden_size * (2 * queries + 2 * keys)
@@ -31,7 +31,7 @@ def layer_flops(hf: Any, attended: float, *, gated: bool = True) -> float:
 def forward_flops(
     hf: Any, tokens: float, attended: float, logits: float, *, gated: bool = True
 ) -> float:
-    """Of `tokens` through all layers, and of the output layer at `logits` positions.
+    """FLOPs of `tokens` through all layers, and of the output layer at `logits` positions.
 
     Three times this is a training step. For a GPT with a MLP of 4 h it is the published
     24 B s l h^2 (1 + s / 6h + V / 12h l) when every token attends to all s (Narayanan et al.
@@ -44,7 +44,7 @@ def forward_flops(
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Of one step, all GPUs together."""
+    """FLOPs of one step, all GPUs together."""
 
     student: float  # forward, backward and recomputation
     teacher: float  # forward
@@ -52,6 +52,7 @@ class StepFlops:
 
 
 def step_flops(config: Config, student: Any, teacher: Any) -> StepFlops:
+    """Estimate the FLOPs of a step at mean lengths; models are Hugging Face configs."""
     mean = config.cluster.assumptions.mean_length
     count = config.train.trajectories_per_step
     labels = mean * longest_answer(config)
@@ -83,21 +84,24 @@ class StepTime:
 
     @property
     def generation(self) -> float:
+        """Seconds of generation."""
         return self.rollout + self.refinement
 
     @property
     def training(self) -> float:
+        """Seconds of training: teacher and student."""
         return self.teacher + self.student
 
     @property
     def total(self) -> float:
+        """Seconds of the whole step."""
         if self.overlap:
             return max(self.generation, self.training)
         return self.generation + self.training
 
 
 def step_time(config: Config, student: Any, teacher: Any) -> StepTime:
-    """Under the assumptions of `cluster.assumptions`; weight sync and checkpoints not counted."""
+    """Estimate a step under `cluster.assumptions`, without weight sync and checkpoints."""
     flops, parallel, precision = (
         step_flops(config, student, teacher),
         config.parallel,
@@ -109,18 +113,18 @@ def step_time(config: Config, student: Any, teacher: Any) -> StepTime:
     # The loss is computed by the last stages alone, in bf16; the other stages wait for them.
     last_stage = world / parallel.student.pipeline_model_parallel_size
     loss = flops.loss / (last_stage * _training_rate(config, False))
-    made = {
-        role: generation_seconds(config, role, hf, context, answer)
-        for role, hf, context, answer in generations(config, student, teacher)
+    seconds = {
+        role: generation_seconds(config, role, hf, context, completion)
+        for role, hf, context, completion in generations(config, student, teacher)
     }
     teacher_time = flops.teacher / (world * teacher_rate) * bubble(config, parallel.teacher)
     if config.teacher.scoring == "server":
-        made_for = servers(config, "refinement", teacher)
-        gpus = made_for.count * made_for.tp
+        teacher_servers = servers(config, "refinement", teacher)
+        gpus = teacher_servers.count * teacher_servers.tp
         teacher_time = flops.teacher / (gpus * _training_rate(config, False)) if gpus else math.inf
     return StepTime(
-        rollout=made["rollout"],
-        refinement=made.get("refinement", 0.0),
+        rollout=seconds["rollout"],
+        refinement=seconds.get("refinement", 0.0),
         teacher=teacher_time,
         student=(flops.student / (world * rate) + loss) * bubble(config, parallel.student),
         overlap=config.generation.max_staleness > 0,
@@ -129,14 +133,14 @@ def step_time(config: Config, student: Any, teacher: Any) -> StepTime:
 
 def _training_rate(config: Config, fp8: bool) -> float:
     """FLOP/s of one GPU."""
-    assumed = config.cluster.assumptions
+    assumptions = config.cluster.assumptions
     if fp8:
-        return assumed.fp8_tflops * assumed.fp8_mfu * TERA
-    return assumed.bf16_tflops * assumed.mfu * TERA
+        return assumptions.fp8_tflops * assumptions.fp8_mfu * TERA
+    return assumptions.bf16_tflops * assumptions.mfu * TERA
 
 
 def micro_batches(config: Config, layout: Layout) -> int:
-    """Of one data parallel rank in a step, at mean lengths."""
+    """Number of micro-batches of one data parallel rank in a step, at mean lengths."""
     train, mean = config.train, config.cluster.assumptions.mean_length
     per_batch = train.micro_batch_size
     if per_batch is None:
@@ -148,7 +152,7 @@ def micro_batches(config: Config, layout: Layout) -> int:
 
 
 def bubble(config: Config, layout: Layout) -> float:
-    """By what filling and draining the pipeline makes a pass longer (Narayanan et al. 2021)."""
+    """Factor by which filling and draining the pipeline lengthen a pass (Narayanan et al. 2021)."""
     pp = layout.pipeline_model_parallel_size
     virtual = layout.virtual_pipeline_model_parallel_size or 1
     return 1 + (pp - 1) / (virtual * micro_batches(config, layout))
@@ -156,18 +160,21 @@ def bubble(config: Config, layout: Layout) -> float:
 
 @dataclass(frozen=True)
 class Servers:
-    """Where one model generates: `count` replicas of `tp` GPUs."""
+    """Replicas that generate with one model: `count` of them, on `tp` GPUs each."""
 
     count: int
     tp: int
-    element: int
-    sequences: int  # that one replica works on at one time, at most
+    element: int  # bytes of one weight
+    sequences: int  # largest number that one replica works on at one time
     cache_bytes: float  # for keys and values, all GPUs of a replica together
 
 
 def servers(config: Config, role: str, hf: Any) -> Servers:
-    """In-process: every rank is a replica. Otherwise the nodes set aside for it, or, where there
-    are none, the servers that the run starts itself."""
+    """Replicas that generate for a role, "rollout" or "refinement".
+
+    In-process, every rank is one. Otherwise they are on the nodes set aside for them, or, where
+    there are none, the servers that the run starts itself.
+    """
     cluster, vllm = config.cluster, config.generation.vllm
     if vllm is None:
         local = config.generation.local
@@ -182,54 +189,58 @@ def servers(config: Config, role: str, hf: Any) -> Servers:
 
 
 def server_nodes(cluster: Cluster, role: str) -> tuple[int, int]:
-    """(nodes, GPUs of one server) that generate rollouts or refinements."""
+    """(nodes set aside, GPUs of one server) for rollouts or refinements."""
     if role == "rollout":
         return cluster.student_server_nodes, cluster.student_server_tp
     return cluster.teacher_server_nodes, cluster.teacher_server_tp
 
 
-def concurrent_sequences(hf: Any, made: Servers, length: float) -> int:
-    """How many of `length` tokens one replica holds at one time; 0: not one."""
-    fitting = made.cache_bytes / (length * key_value_bytes(hf, made.element))
-    return max(0, int(min(made.sequences, fitting)))
+def concurrent_sequences(hf: Any, replica: Servers, length: float) -> int:
+    """Number of sequences of `length` tokens that one replica holds at one time."""
+    fitting = replica.cache_bytes / (length * key_value_bytes(hf, replica.element))
+    return max(0, int(min(replica.sequences, fitting)))
 
 
-def generation_seconds(config: Config, role: str, hf: Any, context: int, answer: int) -> float:
-    """Time to generate what one step needs.
+def generation_seconds(config: Config, role: str, hf: Any, context: int, completion: int) -> float:
+    """Seconds to generate the rollouts or refinements of one step.
 
-    Decoding reads all weights once for each token of the longest answer of a batch, and every
+    Decoding reads all weights once for each token of the longest completion of a batch, and every
     sequence's keys and values once for each of its tokens; both at the assumed share of the memory
     bandwidth. Prompts are read at the training rate. Infinite without servers.
     """
-    assumed, made = config.cluster.assumptions, servers(config, role, hf)
-    if made.count == 0:
+    assumptions, role_servers = config.cluster.assumptions, servers(config, role, hf)
+    if role_servers.count == 0:
         return math.inf
-    count, mean = config.train.trajectories_per_step, assumed.mean_length
+    count, mean = config.train.trajectories_per_step, assumptions.mean_length
     measured = (
-        assumed.student_tokens_per_second
+        assumptions.student_tokens_per_second
         if role == "rollout"
-        else assumed.teacher_tokens_per_second
+        else assumptions.teacher_tokens_per_second
     )
-    gpus = made.count * made.tp
+    gpus = role_servers.count * role_servers.tp
     if measured is not None:
-        return count * mean * answer / (measured * gpus)
-    per_replica = -(-count // made.count)
-    mean_position = mean * (context + answer / 2)
-    at_once = concurrent_sequences(hf, made, mean * (context + answer))
+        return count * mean * completion / (measured * gpus)
+    per_replica = -(-count // role_servers.count)
+    mean_position = mean * (context + completion / 2)
+    at_once = concurrent_sequences(hf, role_servers, mean * (context + completion))
     if at_once == 0:
         return math.inf
     batches = -(-per_replica // at_once)
-    read = float(batches * answer * parameters(hf) * made.element)
-    read += per_replica * mean * answer * mean_position * key_value_bytes(hf, made.element)
-    bandwidth = made.tp * assumed.memory_bandwidth_tb * TERA * assumed.memory_utilization
+    bytes_read = float(batches * completion * parameters(hf) * role_servers.element)
+    bytes_read += (
+        per_replica * mean * completion * mean_position * key_value_bytes(hf, role_servers.element)
+    )
+    bandwidth = (
+        role_servers.tp * assumptions.memory_bandwidth_tb * TERA * assumptions.memory_utilization
+    )
     length = mean * context
     prefill = count * forward_flops(hf, length, (length + 1) / 2, logits=1)
-    return read / bandwidth + prefill / (gpus * _training_rate(config, False))
+    return bytes_read / bandwidth + prefill / (gpus * _training_rate(config, False))
 
 
 @dataclass(frozen=True)
 class Split:
-    """Nodes of each role, and the step's time with them."""
+    """Number of nodes for each purpose, and the step's time with them."""
 
     training: int
     student_servers: int
@@ -238,6 +249,7 @@ class Split:
 
 
 def split_of(config: Config, student: Any, teacher: Any) -> Split:
+    """Split of nodes that the settings have, with the time of its step."""
     cluster = config.cluster
     return Split(
         cluster.training_nodes,
@@ -248,6 +260,7 @@ def split_of(config: Config, student: Any, teacher: Any) -> Split:
 
 
 def with_nodes(config: Config, training: int, student: int, teacher: int) -> Config:
+    """Copy of the settings with other numbers of nodes."""
     nodes = {
         "training_nodes": training,
         "student_server_nodes": student,
@@ -257,22 +270,22 @@ def with_nodes(config: Config, training: int, student: int, teacher: int) -> Con
 
 
 def possible_splits(config: Config) -> Iterator[Config]:
-    """Every division of the same nodes in which both layouts and every server find room."""
+    """Yield every division of the same nodes in which both layouts and every server find room."""
     cluster = config.cluster
     total = cluster.training_nodes + cluster.student_server_nodes + cluster.teacher_server_nodes
-    asks = config.asks_teacher
+    has_refinements = config.asks_teacher
     layouts = [config.parallel.student]
     if config.teacher.scoring == "megatron":
         layouts.append(config.parallel.teacher)
     for training in range(1, total):
         for student in range(1, total - training + 1):
             teacher = total - training - student
-            if asks == (teacher == 0):
+            if has_refinements == (teacher == 0):
                 continue
             other = with_nodes(config, training, student, teacher)
             if any(other.cluster.world_size % x.model_parallel_size for x in layouts):
                 continue
-            roles = [("rollout", student)] + ([("refinement", teacher)] if asks else [])
+            roles = [("rollout", student)] + ([("refinement", teacher)] if has_refinements else [])
             if all(
                 nodes * cluster.gpus_per_node >= server_nodes(cluster, role)[1]
                 for role, nodes in roles
@@ -285,7 +298,7 @@ MOST_NODES = 64
 
 @dataclass(frozen=True)
 class Evening:
-    """The fewest server nodes with which generation takes no longer than training."""
+    """Fewest server nodes with which generation takes no longer than training."""
 
     student_servers: int
     teacher_servers: int
@@ -294,16 +307,16 @@ class Evening:
 
 
 def evening_servers(config: Config, student: Any, teacher: Any) -> Evening:
-    """How many server nodes even out the training nodes that are there."""
+    """Find the server nodes with which generation takes no longer than training does now."""
     cluster = config.cluster
     training = step_time(config, student, teacher).training
     options: dict[str, list[tuple[int, float]]] = {"refinement": [(int(config.asks_teacher), 0.0)]}
-    for role, hf, context, answer in generations(config, student, teacher):
+    for role, hf, context, completion in generations(config, student, teacher):
         options[role] = [
             (
                 n,
                 generation_seconds(
-                    with_nodes(config, cluster.training_nodes, n, n), role, hf, context, answer
+                    with_nodes(config, cluster.training_nodes, n, n), role, hf, context, completion
                 ),
             )
             for n in range(1, MOST_NODES + 1)

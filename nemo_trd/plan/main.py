@@ -29,18 +29,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="as for nemo_trd.train")
     parser.add_argument("--json", type=path, metavar="FILE", help="write all figures")
     parser.add_argument("--plot", type=path, metavar="FILE", help="draw memory by part")
-    given = parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
-        plan = make_plan(compose(given.overrides))
+        plan = make_plan(compose(options.overrides))
     except ConfigError as error:
         print(f"nemo_trd: {error}", file=sys.stderr)
         return 2
     print(show.text(plan))
     try:
-        if given.json:
-            given.json.write_text(json.dumps(show.figures(plan), indent=1) + "\n")
-        if given.plot and plan.memory:
-            plot(plan.memory, plan.config.cluster.gpu_memory_gib, given.plot)
+        if options.json:
+            options.json.write_text(json.dumps(show.as_json(plan), indent=1) + "\n")
+        if options.plot and plan.memory:
+            plot(plan.memory, plan.config.cluster.gpu_memory_gib, options.plot)
     except (OSError, ValueError) as error:  # no such directory; no such image format
         print(f"nemo_trd: {error}", file=sys.stderr)
         return 2

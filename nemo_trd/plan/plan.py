@@ -1,4 +1,4 @@
-"""The plan of a configuration: what fits, how long it takes."""
+"""Plan of a configuration: memory, time, disk, and advice where it does not fit."""
 
 from __future__ import annotations
 
@@ -23,35 +23,37 @@ from nemo_trd.plan.shapes import has_shape
 
 @dataclass
 class Plan:
-    """What is known of a run before it is started. Without models, only `findings`."""
+    """Estimates for a run before it starts. Without models, only `findings` are set."""
 
     config: Config
     findings: Findings
     student: Model | None = None
     teacher: Model | None = None
     memory: list[GpuMemory] = field(default_factory=list)
-    tried: Config | None = None  # layouts that fill the GPUs, where the settings' do not
+    fallback: Config | None = None  # layouts that divide the GPUs, where the settings' do not
     advice: Advice | None = None
     flops: StepFlops | None = None  # with all below: None where the teacher's shape is unknown
     split: Split | None = None
-    fastest: Split | None = None  # of the same nodes
-    evenest: Split | None = None  # of the same nodes: the longer of generation and training least
+    fastest: Split | None = None  # best split of the same nodes by the time of a step
+    evenest: Split | None = None  # split with the shortest maximum of generation and training
     evening: Evening | None = None  # server nodes that even out the training nodes
     disk: int = 0
 
     @property
     def fits(self) -> bool:
+        """Whether the fullest GPU has room for the run."""
         return bool(self.memory) and peak(self.memory).total <= capacity(self.config)
 
     @property
     def exit_code(self) -> int:
+        """Exit code of `nemo_trd.plan`: 0 fits, 1 does not fit, 2 a rule is broken."""
         if self.findings.problems:
             return 2
         return 0 if self.fits else 1
 
 
 def make_plan(config: Config) -> Plan:
-    """Everything that `nemo_trd.plan` shows. Broken rules are in it, not raised."""
+    """Compute everything that `nemo_trd.plan` shows. Broken rules are in it, not raised."""
     student, teacher, findings = check(config)
     plan = Plan(config, findings, student, teacher)
     if student is None or teacher is None:
@@ -60,10 +62,10 @@ def make_plan(config: Config) -> Plan:
     if config.teacher.scoring == "megatron":
         layouts.append(config.parallel.teacher)
     if any(config.cluster.world_size % layout.model_parallel_size for layout in layouts):
-        plan.tried = on_fewer_gpus(config)
-        if plan.tried is None:
+        plan.fallback = on_fewer_gpus(config)
+        if plan.fallback is None:
             return plan
-        config = plan.tried
+        config = plan.fallback
     plan.memory = training_memory(config, student.hf, teacher.hf)
     if not plan.fits:
         plan.advice = advise(config, student.hf, teacher.hf)

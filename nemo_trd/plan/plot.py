@@ -1,4 +1,4 @@
-"""Memory by part as a picture."""
+"""Draws memory by part."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from nemo_trd.plan.show import PARTS
 
 
 def plot(memory: Sequence[GpuMemory], limit: float, file: Path) -> None:
-    """Memory by part while the student trains, one bar for each kind of GPU; what its fullest
-    phase takes; the line at which it is full.
+    """Draw memory by part while the student trains, one bar for each kind of GPU, the memory of
+    its fullest phase, and the line of a full GPU.
+
+    Args:
+        limit: memory of a GPU, in GiB.
 
     Raises:
-        ValueError: a file name whose ending is no image format; OSError: it cannot be written.
+        ValueError: the ending of the file's name is no image format.
+        OSError: the file cannot be written.
     """
     import matplotlib
 

@@ -1,4 +1,4 @@
-"""A plan as text and as JSON."""
+"""Shows a plan as text and as JSON."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ PHASES = {
 
 
 def text(plan: Plan) -> str:
-    """What `python -m nemo_trd.plan` prints."""
+    """Text that `python -m nemo_trd.plan` prints."""
     blocks = [_setup(plan)]
     if plan.memory:
         blocks += [_memory(plan), _verdict(plan), _servers(plan)]
@@ -72,14 +72,14 @@ def _setup(plan: Plan) -> str:
         size = str(getattr(model.hf, "model_type", ""))
         if has_shape(model.hf):
             size = f"{parameters(model.hf) / 1e9:.2f} B parameters"
-        named = f"  {role:<8} {model.directory.name}  {size}  "
+        heading = f"  {role:<8} {model.directory.name}  {size}  "
         if role == "teacher" and config.teacher.scoring == "server":
-            lines.append(f"{named}on its servers only, top {config.loss.top_k}")
+            lines.append(f"{heading}on its servers only, top {config.loss.top_k}")
             continue
         layout = getattr(config.parallel, role)
         fp8 = config.precision.fp8 if role == "student" else config.precision.teacher_fp8
         lines.append(
-            f"{named}TP {layout.tensor_model_parallel_size}  "
+            f"{heading}TP {layout.tensor_model_parallel_size}  "
             f"PP {layout.pipeline_model_parallel_size}"
             + (f"  VPP {v}" if (v := layout.virtual_pipeline_model_parallel_size) else "")
             + f"  DP {replicas(config, layout)}  {config.precision.dtype}"
@@ -100,14 +100,14 @@ def _setup(plan: Plan) -> str:
 
 
 def _memory(plan: Plan) -> str:
-    """One column for each kind of GPU, one line for each part while the student trains, in GiB."""
+    """Table in GiB: one column a kind of GPU, one line a part while the student trains."""
     students = [gpu.phases["student"] for gpu in plan.memory]
-    shown = [part for part in PARTS if any(parts.get(part) for parts in students)]
+    part_names = [part for part in PARTS if any(parts.get(part) for parts in students)]
     rows = [
         ["student stage", *(str(gpu.student_stage) for gpu in plan.memory)],
         ["teacher stage", *(str(gpu.teacher_stage) for gpu in plan.memory)],
         ["GPUs", *(str(len(gpu.ranks)) for gpu in plan.memory)],
-        *([part, *(_gib(parts.get(part, 0)) for parts in students)] for part in shown),
+        *([part, *(_gib(parts.get(part, 0)) for parts in students)] for part in part_names),
         *(
             [f"total, {PHASES[phase]}", *(_gib(gpu.total_during(phase)) for gpu in plan.memory)]
             for phase in plan.memory[0].phases
@@ -129,15 +129,15 @@ def _verdict(plan: Plan) -> str:
     fullest = peak(plan.memory)
     largest, limit = largest_part(fullest.parts), capacity(plan.config)
     lines = []
-    if plan.tried is not None:
+    if plan.fallback is not None:
         lines.append(
             f"The layouts do not divide {plan.config.cluster.world_size} GPUs. Computed instead: "
             + ", ".join(
                 f"parallel.{role} TP {layout.tensor_model_parallel_size} "
                 f"PP {layout.pipeline_model_parallel_size}"
                 for role, layout in (
-                    ("student", plan.tried.parallel.student),
-                    ("teacher", plan.tried.parallel.teacher),
+                    ("student", plan.fallback.parallel.student),
+                    ("teacher", plan.fallback.parallel.teacher),
                 )
             )
         )
@@ -160,16 +160,17 @@ def _servers(plan: Plan) -> str:
     assert plan.student is not None and plan.teacher is not None
     config = plan.config
     lines = ["Generation"]
-    for role, hf, context, answer in generations(config, plan.student.hf, plan.teacher.hf):
+    for role, hf, context, completion in generations(config, plan.student.hf, plan.teacher.hf):
         if not has_shape(hf):
             continue
-        made = servers(config, role, hf)
-        cache = (context + answer) * key_value_bytes(hf, made.element)
-        at_once = concurrent_sequences(hf, made, context + answer)
+        pool = servers(config, role, hf)
+        cache = (context + completion) * key_value_bytes(hf, pool.element)
+        at_once = concurrent_sequences(hf, pool, context + completion)
         lines.append(
-            f"  {role:<10} {made.count} x TP {made.tp}; a sequence of {context + answer:,} tokens "
-            f"has {cache / GIB:.2f} GiB of keys and values; {at_once} of them at once in each"
-            + (f" ({made.cache_bytes / GIB:.0f} GiB)" if math.isfinite(made.cache_bytes) else "")
+            f"  {role:<10} {pool.count} x TP {pool.tp}; a sequence of "
+            f"{context + completion:,} tokens has {cache / GIB:.2f} GiB of keys and values; "
+            f"{at_once} of them at once in each"
+            + (f" ({pool.cache_bytes / GIB:.0f} GiB)" if math.isfinite(pool.cache_bytes) else "")
         )
     return "\n".join(lines)
 
@@ -198,8 +199,8 @@ def _time(plan: Plan) -> str:
         lines.append(f"  {_evening(plan)}")
     lines.append(
         f"  Assumed: MFU {assumed.mfu:g} of {assumed.bf16_tflops:g} TFLOP/s (FP8 "
-        f"{assumed.fp8_mfu:g} of {assumed.fp8_tflops:g}); mean lengths {assumed.mean_length:g} of "
-        f"the longest; decoding at {assumed.memory_utilization:g} of "
+        f"{assumed.fp8_mfu:g} of {assumed.fp8_tflops:g}); mean lengths "
+        f"{assumed.mean_length:g} of the longest; decoding at {assumed.memory_utilization:g} of "
         f"{assumed.memory_bandwidth_tb:g} TB/s"
     )
     for role in ("student", "teacher"):
@@ -240,16 +241,16 @@ def _seconds(seconds: float) -> str:
 def _disk(plan: Plan) -> str:
     assert plan.student is not None
     sizes = checkpoint_bytes(plan.config, plan.student.hf)
-    kept = plan.config.checkpoint.keep_last
+    count = plan.config.checkpoint.keep_last
     return (
         f"Disk below run.dir: {plan.disk / GIB:,.1f} GiB (a checkpoint "
-        f"{sizes['checkpoint'] / GIB:,.1f}, {kept} kept and one being written; export "
+        f"{sizes['checkpoint'] / GIB:,.1f}, {count} kept and one being written; export "
         f"{sizes['export'] / GIB:,.1f})"
     )
 
 
-def figures(plan: Plan) -> dict[str, Any]:
-    """All figures, bytes and seconds, for other programs."""
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Estimates for other programs, as plain data; sizes in bytes, times in seconds."""
     result: dict[str, Any] = {
         "exit_code": plan.exit_code,
         "fits": plan.fits,
@@ -273,9 +274,9 @@ def figures(plan: Plan) -> dict[str, Any]:
         "advice": list(plan.advice.overrides) if plan.advice else [],
         "gpus": [_gpu(gpu) for gpu in plan.memory],
         "flops": vars(plan.flops) if plan.flops else None,
-        "step": _split_figures(plan.split) if plan.split else None,
-        "fastest_split": _split_figures(plan.fastest) if plan.fastest else None,
-        "evenest_split": _split_figures(plan.evenest) if plan.evenest else None,
+        "step": _split_values(plan.split) if plan.split else None,
+        "fastest_split": _split_values(plan.fastest) if plan.fastest else None,
+        "evenest_split": _split_values(plan.evenest) if plan.evenest else None,
         "evening": vars(plan.evening) if plan.evening else None,
         "disk": plan.disk,
     }
@@ -292,7 +293,7 @@ def _gpu(gpu: GpuMemory) -> dict[str, Any]:
     }
 
 
-def _split_figures(split: Split) -> dict[str, Any]:
+def _split_values(split: Split) -> dict[str, Any]:
     nodes = {
         "training_nodes": split.training,
         "student_server_nodes": split.student_servers,

@@ -1,4 +1,4 @@
-"""What a run that has ended leaves, and whether there is anything left to do for it."""
+"""Tells whether a run has anything left to do, and where its results are."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from nemo_trd.records.checkpoint_dir import read_state
 
 
 def nothing_left(config: Config, checkpoint: Path | None) -> str | None:
-    """A line that says so for a run with all its steps, its last evaluation and its export.
+    """Line for a run that has all its steps, its last evaluation and its export.
 
-    None where something is left, or where `checkpoint` is not the run's current one.
+    None where something is left to do, or where `checkpoint` is not the run's current one.
     """
     if checkpoint is None:
         return None
-    step, wanted, run_dir = read_state(checkpoint).step, config.train.num_steps, config.run_dir
+    step, num_steps, run_dir = read_state(checkpoint).step, config.train.num_steps, config.run_dir
     if checkpoint != latest.read(run_dir / "checkpoints"):
         return None
     try:
         summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    done = step >= wanted and summary.get("steps") == step
+    done = step >= num_steps and summary.get("steps") == step
     evaluated = summary.get("after") is not None
     exported = (run_dir / "export" / "config.json").is_file()
     if (
@@ -33,15 +33,15 @@ def nothing_left(config: Config, checkpoint: Path | None) -> str | None:
         or (config.checkpoint.export_hf and not exported)
     ):
         return None
-    known = [name for name, there in (("evaluated", evaluated), ("exported", exported)) if there]
+    endings = [name for name, there in (("evaluated", evaluated), ("exported", exported)) if there]
     return (
-        f"nothing left to do: step {step} is done ({', '.join(known) or 'not evaluated'}) and "
-        f"train.num_steps is {wanted}; {where_to_look(run_dir, exported)}"
+        f"nothing left to do: step {step} is done ({', '.join(endings) or 'not evaluated'}) and "
+        f"train.num_steps is {num_steps}; {where_to_look(run_dir, exported)}"
     )
 
 
 def where_to_look(run_dir: Path, exported: bool) -> str:
-    """The files of a run that has finished, and the command that shows them."""
+    """Text with the files of a finished run, and the command that shows them."""
     model = f", the model in {run_dir / 'export'}" if exported else ""
     return (
         f"see {run_dir / 'summary.json'}{model}; python -m nemo_trd.report {run_dir} "

@@ -1,4 +1,4 @@
-"""Whether a run can go on from a checkpoint, and what has changed since. Imports no torch."""
+"""Compares a run with the checkpoint that it resumes: settings, model, data. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from nemo_trd.data.prompt_digests import BYTES, DIGESTS_FILE, Difference, differ
 from nemo_trd.records.checkpoint_dir import read_state
 from nemo_trd.records.trackers import public_settings
 
-# What a resumed run may have otherwise without being another run.
+# Settings that may differ in a resumed run without making it another run.
 _OF_A_START = ("run.dir", "checkpoint.resume", "checkpoint.accept_changed_data", "cluster")
-# What the samples of a step depend on, beside the weights.
+# Settings on which the samples of a step depend, beside the weights.
 _OF_SAMPLES = (
     *("run.seed", "algorithm", "model", "refinement", "data", "sandbox"),
     *("generation.rollout", "generation.refinement", "generation.backend"),
     *("generation.max_staleness", "train.prompts_per_step", "train.rollouts_per_prompt"),
 )
-# What decides which prompts there are, and what their tokens are.
+# Settings that decide which prompts there are, and their tokens.
 _OF_PROMPTS = ("data", "algorithm.mode", "model.student", "refinement")
 _SHOWN = 60  # characters of a value
 
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that is not what the checkpoint was made with."""
+    """Setting that differs from the one that the checkpoint was made with."""
 
     name: str  # dotted
     before: str  # JSON; "nothing" where there was no such setting
@@ -42,6 +42,7 @@ class Change:
         return f"{self.name}: {_excerpt(self.before, start)} -> {_excerpt(self.now, start)}"
 
     def is_of(self, sections: Sequence[str]) -> bool:
+        """Whether the setting is one of `sections`, or stands in one."""
         return any(self.name == s or self.name.startswith(f"{s}.") for s in sections)
 
 
@@ -50,14 +51,14 @@ def _first_difference(a: str, b: str) -> int:
 
 
 def _excerpt(text: str, start: int) -> str:
-    """At most `_SHOWN` characters, those at `start` among them."""
+    """Part of a text with the character at `start`, at most `_SHOWN` characters and dots."""
     first = max(0, min(start - _SHOWN // 3, len(text) - _SHOWN))
-    shown = text[first : first + _SHOWN]
-    return f"{'...' * (first > 0)}{shown}{'...' * (first + _SHOWN < len(text))}"
+    excerpt = text[first : first + _SHOWN]
+    return f"{'...' * (first > 0)}{excerpt}{'...' * (first + _SHOWN < len(text))}"
 
 
 def changed_settings(record: Mapping[str, Any], config: Config) -> list[Change]:
-    """Every setting that is not what a checkpoint's record of them says, in the order of conf/."""
+    """Settings that differ from a checkpoint's record of them, in the order of conf/."""
     changes = [Change(*change) for change in _differing(record, public_settings(config), "")]
     return [change for change in changes if not change.is_of(_OF_A_START)]
 
@@ -65,13 +66,13 @@ def changed_settings(record: Mapping[str, Any], config: Config) -> list[Change]:
 def _differing(before: Any, now: Any, name: str) -> Iterator[tuple[str, str, str]]:
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in [*now, *(key for key in before if key not in now)]:
-            inner = f"{name}.{key}" if name else key
+            key_name = f"{name}.{key}" if name else key
             if key not in before:
-                yield inner, "nothing", _as_text(now[key])
+                yield key_name, "nothing", _as_text(now[key])
             elif key not in now:
-                yield inner, _as_text(before[key]), "nothing"
+                yield key_name, _as_text(before[key]), "nothing"
             else:
-                yield from _differing(before[key], now[key], inner)
+                yield from _differing(before[key], now[key], key_name)
     elif before != now:
         yield name, _as_text(before), _as_text(now)
 
@@ -81,12 +82,12 @@ def _as_text(value: Any) -> str:
 
 
 def samples_hold(changes: Sequence[Change]) -> bool:
-    """Whether what was sampled ahead is what would be sampled with the settings of now."""
+    """Whether samples made ahead are those that the present settings would give."""
     return not any(change.is_of(_OF_SAMPLES) for change in changes)
 
 
 def changes_since(checkpoint: Path, config: Config) -> tuple[list[Change], str]:
-    """What has changed since a checkpoint was made, and a line that says so, "" if nothing has."""
+    """Changed settings since a checkpoint was made, and a line that lists them, "" if none."""
     state = read_state(checkpoint)
     if not state.settings:
         differ = "settings that change the numbers may differ from those that it was made with"
@@ -99,7 +100,7 @@ def check_matches(checkpoint: Path, model: dict[str, Any], config: Config) -> No
     """Refuse a checkpoint of another model, or of another precision.
 
     Raises:
-        ConfigError: naming the first field that differs.
+        ConfigError: with the first field that differs.
     """
     state = read_state(checkpoint)
     for field in sorted({*state.model, *model}):
@@ -126,16 +127,16 @@ def check_prompts(checkpoint: Path, prompts: bytes, config: Config) -> str | Non
     """Refuse to go on with other data, unless `checkpoint.accept_changed_data` allows it.
 
     Args:
-        prompts: `digests` of those of now.
+        prompts: `prompt_digests.digests` of the present prompts.
 
     Returns:
-        What has changed and was accepted, None where nothing has.
+        A line on the accepted change, None where nothing has changed.
 
     Raises:
-        ConfigError: how many there were, and the first row that differs.
+        ConfigError: with the number of prompts before, and the first row that differs.
     """
     file = checkpoint / DIGESTS_FILE
-    if not file.is_file():  # of a version that kept their number alone
+    if not file.is_file():  # written by a version that recorded their number alone
         before, now = read_state(checkpoint).num_prompts, len(prompts) // BYTES
         rule = f"it was made with {before} usable prompts and there are {now} now"
         if before == now:
@@ -185,12 +186,12 @@ def _explanation(changed: Difference, dataset: Dataset) -> str:
 
 
 def _place(dataset: Dataset, row: int) -> str:
-    """Where a row stands, as error messages name it."""
+    """Place of a row, as error messages name it."""
     return next(islice(read_rows(dataset, "data.train"), row, None))[0]
 
 
 def model_identity(hf: Any) -> dict[str, Any]:
-    """What of a Hugging Face config a checkpoint depends on."""
+    """Fields of a Hugging Face config on which a checkpoint depends."""
     fields = (
         "model_type",
         "num_hidden_layers",

@@ -1,6 +1,6 @@
-"""One run at a time in a run directory. Imports no torch.
+"""Lock that allows one run at a time in a run directory. Imports no torch.
 
-RUN_DIR/run.lock holds, as JSON, who works there: host, process, since when. The holder renews its
+RUN_DIR/run.lock holds, as JSON, its holder: host, process, time of the start. The holder renews its
 time every `HEARTBEAT_SECONDS`. A lock that a crash has left behind is taken over:
 
 - on the same machine at once, when its process is gone (a process id that was given to another
@@ -38,9 +38,9 @@ POLL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock, as in the file."""
+    """Holder of a lock, as in the file."""
 
-    token: str  # of this holding alone
+    token: str  # another one for each time that a lock is taken
     host: str
     pid: int
     process_start: int  # in ticks since the machine started
@@ -58,6 +58,7 @@ UNREADABLE = Holder("unreadable", "an unknown host", 0, 0, "", "an unknown time"
 
 
 def this_process() -> Holder:
+    """Holder that this process would be, with a new token."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         machine = f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -76,7 +77,7 @@ def this_process() -> Holder:
 
 
 def _process_start(pid: int) -> int | None:
-    """In ticks since the machine started; None when there is no such process, or it has ended."""
+    """Start of a process, in ticks since the machine started; None when it does not run."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -85,7 +86,7 @@ def _process_start(pid: int) -> int | None:
 
 
 def is_gone(holder: Holder) -> bool:
-    """Whether a process of this machine has ended."""
+    """Whether a holder on this machine has ended."""
     try:
         os.kill(holder.pid, 0)
     except ProcessLookupError:
@@ -115,17 +116,18 @@ class RunLock:
         self._own = this_process()
         self._fresh = run_dir / f"{NAME}.{self._own.token}"  # before it is the lock
         self._ended = threading.Event()
-        self._taken_by: Holder | None = None
+        self._new_holder: Holder | None = None
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> list[str]:
         """Take the lock, or wait until it is sure that its holder lives.
 
         Returns:
-            What is to be logged: whose lock was taken over.
+            Lines for the log: whose lock was taken over.
 
         Raises:
-            ConfigError: another run is at work in the directory; with its host and process.
+            ConfigError: another run is at work in the directory, with its host and process; or
+                the directory cannot be written.
         """
         notices: list[str] = []
         try:
@@ -156,22 +158,22 @@ class RunLock:
         return notices
 
     def check(self) -> None:
-        """To be called before what another run must not see twice.
+        """Check that the lock is still ours; call it before output that must not appear twice.
 
         Raises:
             ConfigError: this process seemed lost, and another run has taken the directory over.
         """
-        if self._taken_by is not None:
+        if self._new_holder is not None:
             raise rule_broken(
                 "run.dir",
                 str(self._run_dir),
-                f"this run showed no sign of life for {LOST_SECONDS:.0f} s, and {self._taken_by} "
+                f"this run showed no sign of life for {LOST_SECONDS:.0f} s, and {self._new_holder} "
                 "took the directory over",
                 "let that run go on, or stop it and start this one again",
             )
 
     def release(self) -> None:
-        """Give the lock back; nothing happens when it is not held."""
+        """Give the lock back; do nothing when it is not held."""
         if self._thread is None:
             return
         self._ended.set()
@@ -195,7 +197,7 @@ class RunLock:
         return True
 
     def holder(self) -> Holder | None:
-        """Who holds the lock; None when nobody does."""
+        """Holder of the lock; None when nobody holds it."""
         try:
             return Holder(**json.loads(self._file.read_text(encoding="utf-8")))
         except FileNotFoundError:
@@ -204,7 +206,7 @@ class RunLock:
             return UNREADABLE
 
     def _why_lost(self, holder: Holder) -> str | None:
-        """Why the lock may be taken over; None to look at it again.
+        """Reason why the lock may be taken over; None to look at it again.
 
         Raises:
             ConfigError: the holder lives.
@@ -220,14 +222,14 @@ class RunLock:
         return self._wait_for_heartbeat(holder)
 
     def _wait_for_heartbeat(self, holder: Holder) -> str | None:
-        """Watch the lock of a process that cannot be looked at from here."""
+        """Watch the heartbeat of a process on another machine; the reason when it stands still."""
         first = self.beaten_at()
-        told = False
+        warned = False
         while (last := self.beaten_at()) is not None and last == first:
             age = self._now() - last
             if age >= LOST_SECONDS:
                 return f"its last sign of life was {age:.0f} s ago ({LOST_SECONDS:.0f} are allowed)"
-            if not told:
+            if not warned:
                 log.warning(
                     "%s is held by %s, last sign of life %.0f s ago: waiting for the next one, or "
                     "until it is %.0f s old",
@@ -236,25 +238,25 @@ class RunLock:
                     age,
                     LOST_SECONDS,
                 )
-                told = True
+                warned = True
             time.sleep(POLL_SECONDS)
         if last is not None and self.holder() == holder:
             raise self._refusal(holder, f"it gives a sign of life every {HEARTBEAT_SECONDS:.0f} s")
         return None
 
     def is_of_this_machine(self, holder: Holder) -> bool:
-        """Whether its process can be looked at from here."""
+        """Whether the holder runs on this machine, and its process can be examined."""
         return bool(self._own.machine) and self._own.machine == holder.machine
 
     def beaten_at(self) -> float | None:
-        """When its holder last gave a sign of life, in seconds since the epoch."""
+        """Time of the holder's last sign of life, in seconds since the epoch."""
         try:
             return self._file.stat().st_mtime
         except FileNotFoundError:
             return None
 
     def _now(self) -> float:
-        """By the clock of the file system."""
+        """Present time by the clock of the file system, in seconds since the epoch."""
         os.utime(self._fresh)
         return self._fresh.stat().st_mtime
 
@@ -267,7 +269,7 @@ class RunLock:
         )
 
     def _replace(self, holder: Holder) -> bool:
-        """Put the own lock in the place of one that is lost. Of several who try, one does.
+        """Put our lock in the place of a lost one. Of several processes that try, one succeeds.
 
         Whoever makes the marker of that holding may replace it, if it is still there then.
         """
@@ -287,7 +289,7 @@ class RunLock:
             marker.unlink(missing_ok=True)
 
     def _remove_old(self, marker: Path) -> None:
-        """Of a process that ended in the moment of taking over."""
+        """Remove the marker of a process that ended in the moment of taking over."""
         try:
             if self._now() - marker.stat().st_mtime > LOST_SECONDS:
                 marker.unlink(missing_ok=True)
@@ -305,7 +307,7 @@ class RunLock:
                 elif holder == self._own:
                     os.utime(self._file)
                 else:
-                    self._taken_by = holder
+                    self._new_holder = holder
                     return
             except OSError as error:  # a file server that is away for a moment
                 log.warning("cannot renew %s: %s", self._file, error)

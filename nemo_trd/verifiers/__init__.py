@@ -1,9 +1,9 @@
-"""Verifiers: is the final answer of a generated text right?
+"""Verifiers: decide whether the final answer of a generated text is right.
 
-A `Judge` tells why; a `Verifier` only the verdict: True, False, or None. None says that there is
-no verdict (verifier "none", or the check failed or ran out of time): it is neither right nor
-wrong, and whoever counts must count it apart. Here: `math`, `code` in its `sandbox`, exact words.
-May import config. No models and no prompts: two texts in, a judgement out.
+A `Judge` gives the reason too, a `Verifier` only the verdict: True, False, or None. None means no
+verdict (verifier "none", or the check failed or ran out of time): neither right nor wrong, so it
+must be counted apart. Here: `math`, `code` in its `sandbox`, exact words. May import config. No
+models and no prompts: two texts in, a judgement out.
 """
 
 from __future__ import annotations
@@ -25,16 +25,20 @@ THREADS = 8
 
 @lru_cache
 def verifier(name: VerifierName, sandbox: Sandbox | None = None) -> Verifier:
-    """The verifier that `data.verifier` names, one of each kind in a process.
+    """Verifier that `data.verifier` names; cached, so that a process has one of each kind.
 
-    All of them may be called from any thread. "code" needs the limits of its sandbox.
+    Any thread may call it. "code" needs the limits of its sandbox.
     """
     judge = judge_of(name, sandbox)
     return lambda text, answer: judge_answer(judge, text, answer).correct
 
 
 def judge_of(name: VerifierName, sandbox: Sandbox | None, math_timeout_s: float = 5.0) -> Judge:
-    """The same with reasons. One judge of mathematics works on one answer at a time."""
+    """Judge that `name` stands for: a verifier with reasons.
+
+    A judge of mathematics works on one answer at a time, `math_timeout_s` seconds of processor
+    time at most.
+    """
     if name == "math":
         from nemo_trd.verifiers.math import MathJudge
 
@@ -48,7 +52,7 @@ def judge_of(name: VerifierName, sandbox: Sandbox | None, math_timeout_s: float 
 
 
 def judge_all(judge: Callable[[Item], Judged], items: Iterable[Item]) -> list[Judged]:
-    """`judge` of each item, some at one time: verdicts wait for other processes."""
+    """Apply `judge` to each item in `THREADS` threads: verdicts wait for other processes."""
     with ThreadPoolExecutor(THREADS, thread_name_prefix="verdicts") as threads:
         return list(threads.map(judge, items))
 
@@ -59,10 +63,10 @@ def same_words(text: str, answer: str) -> bool:
     The final answer is what follows the last "#" ("# 10", "#### 42"), or without any "#" as
     many last words as the answer has. White space does not matter, case does.
     """
-    wanted = answer.split()
+    expected = answer.split()
     if "#" in text:
-        return text.rpartition("#")[2].split() == wanted
-    return bool(wanted) and text.split()[-len(wanted) :] == wanted
+        return text.rpartition("#")[2].split() == expected
+    return bool(expected) and text.split()[-len(expected) :] == expected
 
 
 def _judge_words(text: str, answer: str) -> Judgement:

@@ -1,4 +1,4 @@
-r"""Answers of a kind that math-verify does not tell apart, or does not know.
+r"""Compares kinds of answers that math-verify does not know, or does not tell apart.
 
 Numbers, numerals of other bases, letters of choices, and the brackets of lists. All texts are
 `answer_text.tidy`.
@@ -50,7 +50,7 @@ BRACKET = re.compile(r"\\[{}]|\\[lr]angle(?![A-Za-z])|\\[A-Za-z]+|[][(){},;]")
 
 
 def number(answer: str) -> Fraction | None:
-    """The value of a number that is written out: 1,234.5 or 3/4 or 2\\frac{2}{3} or twelve."""
+    """Value of a number that is written out: 1,234.5 or 3/4 or 2\\frac{2}{3} or twelve."""
     if len(answer) > 100:
         return None
     repeating = REPEATING.fullmatch(answer)
@@ -77,7 +77,7 @@ def number(answer: str) -> Fraction | None:
 
 
 def number_in_words(answer: str) -> Fraction | None:
-    """Below a million million: "twenty-one", "one hundred and five"."""
+    """Value of a number in words, below 10**12: "twenty-one", "one hundred and five"."""
     total, current, room = 0, 0, 1_000
     words = [word for word in re.split(r"[\s-]+", answer.casefold()) if word != "and"]
     for word in words:
@@ -95,7 +95,7 @@ def number_in_words(answer: str) -> Fraction | None:
 
 
 def with_double_factorials(answer: str) -> str:
-    """n!! as its value, which math-verify would take for (n!)!."""
+    """Replace n!! by its value; math-verify would take it for (n!)!."""
 
     def value(match: re.Match[str]) -> str:
         product, factor = 1, int(match[1])
@@ -111,17 +111,17 @@ def with_double_factorials(answer: str) -> str:
 # --- numerals of other bases ---
 
 
-def same_numerals(given: str, wanted: str) -> bool | None:
+def same_numerals(answer: str, expected: str) -> bool | None:
     """Whether both are the same digits in the same base; None if no base is named.
 
     A base that one side leaves out is the other's: the problem has named it. The value alone does
     not do, or the answer to "write 13_8 in base 2" could be 13_8.
     """
-    numerals = [_numeral(side) for side in (given, wanted)]
+    numerals = [_numeral(side) for side in (answer, expected)]
     if all(base is None for _, base in numerals):
         return None
-    (digits, base), (wanted_digits, wanted_base) = numerals
-    return digits == wanted_digits and (None in (base, wanted_base) or base == wanted_base)
+    (digits, base), (expected_digits, expected_base) = numerals
+    return digits == expected_digits and (None in (base, expected_base) or base == expected_base)
 
 
 def _numeral(answer: str) -> tuple[str, int | None]:
@@ -129,8 +129,8 @@ def _numeral(answer: str) -> tuple[str, int | None]:
     answer = re.sub(r"^[A-Za-z]\s*=\s*", "", answer)
     numeral = NUMERAL.fullmatch(answer)
     if numeral is not None:
-        named = numeral[2] or numeral[3]
-        base = int(named) if named.isdigit() else int(number_in_words(named) or 0)
+        base_name = numeral[2] or numeral[3]
+        base = int(base_name) if base_name.isdigit() else int(number_in_words(base_name) or 0)
         if 2 <= base <= 36:
             return numeral[1].replace(" ", "").lstrip("0") or "0", base
     return answer.replace(" ", "").replace(",", "").lstrip("0") or "0", None
@@ -139,13 +139,15 @@ def _numeral(answer: str) -> tuple[str, int | None]:
 # --- times of day ---
 
 
-def same_times(given: str, wanted: str) -> bool | None:
+def same_times(answer: str, expected: str) -> bool | None:
     """Whether 3:30 PM is 3:30 p.m.; the half of the day may be missing on one side only."""
-    found = [CLOCK.fullmatch(TEXT_COMMAND.sub(r"\1", side).casefold()) for side in (given, wanted)]
-    if found[0] is None or found[1] is None or not (found[0][3] or found[1][3]):
+    clocks = [
+        CLOCK.fullmatch(TEXT_COMMAND.sub(r"\1", side).casefold()) for side in (answer, expected)
+    ]
+    if clocks[0] is None or clocks[1] is None or not (clocks[0][3] or clocks[1][3]):
         return None
-    times = [(int(match[1]), int(match[2] or 0)) for match in found if match]
-    halves = {match[3] for match in found if match and match[3]}
+    times = [(int(match[1]), int(match[2] or 0)) for match in clocks if match]
+    halves = {match[3] for match in clocks if match and match[3]}
     return times[0] == times[1] and len(halves) == 1
 
 
@@ -153,18 +155,18 @@ def same_times(given: str, wanted: str) -> bool | None:
 
 
 def choice(answer: str) -> tuple[str, str] | None:
-    r"""The letter of a choice and what is said after it: (C), \textbf{(C)} 42, C. 42."""
+    r"""Letter of a choice and the text after it: (C), \textbf{(C)} 42, C. 42."""
     answer = " ".join(TEXT_COMMAND.sub(r"\1 ", answer).split()).strip(" .*")
-    chosen = CHOICE.fullmatch(answer)
-    if chosen is None or FURTHER.match(chosen[3]):
+    match = CHOICE.fullmatch(answer)
+    if match is None or FURTHER.match(match[3]):
         return None
-    if (chosen[1] or "").islower() and chosen[3]:  # (a) 5: a part of the problem
+    if (match[1] or "").islower() and match[3]:  # (a) 5: a part of the problem
         return None
-    return (chosen[1] or chosen[2]).upper(), chosen[3].strip()
+    return (match[1] or match[2]).upper(), match[3].strip()
 
 
 def choices(answer: str) -> set[str] | None:
-    """The letters of several choices: (A) and (C)."""
+    """Letters of several choices: (A) and (C)."""
     answer = " ".join(TEXT_COMMAND.sub(r"\1 ", answer).split())
     if not CHOICES.fullmatch(answer):
         return None
@@ -172,7 +174,7 @@ def choices(answer: str) -> set[str] | None:
 
 
 def choice_in_words(text: str) -> str | None:
-    """The letter that a text announces or ends with, and has not marked: "It must be (D)."."""
+    """Letter that a text announces or ends with, and does not mark: "It must be (D)."."""
     alone = choice(text) if "\n" not in text.strip() else None
     if alone is not None:
         return alone[0]
@@ -181,42 +183,42 @@ def choice_in_words(text: str) -> str | None:
         return next(letter for letter in announced[-1] if letter)
     words = text.split()
     last = words[-1].strip("*.!`$") if words else ""
-    chosen = choice(last)
-    if chosen is None or chosen[1]:
+    final_choice = choice(last)
+    if final_choice is None or final_choice[1]:
         return None
     before = words[-2].strip("*,") if len(words) > 1 else "is"
-    refused = before.lower() in ("not", "isn't", "never", "cannot", "or", "and", "than")
-    return None if refused or (last in ("A", "I") and before != "is") else chosen[0]
+    is_denied = before.lower() in ("not", "isn't", "never", "cannot", "or", "and", "than")
+    return None if is_denied or (last in ("A", "I") and before != "is") else final_choice[0]
 
 
 # --- brackets of lists ---
 
 
-def other_brackets(given: str, wanted: str) -> bool:
+def other_brackets(answer: str, expected: str) -> bool:
     r"""Whether one is a set where the other is a tuple or an interval: (1,2) and \{1,2\}.
 
     A list without brackets, "1, 2", is none of them.
     """
-    if OPERATORS.search(given) or OPERATORS.search(wanted):
+    if OPERATORS.search(answer) or OPERATORS.search(expected):
         return False
-    lists = [_brackets(side) for side in (given, wanted)]
+    lists = [_brackets(side) for side in (answer, expected)]
     if not all(outer or inner for outer, inner in lists):
         return False
-    (outer, inner), (wanted_outer, wanted_inner) = lists
-    if outer and wanted_outer and (outer == r"\{") != (wanted_outer == r"\{"):
+    (outer, inner), (expected_outer, expected_inner) = lists
+    if outer and expected_outer and (outer == r"\{") != (expected_outer == r"\{"):
         return True
-    if bool(outer) == bool(wanted_outer):
-        return inner != wanted_inner
+    if bool(outer) == bool(expected_outer):
+        return inner != expected_inner
     return False
 
 
 def _brackets(answer: str) -> tuple[str, list[bool]]:
-    """The bracket around the whole list ("" if there is none), and whether those in it are sets.
+    """Bracket around the whole list ("" if none), and for each list in it whether it is a set.
 
     Only brackets with a comma directly inside count.
     """
     stack: list[tuple[str, int, bool]] = []
-    found: list[tuple[int, int, str]] = []
+    lists: list[tuple[int, int, str]] = []
     for match in BRACKET.finditer(answer):
         token = match[0]
         if token in BRACKETS:
@@ -226,8 +228,8 @@ def _brackets(answer: str) -> tuple[str, list[bool]]:
         elif stack and token in (r"\}", ")", "]", "}", r"\rangle"):
             opened, start, is_list = stack.pop()
             if is_list:
-                found.append((start, match.end(), opened))
-    found.sort()
-    outer = found[0][2] if found and found[0][:2] == (0, len(answer)) else ""
+                lists.append((start, match.end(), opened))
+    lists.sort()
+    outer = lists[0][2] if lists and lists[0][:2] == (0, len(answer)) else ""
     outer = r"\{" if outer == "{" else outer
-    return outer, sorted(kind in ("{", r"\{") for _, _, kind in found[bool(outer) :])
+    return outer, sorted(kind in ("{", r"\{") for _, _, kind in lists[bool(outer) :])

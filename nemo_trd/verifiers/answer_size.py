@@ -1,4 +1,4 @@
-r"""Whether an answer is too large to be anybody's answer, before it is parsed.
+r"""Refuses answers that are too large to be anybody's answer, before they are parsed.
 
 Symbolic comparison computes what it reads: 9^{9^{9^9}} takes for ever, and so does the parser with
 thousands of brackets. Sizes are estimated from the text alone, from above.
@@ -11,11 +11,11 @@ import re
 
 MAX_CHARACTERS = 1000  # or four times as many as the expected answer has
 MAX_DEPTH = 12  # brackets in one another; every level doubles the work of the parser
-FUNCTION_DEPTH = 3  # of the brackets of a function: sympy looks for a value of cos(cos(cos(1)))
-MAX_DIGITS = 100_000.0  # of every number to be computed: 2^{2024}, 1000! and 10^{10000} fit
-MAX_TERMS = 100_000.0  # of a sum or a product
+FUNCTION_DEPTH = 3  # depth of a function's brackets: sympy looks for a value of cos(cos(cos(1)))
+MAX_DIGITS = 100_000.0  # largest number to be computed: 2^{2024}, 1000! and 10^{10000} fit
+MAX_TERMS = 100_000.0  # longest sum or product
 MAX_EXPANDED = 500  # terms that a power of a sum, (x+1)^{300}, has when it is expanded
-MAX_ROOT_DIGITS = 2_100  # of a number under a root, which sympy tries to divide: 10^{2024} fits
+MAX_ROOT_DIGITS = 2_100  # largest number under a root, which sympy tries to divide: 10^{2024} fits
 
 TOKEN = re.compile(
     r"(?P<number>\d[\d,]*\.?\d*)|(?P<open>\\\{|[{(\[])|(?P<close>\\\}|[})\]])"
@@ -67,15 +67,15 @@ def too_many_terms(answer: str, expected: str) -> bool:
 
 def _expanded(answer: str) -> int:
     terms = 0
-    for inner, exponent in POWER_OF_SUM.findall(answer):
+    for summands, exponent in POWER_OF_SUM.findall(answer):
         power = int(exponent[:6])  # more digits are more than enough
-        others = min(len(re.findall("[-+]", inner)), 20)
+        others = min(len(re.findall("[-+]", summands)), 20)
         terms += math.comb(power + others, others)
     return terms
 
 
 class _Estimate:
-    """The digits of the numbers in an answer, from above: those of a group are added up.
+    """Upper bound on the digits of the numbers in an answer; those of a group are added up.
 
     A letter counts for no digit, and for one where it is raised to a power: a polynomial of a
     large degree is as much work as a large number.
@@ -86,7 +86,11 @@ class _Estimate:
         self._next = 0
 
     def group(self) -> float:
-        """Digits of all up to the bracket that closes, or the end. Raises `_TooLarge`."""
+        """Digits of all numbers up to the closing bracket, or the end.
+
+        Raises:
+            _TooLarge: a number exceeds a limit.
+        """
         digits = 0.0
         while (token := self._peek()) is not None and token.lastgroup != "close":
             digits += self._powers()
@@ -97,7 +101,7 @@ class _Estimate:
         return self._tokens[self._next] if self._next < len(self._tokens) else None
 
     def _powers(self) -> float:
-        """An atom with what it is raised to: a^b^c is a^(b^c)."""
+        """Digits of an atom with its exponents: a^b^c is a^(b^c)."""
         chain = [self._atom()]
         while (token := self._peek()) is not None and token[0] == "^":
             self._next += 1
@@ -150,7 +154,7 @@ class _Estimate:
 
 
 def _digits(number: str) -> float:
-    """log10, at least 0.3, of a number of any length."""
+    """log10 of a number of any length, at least 0.3."""
     whole = number.replace(",", "").partition(".")[0].lstrip("0") or "1"
     return max(0.3, len(whole) - 1 + math.log10(float(f"{whole[0]}.{whole[1:15]}")))
 

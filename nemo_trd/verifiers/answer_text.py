@@ -1,4 +1,4 @@
-r"""Where the final answer of a generated text stands, and one way of writing for many.
+r"""Finds the final answer of a generated text, and brings its many notations to one.
 
 Nothing here computes: texts go in and come out, in time proportional to their length.
 """
@@ -23,7 +23,7 @@ CONCLUDED = re.compile(
 )
 RETRACTED = re.compile(r"(?i)\b(?:wait,? no|no,? wait|scratch that|I was wrong)\b")
 _NUMBER = r"[\s$*\\(]*[-+]?\d[\d.,/]*[\s$*\\)]*"
-# What a text may end with that holds its last number and does not say that this is the answer.
+# Ends of a text that hold its last number and do not say that it is the answer.
 NOT_SAID = re.compile(
     rf"(?i)(?:(?:\b(?:not|than|at least|at most)|\bbetween{_NUMBER}and)\b{_NUMBER}[a-z]*[\s.!*]*"
     rf"|\d[\s$*\\)]*(?:\?|(?:is|was) (?:not|wrong|incorrect)\b)\D*)\Z"
@@ -55,7 +55,7 @@ SYMBOLS = str.maketrans(
         **{"，": ",", "：": ":", "（": "(", "）": ")", "′": "'", "’": "'", "″": '"'},
     }
 )
-FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")  # of full width, Arabic, ...
+FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")  # full width, Arabic, ...
 ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 ROOT = re.compile(r"([√∛∜])\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|\\?[A-Za-z]+))?")
 BARE_PI = re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])")
@@ -84,14 +84,14 @@ MIRRORED = re.compile(r"(?!\s*[A-Za-z]\s*=)([^=<>]+)=\s*([A-Za-z])")  # 5 = x, n
 
 
 def final_answer(text: str) -> str | None:
-    """What stands in the last complete box, else in <answer>, else after the last "####".
+    """Content of the last complete box, else of <answer>, else of the line after the last "####".
 
     Boxes that are enumerated, "\\boxed{2} and \\boxed{3}", are one answer, "2, 3".
     """
     boxes = _boxes(text)
     if not boxes:
-        marked = TAGGED.findall(text) or MARKED.findall(text)
-        return marked[-1] if marked else None
+        marked_answers = TAGGED.findall(text) or MARKED.findall(text)
+        return marked_answers[-1] if marked_answers else None
     begin, start, end = boxes[-1]
     answers = [text[start:end]]
     for earlier, earlier_start, earlier_end in reversed(boxes[:-1]):
@@ -104,7 +104,7 @@ def final_answer(text: str) -> str | None:
 
 
 def _boxes(text: str) -> list[tuple[int, int, int]]:
-    """Of each complete box its begin, and begin and end of its content, in order of begin."""
+    """(begin of the box, begin and end of its content) of each complete box, in order."""
     begins = {match.end() - 1: match.start() for match in BOX.finditer(text)}
     opened: list[int] = []
     boxes = []
@@ -119,26 +119,27 @@ def _boxes(text: str) -> list[tuple[int, int, int]]:
 
 
 def announced_answer(text: str) -> str | None:
-    """The formula or the sentence that ends "the answer is ...", "Answer: ...", the last of them.
+    """Formula or sentence after the last "the answer is ...", "Answer: ..." of a text.
 
-    Without any, what the last sentence ends with: "so we get ...".
+    Without any, the end of the last sentence: "so we get ...".
 
-    It may say more than the answer; who asks must look whether it can be one.
+    It may hold more than the answer: the caller checks whether it can be one.
     """
     announced = ANNOUNCED.findall(text) or CONCLUDED.findall(text[-200:])
     if not announced:
         return None
-    told = announced[-1][:400]
-    told = told if POWER.search(told) else told.partition("**")[0]  # a bold answer ends there
-    formula = FORMULA.match(told)
+    announcement = announced[-1][:400]
+    if not POWER.search(announcement):
+        announcement = announcement.partition("**")[0]  # a bold answer ends there
+    formula = FORMULA.match(announcement)
     if formula:
         return next(part for part in formula.groups() if part)
-    sentence = SENTENCE.match(told)
+    sentence = SENTENCE.match(announcement)
     return sentence[1] if sentence else None
 
 
 def in_plain_latex(text: str) -> str:
-    """Signs of Unicode as LaTeX has them, and what only decorates left out."""
+    """Write signs of Unicode as LaTeX, and leave out commands that only decorate."""
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+", lambda m: f"^{{{m[0].translate(SUPERSCRIPTS)}}}", text)
     text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda m: f"_{{{m[0].translate(SUBSCRIPTS)}}}", text)
     text = FOREIGN_DIGIT.sub(lambda m: str(int(m[0])), text)
@@ -153,7 +154,7 @@ def _root(match: re.Match[str]) -> str:
 
 
 def tidy(answer: str) -> str:
-    """A final answer, in plain LaTeX, without what does not change its meaning.
+    """Remove from a final answer in plain LaTeX everything that does not change its meaning.
 
     Dollar signs, spaces, text commands around all of it and a full stop go; "1 234" is joined,
     "1 1/2" is set as a mixed number, and numbers that merely stand side by side become a list.
@@ -189,9 +190,9 @@ def _mixed(match: re.Match[str]) -> str:
     return rf"{whole}\frac{{{over}}}{{{under}}}" if int(over) < int(under) else match[0]
 
 
-def same_text(given: str, wanted: str) -> bool:
+def same_text(answer: str, expected: str) -> bool:
     """Whether two tidy answers are the same but for spaces and braces around one character."""
-    return _bare(given) == _bare(wanted)
+    return _bare(answer) == _bare(expected)
 
 
 def _bare(answer: str) -> str:

@@ -1,4 +1,4 @@
-r"""Quantities: 5 cm, 2 hours 30 minutes, 60 miles per hour.
+r"""Compares quantities: 5 cm, 2 hours 30 minutes, 60 miles per hour.
 
 A unit that one side leaves out is forgiven, for the problem has named it; another unit is not,
 unless the numbers convert. Units that are not in the table ("18 eggs") are not compared.
@@ -62,6 +62,8 @@ Dimensions = tuple[tuple[str, int], ...]  # with their exponents, in order
 
 @dataclass(frozen=True)
 class Unit:
+    """Unit as powers of dimensions, and its value in their own units."""
+
     dimensions: Dimensions
     factor: Fraction
 
@@ -102,11 +104,12 @@ class Quantity:
 
     @property
     def dimensions(self) -> Dimensions:
+        """Dimensions that all parts have."""
         return self.parts[0][1].dimensions
 
     @property
     def total(self) -> Fraction | None:
-        """In the dimension's own unit; None where a number is not written out."""
+        """Sum of the parts in the dimension's own unit; None where a number is not written out."""
         values = [(number(amount), unit.factor) for amount, unit in self.parts]
         if any(value is None for value, _ in values):
             return None
@@ -114,7 +117,7 @@ class Quantity:
 
 
 def quantity(answer: str) -> Quantity | None:
-    """The quantity that the whole answer is; None where a unit is missing or unknown."""
+    """Quantity that the whole answer is; None where a unit is missing or unknown."""
     if len(answer) > 200:
         return None
     answer = " ".join(TEXT_COMMAND.sub(r" \1 ", answer).split()).strip(" .")
@@ -130,16 +133,16 @@ def quantity(answer: str) -> Quantity | None:
     if not parts or rest:
         single = SINGLE.fullmatch(answer)
         parts = [(single[1], unit_named(single[2]))] if single else []
-    known = tuple((amount, unit) for amount, unit in parts if unit is not None)
-    if not parts or len(known) < len(parts):
+    named_parts = tuple((amount, unit) for amount, unit in parts if unit is not None)
+    if not parts or len(named_parts) < len(parts):
         return None
-    if len({unit.dimensions for _, unit in known}) > 1:
+    if len({unit.dimensions for _, unit in named_parts}) > 1:
         return None
-    return Quantity(known)
+    return Quantity(named_parts)
 
 
 def unit_named(name: str) -> Unit | None:
-    """cm^2, square feet, miles per hour, m/s; None if any part of it is not in the table."""
+    """Unit of a name (cm^2, square feet, m/s); None if any part of it is not in the table."""
     if len(name) == 1 and name.isupper() and name != "L":
         return None  # a variable
     name = re.sub(r"[{}]", "", name.strip(" .").casefold())
@@ -167,15 +170,15 @@ def _one(name: str) -> Unit | None:
 
 
 def same_quantities(
-    given: str, wanted: str, compare: Callable[[str, str], Judgement]
+    answer: str, expected: str, compare: Callable[[str, str], Judgement]
 ) -> Judgement | None:
-    """The judgement of two answers by their units, or None where these decide nothing.
+    """Judge two answers by their units; None where these decide nothing.
 
     `compare` judges two numbers in LaTeX.
     """
-    ours, theirs = quantity(given), quantity(wanted)
+    ours, theirs = quantity(answer), quantity(expected)
     if ours is None or theirs is None:
-        present, bare = (ours, wanted) if ours is not None else (theirs, given)
+        present, bare = (ours, expected) if ours is not None else (theirs, answer)
         return None if present is None else _without_unit(present, bare)
     if ours.dimensions != theirs.dimensions:
         return WRONG
@@ -183,14 +186,14 @@ def same_quantities(
         return RIGHT if ours.total == theirs.total else WRONG
     if len(ours.parts) + len(theirs.parts) > 2:
         return WRONG
-    (amount, unit), (wanted_amount, wanted_unit) = ours.parts[0], theirs.parts[0]
-    ratio = unit.factor / wanted_unit.factor
+    (amount, unit), (expected_amount, expected_unit) = ours.parts[0], theirs.parts[0]
+    ratio = unit.factor / expected_unit.factor
     factor = rf"\frac{{{ratio.numerator}}}{{{ratio.denominator}}}"
-    return compare(amount if ratio == 1 else rf"({amount}) \cdot {factor}", wanted_amount)
+    return compare(amount if ratio == 1 else rf"({amount}) \cdot {factor}", expected_amount)
 
 
 def _without_unit(present: Quantity, bare: str) -> Judgement | None:
-    """A quantity beside a number: the number is in that unit, or in any of a compound one's."""
+    """Compare a quantity with a bare number, taken in that unit, or in any of a compound one's."""
     value, total = number(bare), present.total
     if len(present.parts) == 1 and (value is None or total is None):
         return None  # left to the parser, which drops units

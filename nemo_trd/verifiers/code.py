@@ -1,6 +1,6 @@
-"""Does a generated program pass the tests of its problem?
+"""Decides whether a generated program passes the tests of its problem.
 
-Programs run in `nemo_trd.verifiers.sandbox`, and what they must answer never enters it: their
+Programs run in `nemo_trd.verifiers.sandbox`, and expected outputs never enter it: the programs'
 outputs come out as text or plain data and are compared here. Tests that are programs themselves
 run in a second sandbox, and only the arguments and results of calls pass between the two. So
 nothing that a generated program does to its own interpreter can turn into a verdict.
@@ -34,21 +34,21 @@ SCRIPT = Path(code_script.__file__).read_text()
 FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([^\s`]*)[^\n]*$", re.MULTILINE)
 CPU_LIMIT = 128 + signal.SIGXCPU  # exit status
 LANGUAGES = ("", "python", "python3", "py")
-FLOAT_TOLERANCE = {"rel_tol": 1e-7, "abs_tol": 1e-6}  # where a reference solution is followed
+FLOAT_TOLERANCE = {"rel_tol": 1e-7, "abs_tol": 1e-6}  # for outputs of a reference solution
 
 
 class TestsBroken(Exception):
-    """The tests of the problem do not work; nothing is known of the program."""
+    """The problem's tests do not work, so there is no verdict on the program."""
 
 
 class _Failed(Exception):
-    """The program failed, and in which way."""
+    """The program failed; the message is the reason of the judgement."""
 
 
 def judge_code(text: str, answer: str, limits: Sandbox) -> Judgement:
     """Run the program in `text` on the tests in `answer` (see `code_tests`).
 
-    Reasons of a wrong one: no_code, wrong_answer, runtime_error, time_limit, memory_limit,
+    Reasons of a wrong verdict: no_code, wrong_answer, runtime_error, time_limit, memory_limit,
     output_limit. No verdict, reason "error", where the sandbox or the tests fail.
     """
     try:
@@ -76,7 +76,7 @@ def _no_verdict(error: Exception) -> Judgement:
 
 
 def extract_code(text: str, entry_point: str = "") -> str | None:
-    """The last whole fenced block of Python, of those that name the entry point if any does."""
+    """Last complete fenced block of Python; of those that name the entry point, if any does."""
     blocks: list[str] = []
     opened: re.Match[str] | None = None
     for fence in FENCE.finditer(text):
@@ -87,8 +87,8 @@ def extract_code(text: str, entry_point: str = "") -> str | None:
                 blocks.append(text[opened.end() + 1 : fence.start()])
             opened = None
     naming = [block for block in blocks if entry_point and entry_point in block]
-    chosen = naming or blocks
-    return chosen[-1] if chosen else None
+    candidates = naming or blocks
+    return candidates[-1] if candidates else None
 
 
 # --- programs that read stdin ---
@@ -96,9 +96,9 @@ def extract_code(text: str, entry_point: str = "") -> str | None:
 
 def _run_stdin(code: str, tests: CodeTests, limits: Sandbox) -> None:
     clock = _Clock(limits)
-    for given, expected in zip(tests.inputs, tests.outputs, strict=True):
+    for stdin, expected in zip(tests.inputs, tests.outputs, strict=True):
         with SandboxedPython(SCRIPT, ["program"], limits) as program:
-            data = _with_length(code) + given.encode()
+            data = _with_length(code) + stdin.encode()
             try:
                 output = program.exchange(data, "end", clock.next_case())
             except Stopped as stopped:
@@ -109,18 +109,18 @@ def _run_stdin(code: str, tests: CodeTests, limits: Sandbox) -> None:
             raise _Failed("wrong_answer")
 
 
-def same_output(found: str, expected: str) -> bool:
-    """Line by line, without white space around them; numbers by value, exactly."""
-    lines = [[line.strip() for line in text.strip().split("\n")] for text in (found, expected)]
+def same_output(output: str, expected: str) -> bool:
+    """Compare outputs line by line, without white space around them; numbers by exact value."""
+    lines = [[line.strip() for line in text.strip().split("\n")] for text in (output, expected)]
     if len(lines[0]) != len(lines[1]):
         return False
     return all(a == b or _same_numbers(a, b) for a, b in zip(*lines, strict=True))
 
 
-def _same_numbers(found: str, expected: str) -> bool:
+def _same_numbers(output: str, expected: str) -> bool:
     try:
-        wanted = [Decimal(word) for word in expected.split()]
-        return [Decimal(word) for word in found.split()] == wanted
+        expected_numbers = [Decimal(word) for word in expected.split()]
+        return [Decimal(word) for word in output.split()] == expected_numbers
     except InvalidOperation:
         return False
 
@@ -129,7 +129,7 @@ def _same_numbers(found: str, expected: str) -> bool:
 
 
 class _Functions:
-    """The functions of a program, called in a sandbox."""
+    """Functions of a program, called in a sandbox."""
 
     def __init__(self, code: str, limits: Sandbox, clock: _Clock) -> None:
         self._python = SandboxedPython(SCRIPT, ["functions"], limits)
@@ -148,14 +148,18 @@ class _Functions:
         self._python.kill()
 
     def call(self, name: str, arguments: list[Any]) -> Any:
-        """Raises `_Failed` with "runtime_error" when the function raises anything."""
+        """Call a function of the program.
+
+        Raises:
+            _Failed: "runtime_error" when the function raises anything; or a limit.
+        """
         reply = self.forward([name, code_script.encode(arguments), code_script.encode({})])
         if "error" in reply:
             raise _Failed("runtime_error")
         return _decode(reply)
 
     def forward(self, call: Any) -> dict[str, Any]:
-        """The reply to an encoded call, of a right form."""
+        """Reply to an encoded call: {"value": ...} or {"error": [type, message]}."""
         return self._read(json.dumps(call).encode() + b"\n", raising=False)
 
     def _read(self, data: bytes, raising: bool = True) -> dict[str, Any]:
@@ -189,20 +193,20 @@ def _run_functions(code: str, tests: CodeTests, limits: Sandbox) -> None:
         followed = [tests.reference, tests.entry_point, tests.inputs]
         expected = _reference_outputs(json.dumps(followed), limits)
     with _Functions(code, limits, _Clock(limits)) as functions:
-        for arguments, wanted in zip(tests.inputs, expected, strict=True):
-            found = functions.call(tests.entry_point, arguments)
+        for arguments, expected_result in zip(tests.inputs, expected, strict=True):
+            result = functions.call(tests.entry_point, arguments)
             if tests.reference is not None:
-                same = same_value(found, wanted, tests.tolerance)
+                same = same_value(result, expected_result, tests.tolerance)
             else:
-                found = _as_json(found)
-                same = found == wanted or [found] == wanted
+                result = _as_json(result)
+                same = result == expected_result or [result] == expected_result
             if not same:
                 raise _Failed("wrong_answer")
 
 
 @lru_cache(maxsize=1024)
 def _reference_outputs(tests: str, limits: Sandbox) -> tuple[Any, ...]:
-    """What the reference solution returns, from [solution, entry point, inputs] as JSON."""
+    """Results of the reference solution; `tests` is JSON of [solution, entry point, inputs]."""
     reference, entry_point, inputs = json.loads(tests)
     try:
         with _Functions(reference, limits, _Clock(limits)) as functions:
@@ -211,34 +215,34 @@ def _reference_outputs(tests: str, limits: Sandbox) -> tuple[Any, ...]:
         raise TestsBroken(f"the reference solution of {entry_point} fails: {failure}") from None
 
 
-def same_value(found: Any, expected: Any, tolerance: float) -> bool:
-    """Equal in types and values; floats up to `tolerance`, or to what rounding explains."""
-    if isinstance(expected, float) and isinstance(found, int | float):
-        if isinstance(found, bool):
+def same_value(result: Any, expected: Any, tolerance: float) -> bool:
+    """Compare types and values; floats up to `tolerance`, or up to rounding errors."""
+    if isinstance(expected, float) and isinstance(result, int | float):
+        if isinstance(result, bool):
             return False
         limits = FLOAT_TOLERANCE | ({"abs_tol": tolerance} if tolerance else {})
         try:
-            both_nan = math.isnan(expected) and math.isnan(found)
-            return both_nan or math.isclose(found, expected, **limits)
+            both_nan = math.isnan(expected) and math.isnan(result)
+            return both_nan or math.isclose(result, expected, **limits)
         except OverflowError:  # an int beyond all floats
             return False
     if isinstance(expected, list | tuple):
         return (
-            type(found) is type(expected)
-            and len(found) == len(expected)
-            and all(same_value(a, b, tolerance) for a, b in zip(found, expected, strict=True))
+            type(result) is type(expected)
+            and len(result) == len(expected)
+            and all(same_value(a, b, tolerance) for a, b in zip(result, expected, strict=True))
         )
     if isinstance(expected, dict):
         return (
-            isinstance(found, dict)
-            and found.keys() == expected.keys()
-            and all(same_value(found[key], expected[key], tolerance) for key in expected)
+            isinstance(result, dict)
+            and result.keys() == expected.keys()
+            and all(same_value(result[key], expected[key], tolerance) for key in expected)
         )
-    return found == expected
+    return result == expected
 
 
 def _as_json(value: Any) -> Any:
-    """Tuples as lists and keys as texts, as JSON's expected values have them."""
+    """Turn tuples into lists and keys into texts, as in expected values from JSON."""
     if isinstance(value, list | tuple):
         return [_as_json(item) for item in value]
     if isinstance(value, dict):
@@ -258,35 +262,35 @@ def _run_program(code: str, tests: CodeTests, limits: Sandbox) -> None:
         clock = _Clock(limits)
         while True:
             try:
-                told = json.loads(judge.exchange(message, "line", clock.left()))
+                request = json.loads(judge.exchange(message, "line", clock.left()))
             except Stopped as stopped:
                 raise _blame(calls, _how(stopped, judge), stopped.reason) from None
             except ValueError:
                 raise TestsBroken("they write into the channel of their verdict") from None
-            if "call" not in told:
+            if "call" not in request:
                 break
-            message = json.dumps(functions.forward(told["call"])).encode() + b"\n"
+            message = json.dumps(functions.forward(request["call"])).encode() + b"\n"
             calls += 1
-    if "broken" in told:
-        raise TestsBroken(told["broken"])
-    if not told["passed"]:
-        raise _blame(calls, "wrong_answer", told["error"])
+    if "broken" in request:
+        raise TestsBroken(request["broken"])
+    if not request["passed"]:
+        raise _blame(calls, "wrong_answer", request["error"])
 
 
-def _blame(calls: int, reason: str, told: str) -> Exception:
-    """Before anything of the program was called, the tests have failed by themselves."""
-    return _Failed(reason) if calls else TestsBroken(f"the tests fail by themselves: {told}")
+def _blame(calls: int, reason: str, cause: str) -> Exception:
+    """Error for failed tests; before their first call they have failed by themselves."""
+    return _Failed(reason) if calls else TestsBroken(f"the tests fail by themselves: {cause}")
 
 
 def _how(stopped: Stopped | None, python: SandboxedPython) -> str:
-    """The reason of a verdict on a program that was stopped, or ended by itself."""
+    """Reason of a verdict on a program that was stopped, or ended by itself."""
     if stopped is not None and stopped.reason != "ended":
         return stopped.reason
     return "time_limit" if python.status == CPU_LIMIT else "runtime_error"
 
 
 class _Clock:
-    """Seconds that the next step of one program may take."""
+    """Seconds left for the next step of one program."""
 
     def __init__(self, limits: Sandbox) -> None:
         self._case = limits.case_seconds

@@ -1,10 +1,10 @@
-"""What runs inside the sandbox, as a script of its own: generated programs, and tests of them.
+"""Script that runs inside the sandbox: generated programs, and tests of them.
 
 Modes: `program` runs the code as a main program with the rest of stdin. `functions` answers calls
 of the code's functions. `tests` runs a dataset's tests, whose calls of generated functions are
-answered by another sandbox: generated code never shares a process with what judges it.
+answered by another sandbox: generated code never shares a process with its judge.
 
-Whoever starts it writes 8 bytes of length and then the code. Calls and results are JSON lines of
+Its parent writes 8 bytes of length and then the code. Calls and results are JSON lines of
 plain data (`encode`), which the harness decodes too.
 """
 
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TextIO
 
-# What solutions of programming problems often use without importing it.
+# Names that solutions of programming problems often use without importing them.
 PREAMBLE = """
 import bisect, collections, copy, datetime, functools, heapq, io, itertools, json, math
 import operator, os, random, re, string, sys, typing
@@ -27,7 +27,11 @@ from builtins import *
 
 
 def encode(value: Any) -> Any:
-    """Plain data as JSON that keeps types apart which JSON does not; else TypeError."""
+    """Encode plain data as JSON that keeps tuples, sets, bytes and the like apart.
+
+    Raises:
+        TypeError: the value is no plain data.
+    """
     if value is None or isinstance(value, (bool, str)):
         return value if value is None or isinstance(value, bool) else str(value)
     if isinstance(value, int):
@@ -49,7 +53,11 @@ def encode(value: Any) -> Any:
 
 
 def decode(coded: Any) -> Any:
-    """What `encode` was given. ValueError, TypeError or KeyError for anything else."""
+    """Undo `encode`.
+
+    Raises:
+        ValueError, TypeError, KeyError: `encode` did not write this.
+    """
     if not isinstance(coded, (dict, list)):
         return coded
     pairs: list[tuple[str, Any]] = list(coded.items()) if isinstance(coded, dict) else []
@@ -67,6 +75,8 @@ def decode(coded: Any) -> Any:
 
 
 def read_code() -> str:
+    """Read the code from stdin: 8 bytes of length, then UTF-8."""
+
     def read(count: int) -> bytes:
         received = b""
         while len(received) < count:
@@ -80,12 +90,14 @@ def read_code() -> str:
 
 
 def run_program(code: str) -> None:
+    """Run the code as a main program."""
     namespace = new_namespace("__main__")
     sys.argv = ["solution.py"]
     exec(compile(code, "solution.py", "exec"), namespace)
 
 
 def new_namespace(name: str) -> dict[str, Any]:
+    """Make a module with the names of `PREAMBLE`; return its namespace."""
     module = type(sys)(name)
     sys.modules[name] = module
     exec(PREAMBLE, module.__dict__)
@@ -93,7 +105,7 @@ def new_namespace(name: str) -> dict[str, Any]:
 
 
 def open_channel() -> tuple[TextIO, TextIO]:
-    """(lines in, lines out) where stdin and stdout were; those lead nowhere from now on."""
+    """Take over stdin and stdout as (lines in, lines out); the code's own lead to /dev/null."""
     lines, replies = os.fdopen(os.dup(0), "r"), os.fdopen(os.dup(1), "w")
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)
@@ -101,8 +113,8 @@ def open_channel() -> tuple[TextIO, TextIO]:
     return lines, replies
 
 
-def answer_calls(code: str) -> None:
-    """Replies {"value": ...} or {"error": [type, message]} to each call [name, args, kwargs].
+def serve_calls(code: str) -> None:
+    """Reply {"value": ...} or {"error": [type, message]} to each call [name, args, kwargs].
 
     The first reply says whether the code itself could be run.
     """
@@ -127,7 +139,7 @@ def answer_calls(code: str) -> None:
 
 
 def find(namespace: dict[str, Any], preamble: dict[str, Any], name: str) -> Any:
-    """A function of the code itself, or the method of that name of its class Solution."""
+    """Find a function of the code itself, or the method of that name of its class Solution."""
     solution = namespace.get("Solution")
     if solution is not None and hasattr(solution, name):
         return getattr(solution(), name)
@@ -167,10 +179,10 @@ def run_tests(code: str, entry_point: str) -> None:
             if "value" in reply:
                 return decode(reply["value"])
             kind = getattr(builtins, reply["error"][0], None)
-            known = isinstance(kind, type) and issubclass(kind, Exception)
+            is_builtin = isinstance(kind, type) and issubclass(kind, Exception)
             if kind in (StopIteration, StopAsyncIteration):  # it would end loops of the tests
-                known = False
-            raised: Any = kind if known else RuntimeError
+                is_builtin = False
+            raised: Any = kind if is_builtin else RuntimeError
             raise raised(reply["error"][1])
 
         call.__name__ = name
@@ -205,6 +217,6 @@ if __name__ == "__main__":
     if mode == "program":
         run_program(read_code())
     elif mode == "functions":
-        answer_calls(read_code())
+        serve_calls(read_code())
     else:
         run_tests(read_code(), sys.argv[2])

@@ -1,7 +1,6 @@
-"""The tests of a programming problem, from the shapes in which datasets have them.
+"""Reads the tests of a programming problem, in the formats of public datasets.
 
-What `data.columns.answer` names holds a JSON object, or, with several columns named, they form
-one. Understood are the keys of
+The column `data.columns.answer` holds a JSON object; several columns together form one. Formats:
 
     TACO, APPS         inputs, outputs, fn_name
     LiveCodeBench      public_test_cases, private_test_cases, metadata
@@ -26,11 +25,11 @@ LARGEST_TESTS = 2**30  # bytes, unpacked
 
 @dataclass(frozen=True)
 class CodeTests:
-    """What a right program does.
+    """Behaviour of a right program.
 
     kind "stdin": it writes `outputs[i]` when it reads `inputs[i]`. "functions": its `entry_point`
-    returns `outputs[i]` for the arguments `inputs[i]`; where `reference` is given, what that
-    program returns. "program": `test` runs without an error.
+    returns `outputs[i]` for the arguments `inputs[i]`; where `reference` is set, the
+    results of that program. "program": `test` runs without an error.
     """
 
     kind: Literal["stdin", "functions", "program"]
@@ -44,27 +43,29 @@ class CodeTests:
 
 @lru_cache(maxsize=1024)
 def read_tests(answer: str) -> CodeTests:
-    """The tests in an answer.
+    """Read the tests in an expected answer.
 
     Raises:
-        ValueError: what is wrong with them.
+        ValueError: they are malformed; the message says how.
     """
     try:
-        given = json.loads(answer)
+        fields = json.loads(answer)
     except ValueError as error:
         raise ValueError(f"tests must be a JSON object, and this is none: {error}") from None
-    if not isinstance(given, Mapping):
-        raise ValueError(f"tests must be a JSON object, not {type(given).__name__}")
-    if "inputs" in given:
-        tests = _taco(given)
-    elif "public_test_cases" in given:
-        tests = _live_code_bench(given)
-    elif "base_input" in given:
-        tests = _eval_plus(given)
-    elif isinstance(given.get("test"), str) and given["test"].strip():
-        return CodeTests("program", entry_point=given.get("entry_point") or "", test=given["test"])
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"tests must be a JSON object, not {type(fields).__name__}")
+    if "inputs" in fields:
+        tests = _taco(fields)
+    elif "public_test_cases" in fields:
+        tests = _live_code_bench(fields)
+    elif "base_input" in fields:
+        tests = _eval_plus(fields)
+    elif isinstance(fields.get("test"), str) and fields["test"].strip():
+        return CodeTests(
+            "program", entry_point=fields.get("entry_point") or "", test=fields["test"]
+        )
     else:
-        raise ValueError(f"no tests are found under the keys {', '.join(given) or 'none'}")
+        raise ValueError(f"no tests are found under the keys {', '.join(fields) or 'none'}")
     if not tests.inputs:
         raise ValueError("there is no test case")
     if tests.reference is None and len(tests.inputs) != len(tests.outputs):
@@ -76,13 +77,13 @@ def read_tests(answer: str) -> CodeTests:
     return tests
 
 
-def _taco(given: Mapping[str, Any]) -> CodeTests:
-    inputs, outputs = _list(given, "inputs"), _list(given, "outputs")
-    if given.get("fn_name"):
+def _taco(fields: Mapping[str, Any]) -> CodeTests:
+    inputs, outputs = _list(fields, "inputs"), _list(fields, "outputs")
+    if fields.get("fn_name"):
         if not all(isinstance(arguments, list) for arguments in inputs):
             raise ValueError("with fn_name each of inputs must be a list of arguments")
         # Some rows wrap the one result in a list, and nothing tells which: both are accepted.
-        return CodeTests("functions", tuple(inputs), tuple(outputs), given["fn_name"])
+        return CodeTests("functions", tuple(inputs), tuple(outputs), fields["fn_name"])
 
     def text(lines: Any) -> Any:
         return "\n".join(map(str, lines)) if isinstance(lines, list) else lines
@@ -90,12 +91,12 @@ def _taco(given: Mapping[str, Any]) -> CodeTests:
     return CodeTests("stdin", tuple(map(text, inputs)), tuple(map(text, outputs)))
 
 
-def _live_code_bench(given: Mapping[str, Any]) -> CodeTests:
+def _live_code_bench(fields: Mapping[str, Any]) -> CodeTests:
     cases: list[Mapping[str, Any]] = []
     for key in ("public_test_cases", "private_test_cases"):
-        held = given.get(key) or []
-        cases += held if isinstance(held, list) else _unpacked(held, key)
-    metadata = given.get("metadata") or "{}"
+        packed = fields.get(key) or []
+        cases += packed if isinstance(packed, list) else _unpacked(packed, key)
+    metadata = fields.get("metadata") or "{}"
     name = (json.loads(metadata) if isinstance(metadata, str) else metadata).get("func_name")
     try:
         pairs = [(case["input"], case["output"]) for case in cases]
@@ -112,9 +113,9 @@ def _live_code_bench(given: Mapping[str, Any]) -> CodeTests:
 
 
 def _unpacked(text: str, key: str) -> list[Any]:
-    """JSON, or what LiveCodeBench makes of it: base64 of zlib of a pickled text.
+    """Unpack test cases: JSON, or as LiveCodeBench packs it, base64 of zlib of a pickled text.
 
-    Nothing is unpickled: of the pickle only the text that it holds is taken.
+    Nothing is unpickled: only the text inside the pickle is read.
     """
     if not text.lstrip().startswith("["):
         try:
@@ -133,27 +134,27 @@ def _unpacked(text: str, key: str) -> list[Any]:
     return cases
 
 
-def _eval_plus(given: Mapping[str, Any]) -> CodeTests:
-    missing = [key for key in ("entry_point", "canonical_solution") if not given.get(key)]
+def _eval_plus(fields: Mapping[str, Any]) -> CodeTests:
+    missing = [key for key in ("entry_point", "canonical_solution") if not fields.get(key)]
     if missing:
         raise ValueError(f"beside base_input there must be {' and '.join(missing)}")
-    solution = given["canonical_solution"]
-    if f"def {given['entry_point']}" not in solution:  # only the body, as HumanEval has it
-        solution = (given.get("prompt") or "") + solution
-    inputs = _list(given, "base_input") + (given.get("plus_input") or [])
+    solution = fields["canonical_solution"]
+    if f"def {fields['entry_point']}" not in solution:  # only the body, as HumanEval has it
+        solution = (fields.get("prompt") or "") + solution
+    inputs = _list(fields, "base_input") + (fields.get("plus_input") or [])
     if not all(isinstance(arguments, list) for arguments in inputs):
         raise ValueError("each of base_input and plus_input must be a list of arguments")
     return CodeTests(
         "functions",
         tuple(inputs),
-        entry_point=given["entry_point"],
+        entry_point=fields["entry_point"],
         reference=solution,
-        tolerance=given.get("atol") or 0.0,
+        tolerance=fields.get("atol") or 0.0,
     )
 
 
-def _list(given: Mapping[str, Any], key: str) -> list[Any]:
-    value = given.get(key)
+def _list(fields: Mapping[str, Any], key: str) -> list[Any]:
+    value = fields.get(key)
     if not isinstance(value, list):
         raise ValueError(f"{key} must be a list")
     return value

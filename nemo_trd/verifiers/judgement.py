@@ -1,4 +1,4 @@
-"""Expected answers, and what a verifier finds out about a text."""
+"""Types of expected answers and of judgements on generated texts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class AnswerList:
-    """Several answers to one problem: any of them is right, or all together are."""
+    """Several final answers to one problem: any of them is right, or all together are."""
 
     texts: tuple[str, ...]
     needed: Literal["any", "all"]
@@ -23,7 +23,9 @@ Answer = str | AnswerList
 
 @dataclass(frozen=True)
 class Judgement:
-    """`correct` is None where there is no verdict; `reason` is then one of these:
+    """Verdict of a judge and its reason.
+
+    `correct` is None where there is no verdict; `reason` is then one of these:
 
     error     the check itself failed, or its process died
     timeout   it did not end in time

@@ -1,8 +1,8 @@
-"""Mathematical equality of final answers.
+"""Compares final answers as mathematics.
 
-What can be compared as text or as plain numbers is compared here, and all else by math-verify in a
-process of its own (`math_worker`). Answers that no process could compare in its time are refused
-by their size before (`answer_size`).
+Texts and plain numbers are compared here, everything else by math-verify in a process of its own
+(`math_worker`). Answers too large to be compared in its time are refused by their size before
+(`answer_size`).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from nemo_trd.verifiers.thoughts import without_thoughts
 
 log = logging.getLogger(__name__)
 
-PROSE_CHARACTERS = 4000  # of a text without a marked answer, so many from its end are read
-EXPONENT = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d{1,3})")  # as programs write numbers
+PROSE_CHARACTERS = 4000  # read from the end of a text without a marked answer
+EXPONENT = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d{1,3})")  # a number as programs write it
 PERCENT = re.compile(r"(?<=[\d)}])\s*\\?%$")
 UNKNOWN_UNITS = re.compile(r"(?<=\d)( [A-Za-z]{3,})+$")  # "18 eggs", but not "18 x" or "2 pi"
 BOUND = re.compile(r"\\neq?(?![A-Za-z])|\d\s*\+$|\bor (?:more|less|greater|fewer)\b")
@@ -39,7 +39,7 @@ WORDS = re.compile(r"[A-Za-z]+( [A-Za-z]+)*")
 LONG_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 COMPUTED = re.compile(r"\$[^$]+\$|\\\(.+?\\\)|\\\[.+?\\\]|[^\s$]+", re.DOTALL)
 NOT_OF_A_SENTENCE = {"sqrt", "pi", "and", "or", "square", "cubic", "unit", "units"}
-FORMULA = re.compile(r"\$|\\|\d")  # where math-verify may find something
+FORMULA = re.compile(r"\$|\\|\d")  # a sign that math-verify may find an answer
 
 
 class MathJudge:
@@ -54,7 +54,7 @@ class MathJudge:
 
         The final answer stands after the thoughts: it is the last \\boxed{...}, or else the line
         after the last "####", or else the last one that is announced ("the answer is"), or else
-        what math-verify finds in the text: a last formula, a last number. A text without any answer
+        the last formula or number that math-verify finds in the text. A text without any answer
         is wrong, for the reason "no_answer", and an answer that is longer, deeper or larger than
         anybody's for the reason "too_large". A unit that one side leaves out, or that is not known,
         is not compared. With a percent sign on one side only, both 50 and 0.5 equal 50 %.
@@ -63,116 +63,118 @@ class MathJudge:
         died ("error"), when it was stopped after `timeout_s` ("timeout"), or when `answer` is not
         something that can be compared ("error").
         """
-        said = without_thoughts(text)
-        wanted = tidy(in_plain_latex(final_answer(answer) or answer))
-        final = final_answer(said)
+        visible_text = without_thoughts(text)
+        expected = tidy(in_plain_latex(final_answer(answer) or answer))
+        final = final_answer(visible_text)
         if final is None:
-            said = RETRACTED.split(said)[-1]
-            announced = announced_answer(said)
+            visible_text = RETRACTED.split(visible_text)[-1]
+            announced = announced_answer(visible_text)
             if announced is None or not _can_be_answer(announced):
-                return self._judge_prose(said, wanted)
+                return self._judge_prose(visible_text, expected)
             final = announced
         if len(final) > 4 * PROSE_CHARACTERS + 4 * len(answer):
             return TOO_LARGE
-        return self._judge(tidy(in_plain_latex(final)), wanted)
+        return self._judge(tidy(in_plain_latex(final)), expected)
 
-    def _judge(self, given: str, wanted: str) -> Judgement:
-        """Of two tidy answers."""
-        if not given:
+    def _judge(self, answer: str, expected: str) -> Judgement:
+        """Judge a tidy answer by the tidy expected one."""
+        if not answer:
             return NO_ANSWER
-        if same_text(given, wanted):
+        if same_text(answer, expected):
             return RIGHT
-        given, wanted = map(kinds.with_double_factorials, (given, wanted))
-        if too_large(given, len(wanted)) or too_many_terms(given, wanted):
+        answer, expected = map(kinds.with_double_factorials, (answer, expected))
+        if too_large(answer, len(expected)) or too_many_terms(answer, expected):
             return TOO_LARGE
-        chosen = self._judge_choice(given, wanted)
-        if chosen is not None:
-            return chosen
-        numbers = kinds.number(given), kinds.number(wanted)
+        choice_judgement = self._judge_choice(answer, expected)
+        if choice_judgement is not None:
+            return choice_judgement
+        numbers = kinds.number(answer), kinds.number(expected)
         if numbers[0] is not None and numbers[1] is not None:
             return RIGHT if numbers[0] == numbers[1] else WRONG
-        if numbers[1] is not None and BOUND.search(given):
+        if numbers[1] is not None and BOUND.search(answer):
             return WRONG
-        if WORDS.fullmatch(wanted):  # as a formula a word is a product of its letters
-            if given.casefold() == wanted.casefold():
+        if WORDS.fullmatch(expected):  # as a formula a word is a product of its letters
+            if answer.casefold() == expected.casefold():
                 return RIGHT
-            if len(wanted) > 1 and numbers[1] is None:
+            if len(expected) > 1 and numbers[1] is None:
                 return WRONG
-        if too_large(wanted, len(wanted)):
-            log.warning("no verdict on the answer %r: it is too large to be computed", wanted)
+        if too_large(expected, len(expected)):
+            log.warning("no verdict on the answer %r: it is too large to be computed", expected)
             return Judgement(None, "error")
-        same = kinds.same_numerals(given, wanted)
-        same = kinds.same_times(given, wanted) if same is None else same
+        same = kinds.same_numerals(answer, expected)
+        same = kinds.same_times(answer, expected) if same is None else same
         if same is not None:
             return RIGHT if same else WRONG
-        measured = same_quantities(given, wanted, self._compare)
-        if measured is not None:
-            return measured
-        if kinds.other_brackets(given, wanted):
+        unit_judgement = same_quantities(answer, expected, self._compare)
+        if unit_judgement is not None:
+            return unit_judgement
+        if kinds.other_brackets(answer, expected):
             return WRONG
-        return self._judge_with_percent(given, wanted)
+        return self._judge_with_percent(answer, expected)
 
-    def _judge_choice(self, given: str, wanted: str) -> Judgement | None:
-        """None where no letter of a choice decides."""
-        several = kinds.choices(given), kinds.choices(wanted)
+    def _judge_choice(self, answer: str, expected: str) -> Judgement | None:
+        """Judge by letters of choices; None where none decides."""
+        several = kinds.choices(answer), kinds.choices(expected)
         if several[0] is not None and several[1] is not None:
             return RIGHT if several[0] == several[1] else WRONG
-        ours, theirs = kinds.choice(given), kinds.choice(wanted)
+        ours, theirs = kinds.choice(answer), kinds.choice(expected)
         if ours is None and theirs is None:
             return None
         if ours is None or theirs is None:
             content = ours[1] if ours else theirs[1] if theirs else ""
             if not content:
                 return None  # perhaps the letter is a variable
-            pair = (content, wanted) if ours else (given, content)
+            pair = (content, expected) if ours else (answer, content)
             return self._judge(*map(tidy, pair))
         if ours[0] != theirs[0] or not (ours[1] and theirs[1]):
             return RIGHT if ours[0] == theirs[0] else WRONG
         return self._judge(tidy(ours[1]), tidy(theirs[1]))
 
-    def _judge_prose(self, text: str, wanted: str) -> Judgement:
-        """Of a text in which no answer is marked."""
+    def _judge_prose(self, text: str, expected: str) -> Judgement:
+        """Judge a text in which no answer is marked."""
         text = in_plain_latex(text[-PROSE_CHARACTERS:])
         if not text.strip():
             return NO_ANSWER
-        wanted_choice = kinds.choice(wanted)
-        if wanted_choice is not None:
+        expected_choice = kinds.choice(expected)
+        if expected_choice is not None:
             letter = kinds.choice_in_words(text)
-            if letter is not None or not wanted_choice[1]:
-                return RIGHT if letter == wanted_choice[0] else WRONG
-        if WORDS.fullmatch(wanted) and (len(wanted) > 1 or wanted.casefold() == text.casefold()):
-            last = " ".join(tidy(text).split()[-len(wanted.split()) :])
-            return RIGHT if last.casefold() == wanted.casefold() else WRONG
+            if letter is not None or not expected_choice[1]:
+                return RIGHT if letter == expected_choice[0] else WRONG
+        if WORDS.fullmatch(expected) and (
+            len(expected) > 1 or expected.casefold() == text.casefold()
+        ):
+            last = " ".join(tidy(text).split()[-len(expected.split()) :])
+            return RIGHT if last.casefold() == expected.casefold() else WRONG
         if NOT_SAID.search(text[-200:]):
             return NO_ANSWER
         text = STEP.sub(" ", re.sub(r"!{2,}", "", text))
-        refused = [m.end() for m in COMPUTED.finditer(text) if too_large(m[0], len(m[0]))]
-        text = text[refused[-1] :] if refused else text
+        refused_ends = [m.end() for m in COMPUTED.finditer(text) if too_large(m[0], len(m[0]))]
+        text = text[refused_ends[-1] :] if refused_ends else text
         if not FORMULA.search(text):
-            return TOO_LARGE if refused else NO_ANSWER
-        return self.worker.compare(text, f"${_as_formula(wanted)}$")
+            return TOO_LARGE if refused_ends else NO_ANSWER
+        return self.worker.compare(text, f"${_as_formula(expected)}$")
 
-    def _judge_with_percent(self, given: str, wanted: str) -> Judgement:
-        per_cent = [bool(PERCENT.search(side)) for side in (given, wanted)]
+    def _judge_with_percent(self, answer: str, expected: str) -> Judgement:
+        per_cent = [bool(PERCENT.search(side)) for side in (answer, expected)]
         if all(per_cent):
-            given, wanted = (PERCENT.sub("", side) for side in (given, wanted))
-        judgement = self._compare(given, wanted)
+            answer, expected = (PERCENT.sub("", side) for side in (answer, expected))
+        judgement = self._compare(answer, expected)
         if judgement == WRONG:
             if per_cent == [True, False]:
-                judgement = self._compare(_hundredth(given), wanted)
+                judgement = self._compare(_hundredth(answer), expected)
             elif per_cent == [False, True]:
-                judgement = self._compare(given, _hundredth(wanted))
+                judgement = self._compare(answer, _hundredth(expected))
         return judgement
 
-    def _compare(self, given: str, wanted: str) -> Judgement:
-        numbers = [kinds.number(UNKNOWN_UNITS.sub("", side)) for side in (given, wanted)]
+    def _compare(self, answer: str, expected: str) -> Judgement:
+        numbers = [kinds.number(UNKNOWN_UNITS.sub("", side)) for side in (answer, expected)]
         if numbers[0] is not None and numbers[1] is not None:
             return RIGHT if numbers[0] == numbers[1] else WRONG
-        return self.worker.compare(f"${_as_formula(given)}$", f"${_as_formula(wanted)}$")
+        return self.worker.compare(f"${_as_formula(answer)}$", f"${_as_formula(expected)}$")
 
 
 def _can_be_answer(announced: str) -> bool:
-    """Whether what was announced is an answer by itself, with no more words around it."""
+    """Whether an announced text is an answer by itself, without further words around it."""
     answer = tidy(in_plain_latex(announced))
     if kinds.choice(answer) is not None:
         return True

@@ -1,4 +1,4 @@
-"""The process in which math-verify compares answers.
+"""Runs math-verify, which compares answers, in a process of its own.
 
 Symbolic comparison can run for ever or eat the memory, in C code that no signal handler interrupts,
 and math-verify's own limit (signal.alarm) works in the main thread only. So it happens in a worker
@@ -30,7 +30,7 @@ MEMORY_LIMIT_BYTES = 4 * 2**30
 
 
 class MathWorker:
-    """A process that compares one pair at a time. Started when first needed, again when killed.
+    """Process that compares one pair at a time; started on first use, and again after a kill.
 
     `timeout_s` is processor time of one comparison.
     """
@@ -54,11 +54,12 @@ class MathWorker:
             return NO_ANSWER
         if isinstance(reply, bool):
             return RIGHT if reply else WRONG
-        reason, told = reply
-        log.warning("no verdict on the answer %r: %s", answer, told)
+        reason, explanation = reply
+        log.warning("no verdict on the answer %r: %s", answer, explanation)
         return Judgement(None, reason)
 
     def stop(self) -> None:
+        """End the process; the next comparison starts another."""
         with self._lock:
             self._kill()
 
@@ -83,7 +84,7 @@ class MathWorker:
             ) from error
 
     def _ask(self, text: str, answer: str) -> bool | None | tuple[str, str]:
-        """The verdict (None: no answer in the text), or why there is none and what happened."""
+        """Verdict (None: no answer in the text), or (reason for none, explanation)."""
         assert self._process is not None and self._process.stdin is not None
         line = memoryview(json.dumps([text, answer, self.timeout_s]).encode() + b"\n")
         try:
@@ -102,7 +103,7 @@ class MathWorker:
         return ("error", reply) if isinstance(reply, str) else reply
 
     def _read(self, timeout_s: float) -> bool | str | None:
-        """One reply.
+        """Read one reply.
 
         Raises:
             TimeoutError: there is none in time.
@@ -126,8 +127,8 @@ class MathWorker:
 
 
 def serve() -> None:
-    """The worker: text, answer and limit as JSON a line on stdin; true, false, null or an error
-    text a line on stdout. At the limit it dies of SIGPROF.
+    """Run the worker: text, answer and limit as one line of JSON on stdin; true, false, null or an
+    error text as one line on stdout. At the limit it dies of SIGPROF.
 
     It ends with its stdin, so it never outlives the process that asks.
     """
@@ -137,7 +138,7 @@ def serve() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
         logging.getLogger("math_verify").setLevel(logging.ERROR)  # "timeout is disabled": it is
         _compare("$x$", "$2x$")  # imports and tables belong to the start, not to a limit
-        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # who asks may use a profiler
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the parent may use a profiler
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
         print("true", file=replies, flush=True)
         for line in sys.stdin:
@@ -145,24 +146,24 @@ def serve() -> None:
             signal.setitimer(signal.ITIMER_PROF, timeout_s)
             try:
                 reply: bool | str | None = _compare(text, answer)
-            except Exception as error:  # the process border: whatever it was goes to the caller
+            except Exception as error:  # the process border: any error goes to the caller
                 reply = f"{type(error).__name__}: {error}"[:500]
             signal.setitimer(signal.ITIMER_PROF, 0)
             print(json.dumps(reply), file=replies, flush=True)
 
 
 def _compare(text: str, answer: str) -> bool | None:
-    """None: there is no answer in the text."""
+    """Whether the text's answer equals the expected one; None where the text has none."""
     from math_verify import parse, verify
 
     gold = parse(answer, parsing_timeout=None, raise_on_error=True)
     if all(isinstance(reading, str) for reading in gold):
         raise ValueError("math-verify cannot read the expected answer")
-    found = parse(text, parsing_timeout=None, raise_on_error=True)
-    if not found:
+    readings = parse(text, parsing_timeout=None, raise_on_error=True)
+    if not readings:
         return None
     return verify(
-        *_computed(gold, found),
+        *_computed(gold, readings),
         timeout_seconds=None,
         raise_on_error=True,
         allow_set_relation_comp=True,
@@ -170,7 +171,7 @@ def _compare(text: str, answer: str) -> bool | None:
 
 
 def _computed(*sides: list[Any]) -> list[list[Any]]:
-    """Whole numbers as such: 10^{10^3}. And i as a number, where one side has it as not real."""
+    """Compute whole numbers (10^{10^3}); read i as a number where one side has it as not real."""
     from sympy import Expr, I, Symbol
 
     complex_i, real_i = Symbol("i", real=False), Symbol("i", real=True)

@@ -1,4 +1,4 @@
-"""Where generated programs run: bubblewrap's namespaces, rlimits, a system call filter.
+"""Sandbox for generated programs: bubblewrap's namespaces, rlimits, a system call filter.
 
 A program in it sees the interpreter and /usr, read-only, and may write to a small /tmp that is
 gone with it. It has no network, no other process, no user but nobody, no environment, and limits
@@ -27,7 +27,7 @@ from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import Sandbox
 
 NOBODY = 65534
-PYTHON, PACKAGES = "/opt/python", "/opt/packages"  # where the interpreter is found inside
+PYTHON, PACKAGES = "/opt/python", "/opt/packages"  # their places inside the sandbox
 READY = b"ready\n"
 START_SECONDS = 60.0
 WATCH_SECONDS = 0.05  # between two looks at the memory of all its processes
@@ -37,11 +37,11 @@ INSTALL = "install bubblewrap and util-linux (`make system-packages`), and allow
 
 
 class SandboxBroken(RuntimeError):
-    """The sandbox itself does not work; nothing is known of the program."""
+    """The sandbox itself does not work, so nothing is known of the program."""
 
 
 class Stopped(Exception):
-    """The program was killed at a limit, or ended before it had answered."""
+    """The program was killed at a limit, or ended before it had replied."""
 
     def __init__(self, reason: Literal["time_limit", "memory_limit", "output_limit", "ended"]):
         super().__init__(reason)
@@ -49,7 +49,7 @@ class Stopped(Exception):
 
 
 class SandboxedPython:
-    """One Python process in a sandbox of its own, as a context manager.
+    """Python process in a sandbox of its own, as a context manager.
 
     `script` must first write `READY` to its stdout; then the context is entered. Leaving it kills
     every process of the sandbox.
@@ -63,9 +63,9 @@ class SandboxedPython:
         self._received = bytearray()
         self._total = 0  # bytes that it has written
         with _system_call_filter() as seccomp:
-            inner = ["-I", "-S", "-c", script, *arguments]
+            interpreter_arguments = ["-I", "-S", "-c", script, *arguments]
             self._process = subprocess.Popen(
-                _command(limits, seccomp) + inner,
+                _command(limits, seccomp) + interpreter_arguments,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -95,7 +95,7 @@ class SandboxedPython:
         self.kill()
 
     def exchange(self, data: bytes, until: Literal["line", "end"], seconds: float) -> bytes:
-        """Write `data` to its stdin, and return its next line, or all that it writes until it ends.
+        """Write `data` to its stdin, and return its next line, or its whole output until it ends.
 
         With "end", its stdin is closed after `data`; `status` is known afterwards.
 
@@ -105,10 +105,10 @@ class SandboxedPython:
         deadline = time.monotonic() + seconds
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
-        left = memoryview(data)
+        unsent = memoryview(data)
         with selectors.DefaultSelector() as selector:
             selector.register(stdout, selectors.EVENT_READ)
-            if left:
+            if unsent:
                 os.set_blocking(stdin.fileno(), False)
                 selector.register(stdin, selectors.EVENT_WRITE)
             elif until == "end":
@@ -119,8 +119,8 @@ class SandboxedPython:
                     self._stop("time_limit")
                 for key, _ in selector.select(min(WATCH_SECONDS, remaining)):
                     if key.fileobj is stdin:
-                        left = self._write(left)
-                        if not left:
+                        unsent = self._write(unsent)
+                        if not unsent:
                             selector.unregister(stdin)
                             if until == "end":
                                 stdin.close()
@@ -134,7 +134,7 @@ class SandboxedPython:
 
     @property
     def status(self) -> int | None:
-        """Its exit status, 128 + N where signal N ended it; None while it runs."""
+        """Exit status, 128 + N where signal N ended it; None while it runs."""
         return self._process.poll()
 
     def kill(self) -> None:
@@ -147,17 +147,17 @@ class SandboxedPython:
             assert pipe is not None
             pipe.close()
 
-    def _write(self, left: memoryview) -> memoryview:
+    def _write(self, unsent: memoryview) -> memoryview:
         assert self._process.stdin is not None
         try:
-            return left[os.write(self._process.stdin.fileno(), left[:65536]) :]
+            return unsent[os.write(self._process.stdin.fileno(), unsent[:65536]) :]
         except BlockingIOError:
-            return left
+            return unsent
         except BrokenPipeError:  # it does not read its input, which is no error
-            return left[len(left) :]
+            return unsent[len(unsent) :]
 
     def _read(self) -> bool:
-        """Whether there was anything before the end."""
+        """Read some output; whether there was any before the end."""
         assert self._process.stdout is not None
         received = os.read(self._process.stdout.fileno(), 65536)
         self._received += received
@@ -167,7 +167,7 @@ class SandboxedPython:
         return bool(received)
 
     def _ended(self, until: str, deadline: float) -> bytes:
-        """Its stdout is closed; it may go on without, but not for longer than it has."""
+        """Wait for the process, whose stdout is closed, up to `deadline`; return the output."""
         try:
             self._process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -182,7 +182,7 @@ class SandboxedPython:
         raise Stopped(reason)
 
     def _memory(self) -> int:
-        """Bytes that all its processes hold together; shared pages count for each."""
+        """Bytes of memory of all its processes together; shared pages count for each."""
         total, pending = 0, [self._process.pid]
         while pending:
             process = Path("/proc", str(pending.pop()))
@@ -197,11 +197,14 @@ class SandboxedPython:
 def check_sandbox(field: str, limits: Sandbox) -> None:
     """Try the sandbox.
 
+    Args:
+        field: setting that asks for programs to be run.
+
     Raises:
-        ConfigError: of `field`, the setting that wants programs to be run, with the cause.
+        ConfigError: on `field`, with the cause.
     """
-    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
-    cause = f"{', '.join(missing)} cannot be found" if missing else None
+    missing_tools = [tool for tool in TOOLS if shutil.which(tool) is None]
+    cause = f"{', '.join(missing_tools)} cannot be found" if missing_tools else None
     if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
         cause = "the kernel does not list children (CONFIG_PROC_CHILDREN), so memory is not limited"
     if not cause:
@@ -218,9 +221,9 @@ def check_sandbox(field: str, limits: Sandbox) -> None:
 
 
 def _complaint(limits: Sandbox) -> str:
-    """What bubblewrap says where a program cannot be started."""
+    """Message of bubblewrap where a program cannot be started."""
     with _system_call_filter() as seccomp:
-        tried = subprocess.run(
+        process = subprocess.run(
             [*_command(limits, seccomp), "-I", "-S", "-c", ""],
             capture_output=True,
             text=True,
@@ -229,11 +232,11 @@ def _complaint(limits: Sandbox) -> str:
             timeout=START_SECONDS,
             check=False,
         )
-    return tried.stderr.strip().splitlines()[-1] if tried.stderr.strip() else "no message"
+    return process.stderr.strip().splitlines()[-1] if process.stderr.strip() else "no message"
 
 
 def _command(limits: Sandbox, seccomp: int) -> list[str]:
-    """The command line up to the interpreter's arguments.
+    """Command line up to the interpreter's arguments.
 
     Inside, a user namespace maps nobody to whoever starts it. Root first becomes nobody for good,
     in a mount namespace that makes the interpreter reachable wherever it is: as root, rlimits on
@@ -241,15 +244,15 @@ def _command(limits: Sandbox, seccomp: int) -> list[str]:
     """
     bwrap, prlimit, setpriv = (shutil.which(tool) or tool for tool in TOOLS)
     base, packages = sys.base_prefix, sysconfig.get_path("purelib")
-    reach: list[str] = []
+    outer: list[str] = []
     if os.geteuid() == 0:
-        reach = [bwrap, "--die-with-parent", "--unshare-pid", "--unshare-net"]
-        reach += ["--dev-bind", "/proc", "/proc"]
-        reach += ["--dev-bind", "/dev", "/dev", *_system(), "--dir", "/opt"]
-        reach += ["--ro-bind", base, PYTHON, "--ro-bind", packages, PACKAGES]
-        reach += ["--tmpfs", "/tmp", "--chdir", "/"]
-        reach += [setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-        reach += ["--inh-caps=-all", "--bounding-set=-all", "--pdeathsig=KILL"]
+        outer = [bwrap, "--die-with-parent", "--unshare-pid", "--unshare-net"]
+        outer += ["--dev-bind", "/proc", "/proc"]
+        outer += ["--dev-bind", "/dev", "/dev", *_system(), "--dir", "/opt"]
+        outer += ["--ro-bind", base, PYTHON, "--ro-bind", packages, PACKAGES]
+        outer += ["--tmpfs", "/tmp", "--chdir", "/"]
+        outer += [setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+        outer += ["--inh-caps=-all", "--bounding-set=-all", "--pdeathsig=KILL"]
         base, packages = PYTHON, PACKAGES
     inner = [bwrap, "--die-with-parent", "--new-session", "--disable-userns"]
     inner += [f"--unshare-{what}" for what in ("user", "pid", "net", "ipc", "uts", "cgroup-try")]
@@ -267,13 +270,13 @@ def _command(limits: Sandbox, seccomp: int) -> list[str]:
     ):
         inner += ["--setenv", name, value]
     memory = 2 * limits.memory_mib * MIB  # address space is more than what is held of it
-    limited = [prlimit, f"--as={memory}", f"--nproc={limits.processes}", "--core=0"]
-    limited += [f"--cpu={limits.cpu_seconds}:{limits.cpu_seconds + 1}", "--memlock=0"]
-    limited += [f"--fsize={limits.files_mib * MIB}", f"--nofile={limits.open_files}", "--"]
+    limiter = [prlimit, f"--as={memory}", f"--nproc={limits.processes}", "--core=0"]
+    limiter += [f"--cpu={limits.cpu_seconds}:{limits.cpu_seconds + 1}", "--memlock=0"]
+    limiter += [f"--fsize={limits.files_mib * MIB}", f"--nofile={limits.open_files}", "--"]
     executable, prefix = Path(sys.executable).resolve(), Path(sys.base_prefix).resolve()
     if not executable.is_relative_to(prefix):
         raise SandboxBroken(f"the interpreter {executable} is not below its prefix {prefix}")
-    return [*reach, *inner, *limited, f"{PYTHON}/{executable.relative_to(prefix)}"]
+    return [*outer, *inner, *limiter, f"{PYTHON}/{executable.relative_to(prefix)}"]
 
 
 def _system() -> list[str]:
@@ -312,13 +315,13 @@ DENIED = {
     "msgget": (68, 186),
 }
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-LOAD, EQUAL, GREATER_OR_EQUAL, RETURN = 0x20, 0x15, 0x35, 0x06  # of classic BPF
+LOAD, EQUAL, GREATER_OR_EQUAL, RETURN = 0x20, 0x15, 0x35, 0x06  # instructions of classic BPF
 ALLOW, PERMISSION_DENIED, KILL_PROCESS = 0x7FFF0000, 0x00050000 | 1, 0x80000000
 X32_CALLS = 0x40000000  # the same calls once more, under other numbers
 
 
 def _filter_program() -> bytes:
-    """Classic BPF over struct seccomp_data: the call's number at 0, the architecture at 4."""
+    """Filter in classic BPF over struct seccomp_data: number at 0, architecture at 4."""
     machine = os.uname().machine
     if machine not in ARCHITECTURES:
         raise SandboxBroken(f"there is no system call filter for {machine}")
@@ -334,7 +337,7 @@ def _filter_program() -> bytes:
 
 @contextlib.contextmanager
 def _system_call_filter() -> Iterator[int]:
-    """A file descriptor that bubblewrap reads the filter from."""
+    """Open a file descriptor from which bubblewrap reads the filter."""
     descriptor = os.memfd_create("filter")
     try:
         os.write(descriptor, _filter_program())

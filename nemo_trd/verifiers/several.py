@@ -1,4 +1,4 @@
-"""Problems with several answers: one of them is enough, or all are needed."""
+"""Judges texts whose problem has several answers: one of them is enough, or all are needed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPACE = re.compile(r"(?:\\[ ,;:!]|[\s$~])+")
 
 
 def judge_answer(judge: Judge, text: str, answer: Answer) -> Judgement:
-    """The judgement on a text whose problem may have several answers.
+    """Judge a text whose problem may have several answers.
 
     Any of them: the text is right where it is right for one of them. All: its final answer, split
     where commas, semicolons or "and" stand, or its last boxes, as many as there are answers, are
@@ -36,29 +36,29 @@ def judge_answer(judge: Judge, text: str, answer: Answer) -> Judgement:
 
 
 def _any(judgements: Iterator[Judgement]) -> Judgement:
-    """The first that is right, else one without a verdict, else the first."""
-    seen: list[Judgement] = []
+    """First judgement that is right, else one without a verdict, else the first."""
+    others: list[Judgement] = []
     for judgement in judgements:
         if judgement.correct:
             return judgement
-        seen.append(judgement)
-    return next((judgement for judgement in seen if judgement.correct is None), seen[0])
+        others.append(judgement)
+    return next((judgement for judgement in others if judgement.correct is None), others[0])
 
 
 def _matched(judge: Judge, parts: list[str], answers: tuple[str, ...]) -> Judgement:
-    """Whether each answer is one of the parts, each part used once."""
-    left = list(parts)
+    """Judge whether each answer is one of the parts, each part used once."""
+    remaining = list(parts)
     for answer in answers:
-        judgements = [judge(f"#### {part}", answer) for part in left]
+        judgements = [judge(f"#### {part}", answer) for part in remaining]
         right = next((i for i, judgement in enumerate(judgements) if judgement.correct), None)
         if right is None:
             return _any(iter(judgements))
-        del left[right]
+        del remaining[right]
     return Judgement(True, "right")
 
 
 def _final_parts(text: str, count: int) -> Iterator[list[str]]:
-    """Readings of the final answer as so many parts."""
+    """Readings of a text's final answer as `count` parts."""
     text = without_thoughts(text)
     boxes = boxed(text)
     final = boxes[-1] if boxes else text.rpartition("#")[2].strip() if "#" in text else ""
@@ -71,10 +71,10 @@ def _final_parts(text: str, count: int) -> Iterator[list[str]]:
 
 
 def _split(final: str, between: re.Pattern[str]) -> list[str]:
-    """Where separators stand, except inside of brackets."""
-    borders = [(found.start(), found.end()) for found in between.finditer(final)]
+    """Split at separators, except inside of brackets."""
+    borders = [(match.start(), match.end()) for match in between.finditer(final)]
     brackets = [
-        (found.start(), found[0] in "[({") for found in reversed([*BRACKET.finditer(final)])
+        (match.start(), match[0] in "[({") for match in reversed([*BRACKET.finditer(final)])
     ]
     parts, start, depth = [], 0, 0
     for begin, end in [*borders, (len(final), len(final))]:

@@ -1,4 +1,4 @@
-"""Signs of thought in what models write. What is thought is not said."""
+"""Signs by which models mark thoughts. A thought is no part of the final answer."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ THOUGHT_OPENED = re.compile(rf"(?:{THOUGHT_BEGINS.pattern})\s*\Z", re.IGNORECASE
 
 
 def without_thoughts(text: str) -> str:
-    """What is said after the last thought, or before one that never ends."""
+    """Text after the last thought, or before one that never ends."""
     ends = [match.end() for match in THOUGHT_ENDS.finditer(text)]
-    said = text[ends[-1] :] if ends else text
-    unfinished = THOUGHT_BEGINS.search(said)
-    return said[: unfinished.start()] if unfinished else said
+    rest = text[ends[-1] :] if ends else text
+    unfinished = THOUGHT_BEGINS.search(rest)
+    return rest[: unfinished.start()] if unfinished else rest

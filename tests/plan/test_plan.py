@@ -425,8 +425,8 @@ def test_recipe_with_half_its_nodes_names_what_does_not_fit(recipe: str) -> None
     plan = make_plan(with_nodes(config, *half))
     assert plan.exit_code == 2
     if recipe == "trd_70b":
-        assert plan.tried is not None
-        assert plan.tried.parallel.student.pipeline_model_parallel_size == 2
+        assert plan.fallback is not None
+        assert plan.fallback.parallel.student.pipeline_model_parallel_size == 2
         assert not plan.fits
         assert largest_part(peak(plan.memory).parts) == "optimizer"
     else:
@@ -438,7 +438,7 @@ def test_recipe_with_half_its_nodes_names_what_does_not_fit(recipe: str) -> None
 )
 def test_recipe_with_half_its_gpus_names_what_does_not_fit(recipe: str, largest: str) -> None:
     plan = planned(f"experiment={recipe}", "cluster.gpus_per_node=4", "cluster.teacher_server_tp=4")
-    assert plan.tried is not None and not plan.fits
+    assert plan.fallback is not None and not plan.fits
     assert largest_part(peak(plan.memory).parts) == largest
 
 

@@ -25,7 +25,7 @@ from nemo_trd.generation.identity import (
 )
 from nemo_trd.models.vocabulary import read_vocabulary
 from nemo_trd.plan.plan import make_plan
-from nemo_trd.plan.show import figures, text
+from nemo_trd.plan.show import as_json, text
 from nemo_trd.preflight.models import check
 
 SERVED = [
@@ -104,7 +104,7 @@ def test_a_teacher_on_servers_may_be_of_any_architecture_and_elsewhere(
     plan = make_plan(settings(student, tmp_path, "cluster.teacher_server_nodes=1"))
     assert not plan.findings.problems and plan.memory and plan.flops is None
     assert f"{described['model_type']} is on servers only" in text(plan)
-    assert figures(plan)["parameters"]["teacher"] is None
+    assert as_json(plan)["parameters"]["teacher"] is None
 
 
 # What is said of a teacher on servers, further settings, and what of them is refused.
