@@ -1,11 +1,10 @@
-"""Where figures of a run can go beside its own files: TensorBoard, W&B, MLflow.
+"""Trackers, which get the figures of a run beside its own files: TensorBoard, W&B, MLflow.
 
 Imports none of them, nor torch, until a run asks for one.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -18,8 +17,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 
-from nemo_trd.config.errors import rule_broken
-from nemo_trd.config.schema import Config, Logging, MLflow, WandB
+from nemo_trd.config.schema import Config, MLflow, WandB
+from nemo_trd.records.step_lines import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -38,32 +37,11 @@ class Tracker(Protocol):
     def close(self, succeeded: bool) -> None: ...
 
 
-def check_packages(settings: Logging) -> None:
-    """Refuse trackers whose package is not installed.
-
-    Raises:
-        ConfigError: naming the extra to install.
-    """
-    for name, package, value in (
-        ("wandb", "wandb", settings.wandb),
-        ("mlflow", "mlflow", settings.mlflow),
-    ):
-        if value is not None and importlib.util.find_spec(package) is None:
-            raise rule_broken(
-                f"logging.{name}",
-                value.model_dump(),
-                f"the package {package} is not installed",
-                f"pip install 'nemo_trd[{name}]', or set logging.{name}=null",
-            )
-
-
 def open_trackers(config: Config, resumed_step: int) -> list[Tracker]:
-    """Everything that `config.logging` asks for; a resumed run goes on where it was.
+    """Open every tracker that `config.logging` names; a resumed run goes on where it was.
 
-    Raises:
-        ConfigError: a package is missing.
+    Their packages are installed: `nemo_trd.preflight` refuses a run without them.
     """
-    check_packages(config.logging)
     settings = public_settings(config)
     ids = _Ids(config.run_dir / IDS_FILE, resumed_step > 0)
     trackers: list[Tracker] = []
@@ -111,7 +89,7 @@ class _Ids:
 
     def keep(self, tracker: str, run_id: str) -> None:
         self._known[tracker] = run_id
-        self._path.write_text(json.dumps(self._known))
+        write_atomically(self._path, json.dumps(self._known))
 
 
 class TensorBoardTracker:
