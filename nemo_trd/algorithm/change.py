@@ -1,4 +1,4 @@
-"""What rewriting did to rollouts: pure functions of token ids and of a run's own records."""
+"""Changes from y_o to y_r, in tokens: pure functions of token ids and of samples."""
 
 from __future__ import annotations
 

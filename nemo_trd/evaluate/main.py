@@ -35,6 +35,7 @@ from nemo_trd.evaluate.judging import JudgePool
 from nemo_trd.evaluate.sample_store import Sample, SampleStore
 from nemo_trd.evaluate.source import Source, find_source, load_tokenizer
 from nemo_trd.generation.protocol import GenerationFailed, Generator, request_seed
+from nemo_trd.records.step_lines import write_atomically
 from nemo_trd.serve.server import ServerError
 from nemo_trd.verifiers.judgement import Judgement
 from nemo_trd.verifiers.sandbox import check_sandbox
@@ -98,9 +99,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         for name, loaded in problems.items()
     }
     report = {"model": config.model.path, "output": str(output), "benchmarks": results}
-    temporary = output / ".results.json.tmp"
-    temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.rename(output / "results.json")
+    text = json.dumps(report, indent=1, allow_nan=False)
+    write_atomically(output / "results.json", text + "\n")
     return results
 
 

@@ -10,13 +10,14 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 
+from nemo_trd.config.dotted import dotted
 from nemo_trd.config.schema import Config, MLflow, WandB
 from nemo_trd.records.step_lines import write_atomically
 
@@ -172,7 +173,7 @@ class MLflowTracker:
         from mlflow.entities import Param
 
         params = []
-        for name, value in _flattened(run_settings):
+        for name, value in dotted(run_settings).items():
             text = str(value)
             if len(text) > _MLFLOW_PARAM_LENGTH:  # config.yaml has the whole of it
                 text = text[: _MLFLOW_PARAM_LENGTH - 1] + "…"
@@ -197,11 +198,3 @@ class MLflowTracker:
 def _grouped(name: str) -> str:
     """Trackers draw what stands before the slash as one panel."""
     return name if "/" in name else f"train/{name}"
-
-
-def _flattened(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, dict) and value:
-            yield from _flattened(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
