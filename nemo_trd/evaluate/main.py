@@ -22,11 +22,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from pydantic import SecretStr
 
 from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.evaluation import EvaluationConfig
-from nemo_trd.config.load import compose_as, conf_dir
+from nemo_trd.config.load import compose_as, composed, conf_dir
 from nemo_trd.data.chat import text_to_judge
 from nemo_trd.data.prompts import LoadedPrompts, load_prompts
 from nemo_trd.data.types import Completion, GenerationRequest, Prompt
@@ -249,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"benchmarks: {', '.join(available)}\n\nsettings and their defaults:\n\n"
-        + (conf_dir() / "evaluate.yaml").read_text(encoding="utf-8"),
+        + OmegaConf.to_yaml(composed([], "evaluate", EvaluationConfig)),
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, see below")
     given = parser.parse_args(arguments)

@@ -1,9 +1,9 @@
-"""Starts one vLLM server and stays with it, for servers beside a run, such as on other nodes.
+"""Start one vLLM server and stay with it, for servers beside a run, such as on other nodes.
 
 NEMO_TRD_API_KEY=... python -m nemo_trd.serve --model DIR --host 10.0.0.3 --port 8000 \\
     --weight-backend nccl tensor_parallel_size=4
 
-What is not given here stands in conf/generation/vllm.yaml.
+What is not given here stands in conf/servers/vllm.yaml.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _stop_on(number: int, frame: FrameType | None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> tuple[Server, Path | None]:
-    defaults = OmegaConf.load(conf_dir() / "generation" / "vllm.yaml").vllm
+    defaults = OmegaConf.load(conf_dir() / "servers" / "vllm.yaml")
     parser = argparse.ArgumentParser(
         prog="python -m nemo_trd.serve",
         description=__doc__,
