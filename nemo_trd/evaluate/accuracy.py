@@ -8,6 +8,8 @@ from math import comb, fsum, sqrt
 
 import numpy as np
 
+from nemo_trd.algorithm.bootstrap import resampled
+
 
 def pass_at_k(decided: int, correct: int, k: int) -> float:
     """Probability that k of the `decided` samples, drawn without replacement, hold a right one.
@@ -144,16 +146,10 @@ def bootstrap(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Bounds of the percentile bootstrap interval of the mean over the rows of [rows, figures].
 
-    Rows are drawn with replacement, all figures of a row together. Efron and Tibshirani, An
-    Introduction to the Bootstrap, section 13.3.
+    Rows are drawn with replacement, all figures of a row together.
     """
-    random, rows = np.random.default_rng(seed), len(values)
-    means = np.empty((resamples, values.shape[1]))
-    block = max(1, 10**7 // rows)  # resamples whose counts exist at one time
-    for start in range(0, resamples, block):
-        size = min(block, resamples - start)
-        counts = random.multinomial(rows, np.full(rows, 1 / rows), size=size)
-        means[start : start + size] = counts @ values / rows
+    rows = len(values)
+    means = [counts @ values / rows for counts in resampled(rows, resamples, seed)]
     tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail], axis=0)
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail], axis=0)
     return low, high

@@ -22,11 +22,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from pydantic import SecretStr
 
 from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.evaluation import EvaluationConfig
-from nemo_trd.config.load import compose_as, conf_dir
+from nemo_trd.config.load import compose_as, composed, conf_dir
 from nemo_trd.data.chat import text_to_judge
 from nemo_trd.data.prompts import LoadedPrompts, load_prompts
 from nemo_trd.data.types import Completion, GenerationRequest, Prompt
@@ -35,6 +36,7 @@ from nemo_trd.evaluate.judging import JudgePool
 from nemo_trd.evaluate.sample_store import Sample, SampleStore
 from nemo_trd.evaluate.source import Source, find_source, load_tokenizer
 from nemo_trd.generation.protocol import GenerationFailed, Generator, request_seed
+from nemo_trd.records.step_lines import write_atomically
 from nemo_trd.serve.server import ServerError
 from nemo_trd.verifiers.judgement import Judgement
 from nemo_trd.verifiers.sandbox import check_sandbox
@@ -98,9 +100,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         for name, loaded in problems.items()
     }
     report = {"model": config.model.path, "output": str(output), "benchmarks": results}
-    temporary = output / ".results.json.tmp"
-    temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.rename(output / "results.json")
+    text = json.dumps(report, indent=1, allow_nan=False)
+    write_atomically(output / "results.json", text + "\n")
     return results
 
 
@@ -249,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"benchmarks: {', '.join(available)}\n\nsettings and their defaults:\n\n"
-        + (conf_dir() / "evaluate.yaml").read_text(encoding="utf-8"),
+        + OmegaConf.to_yaml(composed([], "evaluate", EvaluationConfig)),
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, see below")
     given = parser.parse_args(arguments)

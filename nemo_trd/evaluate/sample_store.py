@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_trd.config.dotted import dotted
 from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.data.types import FinishReason
+from nemo_trd.records.step_lines import write_atomically
 
 SETTINGS_FILE, SAMPLES_FILE = "settings.json", "samples.jsonl"
 Key = tuple[str, int, int]  # benchmark, problem, sample
@@ -65,9 +67,7 @@ class SampleStore:
             )
         else:
             output.mkdir(parents=True, exist_ok=True)
-            temporary = recorded.with_name(f".{recorded.name}.tmp")
-            temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-            temporary.rename(recorded)
+            write_atomically(recorded, json.dumps(settings, indent=1) + "\n")
 
     def append(self, sample: Sample) -> None:
         line = json.dumps(asdict(sample)) + "\n"
@@ -97,7 +97,7 @@ class SampleStore:
 
 
 def _check_same(recorded: Mapping[str, Any], settings: Mapping[str, Any], file: Path) -> None:
-    before, now = _flat(recorded), _flat(json.loads(json.dumps(settings)))
+    before, now = dotted(recorded), dotted(json.loads(json.dumps(settings)))
     for field in [*now, *(field for field in before if field not in now)]:
         if before.get(field) != now.get(field) or (field in before) != (field in now):
             raise rule_broken(
@@ -106,13 +106,3 @@ def _check_same(recorded: Mapping[str, Any], settings: Mapping[str, Any], file: 
                 f"{file} says {before.get(field)!r}, and samples of both would be mixed",
                 "set it back, or give another output",
             )
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -11,6 +11,7 @@ from typing import NamedTuple, get_args
 
 import numpy as np
 
+from nemo_trd.algorithm.bootstrap import resampled
 from nemo_trd.prefix_failure.answers import Answer
 from nemo_trd.prefix_failure.positions import FIGURES
 from nemo_trd.records.prefix_failure import (
@@ -47,13 +48,11 @@ class Bootstrap:
         self, problems: Sequence[int], resamples: int, confidence: float, seed: int
     ) -> None:
         self.row = {problem: row for row, problem in enumerate(sorted(set(problems)))}
-        n = len(self.row)
-        random = np.random.default_rng(seed)
-        self.counts = random.multinomial(n, np.full(n, 1 / n), size=resamples).astype(float)
+        self.counts = np.concatenate([*resampled(len(self.row), resamples, seed)])
         self.tail = (1 - confidence) / 2
 
     def ratios(self, above: np.ndarray, below: np.ndarray) -> list[Estimate]:
-        """Of the sums over problems of [problems, figures]; `below` is zero in no column's sum."""
+        """Ratios of sums over problems of [problems, figures]; no sum of `below` is zero."""
         mean = above.sum(0) / below.sum(0)
         drawn_above, drawn_below = self.counts @ above, self.counts @ below
         # A resample can lack all problems that have a figure: it says nothing about it.

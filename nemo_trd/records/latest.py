@@ -10,6 +10,8 @@ import errno
 import os
 from pathlib import Path
 
+from nemo_trd.records.step_lines import write_atomically
+
 NAME = "latest"
 # What file systems answer to a call that they do not have.
 _NO_LINKS = {errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.ENOSYS, errno.EINVAL}
@@ -27,11 +29,9 @@ def point(root: Path, checkpoint: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        with fresh.open("w", encoding="utf-8") as file:
-            file.write(target + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(fresh, root / NAME)
+        write_atomically(root / NAME, target + "\n")
+    else:
+        os.replace(fresh, root / NAME)
     sync_directory(root)
 
 

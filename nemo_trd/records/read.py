@@ -80,7 +80,8 @@ def _read_run(path: Path, name: str) -> RunRecords:
         )
     run = RunRecords(path, name)
     try:
-        run.settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) or {}
+        settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        run.settings = settings if isinstance(settings, dict) else {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         run.missing.append(f"config.yaml cannot be read ({type(error).__name__})")
     run.steps = _lines(run, path / "metrics.jsonl", "no step was recorded")

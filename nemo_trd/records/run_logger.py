@@ -36,9 +36,6 @@ class RunLogger:
 
     While it is open, the `nemo_trd` loggers go to the console (around progress bars) and to
     log.txt. Use it as a context manager. `trackers` get the figures beside those of the config.
-
-    Raises:
-        ConfigError: a tracker's package is missing.
     """
 
     def __init__(

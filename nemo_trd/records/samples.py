@@ -15,7 +15,7 @@ from nemo_trd.data.types import Completion, LabelFigures, Refinement, Rollout, T
 Decode = Callable[[Sequence[int]], str]
 
 _SHOWN_TOKENS = 5  # with the largest divergence
-_VERDICTS = {True: "right", False: "wrong", None: "no verdict"}
+VERDICTS = {True: "right", False: "wrong", None: "no verdict"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def _section(sample: Sample, decode_token: Callable[[int], str]) -> str:
         parts.append(f"**Reference answer**\n\n{fenced(str(prompt.answer))}")
     completion = rollout.completion
     facts = (
-        f"{_VERDICTS[rollout.correct]}, {len(completion.token_ids)} tokens, ended by "
+        f"{VERDICTS[rollout.correct]}, {len(completion.token_ids)} tokens, ended by "
         f"{completion.finish_reason}, weight version {completion.weight_version}"
     )
     if shortened := _shown_shortened(sample, "rollout"):
@@ -57,10 +57,10 @@ def _section(sample: Sample, decode_token: Callable[[int], str]) -> str:
 
 
 def _outcome(sample: Sample) -> str:
-    words = f"rollout {_VERDICTS[sample.rollout.correct]}"
+    words = f"rollout {VERDICTS[sample.rollout.correct]}"
     if sample.refinement is not None:
         rejection = sample.refinement.rejection
-        words += f", refinement {rejection or _VERDICTS[sample.refinement.correct]}"
+        words += f", refinement {rejection or VERDICTS[sample.refinement.correct]}"
     source = sample.trajectory.source if sample.trajectory else "nothing"
     return f"{words}, trained on {source}"
 
@@ -80,7 +80,7 @@ def _refinement(refinement: Refinement, shortened: tuple[str, ...]) -> str:
         facts.append(f"rejected: {refinement.rejection}")
     if refinement.completion is not None:
         completion = refinement.completion
-        facts.append(_VERDICTS[refinement.correct])
+        facts.append(VERDICTS[refinement.correct])
         facts.append(f"{len(completion.token_ids)} tokens, ended by {completion.finish_reason}")
     if shortened:
         facts.append(f"the teacher saw a shortened {' and '.join(shortened)}")

@@ -1,25 +1,25 @@
-"""Where figures of a run can go beside its own files: TensorBoard, W&B, MLflow.
+"""Trackers, which get the figures of a run beside its own files: TensorBoard, W&B, MLflow.
 
 Imports none of them, nor torch, until a run asks for one.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 
-from nemo_trd.config.errors import rule_broken
-from nemo_trd.config.schema import Config, Logging, MLflow, WandB
+from nemo_trd.config.dotted import dotted
+from nemo_trd.config.schema import Config, MLflow, WandB
+from nemo_trd.records.step_lines import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -38,32 +38,11 @@ class Tracker(Protocol):
     def close(self, succeeded: bool) -> None: ...
 
 
-def check_packages(settings: Logging) -> None:
-    """Refuse trackers whose package is not installed.
-
-    Raises:
-        ConfigError: naming the extra to install.
-    """
-    for name, package, value in (
-        ("wandb", "wandb", settings.wandb),
-        ("mlflow", "mlflow", settings.mlflow),
-    ):
-        if value is not None and importlib.util.find_spec(package) is None:
-            raise rule_broken(
-                f"logging.{name}",
-                value.model_dump(),
-                f"the package {package} is not installed",
-                f"pip install 'nemo_trd[{name}]', or set logging.{name}=null",
-            )
-
-
 def open_trackers(config: Config, resumed_step: int) -> list[Tracker]:
-    """Everything that `config.logging` asks for; a resumed run goes on where it was.
+    """Open every tracker that `config.logging` names; a resumed run goes on where it was.
 
-    Raises:
-        ConfigError: a package is missing.
+    Their packages are installed: `nemo_trd.preflight` refuses a run without them.
     """
-    check_packages(config.logging)
     settings = public_settings(config)
     ids = _Ids(config.run_dir / IDS_FILE, resumed_step > 0)
     trackers: list[Tracker] = []
@@ -111,7 +90,7 @@ class _Ids:
 
     def keep(self, tracker: str, run_id: str) -> None:
         self._known[tracker] = run_id
-        self._path.write_text(json.dumps(self._known))
+        write_atomically(self._path, json.dumps(self._known))
 
 
 class TensorBoardTracker:
@@ -194,7 +173,7 @@ class MLflowTracker:
         from mlflow.entities import Param
 
         params = []
-        for name, value in _flattened(run_settings):
+        for name, value in dotted(run_settings).items():
             text = str(value)
             if len(text) > _MLFLOW_PARAM_LENGTH:  # config.yaml has the whole of it
                 text = text[: _MLFLOW_PARAM_LENGTH - 1] + "…"
@@ -219,11 +198,3 @@ class MLflowTracker:
 def _grouped(name: str) -> str:
     """Trackers draw what stands before the slash as one panel."""
     return name if "/" in name else f"train/{name}"
-
-
-def _flattened(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, dict) and value:
-            yield from _flattened(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

@@ -1,4 +1,4 @@
-"""Which figures the page has."""
+"""Figures of the page: learning, rewriting, likelihood, time, staleness."""
 
 from __future__ import annotations
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from nemo_trd.algorithm.change import Change, change, kept_tokens
 from nemo_trd.records.read import Record
+from nemo_trd.records.samples import VERDICTS
 
 LEVELS = (0.05, 0.2, 0.7, 2.0)  # nats at which a darker colour begins
 SHOWN_TOKENS = 1500  # of one text; the file has them all
 _LARGEST = 5
-_VERDICTS = {True: "right", False: "wrong", None: "no verdict"}
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,10 @@ def show(run: int, record: Record) -> ShownSample:
 
 
 def _outcome(record: Record) -> str:
-    before, refinement = _VERDICTS[record["rollout"].get("correct")], record["refinement"]
+    before, refinement = VERDICTS[record["rollout"].get("correct")], record["refinement"]
     if refinement is None:
         return f"{before}, not rewritten"
-    after = refinement.get("rejection") or _VERDICTS[refinement.get("correct")]
+    after = refinement.get("rejection") or VERDICTS[refinement.get("correct")]
     return f"{before} → {after}"
 
 
@@ -142,7 +142,7 @@ def _text(part: Record, kept: Sequence[bool], divergence: Sequence[float] | None
         for i, text in enumerate(part["tokens"][:SHOWN_TOKENS])
     ]
     left_out = len(part["token_ids"]) - len(tokens)
-    return Text(_VERDICTS[part.get("correct")], ", ".join(facts), tokens, left_out)
+    return Text(VERDICTS[part.get("correct")], ", ".join(facts), tokens, left_out)
 
 
 def _visible(text: str) -> str:
@@ -163,11 +163,11 @@ def _largest(tokens: Sequence[str], divergence: Sequence[float]) -> list[tuple[i
 
 def _nll(part: Record, labels: Record | None) -> Nll:
     if labels:
-        return Nll(_mean(labels["student_nll"]), _mean(labels["teacher_nll"]))
+        return Nll(mean(labels["student_nll"]), mean(labels["teacher_nll"]))
     logprobs = part.get("logprobs")  # of the model that sampled it
-    sampled = -_mean(logprobs) if logprobs else None  # type: ignore[operator]
+    sampled = -mean(logprobs) if logprobs else None  # type: ignore[operator]
     return Nll(sampled, None)
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None

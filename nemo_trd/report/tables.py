@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from nemo_trd.config.dotted import dotted
 from nemo_trd.data.types import Rejection
 from nemo_trd.records.read import Record, RunRecords, number
-from nemo_trd.report.marked import Nll
+from nemo_trd.report.marked import Nll, mean
 from nemo_trd.report.plots import phase_color
 
 _PHASES = (
@@ -42,8 +43,8 @@ def at_a_glance(run: RunRecords) -> dict[str, str]:
         "loss": f"{loss[0]:.4g} → {loss[-1]:.4g}" if loss else _UNKNOWN,
         "repaired": repaired,
         "spoiled": spoiled,
-        "kept": _percent(_mean(run.values("kept_share"))),
-        "s / step": f"{_mean(seconds):.3g}" if seconds else _UNKNOWN,
+        "kept": _percent(mean(run.values("kept_share"))),
+        "s / step": f"{mean(seconds):.3g}" if seconds else _UNKNOWN,
     }
 
 
@@ -56,10 +57,6 @@ def _score(record: Record, pattern: str) -> str:
 def _of(changed: int, unchanged: int) -> str:
     whole = changed + unchanged
     return f"{changed / whole:.1%}" if whole else _UNKNOWN
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _percent(value: float | None) -> str:
@@ -92,7 +89,7 @@ def changes(run: RunRecords) -> Changes:
         "length of y_r": ("refinement_tokens", "{:.1f}"),
         "rewrites equal to y_o": ("unchanged", "{:.1%}"),
     }
-    found = {label: (_mean(run.values(name)), form) for label, (name, form) in means.items()}
+    found = {label: (mean(run.values(name)), form) for label, (name, form) in means.items()}
     return Changes(
         counts={(a, b): run.total(f"{a}_to_{b}") for a in states for b in states},
         undecided=run.total("undecided"),
@@ -118,8 +115,8 @@ def nll(run: RunRecords) -> dict[str, Nll]:
     also of y_o and y_r alike under the student and teacher named there.
     """
     rows = {
-        "trained on": Nll(_mean(run.values("student_nll")), _mean(run.values("teacher_nll"))),
-        "rollouts y_o, as sampled": Nll(_mean(run.values("rollout_nll")), None),
+        "trained on": Nll(mean(run.values("student_nll")), mean(run.values("teacher_nll"))),
+        "rollouts y_o, as sampled": Nll(mean(run.values("rollout_nll")), None),
     }
     for group in run.prefix_failure.groups if run.prefix_failure else ():
         text = "y_o" if group.source == "rollout" else "y_r"
@@ -152,8 +149,8 @@ def phases(runs: Sequence[RunRecords]) -> list[tuple[str, str, list[str]]]:
     """Rows of (phase, color, mean seconds per step of every run), and the whole step last."""
     rows = []
     for position, name in enumerate([*phase_names(runs), "step"]):
-        means = [_mean(phase_seconds(run, name)) for run in runs]
-        cells = [_UNKNOWN if mean is None else f"{mean:.3f}" for mean in means]
+        means = [mean(phase_seconds(run, name)) for run in runs]
+        cells = [_UNKNOWN if value is None else f"{value:.3f}" for value in means]
         rows.append((name, "" if name == "step" else phase_color(position), cells))
     return rows
 
@@ -162,12 +159,12 @@ def staleness(run: RunRecords) -> str:
     values = run.values("staleness")
     if not values:
         return "not recorded"
-    return f"mean {_mean(values):.2f}, largest {max(values):.2f} updates"
+    return f"mean {mean(values):.2f}, largest {max(values):.2f} updates"
 
 
 def settings(runs: Sequence[RunRecords]) -> list[tuple[str, list[str]]]:
-    """Of one run, what it is about; of several, every setting that differs, but its directory."""
-    flat = [_flatten(run.settings) for run in runs]
+    """Main settings of one run; of several, every setting that differs, but the directory."""
+    flat = [dotted(run.settings) for run in runs]
     if len(runs) == 1:
         shown = ("algorithm.", "loss.", "optimizer.lr", "train.", "model.", "generation.max_stale")
         names = [name for name in flat[0] if name.startswith(shown)]
@@ -180,12 +177,3 @@ def settings(runs: Sequence[RunRecords]) -> list[tuple[str, list[str]]]:
 
 def _written(value: Any) -> str:
     return _UNKNOWN if value is None else str(value)
-
-
-def _flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(settings, dict) or not settings:
-        return {prefix.rstrip("."): settings} if prefix else {}
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flatten(value, f"{prefix}{name}.")
-    return flat

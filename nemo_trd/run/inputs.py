@@ -16,7 +16,6 @@ from nemo_trd.plan.memory import checkpoint_bytes
 from nemo_trd.preflight import models as preflight
 from nemo_trd.records import disk_space
 from nemo_trd.records.checkpoint_dir import find_checkpoint, read_state
-from nemo_trd.records.trackers import check_packages
 from nemo_trd.run.resume import check_matches, check_prompts, model_identity
 
 
@@ -40,7 +39,6 @@ def load_inputs(config: Config, world_size: int) -> Inputs:
     """
     student, teacher = preflight.check(config, world_size)
     student_tokenizer, teacher_tokenizer = student.tokenizer, teacher.tokenizer
-    check_packages(config.logging)
     check_templates(config, teacher_tokenizer)
     prompts = load_prompts(
         config.data.train,

@@ -107,6 +107,21 @@ def at_work(run_dir: Path) -> bool:
     return time.time() - beaten_at < LOST_SECONDS
 
 
+def is_of(run_dir: Path, host: str, pid: int) -> bool:
+    """Whether the records of a directory are still those of the run with this first rank.
+
+    That process holds the lock until it gives it back. Without a lock only the process itself may
+    say so: to another rank it means that a later attempt took the lock over, and has finished.
+    """
+    try:
+        holder = RunLock(run_dir).holder()
+    except OSError:
+        return False
+    if holder is None:
+        return (host, pid) == (socket.gethostname(), os.getpid())
+    return (host, pid) == (holder.host, holder.pid)
+
+
 class RunLock:
     """`RUN_DIR/run.lock`. One process of a run holds it, from `acquire` to `release`."""
 

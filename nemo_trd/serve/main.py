@@ -1,9 +1,9 @@
-"""Starts one vLLM server and stays with it, for servers beside a run, such as on other nodes.
+"""Start one vLLM server and stay with it, for servers beside a run, such as on other nodes.
 
 NEMO_TRD_API_KEY=... python -m nemo_trd.serve --model DIR --host 10.0.0.3 --port 8000 \\
     --weight-backend nccl tensor_parallel_size=4
 
-What is not given here stands in conf/generation/vllm.yaml.
+What is not given here stands in conf/servers/vllm.yaml.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from nemo_trd.config.arguments import path
 from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.load import conf_dir
 from nemo_trd.config.schema import VllmServer
+from nemo_trd.records.step_lines import write_atomically
 from nemo_trd.serve.api_key import read_api_key
 from nemo_trd.serve.server import Server, ServerError
 
@@ -42,7 +43,7 @@ def _stop_on(number: int, frame: FrameType | None) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> tuple[Server, Path | None]:
-    defaults = OmegaConf.load(conf_dir() / "generation" / "vllm.yaml").vllm
+    defaults = OmegaConf.load(conf_dir() / "servers" / "vllm.yaml")
     parser = argparse.ArgumentParser(
         prog="python -m nemo_trd.serve",
         description=__doc__,
@@ -107,9 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with server:
             print(f"ready: {server.url}", flush=True)
             if url_file is not None:
-                temporary = url_file.with_name(f".{url_file.name}.tmp")
-                temporary.write_text(f"{server.url}\n")
-                temporary.rename(url_file)
+                write_atomically(url_file, f"{server.url}\n")
             while server.exit_status() is None:
                 time.sleep(0.5)
             raise server.failure()

@@ -15,7 +15,6 @@ from nemo_trd.toy import task
 from nemo_trd.toy.tokenizer import unknown_words
 
 IGNORED = -100  # a position without a label
-KINDS = ("solve", "recover", "rewrite", "follow", "follow_attempt")
 
 
 class Row(NamedTuple):

@@ -146,29 +146,6 @@ def _other(number: int, rng: random.Random) -> int:
     return (number + rng.randrange(1, MODULUS)) % MODULUS
 
 
-def extract_answer(text: str) -> str | None:
-    """The number after the last "####", or None where there is none."""
-    words = text.split()
-    found = [b for a, b in zip(words, words[1:], strict=False) if a == "####" and b in NUMBERS]
-    return found[-1] if found else None
-
-
-def first_wrong_step(factors: Factors, text: str) -> int | None:
-    """Where an attempt leaves the solution without slips, as an index into its steps.
-
-    Steps end with ";", the answer is the last one (5). None: it never does.
-    """
-    right, tried = _steps(solution(factors)), _steps(text)
-    for index, step in enumerate(right):
-        if index >= len(tried) or tried[index] != step:
-            return index
-    return None if len(tried) == len(right) else len(right)
-
-
-def _steps(text: str) -> list[str]:
-    return [step.strip() for step in text.split(";")]
-
-
 def examples(split: Split, count: int, seed: int) -> list[dict[str, str]]:
     """Different problems of one split with their solutions and answers."""
     rng = random.Random(f"{split} {seed}")

@@ -24,7 +24,9 @@ from nemo_trd.config.schema import Config
 OPSD = ["algorithm.mode=opsd", "model.teacher=null"]
 FILES = sorted(str(file.relative_to(conf_dir())) for file in conf_dir().rglob("*.yaml"))
 BENCHMARKS = [Path(file).stem for file in FILES if file.startswith("benchmark/")]
-SHIPPED = [file for file in FILES if not file.startswith(("benchmark/", "evaluate"))]
+# Of other commands, and what files of several groups include.
+OTHERS = ("benchmark/", "evaluate", "sampling/", "servers/")
+SHIPPED = [file for file in FILES if not file.startswith(OTHERS)]
 
 
 def composed(*overrides: str, config_name: str = "config") -> DictConfig:
@@ -59,8 +61,36 @@ def test_every_benchmark_validates_and_hides_no_setting(benchmark: str) -> None:
     assert absent_settings(Benchmark, settings["benchmarks"][benchmark], "") == []
 
 
-def test_sandbox_limits_are_the_same_in_training_and_evaluation() -> None:
-    assert composed().sandbox == composed(config_name="evaluate").sandbox
+@pytest.mark.parametrize("command", ["config", "evaluate"])
+def test_settings_of_a_shared_file_can_be_overridden_in_both_commands(command: str) -> None:
+    overrides = ["sandbox.cpu_seconds=3", "generation.vllm.client.max_attempts=9"]
+    overrides += ["generation.vllm.server.max_num_seqs=7"]
+    group = ["generation=vllm"] if command == "config" else []
+    changed = composed(*group, *overrides, config_name=command)
+    for override in overrides:
+        name, value = override.split("=")
+        assert OmegaConf.select(changed, name) == int(value)
+    if command == "config":
+        roles = [changed.generation.vllm.student, changed.generation.vllm.teacher]
+        assert [role.server.max_num_seqs for role in roles] == [7, 7]
+
+
+def test_blocks_that_several_files_include_stand_in_one_file() -> None:
+    loaded = {file: OmegaConf.to_container(OmegaConf.load(conf_dir() / file)) for file in FILES}
+    shared = [file for file in FILES if file.startswith(("sandbox/", "sampling/", "servers/vllm"))]
+    for block in (block for file in shared for block in blocks(loaded[file])):
+        assert [file for file in FILES if any(block <= b for b in blocks(loaded[file]))] in (
+            [[file] for file in shared] + [["servers/inherited.yaml", "servers/vllm.yaml"]]
+        )
+
+
+def blocks(settings: Any) -> list[set[str]]:
+    """Names of the values of each section, where it has four or more."""
+    if not isinstance(settings, dict):
+        return []
+    own = {name for name, value in settings.items() if not isinstance(value, dict)}
+    inner = [block for value in settings.values() for block in blocks(value)]
+    return [own, *inner] if len(own) >= 4 else inner
 
 
 def test_shipped_files_are_found() -> None:

@@ -479,12 +479,12 @@ RULES: dict[str, tuple[list[str], int, tuple[str, ...]]] = {
     "W&B": (
         ["logging.wandb={project: p}"],
         1,
-        ("logging.wandb = ", "not installed", "logging.wandb=null"),
+        ("logging.wandb = ", "not installed", "nemo_trd[wandb]", "logging.wandb=null"),
     ),
     "MLflow": (
         ["logging.mlflow={experiment: e}"],
         1,
-        ("logging.mlflow = ", "not installed", "logging.mlflow=null"),
+        ("logging.mlflow = ", "not installed", "nemo_trd[mlflow]", "logging.mlflow=null"),
     ),
 }
 

@@ -46,6 +46,16 @@ def test_the_line_is_the_first_of_the_message_and_the_traceback_stands_above_it_
     assert lines[-1].endswith(f" ERROR nemo_trd: {line}")
 
 
+def test_a_refusal_of_several_lines_is_one_record_with_its_time_and_name_once(
+    tmp_path: Path,
+) -> None:
+    log_file = tmp_path / "log.txt"
+    log_file.write_text("step 1\n")
+    _record_end("a = 1: no. Fix: 2.\nb = 1: no. Fix: 3.", log_file)
+    _, first, second = log_file.read_text().splitlines()
+    assert first.endswith(" ERROR nemo_trd: a = 1: no. Fix: 2.") and second == "b = 1: no. Fix: 3."
+
+
 def test_without_a_log_that_can_be_written_the_traceback_is_on_stderr(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,7 +18,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_tokenizers import byte_level_tokenizer
 from tqdm import tqdm
 
-from nemo_trd.config.errors import ConfigError
 from nemo_trd.config.load import compose
 from nemo_trd.config.schema import Config
 from nemo_trd.data.types import (
@@ -35,7 +34,7 @@ from nemo_trd.records.run_logger import RunLogger, finite
 from nemo_trd.records.samples import Sample, fenced, sample_record, samples_page, token_texts
 from nemo_trd.records.step_lines import StepLines
 from nemo_trd.records.timers import Timers
-from nemo_trd.records.trackers import check_packages, public_settings
+from nemo_trd.records.trackers import public_settings
 
 SECONDS = {"rollout": 1.5, "student": 0.25, "step": 2.0}
 METRICS = {
@@ -289,20 +288,6 @@ def test_settings_are_written_without_credentials(tmp_path: Path) -> None:
         pass
     text = (tmp_path / "run" / "config.yaml").read_text()
     assert yaml.safe_load(text) == plain.model_dump(mode="json")
-
-
-@pytest.mark.parametrize(
-    ("package", "override"),
-    [("wandb", "logging.wandb={project: p}"), ("mlflow", "logging.mlflow={experiment: e}")],
-)
-def test_a_missing_tracker_names_its_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, override: str
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    config = settings(tmp_path, override)
-    with pytest.raises(ConfigError, match=rf"logging\.{package} = .*nemo_trd\[{package}\]"):
-        check_packages(config.logging)
-    check_packages(settings(tmp_path).logging)
 
 
 class FakeWandB(ModuleType):

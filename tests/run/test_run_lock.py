@@ -9,13 +9,16 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from nemo_trd.config.errors import ConfigError
+from nemo_trd.distributed.process import FailureWatch, Process
 from nemo_trd.run import run_lock
-from nemo_trd.run.run_lock import Holder, RunLock, at_work, this_process
+from nemo_trd.run.run_lock import Holder, RunLock, at_work, is_of, this_process
 
 
 @pytest.fixture(autouse=True)
@@ -202,3 +205,21 @@ def test_a_directory_is_known_to_be_at_work_while_its_run_lives(
     assert not at_work(tmp_path)
     held_by(tmp_path, replace(child, process_start=1))
     assert not at_work(tmp_path), "its process is gone"
+
+
+def test_a_rank_that_was_lost_writes_no_end_into_the_log_of_a_later_attempt(
+    tmp_path: Path, child: Holder
+) -> None:
+    first = Process(f"{child.host} boot namespace", child.pid, (0, 0))  # of the lost rank's run
+    log, is_ours = tmp_path / "log.txt", partial(is_of, tmp_path)
+    lost = SimpleNamespace(_first_rank=first, _is_ours=is_ours, _log_file=log)
+    held_by(tmp_path, child)
+    assert FailureWatch._log(lost) == log  # type: ignore[arg-type]
+    held_by(tmp_path, this_process())  # the next attempt is at work
+    assert FailureWatch._log(lost) is None  # type: ignore[arg-type]
+    (tmp_path / "run.lock").unlink()  # and has finished
+    assert FailureWatch._log(lost) is None  # type: ignore[arg-type]
+    own = SimpleNamespace(_first_rank=Process.own(), _is_ours=is_ours, _log_file=log)
+    assert FailureWatch._log(own) == log  # type: ignore[arg-type]
+    (tmp_path / "run.lock").mkdir()
+    assert FailureWatch._log(own) is None  # type: ignore[arg-type]
