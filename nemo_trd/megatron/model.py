@@ -255,7 +255,7 @@ def _layer_spec(
 
 
 def _set_megatron_globals() -> None:
-    """The two things that megatron-core keeps globally even when it is given process groups.
+    """Set the two things that megatron-core keeps globally even with explicit process groups.
 
     Nothing in these models is random (no dropout, no initialisation), so the tracker of random
     states is the one that tracks nothing.

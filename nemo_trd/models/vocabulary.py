@@ -24,7 +24,7 @@ class Vocabulary:
     """The ids that a model may sample, of the `columns` that it has logits for.
 
     never: ids that are not sampled: they have no token, or none that the student knows.
-    ends: id that ends a completion -> id that the completion is given as its last token.
+    ends: id that ends a completion -> id that takes its place in the completion.
     """
 
     columns: int

@@ -63,16 +63,17 @@ def machine_problems(config: Config) -> Iterator[ConfigError]:
 
 
 def _transformer_engine_settings(config: Config) -> Iterator[ConfigError]:
-    """Yield what is wrong with the settings that only TransformerEngine honours."""
-    values: dict[str, object] = {}
-    for field in ("precision.fp8", "precision.teacher_fp8"):
-        value = getattr(config.precision, field.removeprefix("precision."))
-        if value is not None:
-            values[field] = value
+    """Yield the settings that only TransformerEngine honours and this machine or code does not."""
+    values: dict[str, object] = {
+        "precision.fp8": config.precision.fp8,
+        "precision.teacher_fp8": config.precision.teacher_fp8,
+    }
     for role, layout in megatron_layouts(config):
-        if layout.context_parallel_size > 1:
-            values[f"parallel.{role}.context_parallel_size"] = layout.context_parallel_size
+        size = layout.context_parallel_size
+        values[f"parallel.{role}.context_parallel_size"] = size if size > 1 else None
     for field, value in values.items():
+        if value is None:
+            continue
         try:
             check_transformer_engine(field, value)
         except ConfigError as error:
@@ -99,7 +100,7 @@ def check_transformer_engine(field: str, value: object) -> None:
             field,
             value,
             f"it needs TransformerEngine on a CUDA device, and there is no {missing}",
-            f"run where there is, or set {field}={off}",
+            f"run where both are, or set {field}={off}",
         )
 
 

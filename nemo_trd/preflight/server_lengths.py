@@ -16,7 +16,7 @@ class _LongestSequence(NamedTuple):
     field: str  # bounds the context
     context: int  # tokens
     answer: int  # tokens
-    scored: bool  # the answer is given, and one token more is generated: vLLM cannot do without
+    scored: bool  # the answer is part of the request, and vLLM generates one token more
     positions: int | None  # that the model is known to have, where nobody else checks them
 
 
