@@ -41,16 +41,12 @@ def server_length_problems(
         limit = min((n for n in (longest.positions, started) if n is not None), default=None)
         if limit is None or longest.context + longest.answer + longest.scored <= limit:
             continue
+        scoring = ", and the one that a server generates when it scores them,"
         yield rule_broken(
             longest.field,
             longest.context,
-            f"with up to {longest.answer} tokens after it"
-            + (
-                ", and the one that a server generates when it scores them,"
-                if longest.scored
-                else ""
-            )
-            + f" it exceeds the {limit} tokens of the {longest.role}'s servers",
+            f"with up to {longest.answer} tokens after it{scoring if longest.scored else ''}"
+            f" it exceeds the {limit} tokens of the {longest.role}'s servers",
             "lower it, or max_tokens of generation.rollout and generation.refinement, or raise "
             f"generation.vllm.{longest.role}.server.max_model_len",
         )
