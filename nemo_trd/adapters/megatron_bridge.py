@@ -23,7 +23,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from nemo_trd.adapters import needed
 from nemo_trd.algorithm.acceptance import refinement_counts
@@ -32,7 +32,7 @@ from nemo_trd.algorithm.refinement import fitting_prompts, privileged_context
 from nemo_trd.algorithm.refinement_checks import check_openings, check_templates
 from nemo_trd.algorithm.trajectories import pair
 from nemo_trd.config.errors import rule_broken
-from nemo_trd.config.schema import Config, Loss, ModelSource
+from nemo_trd.config.schema import Config, Loss
 from nemo_trd.data.prompts import load_prompts, prompts_of_step
 from nemo_trd.data.types import Microbatch, Prompt, Trajectory
 from nemo_trd.distributed.exchange import raise_together
@@ -44,6 +44,7 @@ from nemo_trd.megatron.model import HiddenStatesModel, has_transformer_engine, l
 from nemo_trd.megatron.schedule import is_last_stage, label_rows, run_model
 from nemo_trd.megatron.teacher import Teacher
 from nemo_trd.models.family import sequence_alignment, shared_vocab_size
+from nemo_trd.models.read import read_tokenizer
 from nemo_trd.preflight.models import real_vocab_size
 from nemo_trd.run.generators import Generators
 from nemo_trd.run.sampling import Sampler
@@ -147,8 +148,13 @@ class TRD:
         student, teacher = config.model.student, config.teacher_source
         self._groups = groups
         self._teacher_config = load_hf_config(teacher.path, teacher.trust_remote_code)
-        sizes = _hf(AutoConfig, student).get_text_config(), self._teacher_config
-        tokenizers = _hf(AutoTokenizer, student), _hf(AutoTokenizer, teacher)
+        hf = AutoConfig.from_pretrained(
+            student.path, trust_remote_code=student.trust_remote_code, local_files_only=True
+        )
+        sizes = hf.get_text_config(), self._teacher_config
+        tokenizers = tuple(
+            read_tokenizer(source.path, source.trust_remote_code) for source in (student, teacher)
+        )
         self.forward_step.vocab_size = real_vocab_size(shared_vocab_size(*sizes), tokenizers[0])
         self._teacher_tokenizer = tokenizers[1]
         self._prompts = raise_together(partial(_load_prompts, config, *tokenizers))
@@ -216,12 +222,6 @@ class TRD:
 
     def close(self) -> None:
         self._generators.close()
-
-
-def _hf(reader: Any, source: ModelSource) -> Any:
-    return reader.from_pretrained(
-        source.path, trust_remote_code=source.trust_remote_code, local_files_only=True
-    )
 
 
 def _load_prompts(config: Config, student_tokenizer: Any, teacher_tokenizer: Any) -> list[Prompt]:

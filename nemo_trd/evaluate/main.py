@@ -34,9 +34,10 @@ from nemo_trd.data.types import Completion, GenerationRequest, Prompt
 from nemo_trd.evaluate.figures import figures, table
 from nemo_trd.evaluate.judging import JudgePool
 from nemo_trd.evaluate.sample_store import Sample, SampleStore
-from nemo_trd.evaluate.source import Source, find_source, load_tokenizer
+from nemo_trd.evaluate.source import Source, find_source
 from nemo_trd.generation.protocol import GenerationFailed, Generator, request_seed
 from nemo_trd.records.step_lines import write_atomically
+from nemo_trd.models.read import read_tokenizer
 from nemo_trd.serve.server import ServerError
 from nemo_trd.verifiers.judgement import Judgement
 from nemo_trd.verifiers.sandbox import check_sandbox
@@ -75,7 +76,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
             "start it without torchrun; several GPUs are for servers (generation.backend=vllm)",
         )
     source = find_source(config.model)
-    tokenizer = load_tokenizer(source.hf)
+    hf = source.hf
+    tokenizer = read_tokenizer(hf.path, hf.trust_remote_code, "model.path (tokenizer)")
     problems = load_problems(config, tokenizer)
     check_lengths(config, source, problems)
     output = Path(config.output)

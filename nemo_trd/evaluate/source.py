@@ -6,7 +6,7 @@ import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -155,19 +155,3 @@ def fingerprint(directory: Path) -> str:
                 stream.seek((size - BLOCK_BYTES) * block // (BLOCKS - 1))
                 digest.update(stream.read(BLOCK_BYTES))
     return digest.hexdigest()[:16]
-
-
-def load_tokenizer(source: ModelSource) -> Any:
-    """Raises ConfigError: transformers cannot read it."""
-    from transformers import AutoTokenizer
-
-    options = {"trust_remote_code": source.trust_remote_code, "local_files_only": True}
-    try:
-        return AutoTokenizer.from_pretrained(source.path, **options)
-    except Exception as error:  # tokenizers raises plain Exception for a damaged file
-        raise rule_broken(
-            "model.path (tokenizer)",
-            source.path,
-            f"transformers cannot read it: {str(error).splitlines()[0] if str(error) else error!r}",
-            "give a complete Hugging Face directory",
-        ) from error

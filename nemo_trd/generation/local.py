@@ -25,11 +25,11 @@ from nemo_trd.generation.gumbel import SeededSampler, seed_tensor
 from nemo_trd.generation.protocol import Done
 from nemo_trd.generation.stop_strings import StopStrings, decoder
 from nemo_trd.models.directory import tensors_with_copies
+from nemo_trd.models.dtypes import torch_dtype
 from nemo_trd.models.vocabulary import Vocabulary, read_vocabulary
 
 # The environment of NeMo-Aligner has transformers 4, which knows the old name only.
 _DTYPE_ARGUMENT = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Stands in the left padding, which the attention mask hides, and after a row's EOS, where it is
 # cut off. So it may be any id, an EOS or an ordinary token alike.
 _FILLER = 0
@@ -61,7 +61,7 @@ class LocalGenerator:
             disable_progress_bar()  # transformers' own, of loading weights
         self.weight_version = 0
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load_model(path, DTYPES[local.dtype], trust_remote_code)
+        self.model = load_model(path, torch_dtype(local.dtype), trust_remote_code)
         self.model.to(self.device)
         source = ModelSource(path=path, trust_remote_code=trust_remote_code)
         self.vocabulary = vocabulary or read_vocabulary(source)

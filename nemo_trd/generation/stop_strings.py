@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_trd.data.types import TokenIds
+from nemo_trd.models.read import read_tokenizer
 
 Decode = Callable[[Sequence[int]], str]
 CONTEXT_TOKENS = 4  # of the prompt: some tokenizers drop the space before a text's first token
@@ -84,18 +85,15 @@ class StopStrings:
 
 
 def decoder(path: str, trust_remote_code: bool) -> Decode:
-    """Decodes with the tokenizer of a model's directory, which is read when it is first needed."""
+    """Decode with the tokenizer of a model's directory, which is read when it is first needed.
+
+    Decoding raises ConfigError where transformers cannot read it.
+    """
     tokenizers: list[Any] = []
 
     def decode(token_ids: Sequence[int]) -> str:
         if not tokenizers:
-            from transformers import AutoTokenizer
-
-            tokenizers.append(
-                AutoTokenizer.from_pretrained(
-                    path, trust_remote_code=trust_remote_code, local_files_only=True
-                )
-            )
+            tokenizers.append(read_tokenizer(path, trust_remote_code))
         return tokenizers[0].decode(
             list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )

@@ -1,8 +1,8 @@
 """Weights between Hugging Face safetensors and Megatron's tensor and pipeline parallel shards.
 
 Both directions use one description: `_parts` shows where each Hugging Face tensor, or this rank's
-slice of it, lies inside Megatron's parameters. Loading copies into those views, exporting
-gathers them, so a round trip is exact.
+slice of it, lies inside Megatron's parameters. Loading copies into those views, exporting gathers
+them, so a round trip is exact. The names of both sides are in `models.family.Family`.
 
 Megatron's layouts: the rows of linear_qkv are, for each group of query heads that share a key,
 the queries, the key, the value; linear_fc1 holds this rank's rows of gate_proj, then of up_proj;
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -27,33 +28,12 @@ from transformers import PretrainedConfig
 from nemo_trd.config.errors import rule_broken
 from nemo_trd.megatron.model import HiddenStatesModel
 from nemo_trd.models.directory import check_weights
-from nemo_trd.models.family import expected_shapes, padded_vocab_size
-
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
-# Megatron's names below decoder.layers.N, for TransformerEngine's layers and for the local ones.
-LAYER_NAMES = {
-    "input_layernorm.weight": "input_layernorm.weight",
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
-    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
-    "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
-    "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
-    "mlp.linear_fc2.weight": "mlp.down_proj.weight",
-}
-# The axis along which tensor parallelism splits a Hugging Face tensor. Norms are not split.
-SPLIT_AXIS = {
-    "embed_tokens": 0,
-    "lm_head": 0,
-    "q_proj": 0,
-    "k_proj": 0,
-    "v_proj": 0,
-    "gate_proj": 0,
-    "up_proj": 0,
-    "o_proj": 1,
-    "down_proj": 1,
-}
+from nemo_trd.models.family import (
+    WeightTensor,
+    expected_tensors,
+    family_of,
+    padded_vocab_size,
+)
 
 
 @dataclass(frozen=True)
@@ -62,19 +42,15 @@ class _Part:
 
     name: str
     view: Tensor  # into the parameter; the slice, perhaps with its first axis unfolded
-    full_shape: tuple[int, ...]
-
-    @property
-    def axis(self) -> int | None:
-        return SPLIT_AXIS.get(self.name.split(".")[-2])
+    whole: WeightTensor
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of this rank's slice, padding included."""
-        shape = list(self.full_shape)
-        if self.axis is not None:
-            others = math.prod(shape) // shape[self.axis]
-            shape[self.axis] = self.view.numel() // others
+        """Shape of this rank's slice, padding included."""
+        shape, axis = list(self.whole.shape), self.whole.split_axis
+        if axis is not None:
+            others = math.prod(shape) // shape[axis]
+            shape[axis] = self.view.numel() // others
         return tuple(shape)
 
 
@@ -89,8 +65,8 @@ def load_hf_weights(
     Reads only this rank's slices. Not collective.
 
     Raises:
-        ConfigError: files that `hf_directory.check_weights` refuses, or a tied model whose
-            lm_head is not its embedding.
+        ConfigError: files that `models.directory.check_weights` refuses, or a tied model
+            whose output weight is not its embedding.
     """
     reader = _Reader(path, hf)
     with torch.no_grad():
@@ -123,8 +99,9 @@ def read_output_weight(
     if rows is None:
         rows = padded_vocab_size(hf.vocab_size, tp_size) // tp_size
     weight = torch.empty(rows, hf.hidden_size, dtype=dtype, device=device)
-    name = EMBEDDING if hf.tie_word_embeddings else HEAD
-    reader.read_into(_Part(name, weight, expected_shapes(hf)[name]), tp_rank)
+    family = family_of(hf)
+    name = family.embedding if hf.tie_word_embeddings else family.head
+    reader.read_into(_Part(name, weight, expected_tensors(hf)[name]), tp_rank)
     return weight
 
 
@@ -135,20 +112,20 @@ def export_hf_weights(
 
     Collective over the tensor and pipeline parallel groups: each rank consumes the iterator to
     its end and gets every tensor, on the model's device in the model's dtype. Tied models have no
-    lm_head.
+    output weight of their own.
     """
     own = {part.name: part for model in reversed(models) for part in _parts(model, hf)}
     holdings: list[list[str]] = [[] for _ in range(groups.pp.size())]
     dist.all_gather_object(holdings, list(own), group=groups.pp)
     config = models[0].config
     device = next(models[0].parameters()).device
-    for name, shape in expected_shapes(hf).items():
+    for name, whole in expected_tensors(hf).items():
         # The embedding of a tied model is on the first stage and, as a copy, on the last.
         owner = next(stage for stage, names in enumerate(holdings) if name in names)
         if owner == groups.pp.rank():
             tensor = _gather(own[name], groups.tp)
         else:
-            tensor = torch.empty(shape, dtype=config.params_dtype, device=device)
+            tensor = torch.empty(whole.shape, dtype=config.params_dtype, device=device)
         if groups.pp.size() > 1:
             dist.broadcast(tensor, group=groups.pp, group_src=owner)
         yield name, tensor
@@ -156,12 +133,13 @@ def export_hf_weights(
 
 def _gather(part: _Part, group: dist.ProcessGroup) -> Tensor:
     own = part.view.detach().reshape(part.shape).contiguous()
-    if part.axis is None:
+    axis = part.whole.split_axis
+    if axis is None:
         return own.clone()
     slices = [torch.empty_like(own) for _ in range(group.size())]
     dist.all_gather(slices, own, group=group)
-    full = torch.cat(slices, dim=part.axis)
-    return full.narrow(part.axis, 0, part.full_shape[part.axis]).contiguous()
+    full = torch.cat(slices, dim=axis)
+    return full.narrow(axis, 0, part.whole.shape[axis]).contiguous()
 
 
 class _Reader:
@@ -173,6 +151,7 @@ class _Reader:
         self._open: dict[str, Any] = {}
 
     def slice(self, name: str, axis: int | None, start: int, stop: int) -> Tensor:
+        """Part [start, stop) of a tensor along `axis`; the whole where that is None."""
         file = str(self._stored[name].file)
         if file not in self._open:
             self._open[file] = safe_open(file, framework="pt", device="cpu")
@@ -183,72 +162,67 @@ class _Reader:
 
     def read_into(self, part: _Part, rank: int) -> None:
         """Fill `part.view`; rows beyond the end of the tensor, padding, become zero."""
-        if part.axis is None:
+        axis = part.whole.split_axis
+        if axis is None:
             part.view.copy_(self.slice(part.name, None, 0, 0))
             return
-        width, size = part.shape[part.axis], part.full_shape[part.axis]
+        width, size = part.shape[axis], part.whole.shape[axis]
         start, stop = (min(edge, size) for edge in (rank * width, (rank + 1) * width))
         if stop - start == width:
-            part.view.copy_(self.slice(part.name, part.axis, start, stop).reshape(part.view.shape))
+            part.view.copy_(self.slice(part.name, axis, start, stop).reshape(part.view.shape))
             return
         part.view.zero_()
         if stop > start:
-            part.view[: stop - start].copy_(self.slice(part.name, part.axis, start, stop))
+            part.view[: stop - start].copy_(self.slice(part.name, axis, start, stop))
 
     def check_tied(self, rank: int, size: int) -> None:
-        """A tied model may carry a lm_head: it must be the embedding. Compares this rank's rows.
+        """Refuse a tied model with an output weight that is not the embedding, in this rank's rows.
 
         Raises:
             ConfigError: it is not.
         """
-        if not self._hf.tie_word_embeddings or HEAD not in self._stored:
+        family = family_of(self._hf)
+        if not self._hf.tie_word_embeddings or family.head not in self._stored:
             return
         rows = -(-self._hf.vocab_size // size)
         edges = (rank * rows, min((rank + 1) * rows, self._hf.vocab_size))
         if edges[0] < edges[1] and not torch.equal(
-            self.slice(HEAD, 0, *edges), self.slice(EMBEDDING, 0, *edges)
+            self.slice(family.head, 0, *edges), self.slice(family.embedding, 0, *edges)
         ):
             raise rule_broken(
                 "weights",
-                str(self._stored[HEAD].file),
-                f"{HEAD} differs from {EMBEDDING}, but config.json sets tie_word_embeddings",
+                str(self._stored[family.head].file),
+                f"{family.head} differs from {family.embedding}, but config.json sets "
+                "tie_word_embeddings",
                 "set tie_word_embeddings to false there",
             )
 
 
 def _parts(model: HiddenStatesModel, hf: PretrainedConfig) -> Iterator[_Part]:
     """Where the tensors that `model` holds lie in its parameters."""
-    shapes = expected_shapes(hf)
-    for name, parameter in model.named_parameters():
-        for hf_name, view in _views(name, parameter.data, model, hf):
-            yield _Part(hf_name, view, shapes[hf_name])
+    family, tensors = family_of(hf), expected_tensors(hf)
+    outer = family.outer_parameters(tied=bool(hf.tie_word_embeddings))
+    inner = family.layer_parameters()
+    for parameter, weight in model.named_parameters():
+        if parameter in outer:
+            name = outer[parameter]
+            yield _Part(name, weight.data, tensors[name])
+            continue
+        _, _, index, rest = parameter.split(".", 3)  # decoder.layers.N
+        layer = model.decoder.layers[int(index)].layer_number - 1
+        views = _views(rest, weight.data, model.config)
+        for below, view in zip(inner[rest], views, strict=True):
+            name = f"{family.layers}.{layer}.{below}"
+            yield _Part(name, view, tensors[name])
 
 
-def _views(
-    name: str, weight: Tensor, model: HiddenStatesModel, hf: PretrainedConfig
-) -> list[tuple[str, Tensor]]:
-    if name == "embedding.word_embeddings.weight":
-        return [(EMBEDDING, weight)]
-    if name == "output_layer.weight":
-        return [(EMBEDDING if hf.tie_word_embeddings else HEAD, weight)]
-    if name == "decoder.final_layernorm.weight":
-        return [("model.norm.weight", weight)]
-    _, _, index, rest = name.split(".", 3)
-    layer = model.decoder.layers[int(index)].layer_number - 1
-    prefix = f"model.layers.{layer}."
-    kind = rest.rsplit(".", 1)[-1]
-    if rest in ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"):
-        config = model.config
+def _views(parameter: str, weight: Tensor, config: TransformerConfig) -> Sequence[Tensor]:
+    """The parts of a layer's parameter, in the order of `Family.layer_parameters`."""
+    if parameter in ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"):
         queries = config.num_attention_heads // config.num_query_groups
         # [groups, queries + key + value, head_dim, ...]
         grouped = weight.view(-1, queries + 2, config.kv_channels, *weight.shape[1:])
-        q, k, v = grouped.split([queries, 1, 1], dim=1)
-        return [
-            (f"{prefix}self_attn.q_proj.{kind}", q),
-            (f"{prefix}self_attn.k_proj.{kind}", k),
-            (f"{prefix}self_attn.v_proj.{kind}", v),
-        ]
-    if rest == "mlp.linear_fc1.weight":
-        gate, up = weight.chunk(2)
-        return [(f"{prefix}mlp.gate_proj.weight", gate), (f"{prefix}mlp.up_proj.weight", up)]
-    return [(prefix + LAYER_NAMES[rest], weight)]
+        return grouped.split([queries, 1, 1], dim=1)
+    if parameter == "mlp.linear_fc1.weight":
+        return weight.chunk(2)
+    return [weight]

@@ -1,12 +1,11 @@
 """From a Hugging Face config.json to Megatron models that return final hidden states.
 
-Llama, Qwen2 and Qwen3 (dense). What a config.json can say and these models cannot do is refused
-by `check_supported`, never ignored.
+The families of `models.family`. Settings of a config.json that these models cannot follow are
+refused by `check_supported`, never ignored.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,13 +29,15 @@ from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.schema import Layout, Precision
 from nemo_trd.models.directory import check_model_type
-from nemo_trd.models.family import head_dim, padded_vocab_size, rope_parameters
+from nemo_trd.models.dtypes import torch_dtype
+from nemo_trd.models.family import family_of, head_dim, padded_vocab_size, rope_parameters
 from nemo_trd.models.rules import check_layout, check_supported
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from nemo_trd.preflight.machine import (
+    check_transformer_engine,
+    missing_for_transformer_engine,
+)
 
 
 def load_hf_config(path: str, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -46,7 +47,9 @@ def load_hf_config(path: str, trust_remote_code: bool = False) -> PretrainedConf
         ConfigError: no readable config.json, or a model that `check_supported` refuses.
     """
     check_model_type(Path(path), "path")
-    hf = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    hf = AutoConfig.from_pretrained(
+        path, trust_remote_code=trust_remote_code, local_files_only=True
+    )
     check_supported(hf)
     return hf
 
@@ -64,16 +67,7 @@ def inverse_frequencies(hf: PretrainedConfig) -> torch.Tensor:
 
 def has_transformer_engine() -> bool:
     """Whether models are built from TransformerEngine's layers."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-
-
-def _needs_transformer_engine(field: str, value: object) -> ConfigError:
-    return rule_broken(
-        field,
-        value,
-        "it needs TransformerEngine on a CUDA device, and this process has none",
-        f"set {field} to {1 if field.endswith('size') else 'null'}, or run where it is installed",
-    )
+    return not missing_for_transformer_engine()
 
 
 def transformer_config(
@@ -95,11 +89,12 @@ def transformer_config(
     check_supported(hf)
     check_layout(hf, layout, "layout")
     fused = has_transformer_engine()
-    if not fused and fp8 is not None:
-        raise _needs_transformer_engine("fp8", fp8)
-    if not fused and layout.context_parallel_size > 1:
-        raise _needs_transformer_engine("context_parallel_size", layout.context_parallel_size)
-    dtype = DTYPES[precision.dtype]
+    if fp8 is not None:
+        check_transformer_engine("fp8", fp8)
+    if layout.context_parallel_size > 1:
+        check_transformer_engine("context_parallel_size", layout.context_parallel_size)
+    dtype = torch_dtype(precision.dtype)
+    family = family_of(hf)
     pipelined = layout.pipeline_model_parallel_size > 1
     full_recompute = {"recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
@@ -114,8 +109,8 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=hf.model_type == "qwen2",
-        qk_layernorm=hf.model_type == "qwen3",
+        add_qkv_bias=family.qkv_bias,
+        qk_layernorm=family.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
@@ -196,7 +191,7 @@ class HiddenStatesModel(GPTModel):
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """For the local layers. Megatron's own choice there refuses sequence parallelism."""
+    """Norm of the local layers. Megatron's own choice there refuses sequence parallelism."""
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float, **unused: Any
@@ -260,7 +255,7 @@ def _layer_spec(
 
 
 def _set_megatron_globals() -> None:
-    """The two things that megatron-core keeps globally even when it is given process groups.
+    """Set the two things that megatron-core keeps globally even with explicit process groups.
 
     Nothing in these models is random (no dropout, no initialisation), so the tracker of random
     states is the one that tracks nothing.

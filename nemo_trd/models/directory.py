@@ -1,4 +1,4 @@
-"""What a local Hugging Face model directory holds, read without torch.
+"""Files of a local Hugging Face model directory and their defects, read without torch.
 
 Only JSON files and safetensors headers are read, so a 70B directory is checked in
 milliseconds. A safetensors file is: 8 bytes little-endian header length, a JSON header that
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_trd.config.errors import ConfigError, rule_broken
-from nemo_trd.models.family import SUPPORTED_MODEL_TYPES, expected_shapes
+from nemo_trd.models.family import FAMILIES, expected_tensors, family_of
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +32,15 @@ COPY_AGAIN = "copy the directory again, whole"
 
 @dataclass(frozen=True)
 class StoredTensor:
+    """Where a tensor lies, and its kind, as its file's header says."""
+
     file: Path
     dtype: str  # a key of BYTES_PER_ELEMENT
     shape: tuple[int, ...]
 
 
 def read_json(file: Path, field: str) -> dict[str, Any]:
-    """A JSON object from `file`; `field` is the setting that led to it.
+    """Read a JSON object from `file`; `field` is the setting that led to it.
 
     Raises:
         ConfigError: the file is missing, unreadable or no JSON object (with line and column).
@@ -84,11 +86,11 @@ def check_model_type(directory: Path, field: str) -> None:
     _check_adapter(directory, config_file, field)
     settings = read_json(config_file, field)
     model_type = settings.get("model_type")
-    if model_type not in SUPPORTED_MODEL_TYPES:
+    if model_type not in FAMILIES:
         raise rule_broken(
             f"{field} ({config_file}: model_type)",
             model_type,
-            f"supported are {', '.join(SUPPORTED_MODEL_TYPES)}",
+            f"supported are {', '.join(FAMILIES)}",
             "choose a model of one of these architectures",
         )
     quantization = settings.get("quantization_config")
@@ -181,8 +183,8 @@ def stored_tensors(directory: Path, field: str) -> dict[str, StoredTensor]:
             f"{directory / shard} also holds {name}, which is read from {weight_map[name]} as "
             f"{index_file.name} says"
         )
-    found = {name: tensor for tensors in held.values() for name, tensor in tensors.items()}
-    return found | {name: held[shard][name] for name, shard in weight_map.items()}
+    anywhere = {name: tensor for tensors in held.values() for name, tensor in tensors.items()}
+    return anywhere | {name: held[shard][name] for name, shard in weight_map.items()}
 
 
 def _check_others(directory: Path, read: set[str], field: str, *, indexed: bool) -> None:
@@ -289,21 +291,22 @@ def _tensors_of_file(file: Path, field: str) -> dict[str, StoredTensor]:
 
 
 def check_weights(directory: Path, hf: Any, field: str) -> dict[str, StoredTensor]:
-    """The directory holds exactly the tensors of the configuration, complete and in shape.
+    """Refuse a directory that does not hold exactly the tensors of the configuration, in shape.
 
-    Returns all that it holds, by name; besides those, a tied model may hold a lm_head.
+    Returns all that it holds, by name; besides those, a tied model may hold an output weight.
 
     Raises:
         ConfigError: see `stored_tensors`; a tensor that is missing, of another shape, or that the
             architecture has no place for (it would be dropped in silence).
     """
-    stored, expected = stored_tensors(directory, field), expected_shapes(hf)
+    stored, head = stored_tensors(directory, field), family_of(hf).head
+    expected = {name: tensor.shape for name, tensor in expected_tensors(hf).items()}
     missing = sorted(expected.keys() - stored.keys())
-    if missing == ["lm_head.weight"]:
+    if missing == [head]:
         raise rule_broken(
             field,
             str(directory),
-            "its safetensors lack lm_head.weight, and config.json does not say that the model "
+            f"its safetensors lack {head}, and config.json does not say that the model "
             "has none (tie_word_embeddings)",
             "set tie_word_embeddings to true there if the embedding is the output layer too, "
             f"else {COPY_AGAIN}",
@@ -312,7 +315,7 @@ def check_weights(directory: Path, hf: Any, field: str) -> dict[str, StoredTenso
         raise rule_broken(
             field, str(directory), f"its safetensors lack {_some(missing)}", COPY_AGAIN
         )
-    derived = {"lm_head.weight"} if hf.tie_word_embeddings else set()
+    derived = {head} if hf.tie_word_embeddings else set()
     for name in sorted(expected.keys() | (derived & stored.keys())):
         shape = expected.get(name, (hf.vocab_size, hf.hidden_size))
         if stored[name].shape != shape:

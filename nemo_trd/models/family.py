@@ -1,57 +1,159 @@
-"""Facts of the supported model families."""
+"""The supported model families, and what follows from a model's config.json alone.
+
+A dense family that computes as Llama does, up to the switches of `Family`, takes one record in
+`FAMILIES` and its name in tests/support/tiny_models.py.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_trd.config.schema import Layout
 
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
+VOCABULARY_MULTIPLE = 128
 
 
-def expected_shapes(hf: Any) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a model of this configuration needs.
+@dataclass(frozen=True)
+class LayerNames:
+    """Hugging Face names of the modules of a layer, below the name of the layer."""
 
-    `hf` is the `PretrainedConfig` of a Llama, Qwen2 or Qwen3 model. The output weight of a tied
-    model is not in it.
+    attention_norm: str = "input_layernorm"
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    query_norm: str = "self_attn.q_norm"
+    key_norm: str = "self_attn.k_norm"
+    attention_output: str = "self_attn.o_proj"
+    mlp_norm: str = "post_attention_layernorm"
+    gate: str = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+
+
+@dataclass(frozen=True)
+class Family:
+    """The models of one `model_type` of Hugging Face: what differs from Llama, and names."""
+
+    architecture: str  # class of transformers with the output layer
+    qkv_bias: bool = False  # of the query, key and value projections
+    qk_norm: bool = False  # RMSNorm over each head of queries and keys
+    # transformers takes as many key-value heads as query heads where config.json tells of none.
+    key_value_heads_optional: bool = False
+    # Those whose frequencies do not depend on the length and leave attention scores unscaled.
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3")
+    embedding: str = "model.embed_tokens.weight"
+    final_norm: str = "model.norm.weight"
+    head: str = "lm_head.weight"  # output weight of a model that is not tied
+    layers: str = "model.layers"  # layer N is below f"{layers}.{N}."
+    layer: LayerNames = field(default_factory=LayerNames)
+
+    def outer_parameters(self, tied: bool) -> dict[str, str]:
+        """Megatron's parameters outside the layers -> the Hugging Face tensor in each.
+
+        The last of several pipeline stages holds a tied embedding a second time, as output weight.
+        """
+        return {
+            "embedding.word_embeddings.weight": self.embedding,
+            "decoder.final_layernorm.weight": self.final_norm,
+            "output_layer.weight": self.embedding if tied else self.head,
+        }
+
+    def layer_parameters(self) -> dict[str, tuple[str, ...]]:
+        """Megatron's parameters below decoder.layers.N -> the Hugging Face tensors in each.
+
+        Norms have two names: TransformerEngine's layers fuse them with the linear layer that
+        follows, the local layers do not.
+        """
+        names = self.layer
+        qkv = (names.query, names.key, names.value)
+        weights = {
+            "input_layernorm.weight": (names.attention_norm,),
+            "self_attention.linear_qkv.layer_norm_weight": (names.attention_norm,),
+            "self_attention.linear_qkv.weight": qkv,
+            "self_attention.q_layernorm.weight": (names.query_norm,),
+            "self_attention.k_layernorm.weight": (names.key_norm,),
+            "self_attention.linear_proj.weight": (names.attention_output,),
+            "pre_mlp_layernorm.weight": (names.mlp_norm,),
+            "mlp.linear_fc1.layer_norm_weight": (names.mlp_norm,),
+            "mlp.linear_fc1.weight": (names.gate, names.up),
+            "mlp.linear_fc2.weight": (names.down,),
+        }
+        tensors = {
+            parameter: tuple(f"{module}.weight" for module in modules)
+            for parameter, modules in weights.items()
+        }
+        return tensors | {
+            "self_attention.linear_qkv.bias": tuple(f"{module}.bias" for module in qkv)
+        }
+
+
+FAMILIES = {  # by model_type of config.json
+    "llama": Family("LlamaForCausalLM", key_value_heads_optional=True),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True),
+}
+
+
+def family_of(hf: Any) -> Family:
+    """Family of a model that `models.rules.check_supported` accepts."""
+    return FAMILIES[hf.model_type]
+
+
+@dataclass(frozen=True)
+class WeightTensor:
+    """A tensor of a Hugging Face model, and how Megatron shares it out."""
+
+    shape: tuple[int, ...]
+    split_axis: int | None = None  # of tensor parallelism; None: every rank holds the whole
+    layer: int | None = None  # None: outside the layers
+
+    @property
+    def is_layer_matrix(self) -> bool:
+        """Whether it is the weight of a linear layer inside a layer."""
+        return self.layer is not None and len(self.shape) == 2
+
+
+def expected_tensors(hf: Any) -> dict[str, WeightTensor]:
+    """Every tensor that a model of this configuration needs, by Hugging Face name.
+
+    `hf` is the `PretrainedConfig` of a supported model, or has its attributes. The output weight
+    of a tied model is not among them.
     """
-    hidden, ffn, vocab = hf.hidden_size, hf.intermediate_size, hf.vocab_size
-    head_dim = getattr(hf, "head_dim", None) or hidden // hf.num_attention_heads
-    queries = hf.num_attention_heads * head_dim
-    keys = hf.num_key_value_heads * head_dim
-    all_biased = bool(getattr(hf, "attention_bias", False))
-    qkv_biased = all_biased or hf.model_type == "qwen2"
-    linear = {
-        "self_attn.q_proj": ((queries, hidden), qkv_biased),
-        "self_attn.k_proj": ((keys, hidden), qkv_biased),
-        "self_attn.v_proj": ((keys, hidden), qkv_biased),
-        "self_attn.o_proj": ((hidden, queries), all_biased),
-        "mlp.gate_proj": ((ffn, hidden), bool(getattr(hf, "mlp_bias", False))),
-        "mlp.up_proj": ((ffn, hidden), bool(getattr(hf, "mlp_bias", False))),
-        "mlp.down_proj": ((hidden, ffn), bool(getattr(hf, "mlp_bias", False))),
-    }
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-    }
-    if hf.model_type == "qwen3":
-        layer |= {"self_attn.q_norm.weight": (head_dim,), "self_attn.k_norm.weight": (head_dim,)}
-    for name, (shape, biased) in linear.items():
-        layer[f"{name}.weight"] = shape
-        if biased:
-            layer[f"{name}.bias"] = shape[:1]
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocab, hidden),
-        "model.norm.weight": (hidden,),
+    family, hidden = family_of(hf), hf.hidden_size
+    tensors = {
+        family.embedding: WeightTensor((hf.vocab_size, hidden), split_axis=0),
+        family.final_norm: WeightTensor((hidden,)),
     }
     if not hf.tie_word_embeddings:
-        shapes["lm_head.weight"] = (vocab, hidden)
+        tensors[family.head] = WeightTensor((hf.vocab_size, hidden), split_axis=0)
+    one_layer = _layer_tensors(hf, family)
     for index in range(hf.num_hidden_layers):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
-    return shapes
+        for name, (shape, axis) in one_layer.items():
+            tensors[f"{family.layers}.{index}.{name}"] = WeightTensor(shape, axis, index)
+    return tensors
 
 
-VOCABULARY_MULTIPLE = 128
+def _layer_tensors(hf: Any, family: Family) -> dict[str, tuple[tuple[int, ...], int | None]]:
+    """Name below the layer -> shape, and the axis that tensor parallelism splits."""
+    names, hidden, ffn, head = family.layer, hf.hidden_size, hf.intermediate_size, head_dim(hf)
+    queries, keys = hf.num_attention_heads * head, hf.num_key_value_heads * head
+    norms = {names.attention_norm: hidden, names.mlp_norm: hidden}
+    if family.qk_norm:
+        norms |= {names.query_norm: head, names.key_norm: head}
+    tensors: dict[str, tuple[tuple[int, ...], int | None]] = {
+        f"{name}.weight": ((size,), None) for name, size in norms.items()
+    }
+    for name, rows in ((names.query, queries), (names.key, keys), (names.value, keys)):
+        tensors[f"{name}.weight"] = ((rows, hidden), 0)
+        if family.qkv_bias:
+            tensors[f"{name}.bias"] = ((rows,), 0)
+    return tensors | {
+        f"{names.attention_output}.weight": ((hidden, queries), 1),
+        f"{names.gate}.weight": ((ffn, hidden), 0),
+        f"{names.up}.weight": ((ffn, hidden), 0),
+        f"{names.down}.weight": ((hidden, ffn), 1),
+    }
 
 
 def rope_parameters(hf: Any) -> dict[str, Any]:
@@ -68,6 +170,7 @@ def rope_parameters(hf: Any) -> dict[str, Any]:
 
 
 def head_dim(hf: Any) -> int:
+    """Width of one attention head."""
     return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
 
 
@@ -78,7 +181,7 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
 
 
 def sequence_alignment(layout: Layout, fp8: bool) -> int:
-    """What the length of a sequence must be a multiple of."""
+    """Number of tokens of which the length of a sequence must be a multiple."""
     alignment = 16 if fp8 else 1
     if layout.sequence_parallel:
         alignment *= layout.tensor_model_parallel_size
@@ -88,7 +191,7 @@ def sequence_alignment(layout: Layout, fp8: bool) -> int:
 
 
 def shared_vocab_size(student_hf: Any, teacher_hf: Any) -> int:
-    """For how many token ids both models have a column.
+    """Number of token ids for which both models have a column.
 
     Families pad their output layer differently (Qwen: 151,936 or 152,064 columns for the same
     ids).

@@ -5,15 +5,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.schema import Layout
-from nemo_trd.models.family import SUPPORTED_MODEL_TYPES, rope_parameters
-
-# Frequencies that do not depend on the sequence length and leave attention scores unscaled.
-SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3")
+from nemo_trd.models.family import FAMILIES, family_of, rope_parameters
 
 
 def check_supported(hf: Any) -> None:
@@ -28,19 +26,19 @@ def check_supported(hf: Any) -> None:
         if not holds:
             raise _unsupported(file, key, value, rule)
 
-    architectures = hf.architectures or []
-    known = {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
+    require("model_type", hf.model_type, hf.model_type in FAMILIES, _one_of(FAMILIES))
+    family, architectures = family_of(hf), hf.architectures or []
     require(
-        "model_type",
-        hf.model_type,
-        hf.model_type in SUPPORTED_MODEL_TYPES,
-        _one_of(SUPPORTED_MODEL_TYPES),
+        "architectures",
+        architectures,
+        set(architectures) <= {family.architecture},
+        f"of model_type {hf.model_type} {family.architecture} is supported",
     )
-    require("architectures", architectures, set(architectures) <= known, _one_of(sorted(known)))
     require("hidden_act", hf.hidden_act, hf.hidden_act == "silu", "silu is supported")
+    biased = " and ".join(name for name, known in FAMILIES.items() if known.qkv_bias)
     for key in ("attention_bias", "mlp_bias"):
         value = getattr(hf, key, False)
-        require(key, value, not value, "only the QKV bias of qwen2 is supported")
+        require(key, value, not value, f"only the QKV bias of {biased} is supported")
     window = getattr(hf, "sliding_window", None)
     layer_types = set(getattr(hf, "layer_types", None) or [])
     windowed = getattr(hf, "use_sliding_window", False) and window is not None
@@ -54,9 +52,11 @@ def check_supported(hf: Any) -> None:
     require("quantization_config", quantization, quantization is None, "weights must be plain")
     rope = rope_parameters(hf)
     require(
-        "rope_type", rope["rope_type"], rope["rope_type"] in SUPPORTED_ROPE_TYPES,
-        _one_of(SUPPORTED_ROPE_TYPES),
-    )  # fmt: skip
+        "rope_type",
+        rope["rope_type"],
+        rope["rope_type"] in family.rope_types,
+        _one_of(family.rope_types),
+    )
     partial = rope.get("partial_rotary_factor", 1.0)
     require("partial_rotary_factor", partial, partial == 1.0, "1.0 is supported")
 
@@ -65,7 +65,7 @@ def _unsupported(file: Path, key: str, value: object, rule: str) -> ConfigError:
     return rule_broken(f"{file}: {key}", value, rule, "use a supported model")
 
 
-def _one_of(values: Any) -> str:
+def _one_of(values: Iterable[str]) -> str:
     return f"supported are {', '.join(values)}"
 
 

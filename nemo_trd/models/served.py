@@ -1,7 +1,7 @@
-"""A teacher that only its servers hold: what is read of its directory on this side. No torch.
+"""Reading the directory of a teacher that only its servers hold. No torch.
 
-Its architecture is the servers' matter, so nothing is asked of config.json but how long sequences
-may be and how many token ids there are; its weights need not be on this machine.
+Its architecture is the servers' matter: config.json need only tell how long sequences may be and
+how many token ids there are, and its weights need not be on this machine.
 """
 
 from __future__ import annotations
@@ -34,14 +34,16 @@ def is_only_served(config: Config) -> bool:
 
 
 def has_weights(directory: Path) -> bool:
-    """Whether there are any, of the formats that a server loads."""
+    """Whether the directory holds weights in a format that a server loads."""
     if any((directory / name).exists() for name in (INDEX_NAME, SINGLE_NAME)):
         return True
     return any(next(directory.glob(f"*.{kind}"), None) for kind in ("safetensors", "bin", "gguf"))
 
 
 def read_served(source: ModelSource, field: str, server: VllmServer | None) -> SimpleNamespace:
-    """`vocab_size`, `max_position_embeddings`, `eos_token_id`, `model_type` and `name_or_path`.
+    """Read `vocab_size`, `max_position_embeddings`, `eos_token_id` and `model_type`.
+
+    The result also has `name_or_path`, the directory.
 
     Where `server.max_model_len` is set it takes the place of what the model says: servers extend a
     model's positions (YaRN), and refuse a length at which it cannot work. Without a `server`
@@ -64,7 +66,7 @@ def read_served(source: ModelSource, field: str, server: VllmServer | None) -> S
     known = _from_transformers(source, directory)
     if server is not None and server.max_model_len is not None:
         known["max_position_embeddings"] = server.max_model_len
-    found: dict[str, Any] = {}
+    sizes: dict[str, Any] = {}
     for name in NAMES if server is not None else ("vocab_size",):
         value = known.get(name) or _from_json(settings, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -75,16 +77,19 @@ def read_served(source: ModelSource, field: str, server: VllmServer | None) -> S
                 "config.json must tell it, here or in text_config, as a positive integer",
                 f"add it as the model's authors state it{other}",
             )
-        found[name] = value
-    found |= {"eos_token_id": _from_json(settings, "eos_token_id")}
-    found |= {"model_type": settings.get("model_type"), "name_or_path": str(directory)}
-    return SimpleNamespace(**found)
+        sizes[name] = value
+    return SimpleNamespace(
+        **sizes,
+        eos_token_id=_from_json(settings, "eos_token_id"),
+        model_type=settings.get("model_type"),
+        name_or_path=str(directory),
+    )
 
 
 def _from_transformers(source: ModelSource, directory: Path) -> dict[str, Any]:
-    """The sizes as the architecture's own class has them, which knows what the file leaves out.
+    """Read the sizes as the architecture's own class has them, which knows what the file omits.
 
-    Nothing where this transformers does not know the architecture.
+    Empty where this transformers does not know the architecture.
     """
     from transformers import AutoConfig
 
@@ -102,14 +107,14 @@ def _from_json(settings: Mapping[str, Any], key: str) -> Any:
     """The value under any of its names, of the text's part first."""
     for part in TEXT_PARTS:
         inner = settings.get(part)
-        if isinstance(inner, Mapping) and (found := _from_json(inner, key)) is not None:
-            return found
+        if isinstance(inner, Mapping) and (value := _from_json(inner, key)) is not None:
+            return value
     names = NAMES.get(key, (key,))
     return next((settings[name] for name in names if settings.get(name) is not None), None)
 
 
 def check_served_weights(config: Config, directory: Path) -> None:
-    """Servers that the run starts itself load the weights from this directory.
+    """Refuse a directory without weights where the run starts servers that load them from it.
 
     Raises:
         ConfigError: there are none.

@@ -1,4 +1,4 @@
-"""What a model may say: the ids that have a token, and those that end a completion."""
+"""Token ids that a model may sample, and those that end a completion."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig
 
-from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import ModelSource
+from nemo_trd.models.read import read_generation_config, read_tokenizer
 from nemo_trd.models.served import read_served
 
 logger = logging.getLogger(__name__)
@@ -21,10 +21,10 @@ NEVER = -100.0  # the smallest bias of a logit that vLLM takes
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Of the `columns` ids that a model has logits for, those that it may sample.
+    """The ids that a model may sample, of the `columns` that it has logits for.
 
     never: ids that are not sampled: they have no token, or none that the student knows.
-    ends: id that ends a completion -> id that the completion is given as its last token.
+    ends: id that ends a completion -> id that takes its place in the completion.
     """
 
     columns: int
@@ -41,14 +41,14 @@ class Vocabulary:
         return {"allowed_token_ids": sorted(set(range(self.columns)) - set(self.never))}
 
     def ended(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
-        """A completion with the end that it is given, if it has ended by itself."""
+        """The completion with its last token replaced as `ends` says, if it has ended by itself."""
         if not token_ids:
             return token_ids
         return (*token_ids[:-1], self.ends.get(token_ids[-1], token_ids[-1]))
 
 
 def read_vocabulary(source: ModelSource, student: ModelSource | None = None) -> Vocabulary:
-    """Of a model by itself; of a teacher in the words of its `student`.
+    """Vocabulary of a model by itself, or of a teacher in the words of its `student`.
 
     Such a teacher samples no token that the student does not know: it would be a label without a
     meaning. Its completions end with whatever ends its own turn or the student's. Where a token
@@ -96,13 +96,15 @@ def stop_ids(directory: Path, hf: Any, tokenizer: Any | None) -> set[int]:
 
 
 def load_tokenizer(source: ModelSource) -> Any | None:
-    """None where the directory has none."""
+    """Tokenizer of a model directory; None where it has none.
+
+    Raises:
+        ConfigError: transformers cannot read it.
+    """
     directory = Path(source.path)
     if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
-    return AutoTokenizer.from_pretrained(
-        source.path, local_files_only=True, trust_remote_code=source.trust_remote_code
-    )
+    return read_tokenizer(directory, source.trust_remote_code)
 
 
 def _load_config(source: ModelSource) -> Any:
@@ -116,6 +118,7 @@ def _load_config(source: ModelSource) -> Any:
 
 
 def _tokens(tokenizer: Any | None) -> dict[int, str]:
+    """Token of each id."""
     return {} if tokenizer is None else {i: token for token, i in tokenizer.get_vocab().items()}
 
 
@@ -150,34 +153,3 @@ def _tell(
             "part in the divergence",
             *(source.path, len(more), student.path, ", ".join(more[:5])),
         )
-
-
-def read_generation_config(path: str | Path) -> GenerationConfig | None:
-    """None where the model comes without one.
-
-    Raises:
-        ConfigError: generation_config.json is damaged, or its eos_token_id names no tokens.
-    """
-    file = Path(path) / "generation_config.json"
-    if not file.exists():
-        return None
-    try:
-        found = GenerationConfig.from_pretrained(str(path), local_files_only=True)
-    except Exception as error:  # whatever the file made transformers stumble over
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise rule_broken(
-            "generation_config.json",
-            str(file),
-            f"transformers cannot read it: {reason}",
-            "copy it again, or remove it: config.json then says how answers end",
-        ) from error
-    ends = found.eos_token_id
-    ids = ends if isinstance(ends, list) else [ends or 0]
-    if not all(type(token) is int and token >= 0 for token in ids):
-        raise rule_broken(
-            "generation_config.json",
-            str(file),
-            f"its eos_token_id is {ends!r}, and it is a token id or a list of them",
-            "correct it",
-        )
-    return found

@@ -1,4 +1,4 @@
-"""Writing a Hugging Face directory."""
+"""Writing a Hugging Face model directory."""
 
 from __future__ import annotations
 
@@ -17,16 +17,12 @@ from torch import Tensor
 from nemo_trd.models.directory import INDEX_NAME, SINGLE_NAME
 
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")  # not weights
-
-
-# What would let a reader look for other weights, an adapter, quantized or renamed ones, or tells
-# of another training.
+# Files that let a reader look for other weights, an adapter, quantized or renamed ones, or that
+# tell of another training.
 NOT_COPIED = (
     *("*.index.json", "adapter_*", "quant*", "hf_quant*", "modules.json", "params.json"),
     *("trainer_state.json", "training_args.json", "*_results.json"),
 )
-
-
 CHAT_TEMPLATES = "additional_chat_templates"
 
 
@@ -94,8 +90,8 @@ def _write_shards(
 
 def _copy_settings(source: Path, directory: Path, dtype: torch.dtype) -> None:
     for file in sorted(source.iterdir()):
-        unwanted = any(fnmatch(file.name, pattern) for pattern in NOT_COPIED)
-        if file.is_file() and file.suffix in COPIED_SUFFIXES and not unwanted:
+        excluded = any(fnmatch(file.name, pattern) for pattern in NOT_COPIED)
+        if file.is_file() and file.suffix in COPIED_SUFFIXES and not excluded:
             shutil.copyfile(file, directory / file.name)
     if (source / CHAT_TEMPLATES).is_dir():
         shutil.copytree(source / CHAT_TEMPLATES, directory / CHAT_TEMPLATES)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_trd.config.schema import Layout
-from nemo_trd.plan.shapes import head_size
+from nemo_trd.models.family import family_of, head_dim
 
 
 def layer_activation_bytes(
@@ -24,7 +24,7 @@ def layer_activation_bytes(
     fused_attention: bool = True,
     recompute: str = "none",
 ) -> int:
-    """What one layer keeps for its backward pass, on one tensor parallel rank.
+    """Bytes that one layer keeps for its backward pass, on one tensor parallel rank.
 
     With gated=False, dropout=True, fused_attention=False, equal numbers of heads and a MLP of
     4 h this is Korthikanti et al.'s s b h (34 + 5 a s / h), their equation 2, and with tensor and
@@ -32,22 +32,22 @@ def layer_activation_bytes(
     "full" all but the layer's input; fused attention never stores scores.
 
     Args:
-        tokens: of the micro-batch, s b.
-        length: of one sequence, s.
-        element: bytes of an activation.
+        tokens: number of tokens of the micro-batch, s b.
+        length: number of tokens of one sequence, s.
+        element: bytes of one activation.
     """
     tp = layout.tensor_model_parallel_size
     outside = tp if layout.sequence_parallel else 1
     hidden = hf.hidden_size
     if recompute == "full":
         return tokens * hidden * element // outside
-    heads, head = hf.num_attention_heads, head_size(hf)
+    heads, head = hf.num_attention_heads, head_dim(hf)
     queries, keys = heads * head, hf.num_key_value_heads * head
     # Inputs of both norms, of QKV and of the MLP; where there is dropout, its two masks.
     replicated = 4 * hidden * element + (2 * hidden if dropout else 0)
     split = (queries + 2 * keys) * element  # Q, K, V
     split += queries * element  # the output projection's input
-    if hf.model_type == "qwen3":
+    if family_of(hf).qk_norm:
         split += (queries + keys) * element  # inputs of the norms of Q and K
     if fused_attention:
         split += 4 * heads  # log-sum-exp of the scores
@@ -59,13 +59,17 @@ def layer_activation_bytes(
 
 
 def working_set_bytes(hf: Any, tokens: int, layout: Layout, element: int) -> int:
-    """What a layer needs while it computes and nobody keeps: gathered input, output, MLP."""
+    """Bytes of a layer at work that are not kept: gathered input, output, MLP."""
     mlp = 3 * hf.intermediate_size // layout.tensor_model_parallel_size
     return tokens * (2 * hf.hidden_size + mlp) * element
 
 
 def micro_batches_in_flight(layout: Layout, stage: int) -> float:
-    """Whose activations a stage keeps at once, in units of its layers (Narayanan et al. 2021)."""
+    """Number of micro-batches whose activations a stage holds at one time.
+
+    In units of all its layers, so that virtual stages make it a fraction. Narayanan et al. 2021,
+    "Efficient Large-Scale Language Model Training on GPU Clusters", section 2.2.
+    """
     pp = layout.pipeline_model_parallel_size
     virtual = layout.virtual_pipeline_model_parallel_size
     if virtual is None:

@@ -13,16 +13,18 @@ from typing import Any
 
 from nemo_trd.config.lengths import longest_answer, longest_trajectory
 from nemo_trd.config.schema import Cluster, Config, Layout
-from nemo_trd.plan.memory import ELEMENT, GIB, generations, trajectories_per_rank
-from nemo_trd.plan.shapes import head_size, key_value_bytes, parameters
+from nemo_trd.models.dtypes import ELEMENT_BYTES
+from nemo_trd.models.family import head_dim
+from nemo_trd.plan.memory import GIB, generations, trajectories_per_rank
+from nemo_trd.plan.shapes import key_value_bytes, parameters
 
 TERA = 1e12
 
 
 def layer_flops(hf: Any, attended: float, *, gated: bool = True) -> float:
     """FLOPs of one token's forward pass through one layer, with `attended` keys for its query."""
-    queries = hf.num_attention_heads * head_size(hf)
-    keys = hf.num_key_value_heads * head_size(hf)
+    queries = hf.num_attention_heads * head_dim(hf)
+    keys = hf.num_key_value_heads * head_dim(hf)
     matrices = hf.hidden_size * (2 * queries + 2 * keys)
     matrices += hf.hidden_size * hf.intermediate_size * (3 if gated else 2)
     return 2 * matrices + 4 * queries * attended
@@ -178,7 +180,9 @@ def servers(config: Config, role: str, hf: Any) -> Servers:
     cluster, vllm = config.cluster, config.generation.vllm
     if vllm is None:
         local = config.generation.local
-        return Servers(cluster.world_size, 1, ELEMENT[local.dtype], local.batch_size, math.inf)
+        return Servers(
+            cluster.world_size, 1, ELEMENT_BYTES[local.dtype], local.batch_size, math.inf
+        )
     nodes, tp = server_nodes(cluster, role)
     count = nodes * cluster.gpus_per_node // tp
     pool = vllm.student if role == "rollout" else vllm.teacher

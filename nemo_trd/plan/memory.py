@@ -12,6 +12,7 @@ from typing import Any
 
 from nemo_trd.config.lengths import longest_answer, longest_trajectory
 from nemo_trd.config.schema import Config, Layout
+from nemo_trd.models.dtypes import ELEMENT_BYTES
 from nemo_trd.models.family import padded_vocab_size, sequence_alignment
 from nemo_trd.plan.activations import (
     layer_activation_bytes,
@@ -21,7 +22,6 @@ from nemo_trd.plan.activations import (
 from nemo_trd.plan.shapes import key_value_bytes, parameters, stage_parameters
 
 GIB = 2**30
-ELEMENT = {"bf16": 2, "fp32": 4}
 # Tensors [chunk, V/tp] in fp32 that a divergence holds at one time beside the logits of both
 # models. Two of them are copies, which logits in fp32 at temperature 1 do not need.
 LOSS_TENSORS = {"forward_kl": 7, "reverse_kl": 7, "jsd": 8.25}
@@ -46,7 +46,7 @@ class GpuMemory:
 
     @property
     def parts(self) -> dict[str, int]:
-        """Of the phase that needs most."""
+        """Bytes of each part in the phase that needs most."""
         return self.phases[self.peak_phase]
 
     @property
@@ -56,9 +56,9 @@ class GpuMemory:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of one micro-batch and of one step, at most."""
+    """Largest numbers of tokens of one micro-batch and of one step."""
 
-    student_tokens: int
+    student_tokens: int  # of a micro-batch
     teacher_tokens: int
     labels: int  # of a micro-batch
     student_rank_labels: int  # of all micro-batches of a student's data parallel rank
@@ -66,7 +66,10 @@ class Lengths:
 
 
 def training_memory(config: Config, student: Any, teacher: Any) -> list[GpuMemory]:
-    """Of every kind of GPU, first stages first. `student` and `teacher` are their shapes."""
+    """Memory of every kind of GPU, first stages first.
+
+    `student` and `teacher` are their config.json, see `shapes.as_namespace`.
+    """
     world = config.cluster.world_size
     lengths = longest_lengths(config)
     has_teacher = config.teacher.scoring == "megatron"
@@ -121,7 +124,7 @@ def longest_lengths(config: Config) -> Lengths:
 
 
 def alignments(config: Config) -> tuple[int, int]:
-    """What sequence lengths of student and teacher are padded to a multiple of."""
+    """Numbers of tokens to whose multiples sequences of student and teacher are padded."""
     parallel, precision = config.parallel, config.precision
     return (
         sequence_alignment(parallel.student, precision.fp8 is not None),
@@ -130,12 +133,12 @@ def alignments(config: Config) -> tuple[int, int]:
 
 
 def trajectories_per_rank(config: Config, layout: Layout) -> int:
-    """Of one step, for each data parallel rank of a model."""
+    """Trajectories of one step for each data parallel rank of a model."""
     return -(-config.train.trajectories_per_step // replicas(config, layout))
 
 
 def replicas(config: Config, layout: Layout) -> int:
-    """Data parallel size. A layout larger than the world counts as one replica."""
+    """Return the data parallel size. A layout larger than the world counts as one replica."""
     return max(1, config.cluster.world_size // layout.model_parallel_size)
 
 
@@ -144,7 +147,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def model_state_bytes(config: Config, student: Any, stage: int) -> dict[str, int]:
-    """Weights, fp32 gradients, fp32 main weights and Adam's two moments of one rank.
+    """Bytes of weights, fp32 gradients, fp32 main weights and Adam's two moments on one rank.
 
     The distributed optimizer shares the last two among the data parallel ranks, up to padding.
     """
@@ -155,15 +158,15 @@ def model_state_bytes(config: Config, student: Any, stage: int) -> dict[str, int
         shards = replicas(config, layout)
     main = 4 if precision.dtype == "bf16" else 0  # fp32 weights are their own main weights
     return {
-        "weights": count * ELEMENT[precision.dtype],
+        "weights": count * ELEMENT_BYTES[precision.dtype],
         "gradients": count * 4,
         "optimizer": -(-count * (main + 8) // shards),
     }
 
 
 def _held(config: Config, student: Any, teacher: Any, stage: int) -> dict[str, int]:
-    """What stays from the first step to the last."""
-    layout, element = config.parallel.student, ELEMENT[config.precision.dtype]
+    """Bytes that stay from the first step to the last, by part."""
+    layout, element = config.parallel.student, ELEMENT_BYTES[config.precision.dtype]
     held = model_state_bytes(config, student, stage)
     if config.precision.fp8 is not None:  # TransformerEngine keeps rows and columns, 1 B each
         held["fp8 copies"] = 2 * stage_parameters(student, layout)[stage].linear
@@ -172,7 +175,7 @@ def _held(config: Config, student: Any, teacher: Any, stage: int) -> dict[str, i
         rows = _vocabulary_rows(student, layout)
         held["teacher output weight"] = rows * teacher.hidden_size * element
     if config.generation.backend == "local":
-        element = ELEMENT[config.generation.local.dtype]
+        element = ELEMENT_BYTES[config.generation.local.dtype]
         models = [student] + ([teacher] if config.algorithm.trajectory == "refinement" else [])
         held["generation weights"] = sum(map(parameters, models)) * element
     held["reserved"] = round(config.cluster.reserved_gib * GIB)
@@ -187,12 +190,12 @@ def _vocabulary_rows(hf: Any, layout: Layout) -> int:
 def _teacher_weights(config: Config, teacher: Any, stage: int) -> dict[str, int]:
     count = stage_parameters(teacher, config.parallel.teacher)[stage]
     copies = count.linear if config.precision.teacher_fp8 is not None else 0
-    return {"teacher weights": count.total * ELEMENT[config.precision.dtype] + copies}
+    return {"teacher weights": count.total * ELEMENT_BYTES[config.precision.dtype] + copies}
 
 
 def _teacher_phase(config: Config, teacher: Any, stage: int, lengths: Lengths) -> dict[str, int]:
     """Forward only: one layer at a time, and on the last stage the states of all micro-batches."""
-    layout, element = config.parallel.teacher, ELEMENT[config.precision.dtype]
+    layout, element = config.parallel.teacher, ELEMENT_BYTES[config.precision.dtype]
     working = working_set_bytes(teacher, lengths.teacher_tokens, layout, element)
     phase = {"activations": working}
     if stage == layout.pipeline_model_parallel_size - 1:
@@ -203,7 +206,7 @@ def _teacher_phase(config: Config, teacher: Any, stage: int, lengths: Lengths) -
 def _student_phase(
     config: Config, student: Any, teacher: Any, stage: int, lengths: Lengths
 ) -> dict[str, int]:
-    layout, element = config.parallel.student, ELEMENT[config.precision.dtype]
+    layout, element = config.parallel.student, ELEMENT_BYTES[config.precision.dtype]
     phase = {"activations": activation_bytes(config, student, stage, lengths.student_tokens)}
     if stage == layout.pipeline_model_parallel_size - 1:
         if config.teacher.scoring == "megatron":
@@ -215,8 +218,8 @@ def _student_phase(
 
 
 def activation_bytes(config: Config, hf: Any, stage: int, tokens: int) -> int:
-    """Kept for the backward passes in flight, and the working set of the layer at work."""
-    layout, element = config.parallel.student, ELEMENT[config.precision.dtype]
+    """Bytes kept for the backward passes in flight, and the working set of the layer at work."""
+    layout, element = config.parallel.student, ELEMENT_BYTES[config.precision.dtype]
     recompute = config.train.recompute
     layers = hf.num_hidden_layers // layout.pipeline_model_parallel_size
     longest = min(tokens, longest_trajectory(config))
@@ -230,8 +233,8 @@ def activation_bytes(config: Config, hf: Any, stage: int, tokens: int) -> int:
 
 
 def loss_workspace_bytes(config: Config, student: Any, lengths: Lengths) -> int:
-    """The most that `losses.divergence` holds, with the label rows that go into it."""
-    layout, element = config.parallel.student, ELEMENT[config.precision.dtype]
+    """Largest number of bytes that `loss.fused` holds, with the label rows that go into it."""
+    layout, element = config.parallel.student, ELEMENT_BYTES[config.precision.dtype]
     rows, hidden = _vocabulary_rows(student, layout), student.hidden_size
     chunk = min(config.loss.chunk_size, lengths.labels)
     limited = config.loss.top_k is not None
@@ -248,8 +251,8 @@ def loss_workspace_bytes(config: Config, student: Any, lengths: Lengths) -> int:
 
 
 def _export_bytes(config: Config, student: Any) -> int:
-    """The largest tensor: its slices, the whole, and a copy without padding."""
-    element = ELEMENT[config.precision.dtype]
+    """Bytes of the largest tensor: its slices, the whole, and a copy without padding."""
+    element = ELEMENT_BYTES[config.precision.dtype]
     largest = max(
         padded_vocab_size(student.vocab_size, config.parallel.student.tensor_model_parallel_size),
         student.intermediate_size,
@@ -264,26 +267,26 @@ def _generation_phases(config: Config, student: Any, teacher: Any) -> dict[str, 
     phases = {}
     for role, hf, context, answer in generations(config, student, teacher):
         batch = config.generation.local.batch_size
-        element = ELEMENT[config.generation.local.dtype]
+        element = ELEMENT_BYTES[config.generation.local.dtype]
         cache = batch * (context + answer) * key_value_bytes(hf, element)
         phases[role] = {"KV cache": cache, "logits": batch * hf.vocab_size * 4}
     return phases
 
 
 def generations(config: Config, student: Any, teacher: Any) -> list[tuple[str, Any, int, int]]:
-    """(what, shape, longest context, longest answer) of what is generated in a step."""
-    made = [
+    """(purpose, shape, longest context, longest answer) of each generation in a step."""
+    purposes = [
         ("rollout", student, config.data.max_prompt_tokens, config.generation.rollout.max_tokens)
     ]
     if config.algorithm.trajectory == "refinement":
         context = config.refinement.max_context_tokens
-        made.append(("refinement", teacher, context, config.generation.refinement.max_tokens))
-    return made
+        purposes.append(("refinement", teacher, context, config.generation.refinement.max_tokens))
+    return purposes
 
 
 def checkpoint_bytes(config: Config, student: Any) -> dict[str, int]:
-    """On disk: one checkpoint (weights, main weights, Adam states), and the export."""
-    count, element = parameters(student), ELEMENT[config.precision.dtype]
+    """Bytes on disk: one checkpoint (weights, main weights, Adam states), and the export."""
+    count, element = parameters(student), ELEMENT_BYTES[config.precision.dtype]
     main = 4 if config.precision.dtype == "bf16" else 0
     export = count * element if config.checkpoint.export_hf else 0
     return {"checkpoint": count * (element + main + 8), "export": export}

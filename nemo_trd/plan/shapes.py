@@ -12,12 +12,12 @@ from typing import Any
 from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.schema import Layout, ModelSource
 from nemo_trd.models.directory import check_model_type, read_json
-from nemo_trd.models.family import expected_shapes, padded_vocab_size
+from nemo_trd.models.family import expected_tensors, family_of, head_dim, padded_vocab_size
 from nemo_trd.models.read import Model
 from nemo_trd.models.rules import check_supported
 
 SHIPPED = Path(__file__).parent / "models"
-# What transformers assumes for a key that config.json of a supported model leaves out.
+# Values that transformers assumes where config.json of a supported model leaves a key out.
 DEFAULTS: dict[str, Any] = {
     "architectures": None,
     "attention_bias": False,
@@ -34,11 +34,10 @@ REQUIRED = (
     "num_hidden_layers",
     "vocab_size",
 )
-EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
 
 def read_model(source: ModelSource, field: str) -> tuple[Model, str | None]:
-    """The model of a directory that need hold no more than config.json.
+    """Read the model of a directory that need hold no more than config.json.
 
     Where there is no such directory, the shape that is shipped under its name takes its place:
     a run can be planned before anything has been downloaded. The model has no tokenizer.
@@ -80,7 +79,7 @@ def as_namespace(settings: Mapping[str, Any], directory: Path, field: str) -> Si
     """
     hf = SimpleNamespace(**(DEFAULTS | dict(settings) | {"name_or_path": str(directory)}))
     if getattr(hf, "num_key_value_heads", None) is None:
-        if hf.model_type != "llama":
+        if not family_of(hf).key_value_heads_optional:
             raise _bad_size(directory, field, "num_key_value_heads", None)
         hf.num_key_value_heads = getattr(hf, "num_attention_heads", None)
     for key in (*REQUIRED, "num_key_value_heads"):
@@ -109,17 +108,17 @@ class StageParameters:
 
 
 def has_shape(hf: Any) -> bool:
-    """False of a teacher that its servers alone know: only lengths are known of it."""
+    """Whether sizes are known of it: of a teacher that only its servers hold just lengths are."""
     return hasattr(hf, "hidden_size")
 
 
 def parameters(hf: Any) -> int:
-    """Of the whole model, without padding; a tied output weight counts once."""
-    return sum(math.prod(shape) for shape in expected_shapes(hf).values())
+    """Number of parameters of the whole model, unpadded; a tied output weight counts once."""
+    return sum(math.prod(tensor.shape) for tensor in expected_tensors(hf).values())
 
 
 def stage_parameters(hf: Any, layout: Layout) -> list[StageParameters]:
-    """For each pipeline rank: what each of its tensor parallel ranks holds.
+    """Parameters of each pipeline rank, as each of its tensor parallel ranks holds them.
 
     The vocabulary is padded. A tied output weight is a second copy on the last of several stages.
     """
@@ -130,26 +129,22 @@ def stage_parameters(hf: Any, layout: Layout) -> list[StageParameters]:
     total[0] += vocabulary
     if not hf.tie_word_embeddings or pp > 1:
         total[-1] += vocabulary
-    for name, shape in expected_shapes(hf).items():
-        if name in (EMBEDDING, HEAD):
+    family = family_of(hf)
+    for name, tensor in expected_tensors(hf).items():
+        if name in (family.embedding, family.head):
             continue
-        size = math.prod(shape)
-        if name == FINAL_NORM:
-            total[-1] += size
+        size = math.prod(tensor.shape) // (1 if tensor.split_axis is None else tp)
+        if tensor.layer is None:
+            total[-1] += size  # the final norm
             continue
-        layer = int(name.split(".")[2])
-        stage = layer * chunks // hf.num_hidden_layers % pp
-        total[stage] += size if "norm" in name else size // tp
-        if "proj.weight" in name:
-            linear[stage] += size // tp
+        stage = tensor.layer * chunks // hf.num_hidden_layers % pp
+        total[stage] += size
+        if tensor.is_layer_matrix:
+            linear[stage] += size
     layers = hf.num_hidden_layers // pp
     return [StageParameters(t, m, layers) for t, m in zip(total, linear, strict=True)]
 
 
 def key_value_bytes(hf: Any, element: int = 2) -> int:
-    """Of one token's keys and values in all layers."""
-    return 2 * hf.num_hidden_layers * hf.num_key_value_heads * head_size(hf) * element
-
-
-def head_size(hf: Any) -> int:
-    return hf.head_dim or hf.hidden_size // hf.num_attention_heads
+    """Bytes of one token's keys and values in all layers."""
+    return 2 * hf.num_hidden_layers * hf.num_key_value_heads * head_dim(hf) * element

@@ -29,7 +29,8 @@ from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.load import validate
 from nemo_trd.config.schema import Config, Models, ModelSource
 from nemo_trd.data.prompts import load_prompts
-from nemo_trd.generation.local import DTYPES, load_model
+from nemo_trd.generation.local import load_model
+from nemo_trd.models.dtypes import torch_dtype
 from nemo_trd.models.family import shared_vocab_size
 from nemo_trd.models.read import Model
 from nemo_trd.prefix_failure.answers import Answers, read_answers
@@ -120,7 +121,7 @@ def _load(model: Model, source: ModelSource, config: Config) -> Any:
     if not config.logging.progress:
         disable_progress_bar()  # transformers' own, of loading weights
     device_map = "auto" if torch.cuda.is_available() else None
-    dtype = DTYPES[config.precision.dtype]
+    dtype = torch_dtype(config.precision.dtype)
     loaded = load_model(str(model.directory), dtype, source.trust_remote_code, device_map)
     if any(parameter.is_meta for parameter in loaded.parameters()):
         raise rule_broken(

@@ -1,4 +1,4 @@
-"""World size, global batch and micro-batches."""
+"""Rules on world size, global batch and micro-batches."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from nemo_trd.config.lengths import longest_trajectory
 from nemo_trd.config.schema import Config, Layout
 
 
-def _layouts(config: Config) -> list[tuple[str, Layout]]:
-    """Of the models that are held in Megatron."""
+def megatron_layouts(config: Config) -> list[tuple[str, Layout]]:
+    """Role and layout of each model that Megatron holds: a teacher on servers is left out."""
     layouts = [("student", config.parallel.student)]
     if config.teacher.scoring == "megatron":
         layouts.append(("teacher", config.parallel.teacher))
@@ -18,9 +18,9 @@ def _layouts(config: Config) -> list[tuple[str, Layout]]:
 
 
 def batch_problems(config: Config, world_size: int) -> Iterator[ConfigError]:
-    """World size, global batch and micro-batches."""
+    """Yield the rules that `world_size` ranks and the batch sizes break."""
     train = config.train
-    for role, layout in _layouts(config):
+    for role, layout in megatron_layouts(config):
         if world_size % layout.model_parallel_size:
             yield rule_broken(
                 "world size",

@@ -1,4 +1,4 @@
-"""The machine: run directory, devices, optional packages."""
+"""Rules on the machine: run directory, devices, sandbox, optional packages."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.schema import Config
-from nemo_trd.preflight.batch import _layouts
+from nemo_trd.preflight.batch import megatron_layouts
 from nemo_trd.records import latest
 from nemo_trd.verifiers.sandbox import check_sandbox
 
 
-def _machine_problems(config: Config) -> Iterator[ConfigError]:
-    """The run directory, the devices and the optional packages."""
+def machine_problems(config: Config) -> Iterator[ConfigError]:
+    """Yield the rules that this machine breaks: run directory, devices, packages, sandbox."""
     run_dir = config.run_dir.absolute()
     existing = next(path for path in (run_dir, *run_dir.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
@@ -43,59 +43,80 @@ def _machine_problems(config: Config) -> Iterator[ConfigError]:
             f"each rank has a GPU of its own and {gpus} are visible",
             "start fewer ranks a machine, or make more GPUs visible (CUDA_VISIBLE_DEVICES)",
         )
-    yield from _transformer_engine_problems(config, gpus)
+    yield from _transformer_engine_settings(config)
     if config.data.verifier == "code":
         try:
             check_sandbox("data.verifier", config.sandbox)
         except ConfigError as error:
             yield error
-    for field, wanted, package in (
+    for field, tracker, package in (
         ("logging.wandb", config.logging.wandb, "wandb"),
         ("logging.mlflow", config.logging.mlflow, "mlflow"),
     ):
-        if wanted is not None and not importable(package):
+        if tracker is not None and not importable(package):
             yield rule_broken(
                 field,
-                wanted.model_dump(),
+                tracker.model_dump(),
                 f"the package {package} is not installed",
                 f"pip install 'nemo_trd[{package}]', or set {field}=null",
             )
 
 
-def _transformer_engine_problems(config: Config, gpus: int) -> Iterator[ConfigError]:
-    """Without TransformerEngine megatron-core ignores fp8 in silence."""
-    wants: dict[str, tuple[object, object]] = {  # field -> value, what switches it off
-        "precision.fp8": (config.precision.fp8, "null"),
-        "precision.teacher_fp8": (config.precision.teacher_fp8, "null"),
+def _transformer_engine_settings(config: Config) -> Iterator[ConfigError]:
+    """Yield the settings that only TransformerEngine honours and this machine or code does not."""
+    values: dict[str, object] = {
+        "precision.fp8": config.precision.fp8,
+        "precision.teacher_fp8": config.precision.teacher_fp8,
     }
-    for role, layout in _layouts(config):
+    for role, layout in megatron_layouts(config):
         size = layout.context_parallel_size
-        wants[f"parallel.{role}.context_parallel_size"] = (size if size > 1 else None, 1)
-    for field, (value, off) in wants.items():
+        values[f"parallel.{role}.context_parallel_size"] = size if size > 1 else None
+    for field, value in values.items():
         if value is None:
             continue
-        if not gpus:
-            yield rule_broken(
-                field, value, "it needs a CUDA device and there is none", f"set {field}={off}"
-            )
-        if not importable("transformer_engine"):
-            yield rule_broken(
-                field,
-                value,
-                "it needs TransformerEngine, which is not installed",
-                f"run in an image that has it, or set {field}={off}",
-            )
-        elif field.endswith("context_parallel_size"):
-            yield rule_broken(
-                field, value, "sequences are not split over ranks", f"set {field}={off}"
-            )
+        try:
+            check_transformer_engine(field, value)
+        except ConfigError as error:
+            yield error
+        if field.endswith("context_parallel_size") and importable("transformer_engine"):
+            yield rule_broken(field, value, "sequences are not split over ranks", f"set {field}=1")
+
+
+def check_transformer_engine(field: str, value: object) -> None:
+    """Refuse a setting that only TransformerEngine's layers honour, where they cannot be built.
+
+    megatron-core would ignore fp8 in silence.
+
+    Args:
+        field: switched off by 1 if it is a size, else by null.
+
+    Raises:
+        ConfigError
+    """
+    missing = " and no ".join(missing_for_transformer_engine())
+    if missing:
+        off = 1 if field.endswith("size") else "null"
+        raise rule_broken(
+            field,
+            value,
+            f"it needs TransformerEngine on a CUDA device, and there is no {missing}",
+            f"run where both are, or set {field}={off}",
+        )
+
+
+def missing_for_transformer_engine() -> list[str]:
+    """Parts that TransformerEngine's layers need and this process lacks; empty if it has all."""
+    missing = [] if gpu_count() else ["CUDA device"]
+    return missing if importable("transformer_engine") else [*missing, "TransformerEngine"]
 
 
 def importable(package: str) -> bool:
+    """Whether a package is installed; it is not imported."""
     return importlib.util.find_spec(package) is not None
 
 
 def gpu_count() -> int:
+    """Number of CUDA devices that this process sees."""
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -1,7 +1,7 @@
-"""What can be checked of a run before any model is built: files, layouts, lengths, tokenizers.
+"""Rules on the two models before either is built: files, layouts, lengths, tokenizers.
 
-Rules between settings alone are in `config.py`, rules about the data in `prompts.py`. Nothing is
-written here and nothing that exists is changed.
+Rules between settings alone are in `config.rules`, rules on the data in `data.prompts`. Nothing
+is written and nothing that exists is changed.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from nemo_trd.config.errors import ConfigError, rule_broken
-from nemo_trd.config.lengths import _longest_contexts, longest_answer
+from nemo_trd.config.lengths import longest_answer, longest_contexts
 from nemo_trd.config.schema import Config, Layout, ModelSource
 from nemo_trd.models.family import shared_vocab_size
-from nemo_trd.models.read import Model, _load, _read
+from nemo_trd.models.read import Model, read_directory, read_tokenizer
 from nemo_trd.models.rules import check_layout
 from nemo_trd.models.served import check_served_weights, is_only_served, read_served
 from nemo_trd.preflight.batch import batch_problems
-from nemo_trd.preflight.machine import _machine_problems
+from nemo_trd.preflight.machine import machine_problems
 from nemo_trd.preflight.server_lengths import server_length_problems
 
 STUDENT, TEACHER = "model.student.path", "model.teacher.path"
@@ -29,28 +29,28 @@ def check(config: Config, world_size: int) -> tuple[Model, Model]:
     """Refuse a run that cannot work on `world_size` ranks. Returns student and teacher.
 
     Raises:
-        ConfigError: every broken rule that was found, one a line: field, value, rule, fix.
+        ConfigError: every broken rule, one a line: field, value, rule, fix.
     """
-    problems = [*_machine_problems(config), *batch_problems(config, world_size)]
+    problems = [*machine_problems(config), *batch_problems(config, world_size)]
     return _check(config, problems, served=is_only_served(config))
 
 
 def check_models(config: Config) -> tuple[Model, Model]:
-    """As `check`, for one process that only computes with both models.
+    """Read and check student and teacher for one process that only computes with them.
 
     Raises:
-        ConfigError
+        ConfigError: as `check`, without the rules on machine and batch.
     """
     return _check(config, [], served=False)
 
 
 def _check(config: Config, problems: list[ConfigError], served: bool) -> tuple[Model, Model]:
     """`served`: the teacher's servers hold it, and nobody here."""
-    student = _load(config.model.student, STUDENT, problems)
+    student = read_directory(config.model.student, STUDENT, problems)
     teacher = student
     if config.model.teacher is not None:
-        load = partial(_load_served, config) if served else _load
-        teacher = load(config.model.teacher, TEACHER, problems)
+        read = partial(_read_served, config) if served else read_directory
+        teacher = read(config.model.teacher, TEACHER, problems)
     if student is not None:
         problems += _tokenizer_problems(student)
     if student is not None and teacher is not None and teacher is not student:
@@ -66,7 +66,9 @@ def _check(config: Config, problems: list[ConfigError], served: bool) -> tuple[M
 def model_problems(
     config: Config, student: Model | None, teacher: Model | None
 ) -> Iterator[ConfigError]:
-    """What config.json of the two models tells: layouts, lengths, the loss. Needs no tokenizer.
+    """Yield the broken rules that config.json of both models tells: layouts, lengths, the loss.
+
+    Without tokenizers `loss.top_k` is held against all shared columns.
 
     A model that could not be read is None; what needs it is left out.
     """
@@ -80,7 +82,7 @@ def model_problems(
 
 
 def real_vocab_size(columns: int, tokenizer: Any | None) -> int:
-    """Over how many of the shared columns the divergence runs: ids of the student's tokenizer.
+    """Number of the shared columns that the divergence runs over: ids of the student's tokenizer.
 
     Columns that pad (Qwen's last 267), and those for tokens that only the teacher knows, are left
     out on both sides. That the teacher knows the student's tokens is what `check` demands. A
@@ -93,19 +95,20 @@ def _largest_id(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values(), default=-1)
 
 
-def _load_served(
+def _read_served(
     config: Config, source: ModelSource, field: str, problems: list[ConfigError]
 ) -> Model | None:
-    """As `_load`, of a teacher that only its servers hold: of any architecture, without weights."""
-    from transformers import AutoTokenizer
+    """Read a teacher that only its servers hold: of any architecture, without weights.
 
+    None where something is wrong with it, which is added to `problems`.
+    """
     directory = Path(source.path).absolute()
-    assert config.generation.vllm is not None  # config_rules: servers score
+    assert config.generation.vllm is not None  # config.rules: servers score
     try:
         hf = read_served(source, field, config.generation.vllm.teacher.server)
         check_served_weights(config, directory)
-        options = {"trust_remote_code": source.trust_remote_code, "local_files_only": True}
-        tokenizer = _read(AutoTokenizer, directory, f"{field} (tokenizer)", options)
+        trusted = source.trust_remote_code
+        tokenizer = read_tokenizer(directory, trusted, f"{field} (tokenizer)")
     except ConfigError as error:
         problems.append(error)
         return None
@@ -113,7 +116,7 @@ def _load_served(
 
 
 def _layout_problems(field: str, layout: Layout, model: Model) -> Iterator[ConfigError]:
-    """Whether the layout divides the model; only the first size that it does not is told."""
+    """Yield the first size of the model that the layout does not divide."""
     try:
         check_layout(model.hf, layout, field)
     except ConfigError as error:
@@ -121,7 +124,7 @@ def _layout_problems(field: str, layout: Layout, model: Model) -> Iterator[Confi
 
 
 def _tokenizer_problems(model: Model) -> Iterator[ConfigError]:
-    """What prompts, labels and the embedding need of a tokenizer."""
+    """Yield what a tokenizer lacks that prompts, labels and the embedding need."""
     tokenizer, where = model.tokenizer, f"{model.field} (tokenizer)"
     largest = _largest_id(tokenizer)
     if largest >= model.hf.vocab_size:
@@ -148,13 +151,13 @@ def _tokenizer_problems(model: Model) -> Iterator[ConfigError]:
 
 
 def _different_tokenizers(student: Model, teacher: Model) -> Iterator[ConfigError]:
-    """The teacher knows the student's tokens, by the same ids, and ends as the student does.
+    """Yield a broken rule unless the teacher knows the student's tokens by id, and ends as it does.
 
-    It may know more of them: it never samples those (`generation.eos.read_vocabulary`).
+    The teacher may know more tokens: it never samples those (`models.vocabulary`).
     """
-    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
     from nemo_trd.models.vocabulary import stop_ids
 
+    ours, theirs = student.tokenizer.get_vocab(), teacher.tokenizer.get_vocab()
     by_id = [{index: token for token, index in vocab.items()} for vocab in (ours, theirs)]
     differing = sorted({index for _, index in ours.items() - theirs.items()})
     if differing:
@@ -189,9 +192,9 @@ def _different_tokenizers(student: Model, teacher: Model) -> Iterator[ConfigErro
 
 
 def _length_problems(config: Config, student: Model, teacher: Model) -> Iterator[ConfigError]:
-    """The longest sequences against the positions that the models know."""
+    """Yield the settings that allow more positions than the models and servers have."""
     answer = longest_answer(config)
-    contexts = _longest_contexts(config)
+    contexts = longest_contexts(config)
     positions = teacher.hf.max_position_embeddings
     yield from server_length_problems(config, contexts[1], answer, positions)
     for role, model, (field, context) in zip(
@@ -209,6 +212,7 @@ def _length_problems(config: Config, student: Model, teacher: Model) -> Iterator
 
 
 def _loss_problems(config: Config, student: Model, teacher: Model) -> Iterator[ConfigError]:
+    """Yield a broken rule where top-k asks for more tokens than both models share."""
     top_k = config.loss.top_k
     columns = shared_vocab_size(student.hf, teacher.hf)
     shared = real_vocab_size(columns, student.tokenizer)

@@ -25,6 +25,7 @@ from pydantic import SecretStr
 
 from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import ModelSource, ServedPool, VllmServer, VllmSettings
+from nemo_trd.models.dtypes import DTYPE_NAMES
 from nemo_trd.serve import guard
 from nemo_trd.serve.environment import find_vllm, server_environment
 from nemo_trd.serve.worker import worker_arguments
@@ -34,7 +35,6 @@ log = logging.getLogger(__name__)
 SERVED_NAME = "nemo_trd"
 REPORT_SECONDS = 10.0
 TAIL_LINES = 25
-DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
 # A seed per request kills the CPU engine when a prefill is chunked.
 CPU_ARGUMENTS = ("--enforce-eager", "--no-enable-chunked-prefill")
 CPU_BATCHED_TOKENS = 16384
@@ -187,7 +187,7 @@ class Server:
         settings = self.settings
         arguments = ["--model", self.model, "--served-model-name", SERVED_NAME]
         arguments += ["--host", self.host, "--port", str(self.port)]
-        arguments += ["--dtype", DTYPES[settings.dtype]]
+        arguments += ["--dtype", DTYPE_NAMES.get(settings.dtype, settings.dtype)]
         arguments += ["--tensor-parallel-size", str(settings.tensor_parallel_size)]
         arguments += ["--max-num-seqs", str(settings.max_num_seqs)]
         if settings.quantization is not None:

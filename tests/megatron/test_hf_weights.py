@@ -20,6 +20,7 @@ from nemo_trd.generation.local import load_model
 from nemo_trd.megatron.hf_weights import export_hf_weights, load_hf_weights, read_output_weight
 from nemo_trd.megatron.model import build_model, load_hf_config
 from nemo_trd.models import directory as hf_directory
+from nemo_trd.models.family import FAMILIES
 from nemo_trd.models.write import save_hf_directory
 
 SINGLE = Layout(tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
@@ -40,7 +41,7 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", FAMILIES)
 @pytest.mark.parametrize("precision", [FP32, BF16], ids=["fp32", "bf16"])
 def test_a_round_trip_is_exact(
     tmp_path: Path, one_rank: Any, architecture: str, tied: bool, precision: Precision

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from model_checks import BF16, FP32, logits, reference_logits
-from tiny_models import LLAMA3_ROPE, make_model
+from tiny_models import CONFIGS, LLAMA3_ROPE, make_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from nemo_trd.config.errors import ConfigError
@@ -22,7 +22,7 @@ from nemo_trd.megatron.model import (
     load_hf_config,
     transformer_config,
 )
-from nemo_trd.models.family import padded_vocab_size, rope_parameters
+from nemo_trd.models.family import FAMILIES, padded_vocab_size, rope_parameters
 from nemo_trd.models.rules import check_layout, check_supported
 
 SINGLE = Layout(tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
@@ -38,10 +38,14 @@ def load(directory: Path, groups: Any, precision: Precision = FP32, **options: A
     return models
 
 
+def test_every_family_is_tested() -> None:
+    assert set(CONFIGS) == set(FAMILIES)
+
+
 @pytest.mark.parametrize(
     ("architecture", "settings"),
     [
-        ("llama", {}),
+        *((name, {}) for name in CONFIGS),
         ("llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
         (
             "llama",

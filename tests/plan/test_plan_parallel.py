@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from launch import launch
 
+from nemo_trd.models.family import FAMILIES
+
 pytestmark = pytest.mark.distributed
 
 SHAPE = {
@@ -33,7 +35,7 @@ OPTIMIZERS = [("bf16", "false"), ("bf16", "true"), ("fp32", "false")]  # dtype, 
 PADDING = 64 + 256  # elements before a parameter and after a bucket, of a distributed optimizer
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_bytes_equal_those_of_megatron_in_every_layout(architecture: str) -> None:
     output = launch(4, check_bytes, architecture, timeout=300)
     assert output.count("compared") == 4 * 2 * len(LAYOUTS) * len(OPTIMIZERS)

@@ -10,7 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-# By name, not by class: the transformers of NeMo-Aligner's environment has no Qwen3.
+# Every family that `nemo_trd.models.family` supports. By name, not by class: the transformers of
+# NeMo-Aligner's environment has no Qwen3.
 CONFIGS = {name: partial(AutoConfig.for_model, name) for name in ("llama", "qwen2", "qwen3")}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
