@@ -6,37 +6,41 @@ python -m nemo_trd.launch --nproc 4 parallel.student.pipeline_model_parallel_siz
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch.distributed as dist
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
 
 from nemo_trd.algorithm.trajectories import pair
 from nemo_trd.config.errors import ConfigError
 from nemo_trd.config.hydra_entry import hydra_entry
 from nemo_trd.config.load import explain_refused_override, validate
 from nemo_trd.config.schema import Config
-from nemo_trd.data.types import Refinement
-from nemo_trd.distributed.exchange import from_first_rank, raise_together
+from nemo_trd.data.types import Microbatch, Prompt, Refinement, Trajectory
 from nemo_trd.distributed.process import init_distributed, world_from_environment
 from nemo_trd.distributed.stop import StopRequest
-from nemo_trd.generation.protocol import GenerationFailed
-from nemo_trd.records.last_line import Cause, append_to_log, end_process
+from nemo_trd.loss.top_k import TopK
+from nemo_trd.megatron.student import StepResult
+from nemo_trd.records.last_line import Cause, end_process
 from nemo_trd.records.timers import Timers
 from nemo_trd.records.trackers import Tracker
-from nemo_trd.run.inputs import load_inputs
 from nemo_trd.run.lookahead import Lookahead
-from nemo_trd.run.outcome import nothing_left
 from nemo_trd.run.run import Run
-from nemo_trd.run.run_lock import at_work, is_of
+from nemo_trd.run.run_lock import is_of
+from nemo_trd.run.session import carry_out, record_end
+
+MicroBatches: TypeAlias = Sequence[Sequence[Microbatch]]  # by data parallel rank and position
+TeacherStates: TypeAlias = Sequence[Tensor | TopK | None]  # of this rank's, on the last stage
+# A pass of the student: `train_step`, `compute_gradients` or `compare`.
+StudentPass: TypeAlias = Callable[[MicroBatches, TeacherStates, Collection[str]], StepResult]
 
 
 def train(run: Run) -> int:
@@ -44,28 +48,25 @@ def train(run: Run) -> int:
 
     Returns the exit code: 0 when all steps are done or a stop file was found.
     """
-    student, teacher, timers = run.student, run.teacher, run.timers
-    samples = Lookahead(partial(sample, run), run.config, timers, run.samples_ahead)
+
+    def draw(step: int, timers: Timers) -> list[Refinement]:
+        return sample(run, run.inputs.prompts(step), step, timers)
+
+    samples = Lookahead(draw, run.config, run.timers, run.samples_ahead)
     exit_code = run.start()
     if exit_code is not None:
         return exit_code
     while run.step < run.config.train.num_steps:
-        refinements = run.within_support(samples.take(run.step))
+        refinements = run.within_support(samples.take(run.step))  # y_r, each with its x and y_o
         samples.start(run.step + 1)  # with max_staleness 1, beside what follows
-        measured = run.measure(refinements)
-        trajectories = pair(refinements, run.config, run.teacher_prompt)  # x + y_r | c_T + y_r
-        result = None
-        if trajectories:
-            micro_batches = student.pack(trajectories)
-            with timers("teacher"):
-                teacher_states = teacher.states(micro_batches)  # of pi_T, at the labels
-            with timers("student"):  # one step on sum_t D(pi_T, pi_theta)(t) / number of t
-                watched = run.watched(trajectories)
-                result = student.train_step(micro_batches, teacher_states, watched)
-        run.record(refinements, trajectories, result, measured)
+        measured = run.journal.measure(refinements, run.weight_version)
+        trajectories = pair(refinements, run.config, run.inputs.teacher_prompt)  # x, c_T | y_r
+        result = learn(run, trajectories, run.student.train_step)  # theta moves
+        run.journal.record(run.step + 1, refinements, trajectories, result, measured)
+        run.advance(result, refinements)
         samples.settle()
         if result:
-            with timers("weight_sync"):
+            with run.timers("weight_sync"):
                 run.sync_weights()
         exit_code = run.finish_step(samples.ready)
         if exit_code is not None:
@@ -74,12 +75,38 @@ def train(run: Run) -> int:
     return 0
 
 
-def sample(run: Run, step: int, timers: Timers) -> list[Refinement]:
-    """What the student answers to the prompts of a step, and how the teacher rewrites it."""
+def sample(run: Run, prompts: Sequence[Prompt], step: int, timers: Timers) -> list[Refinement]:
+    """Draw the student's answers to the prompts of a step, and the teacher's rewrites of them."""
     with timers("rollout"):  # y_o ~ pi_theta(. | x)
-        rollouts = run.sampler.rollouts(run.prompts(step), step)
+        rollouts = run.sampler.rollouts(prompts, step)
     with timers("refinement"):  # y_r ~ pi_T(. | x, y_o), in OPSD pi_T(. | x, y*, y_o)
         return run.sampler.refinements(rollouts, step)
+
+
+def learn(
+    run: Run, trajectories: Sequence[Trajectory], student_pass: StudentPass
+) -> StepResult | None:
+    """Take the student along the trajectories: sum_t D(pi_T, pi_theta)(t) / number of t.
+
+    Args:
+        student_pass: `run.student.train_step`, or another pass with its arguments.
+
+    Returns:
+        The result of the pass; None without trajectories, and nothing has been done.
+    """
+    if not trajectories:
+        return None
+    micro_batches, teacher_states = teach(run, trajectories)
+    with run.timers("student"):
+        watched = run.journal.watched(run.step + 1, trajectories)
+        return student_pass(micro_batches, teacher_states, watched)
+
+
+def teach(run: Run, trajectories: Sequence[Trajectory]) -> tuple[MicroBatches, TeacherStates]:
+    """Pack the trajectories, and compute the states of pi_T at their labels."""
+    micro_batches = run.student.pack(trajectories)
+    with run.timers("teacher"):
+        return micro_batches, run.teacher.states(micro_batches)
 
 
 def launch(
@@ -111,9 +138,9 @@ def launch(
         except dist.DistError as error:
             end_process(f"nemo_trd: the ranks do not meet: {Cause.of(error).line}", 1)
         try:
-            exit_code = _run(config, work, trackers, stop)
+            exit_code = carry_out(config, work, trackers, stop)
         except ConfigError as error:
-            _record_end(str(error), log_file)
+            record_end(str(error), log_file)
             watch.close()
             raise
         except BaseException as error:
@@ -124,47 +151,13 @@ def launch(
     return exit_code
 
 
-def _run(
-    config: Config, work: Callable[[Run], int], trackers: Sequence[Tracker], stop: StopRequest
-) -> int:
-    """Check and load, do the work unless all is done already, and close. Returns the exit code."""
-    inputs = raise_together(lambda: load_inputs(config, dist.get_world_size()))
-    finished = from_first_rank(lambda: nothing_left(config, inputs.checkpoint))
-    if finished is not None:
-        if dist.get_rank() == 0:
-            print(finished, flush=True)
-            _record_end(finished, config.run_dir / "log.txt", logging.INFO)
-        return 0
-    run = Run(config, inputs, stop, trackers)
-    exit_code = None
-    try:
-        exit_code = work(run)
-    except GenerationFailed:
-        run.save()
-        raise
-    finally:
-        run.close(succeeded=exit_code == 0)
-    return exit_code
-
-
-def _record_end(message: str, log_file: Path, level: int = logging.ERROR) -> None:
-    """On rank 0, in the log of a run that was there before: it ended here, too.
-
-    Not in that of a run that is at work in the directory, nor where the directory cannot be read.
-    """
-    with contextlib.suppress(OSError):
-        ours = world_from_environment()[0] == 0 and log_file.exists()
-        if ours and not at_work(log_file.parent):
-            append_to_log(log_file, message, level=level)
-
-
 def main(composed: DictConfig) -> None:
     try:
         config = validate(composed)
     except ConfigError as error:
         run_dir = str(OmegaConf.select(composed, "run.dir") or "").strip()
         if run_dir:
-            _record_end(str(error), Path(run_dir) / "log.txt")
+            record_end(str(error), Path(run_dir) / "log.txt")
         end_process(f"nemo_trd: {error}", 2)
     try:
         sys.exit(launch(config))

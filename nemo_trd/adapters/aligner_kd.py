@@ -22,7 +22,7 @@ from nemo_trd.data.types import Microbatch, Trajectory
 from nemo_trd.loss.top_k import TopK
 from nemo_trd.megatron.schedule import is_last_stage
 from nemo_trd.run.run import Run
-from nemo_trd.train import sample
+from nemo_trd.train import sample, teach
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +36,9 @@ def write_kd_jsonl(run: Run, path: Path, steps: Iterable[int], top_k: int) -> in
     lines = 0
     with _opened(path) as file:
         for step in steps:
-            refinements = run.within_support(sample(run, step, run.timers))
-            trajectories = pair(refinements, run.config, run.teacher_prompt)
+            prompts = run.inputs.prompts(step)
+            refinements = run.within_support(sample(run, prompts, step, run.timers))
+            trajectories = pair(refinements, run.config, run.inputs.teacher_prompt)
             for row in _rows(run, trajectories, top_k):
                 file.write(json.dumps(row) + "\n")
                 lines += 1
@@ -63,8 +64,8 @@ def _rows(run: Run, trajectories: list[Trajectory], top_k: int) -> list[dict[str
         return []
     student = run.student
     own: dict[str, dict[str, Any]] = {}
-    plan = student.pack(trajectories)
-    for batch, state in zip(plan[student.groups.dp.rank()], run.teacher.states(plan), strict=True):
+    micro_batches, states = teach(run, trajectories)
+    for batch, state in zip(micro_batches[student.groups.dp.rank()], states, strict=True):
         if state is not None and batch.trajectories:
             own |= _rows_of(batch, student.teacher_top_k(state, batch.labels, top_k))
     everyone: list[dict[str, dict[str, Any]]] = [{}] * dist.get_world_size()

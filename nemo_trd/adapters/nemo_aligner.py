@@ -30,7 +30,7 @@ from nemo_trd.distributed.exchange import merge_shares, own_share
 from nemo_trd.generation.protocol import request_seed
 from nemo_trd.megatron.student import StepResult
 from nemo_trd.run.run import Run
-from nemo_trd.train import sample, train
+from nemo_trd.train import learn, sample, train
 
 with needed(
     "nemo-aligner==0.7.0",
@@ -43,7 +43,7 @@ Batch = dict[str, Any]
 
 
 def collate_prompts(prompts: list[Prompt]) -> Batch:
-    """Aligner's data loaders over `run.training_prompts` take this as their `collate_fn`."""
+    """Aligner's data loaders over `run.inputs.training_prompts` take this as their `collate_fn`."""
     return {"prompts": prompts}
 
 
@@ -84,10 +84,7 @@ class TRDStudent(AlignableGenerativeInterface):
         refinement can be trained on, the loss is NaN, and the update will be none.
         """
         prompts = merge_shares(batch["prompts"], self.run.student.groups.dp)
-        with self.run.timers("rollout"):
-            rollouts = self.run.sampler.rollouts(prompts, self.run.step)
-        with self.run.timers("refinement"):
-            refinements = self.run.sampler.refinements(rollouts, self.run.step)
+        refinements = sample(self.run, prompts, self.run.step, self.run.timers)
         if forward_only:
             return self.compare(refinements)
         return self.compute_gradients(refinements)
@@ -96,15 +93,9 @@ class TRDStudent(AlignableGenerativeInterface):
         """As `get_loss_and_metrics`, along refinements that all ranks have."""
         run = self.run
         refinements = run.within_support(refinements)
-        measured = run.measure(refinements)
-        trajectories = pair(refinements, run.config, run.teacher_prompt)
-        result = None
-        if trajectories:
-            plan = run.student.pack(trajectories)
-            with run.timers("teacher"):
-                states = run.teacher.states(plan)
-            with run.timers("student"):
-                result = run.student.compute_gradients(plan, states, run.watched(trajectories))
+        measured = run.journal.measure(refinements, run.weight_version)
+        trajectories = pair(refinements, run.config, run.inputs.teacher_prompt)
+        result = learn(run, trajectories, run.student.compute_gradients)
         loss, metrics = _loss_and_metrics(refinements, trajectories, measured, result)
         self._pending = _Pending(refinements, trajectories, result, measured, metrics)
         return loss, metrics
@@ -113,27 +104,25 @@ class TRDStudent(AlignableGenerativeInterface):
         """As `compute_gradients`, without gradients."""
         run = self.run
         refinements = run.within_support(refinements)
-        trajectories = pair(refinements, run.config, run.teacher_prompt)
-        result = None
-        if trajectories:
-            plan = run.student.pack(trajectories)
-            result = run.student.compare(plan, run.teacher.states(plan))
+        trajectories = pair(refinements, run.config, run.inputs.teacher_prompt)
+        result = learn(run, trajectories, run.student.compare)
         return _loss_and_metrics(refinements, trajectories, {}, result)
 
     def update(self) -> None:
         """One step of the optimizer, the step's record, and the new weights for the generator."""
         assert self._pending is not None, "no gradients: get_loss_and_metrics comes first"
-        done, self._pending = self._pending, None
+        run, done, self._pending = self.run, self._pending, None
         result = done.result
         if result is not None:
-            with self.run.timers("student"):
-                updated = self.run.student.update()
+            with run.timers("student"):
+                updated = run.student.update()
             done.metrics.update(updated)
             result = replace(result, metrics=result.metrics | updated)
-        self.run.record(done.refinements, done.trajectories, result, done.measured)
+        run.journal.record(run.step + 1, done.refinements, done.trajectories, result, done.measured)
+        run.advance(result, done.refinements)
         if result is not None:
-            with self.run.timers("weight_sync"):
-                self.run.sync_weights()
+            with run.timers("weight_sync"):
+                run.sync_weights()
 
     @torch.no_grad()
     def infer(
@@ -169,7 +158,7 @@ class TRDStudent(AlignableGenerativeInterface):
             "response_lengths": torch.tensor([len(row) for row in rows]),
             "prompt_lengths": torch.tensor(lengths),
             "is_end": torch.tensor([a.finish_reason in ("stop", "stop_string") for a in answers]),
-            "predictions": [run.decode(a.token_ids) + a.tail for a in answers],
+            "predictions": [run.inputs.decode(a.token_ids) + a.tail for a in answers],
         }
 
     # Whatever has to happen around a step happens inside of it: models switch between training
@@ -268,8 +257,9 @@ class TRDTrainer:
     @torch.no_grad()
     def generate_rollouts(self) -> tuple[list[Refinement], dict[str, float], dict[str, float]]:
         """The samples of this step: refinements, each with its rollout; counts; seconds."""
-        refinements = sample(self.run, self.run.step, self.run.timers)
-        return refinements, dict(refinement_counts(refinements, ())), self.run.timers.phases()
+        run = self.run
+        refinements = sample(run, run.inputs.prompts(run.step), run.step, run.timers)
+        return refinements, dict(refinement_counts(refinements, ())), run.timers.phases()
 
     def run_training(self, refinements: Sequence[Refinement]) -> tuple[float, dict[str, float]]:
         """One update along these refinements: loss and metrics."""
@@ -285,7 +275,7 @@ class TRDTrainer:
     def state_dict(self) -> dict[str, int]:
         """Where the run stands. Loading it is `checkpoint.resume`'s."""
         samples = self.run.step * self.run.config.train.prompts_per_step
-        epoch = samples // len(self.run.training_prompts)
+        epoch = samples // len(self.run.inputs.training_prompts)
         return {"step": self.run.step, "consumed_samples": samples, "epoch": epoch}
 
     def save(self) -> None:

@@ -7,12 +7,17 @@ its first step, and measures it in every step.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nemo_trd.algorithm.trajectories import rollout_trajectory
-from nemo_trd.data.types import Rollout, Trajectory
+from nemo_trd.config.schema import Config, Sampling
+from nemo_trd.data.types import Completion, GenerationRequest, Prompt, Rollout, Trajectory
+from nemo_trd.generation.protocol import request_seed
+
+log = logging.getLogger(__name__)
 
 # Mean |difference| of a token's log-probability that rounding can explain, in nats. In fp32 it is
 # some 1e-6. In bf16 single rare tokens differ by far more than the mean, of which 0.05 is the
@@ -21,6 +26,7 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}
 SHOWN = 5
 
 StudentNll = Callable[[Sequence[Trajectory]], dict[str, list[float]]]
+Complete = Callable[[Sequence[GenerationRequest], Sampling, str], list[Completion]]
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,32 @@ class Difference:
 
 class Disagreement(RuntimeError):
     """The servers do not serve the student that is trained."""
+
+
+def check_student_servers(
+    config: Config,
+    prompts: Sequence[Prompt],
+    complete: Complete,
+    student_nll: StudentNll,
+    tokenizer: Any,
+) -> None:
+    """Compare the log-probabilities of short answers to prompts. Collective.
+
+    Raises:
+        Disagreement: the servers' are not the trainer's.
+    """
+    seed, rollout = config.run.seed, config.generation.rollout
+    sampling = rollout.model_copy(update={"max_tokens": min(64, rollout.max_tokens), "stop": []})
+    completions = complete(
+        [GenerationRequest(p.token_ids, request_seed(seed, "check", p.index)) for p in prompts],
+        sampling,
+        "log-probability check",
+    )
+    answers = zip(prompts, completions, strict=True)
+    rollouts = [Rollout(prompt, 0, answer, "", None) for prompt, answer in answers]
+    measured = differences(rollouts, student_nll)
+    check(measured, config.precision.dtype, tokenizer)
+    log.info("servers and trainer agree: %s", figures(measured))
 
 
 def differences(rollouts: Sequence[Rollout], student_nll: StudentNll) -> list[Difference]:

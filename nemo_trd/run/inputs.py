@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_trd.algorithm.refinement import fitting_prompts
+from nemo_trd.algorithm.refinement import fitting_prompts, privileged_context
 from nemo_trd.algorithm.refinement_checks import check_openings, check_templates
 from nemo_trd.config.schema import Config
 from nemo_trd.data.prompt_digests import digests
-from nemo_trd.data.prompts import LoadedPrompts, load_prompts
-from nemo_trd.data.types import Prompt
+from nemo_trd.data.prompts import load_prompts, prompts_of_step
+from nemo_trd.data.types import FittedContext, Prompt, TokenIds
 from nemo_trd.plan.memory import checkpoint_bytes
 from nemo_trd.preflight import models as preflight
 from nemo_trd.records import disk_space
@@ -21,14 +21,29 @@ from nemo_trd.run.resume import check_matches, check_prompts, model_identity
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads before it builds any model."""
+    """Prompts and tokenizers of a run, and the checkpoint that it goes on from."""
 
+    config: Config
     student_tokenizer: Any
     teacher_tokenizer: Any
-    prompts: LoadedPrompts
-    validation: list[Prompt]
+    training_prompts: list[Prompt]  # in the order of the data
+    left_out: dict[str, int]  # reason -> rows of data.train
+    validation_prompts: list[Prompt]
     checkpoint: Path | None  # to resume from
-    prompt_digests: bytes
+    prompt_digests: bytes  # of the training prompts
+
+    def prompts(self, step: int) -> list[Prompt]:
+        """x: the prompts of a step, counted from 0."""
+        train, seed = self.config.train, self.config.run.seed
+        return prompts_of_step(self.training_prompts, step, train.prompts_per_step, seed)
+
+    def teacher_prompt(self, prompt: Prompt) -> FittedContext:
+        """Context of the teacher in the place of a refinement prompt: x, in OPSD (x, y*)."""
+        return privileged_context(prompt, self.config, self.teacher_tokenizer)
+
+    def decode(self, token_ids: TokenIds) -> str:
+        """Text of token ids by the student's tokenizer, without special tokens."""
+        return self.student_tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
 def load_inputs(config: Config, world_size: int) -> Inputs:
@@ -61,10 +76,20 @@ def load_inputs(config: Config, world_size: int) -> Inputs:
         check_matches(checkpoint, model_identity(student.hf), config)
         check_prompts(checkpoint, known, config)
     if checkpoint is None or read_state(checkpoint).step < config.train.num_steps:
-        disk_space.check_before_start(root, _first_checkpoint(config, student.hf))
-    return Inputs(student_tokenizer, teacher_tokenizer, prompts, validation, checkpoint, known)
+        disk_space.check_before_start(root, first_checkpoint_bytes(config, student.hf))
+    return Inputs(
+        config,
+        student_tokenizer,
+        teacher_tokenizer,
+        prompts.prompts,
+        prompts.skipped,
+        validation,
+        checkpoint,
+        known,
+    )
 
 
-def _first_checkpoint(config: Config, hf: Any) -> int:
+def first_checkpoint_bytes(config: Config, hf: Any) -> int:
+    """Estimate the bytes of a checkpoint before there is one."""
     weights = checkpoint_bytes(config, hf)["checkpoint"]
     return disk_space.first_checkpoint(weights, hf.num_hidden_layers)

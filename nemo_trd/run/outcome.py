@@ -47,3 +47,17 @@ def where_to_look(run_dir: Path, exported: bool) -> str:
         f"see {run_dir / 'summary.json'}{model}; python -m nemo_trd.report {run_dir} "
         "makes a page of it"
     )
+
+
+def stopped_line(config: Config, step: int) -> str:
+    """The last line of a run that was asked to stop after `step` steps."""
+    missing = []
+    if step >= config.train.num_steps:
+        evaluated = config.evaluation.at_end and config.data.validation is not None
+        missing += ["last evaluation"] if evaluated else []
+        missing += ["export"] if config.checkpoint.export_hf else []
+    before = f", the last, without its {' and '.join(missing)}" if missing else ""
+    return (
+        f"stopped on request after step {step}{before}; the run can be resumed: start again with "
+        f"run.dir={config.run_dir}"
+    )

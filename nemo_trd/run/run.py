@@ -1,4 +1,4 @@
-"""What surrounds the loop: loading and checking, resuming, evaluating, recording, saving."""
+"""The life of a run around the loop: starting, resuming, counting, evaluating, saving, ending."""
 
 from __future__ import annotations
 
@@ -7,52 +7,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch.distributed as dist
-
 from nemo_trd.algorithm.acceptance import refinement_counts, reject_outside_support
-from nemo_trd.algorithm.change import change, mean_change, rewritten, rollout_nll
-from nemo_trd.algorithm.refinement import privileged_context
 from nemo_trd.config.schema import Config
-from nemo_trd.data.prompts import prompts_of_step
-from nemo_trd.data.types import (
-    FittedContext,
-    GenerationRequest,
-    Prompt,
-    Refinement,
-    Rollout,
-    TokenIds,
-    Trajectory,
-)
-from nemo_trd.distributed.exchange import from_first_rank, merge_shares, own_share
+from nemo_trd.data.types import Refinement
+from nemo_trd.distributed.exchange import from_first_rank
 from nemo_trd.distributed.stop import StopRequest
 from nemo_trd.evaluate.accuracy import Accuracy
 from nemo_trd.evaluate.in_run import evaluate
-from nemo_trd.generation.protocol import request_seed
 from nemo_trd.megatron.checkpoint import Checkpointer
 from nemo_trd.megatron.learning_rate import rate_change
 from nemo_trd.megatron.student import StepResult, Student
 from nemo_trd.megatron.teacher import Teacher
 from nemo_trd.megatron.verification import verified_checkpoint
 from nemo_trd.models.write import save_hf_directory
-from nemo_trd.records import latest
-from nemo_trd.records.checkpoint_dir import (
-    TrainerState,
-    read_samples_ahead,
-)
-from nemo_trd.records.run_logger import RunLogger
-from nemo_trd.records.samples import Sample
+from nemo_trd.records.checkpoint_dir import TrainerState, read_samples_ahead
 from nemo_trd.records.timers import Timers
 from nemo_trd.records.trackers import Tracker, public_settings
-from nemo_trd.run import agreement
+from nemo_trd.run import agreement, outcome
 from nemo_trd.run.generators import Generators
-from nemo_trd.run.inputs import Inputs, _first_checkpoint
-from nemo_trd.run.outcome import where_to_look
-from nemo_trd.run.resume import (
-    changes_since,
-    check_prompts,
-    model_identity,
-    samples_hold,
-)
+from nemo_trd.run.inputs import Inputs, first_checkpoint_bytes
+from nemo_trd.run.journal import Journal
+from nemo_trd.run.resume import changes_since, check_prompts, model_identity, samples_hold
 from nemo_trd.run.run_lock import RunLock
 from nemo_trd.run.sampling import Sampler
 from nemo_trd.run.server_teacher import ServerTeacher
@@ -61,13 +36,11 @@ from nemo_trd.verifiers import verifier
 
 log = logging.getLogger(__name__)
 
-CHANGES = ("wrong_to_right", "wrong_to_wrong", "right_to_right", "right_to_wrong")
-
 
 class Run:
-    """One run of TRD: its models and generators, where it stands, and its records.
+    """One run of TRD: its inputs, models, generators and journal, and where it stands.
 
-    All methods are collective.
+    Methods that all ranks must call together say so: "collective".
     """
 
     def __init__(
@@ -77,6 +50,7 @@ class Run:
         stop: StopRequest,
         trackers: Sequence[Tracker] = (),
     ) -> None:
+        """Build everything, and go on from a checkpoint if there is one. Collective."""
         self.config = config
         self._lock = RunLock(config.run_dir)
         notices = from_first_rank(self._lock.acquire)
@@ -93,15 +67,40 @@ class Run:
         trackers: Sequence[Tracker],
         notices: list[str],
     ) -> None:
-        """Everything that a run holds; `notices` are logged when there is a log."""
+        """Build all that a run holds; `notices` are logged when there is a log."""
         config, root = self.config, self.config.run_dir / "checkpoints"
         # Found again: another process may have held the directory until now.
         checkpoint, found = verified_checkpoint(config.checkpoint, root)
-        inputs = replace(inputs, checkpoint=checkpoint)
-        self._inputs = inputs
+        self.inputs = inputs = replace(inputs, checkpoint=checkpoint)
         self._stop = stop
         self._verify = verifier(config.data.verifier, config.sandbox)
         self.student = Student(config)
+        self._open_generators(stop)
+        needed = first_checkpoint_bytes(config, self.student.hf)
+        self._checkpointer = Checkpointer(config.checkpoint, root, self.student, needed)
+        self._state = TrainerState(
+            step=0,
+            weight_version=0,
+            failed_steps=0,
+            num_prompts=len(inputs.training_prompts),
+            digest=config.digest(),
+            model=model_identity(self.student.hf),
+            settings=public_settings(config),
+        )
+        self._saved_step: int | None = None
+        self._last_line: str | None = None  # of the log, where the run ends as it was meant to
+        self.samples_ahead: dict[int, list[Refinement]] = {}  # drawn before the run was cut off
+        resumed = [] if inputs.checkpoint is None else self._resume(inputs.checkpoint)
+        if inputs.checkpoint is not None or config.generation.vllm is not None:
+            self.sync_weights()  # whatever a server has been given before
+        self.timers = Timers()
+        notices += [*found, *self._checkpointer.begin(inputs.checkpoint)]
+        self.journal = Journal(config, inputs, self.student, self.timers, self.step, trackers)
+        self.journal.announce(resumed, notices)
+
+    def _open_generators(self, stop: StopRequest) -> None:
+        """Open what samples and what scores: generators, teacher, sampler."""
+        config, inputs = self.config, self.inputs
         self.teacher: Teacher | ServerTeacher
         if config.teacher.scoring == "megatron":
             self.teacher = Teacher(config, self.student.groups)
@@ -117,30 +116,9 @@ class Run:
             inputs.student_tokenizer,
             inputs.teacher_tokenizer,
         )
-        needed = _first_checkpoint(config, self.student.hf)
-        self._checkpointer = Checkpointer(config.checkpoint, root, self.student, needed)
-        self._state = TrainerState(
-            step=0,
-            weight_version=0,
-            failed_steps=0,
-            num_prompts=len(inputs.prompts.prompts),
-            digest=config.digest(),
-            model=model_identity(self.student.hf),
-            settings=public_settings(config),
-        )
-        self._saved_step: int | None = None
-        self._last_line: str | None = None  # of the log, where the run ends as it was meant to
-        self.samples_ahead: dict[int, list[Refinement]] = {}  # drawn before the run was cut off
-        resumed = [] if inputs.checkpoint is None else self._resume(inputs.checkpoint)
-        if inputs.checkpoint is not None or config.generation.vllm is not None:
-            self.sync_weights()  # whatever a server has been given before
-        self.timers = Timers()
-        notices += [*found, *self._checkpointer.begin(inputs.checkpoint)]
-        self._logger = RunLogger(config, dist.get_rank() == 0, self._state.step, trackers)
-        self._announce(resumed, notices)
 
     def _resume(self, checkpoint: Path) -> list[str]:
-        """Go on from a checkpoint. Returns what there is to say about that, for the log."""
+        """Go on from a checkpoint. Returns lines about that for the log."""
         saved, own = self._checkpointer.load(checkpoint), self._state
         self._state = replace(
             own,
@@ -152,7 +130,7 @@ class Run:
         changes, changed = changes_since(checkpoint, self.config)
         lines = [f"resumed from {checkpoint}{'; ' if changed else ''}{changed}"]
         rate = rate_change(saved.settings, self.config, self.student.scheduler.num_steps)
-        accepted = check_prompts(checkpoint, self._inputs.prompt_digests, self.config)
+        accepted = check_prompts(checkpoint, self.inputs.prompt_digests, self.config)
         self.samples_ahead = read_samples_ahead(checkpoint)
         redrawn = None
         if self.samples_ahead and (accepted or not samples_hold(changes)):
@@ -161,56 +139,21 @@ class Run:
             self.samples_ahead = {}
         return lines + [line for line in (rate, accepted, redrawn) if line]
 
-    def _announce(self, resumed: Sequence[str], notices: Sequence[str]) -> None:
-        config, layout = self.config, self.student.layout
-        for line in resumed:
-            log.info("%s", line)
-        log.info(
-            "%s run in %s: %d prompts (left out: %s), %d ranks, student tp %d pp %d dp %d",
-            config.algorithm.mode.upper(),
-            config.run_dir,
-            self._state.num_prompts,
-            self._inputs.prompts.skipped or "none",
-            dist.get_world_size(),
-            layout.tensor_model_parallel_size,
-            layout.pipeline_model_parallel_size,
-            self.student.groups.dp.size(),
-        )
-        prompts, asked = self._state.num_prompts, config.train.prompts_per_step
-        if prompts < asked and dist.get_rank() == 0:
-            log.warning(
-                "data.train has %d usable prompts, and train.prompts_per_step = %d: a step holds "
-                "each of them %.3g times on average, each time with samples of its own",
-                prompts,
-                asked,
-                asked / prompts,
-            )
-        if dist.get_rank() == 0:
-            for notice in notices:
-                log.warning("%s", notice)
-
     @property
     def step(self) -> int:
         """Steps done."""
         return self._state.step
 
     @property
-    def training_prompts(self) -> list[Prompt]:
-        """All of them, in the order of the data."""
-        return self._inputs.prompts.prompts
-
-    @property
-    def validation_prompts(self) -> list[Prompt]:
-        return self._inputs.validation
-
-    def decode(self, token_ids: TokenIds) -> str:
-        """As the student's tokenizer does, without special tokens."""
-        return self._inputs.student_tokenizer.decode(token_ids, skip_special_tokens=True)
+    def weight_version(self) -> int:
+        """Version of the student's weights: the step that made them, 0 at the beginning."""
+        return self._state.weight_version
 
     def start(self) -> int | None:
-        """Check the servers, and evaluate the student that the run begins with.
+        """Check the servers, and evaluate the student that the run begins with. Collective.
 
-        Returns: an exit code when the run has been asked to stop meanwhile.
+        Returns:
+            An exit code when the run has been asked to stop meanwhile.
 
         Raises:
             Disagreement: the servers' log-probabilities are not the trainer's.
@@ -224,134 +167,80 @@ class Run:
             )
         exit_code = self._stop.exit_code()
         if exit_code is None:
-            if self.config.generation.vllm is not None:
-                self._check_servers(self.config.generation.vllm.compared_rollouts)
-            if self._generators.teacher_urls:
-                self._check_teacher_servers()
+            self._check_servers()
             if self._evaluation_missing():
                 self.evaluate()
             exit_code = self._stop.exit_code()
         if exit_code is not None:
-            self._note_stopped()
+            self._last_line = outcome.stopped_line(self.config, self.step)
         self.timers.take()
         return exit_code
 
     def _evaluation_missing(self) -> bool:
-        """At the start, or of the step after which a run was stopped."""
+        """Whether the evaluation at the start, or after the step of the resumed run, is due."""
         if self.step == 0:
             return self.config.evaluation.at_start
-        evaluated = from_first_rank(lambda: self.step in self._logger.evaluations())
+        evaluated = self.journal.is_evaluated(self.step)
         return self._evaluation_due() and not evaluated
 
     def _evaluation_due(self) -> bool:
         interval = self.config.evaluation.interval
         return interval is not None and self.step % interval == 0
 
-    def _check_teacher_servers(self) -> None:
-        check_teacher_servers(
-            self.config,
-            self._generators.teacher_urls,
-            self._generators.api_key,
-            self._inputs.teacher_tokenizer,
-            self.training_prompts[0].token_ids,
-            self.student,
-            self.teacher,
-            self.step,
-        )
-
-    def _check_servers(self, prompts: int) -> None:
-        """Compare the log-probabilities of short answers to a few prompts."""
-        asked = self._inputs.prompts.prompts[:prompts]
-        seed, rollout = self.config.run.seed, self.config.generation.rollout
-        sampling = rollout.model_copy(
-            update={"max_tokens": min(64, rollout.max_tokens), "stop": []}
-        )
-        completions = self.sampler.complete(
-            [GenerationRequest(p.token_ids, request_seed(seed, "check", p.index)) for p in asked],
-            sampling,
-            "log-probability check",
-        )
-        answers = zip(asked, completions, strict=True)
-        found = self._differences([Rollout(p, 0, answer, "", None) for p, answer in answers])
-        agreement.check(found, self.config.precision.dtype, self._inputs.student_tokenizer)
-        log.info("servers and trainer agree: %s", agreement.figures(found))
-
-    def prompts(self, step: int) -> list[Prompt]:
-        """x: the prompts of a step."""
-        return prompts_of_step(
-            self.training_prompts,
-            step,
-            self.config.train.prompts_per_step,
-            self.config.run.seed,
-        )
-
-    def teacher_prompt(self, prompt: Prompt) -> FittedContext:
-        """What the teacher sees in the place of a refinement prompt: x, in OPSD (x, y*)."""
-        return privileged_context(prompt, self.config, self._inputs.teacher_tokenizer)
+    def _check_servers(self) -> None:
+        """Compare what the servers of student and teacher say with what they should serve."""
+        vllm, inputs = self.config.generation.vllm, self.inputs
+        if vllm is not None:
+            agreement.check_student_servers(
+                self.config,
+                inputs.training_prompts[: vllm.compared_rollouts],
+                self.sampler.complete,
+                self.student.token_nll,
+                inputs.student_tokenizer,
+            )
+        if self._generators.teacher_urls:
+            check_teacher_servers(
+                self.config,
+                self._generators.teacher_urls,
+                self._generators.api_key,
+                inputs.teacher_tokenizer,
+                inputs.training_prompts[0].token_ids,
+                self.student,
+                self.teacher,
+                self.step,
+            )
 
     def within_support(self, refinements: Sequence[Refinement]) -> Sequence[Refinement]:
-        """Reject rewrites that lie too far from what the student would say."""
+        """Reject rewrites too far from what the student would say. Collective."""
         largest_gap = self.config.refinement.max_student_nll_gap
         if largest_gap is None or all(r.rejection for r in refinements):
             return refinements
         return reject_outside_support(refinements, self.student.token_nll, largest_gap)
 
-    def measure(self, refinements: Sequence[Refinement]) -> dict[str, float]:
-        """What is known of a step's samples before the student moves: age, rewriting, servers."""
-        rollouts = [refinement.request.rollout for refinement in refinements]
-        versions = [rollout.completion.weight_version for rollout in rollouts]
-        rewrites = [refinement.completion for refinement in refinements if refinement.completion]
-        return {
-            "staleness": self._state.weight_version - sum(versions) / len(versions),
-            "generated_tokens": sum(
-                len(completion.token_ids)
-                for completion in (*(rollout.completion for rollout in rollouts), *rewrites)
-            ),
-            **mean_change(merge_shares([change(*p) for p in own_share(rewritten(refinements))])),
-            **rollout_nll(rollouts),
-            **agreement.figures(self._differences(rollouts)),
-        }
-
-    def _differences(self, rollouts: Sequence[Rollout]) -> list[agreement.Difference]:
-        vllm = self.config.generation.vllm
-        compared = rollouts[: vllm.compared_rollouts] if vllm else []
-        return agreement.differences(compared, self.student.token_nll)
-
-    def watched(self, trajectories: Sequence[Trajectory]) -> list[str]:
-        """Names of the trajectories that the samples of this step show."""
-        if not self._logger.wants_samples(self.step + 1):
-            return []
-        return [t.name for t in trajectories[: self.config.logging.samples_count]]
-
     def sync_weights(self) -> None:
-        """Bring the student's weights to its generator."""
+        """Bring the student's weights to its generator. Collective."""
         version = self._state.weight_version
         self._generators.student.load_weights(self.student.export_hf_weights(), version)
 
-    def record(
-        self,
-        refinements: Sequence[Refinement],
-        trajectories: Sequence[Trajectory],
-        result: StepResult | None,
-        measured: Mapping[str, float],
-    ) -> None:
-        """Count the step, and write its line, metrics and samples.
+    def advance(self, result: StepResult | None, refinements: Sequence[Refinement]) -> None:
+        """Count a step, with the same arguments on all ranks.
+
+        Args:
+            result: None where there was nothing to train on; the weights are then those before.
+            refinements: the step's, for the message.
 
         Raises:
             RuntimeError: `train.max_failed_steps` in a row had nothing to train on.
         """
-        counts = refinement_counts(refinements, trajectories)
+        state = self._state
         self._state = replace(
-            self._state,
-            step=self.step + 1,
-            weight_version=self.step + 1 if result else self._state.weight_version,
-            failed_steps=0 if result else self._state.failed_steps + 1,
+            state,
+            step=state.step + 1,
+            weight_version=state.step + 1 if result else state.weight_version,
+            failed_steps=0 if result else state.failed_steps + 1,
         )
-        metrics = {**counts, **measured, **(result.metrics if result else {})}
-        self._logger.step(self.step, metrics, self.timers.take())
-        if self._logger.wants_samples(self.step):
-            self._write_samples(refinements, trajectories, result)
         if self._state.failed_steps >= self.config.train.max_failed_steps:
+            counts = refinement_counts(refinements, ())
             reasons = {name: n for name, n in counts.items() if name.startswith("rejected_") and n}
             raise RuntimeError(
                 f"{self._state.failed_steps} steps in a row (train.max_failed_steps) had nothing "
@@ -361,7 +250,14 @@ class Run:
             )
 
     def finish_step(self, samples_ahead: Mapping[int, list[Refinement]]) -> int | None:
-        """Evaluate and save as configured. An exit code when the run is to stop now."""
+        """Evaluate and save as configured. Collective.
+
+        Args:
+            samples_ahead: refinements by step, drawn for steps to come.
+
+        Returns:
+            An exit code when the run is to stop now.
+        """
         exit_code = self._stop.exit_code()  # who asks may not have the time for an evaluation
         if exit_code is None and self._evaluation_due():
             with self.timers("evaluation"):
@@ -373,17 +269,11 @@ class Run:
                 self.save(samples_ahead)
         if exit_code is not None:
             self._checkpointer.wait()
-            self._note_stopped()
+            self._last_line = outcome.stopped_line(self.config, self.step)
         return exit_code
 
-    def _note_stopped(self) -> None:
-        self._last_line = (
-            f"stopped on request after step {self.step}; the run can be resumed: start again with "
-            f"run.dir={self.config.run_dir}"
-        )
-
     def finish(self) -> None:
-        """The last evaluation, checkpoint, export and summary."""
+        """Save, evaluate, export and sum up. Collective."""
         self.save()
         self._checkpointer.wait()
         if self.config.evaluation.at_end:
@@ -393,80 +283,38 @@ class Run:
             save_hf_directory(
                 self.student.export_hf_weights(), self.config.model.student.path, export
             )
-        self._write_summary(export if self.config.checkpoint.export_hf else None)
-        looked_at = where_to_look(self.config.run_dir, self.config.checkpoint.export_hf)
+        self.journal.summarize(self.step, export if self.config.checkpoint.export_hf else None)
+        looked_at = outcome.where_to_look(self.config.run_dir, self.config.checkpoint.export_hf)
         self._last_line = f"finished after step {self.step}; {looked_at}"
 
     def close(self, succeeded: bool) -> None:
+        """End what the run has started and opened. Collective unless it has failed."""
         try:
             self._checkpointer.close()
-            self._logger.close(succeeded, self._last_line)
+            self.journal.close(succeeded, self._last_line)
             self._generators.close()
         finally:
             self._lock.release()
 
     def save(self, samples_ahead: Mapping[int, list[Refinement]] | None = None) -> None:
-        """Write a checkpoint, unless there is one of this step; `samples_ahead` are kept in it."""
+        """Write a checkpoint with `samples_ahead`, unless there is one of this step. Collective."""
         if self._saved_step != self.step:
             from_first_rank(self._lock.check)
-            self._checkpointer.save(self._state, samples_ahead, self._inputs.prompt_digests)
+            self._checkpointer.save(self._state, samples_ahead, self.inputs.prompt_digests)
             self._saved_step = self.step
 
     def evaluate(self) -> Accuracy | None:
-        """Let the student solve the validation problems, if there are any, and record how well."""
-        if not self._inputs.validation:
+        """Let the student solve the validation problems, if any, and record it. Collective."""
+        if not self.inputs.validation_prompts:
             return None
         accuracy = evaluate(
             self.sampler.complete,
-            self._inputs.validation,
+            self.inputs.validation_prompts,
             self.config.evaluation,
             self.config.run.seed,
             self._verify,
-            self._inputs.student_tokenizer,
+            self.inputs.student_tokenizer,
             self.sampler.judge,
         )
-        self._logger.evaluation(self.step, accuracy.summary(), str(accuracy))
+        self.journal.record_evaluation(self.step, accuracy)
         return accuracy
-
-    def _write_samples(
-        self,
-        refinements: Sequence[Refinement],
-        trajectories: Sequence[Trajectory],
-        result: StepResult | None,
-    ) -> None:
-        trained = {(t.prompt_index, t.sample_index): t for t in trajectories}
-        samples = []
-        for refinement in refinements:
-            rollout = refinement.request.rollout
-            trajectory = trained.get((rollout.prompt.index, rollout.sample_index))
-            figures = None
-            if trajectory is not None and result is not None:
-                figures = result.watched.get(trajectory.name)
-            shown = None if refinement.rejection == "subset" else refinement
-            samples.append(Sample(rollout, shown, trajectory, figures))
-        self._logger.samples(self.step, samples, self._inputs.student_tokenizer.decode)
-
-    def _write_summary(self, export: Path | None) -> None:
-        if dist.get_rank() != 0:
-            return
-        evaluations = self._logger.evaluations()
-        run_dir = self.config.run_dir
-        self._logger.summary(
-            {
-                "steps": self.step,
-                "prompts": self._state.num_prompts,
-                "prompts_left_out": self._inputs.prompts.skipped,
-                "before": evaluations.get(0),
-                "after": evaluations.get(self.step),
-                "refinement": {
-                    name: int(count) for name, count in self._logger.total(CHANGES).items()
-                },
-                "paths": {
-                    "checkpoint": latest.read((run_dir / "checkpoints").resolve()),
-                    "export": export,
-                    "metrics": run_dir / "metrics.jsonl",
-                    "samples": run_dir / "samples",
-                    "tensorboard": run_dir / "tensorboard",
-                },
-            }
-        )

@@ -10,7 +10,7 @@ import pytest
 
 from nemo_trd.records.last_line import Cause, append_to_log, say_last
 from nemo_trd.run.run_lock import RunLock
-from nemo_trd.train import _record_end
+from nemo_trd.run.session import record_end
 
 SERVER = "the server at http://h:1 ended with status 3. The end of s.log:\nOSError: no room\nbye"
 
@@ -69,14 +69,14 @@ def test_an_end_before_the_start_is_written_into_the_log_of_a_run_that_is_not_at
     tmp_path: Path,
 ) -> None:
     log_file, lock = tmp_path / "log.txt", RunLock(tmp_path)
-    _record_end("no run was here", log_file)
+    record_end("no run was here", log_file)
     assert not log_file.exists()
     log_file.write_text("step 1\n")
     lock.acquire()
-    _record_end("another is at work", log_file)
+    record_end("another is at work", log_file)
     lock.release()
-    _record_end("refused", log_file)
+    record_end("refused", log_file)
     assert [line.split()[-1] for line in log_file.read_text().splitlines()] == ["1", "refused"]
     (tmp_path / "run.lock").mkdir()
-    _record_end("what cannot be read hides no refusal", log_file)
-    _record_end("nor what cannot be named", tmp_path / ("x" * 300) / "log.txt")
+    record_end("what cannot be read hides no refusal", log_file)
+    record_end("nor what cannot be named", tmp_path / ("x" * 300) / "log.txt")

@@ -125,7 +125,7 @@ def written_and_read(directory: str, overrides: list[str]) -> None:
         assert len(dataset) == written == 2 * PROMPTS
         rows = [dict(dataset[i]) for i in range(written)]
         for step in range(2):
-            own = student.compare(sample(run, step, run.timers))[0]
+            own = student.compare(sample(run, run.inputs.prompts(step), step, run.timers))[0]
             theirs = aligners_loss(run, rows[step * PROMPTS : (step + 1) * PROMPTS])
             assert abs(own - theirs) < 1e-6, (own, theirs)
             assert own > 1e-3

@@ -84,8 +84,10 @@ def supervised_fit(directory: str, overrides: list[str]) -> None:
             model=model,
             optimizer=model.optimizer,
             scheduler=model.scheduler,
-            train_dataloader=loader([p for step in range(STEPS) for p in run.prompts(step)], 1),
-            val_dataloader=loader(run.validation_prompts, 1),
+            train_dataloader=loader(
+                [p for step in range(STEPS) for p in run.inputs.prompts(step)], 1
+            ),
+            val_dataloader=loader(run.inputs.validation_prompts, 1),
             test_dataloader=None,
             logger=CustomLoggerWrapper([recorder]),
             ckpt_callback=model.checkpoint_callback,
@@ -190,7 +192,7 @@ def by_hand(directory: str, overrides: list[str]) -> None:
         trainer.save()
         assert trainer.fit() == 0 and trainer.state_dict()["step"] == STEPS
 
-        prompts = run.validation_prompts[:2]
+        prompts = run.inputs.validation_prompts[:2]
         rows = [torch.tensor(prompt.token_ids) for prompt in prompts]
         text = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         out = trainer.model.infer({"text": text, "length": torch.tensor([len(r) for r in rows])})
@@ -204,7 +206,7 @@ def by_hand(directory: str, overrides: list[str]) -> None:
             ids = row[:length].tolist()
             assert ids[: len(prompt.token_ids)] == list(prompt.token_ids)
             assert len(prompt.token_ids) < length and not row[length:].any()
-            assert run.decode(ids[len(prompt.token_ids) :]) == answer
+            assert run.inputs.decode(ids[len(prompt.token_ids) :]) == answer
         return 0
 
     assert launch_run(compose(overrides), work, [AlignerTracker(logger)]) == 0
