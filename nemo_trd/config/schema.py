@@ -65,7 +65,7 @@ class Sandbox(Section):
     cpu_seconds: PositiveInt  # of one process
     memory_mib: PositiveInt  # of all its processes together
     files_mib: PositiveInt  # everything below its /tmp
-    output_mib: PositiveInt  # what it prints, stdout and stderr together
+    output_mib: PositiveInt  # what it prints to stdout
     processes: PositiveInt  # threads count too
     open_files: PositiveInt  # of one process
 
