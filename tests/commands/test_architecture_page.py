@@ -86,6 +86,21 @@ def test_a_wrong_name_is_noticed() -> None:
     ]
 
 
+def test_ranks_are_known_where_contributing_says() -> None:
+    rule = (ROOT / "CONTRIBUTING.md").read_text().split("- Ranks are known")[1].split("\n- ")[0]
+    places = [ROOT / path for path in PATH.findall(rule)]
+    asking = [file for file in PACKAGE.rglob("*.py") if asks_ranks(file)]
+    assert not [f for f in asking if not any(f.is_relative_to(place) for place in places)]
+    assert len(asking) > 15
+
+
+def asks_ranks(file: Path) -> bool:
+    """Whether it imports collectives, or what is built on them."""
+    modules = ("torch.distributed", "nemo_trd.distributed.exchange", "nemo_trd.distributed.process")
+    found = re.findall(r"(?m)^\s*(?:import|from) ([\w.]+)(?: import (\w+))?", file.read_text())
+    return any(f"{module}.{name}".startswith(modules) for module, name in found)
+
+
 def test_the_picture_is_what_the_imports_give() -> None:
     picture = PICTURE.read_text()
     again = "run python docs/draw_rooms.py"
