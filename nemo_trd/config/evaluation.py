@@ -29,7 +29,7 @@ class EvaluatedModel(Section):
     # A Hugging Face directory, a run directory (its newest checkpoint), or a checkpoint of a run.
     path: Name
     hf_path: Name | None  # of a checkpoint: the directory that its run began with, where it moved
-    trust_remote_code: bool
+    trust_remote_code: bool  # run Python code that the directory brings
 
 
 class Benchmark(Dataset, PromptRules):
@@ -44,9 +44,10 @@ class Servers(ServedPool, VllmSettings):
 
 
 class EvaluationGeneration(Section):
+    # local: Hugging Face `generate` in this process; vllm: servers
     backend: Literal["local", "vllm"]
-    local: LocalGeneration
-    vllm: Servers
+    local: LocalGeneration  # of backend local
+    vllm: Servers  # of backend vllm
 
 
 class Verification(Section):
@@ -55,22 +56,23 @@ class Verification(Section):
 
 
 class Bootstrap(Section):
-    resamples: PositiveInt
+    resamples: PositiveInt  # of the problems, with replacement
+    # share of resampled scores inside the interval, 0.95 for 95 %
     confidence: Annotated[float, Field(gt=0, lt=1)]
 
 
 class EvaluationConfig(Section):
     output: Name  # samples.jsonl, results.json; a second start with the same directory resumes
-    model: EvaluatedModel
-    benchmarks: dict[str, Benchmark]
-    samples_per_problem: PositiveInt
-    sampling: Sampling
-    seed: NonNegativeInt
-    generation: EvaluationGeneration
-    verification: Verification
-    bootstrap: Bootstrap
-    sandbox: Sandbox
-    progress: bool
+    model: EvaluatedModel  # who is evaluated
+    benchmarks: dict[str, Benchmark]  # by name; conf/benchmark/ has the known ones
+    samples_per_problem: PositiveInt  # the k of avg@k and pass@k
+    sampling: Sampling  # the same for all benchmarks
+    seed: NonNegativeInt  # of samples and of the bootstrap
+    generation: EvaluationGeneration  # who draws samples
+    verification: Verification  # how answers are judged
+    bootstrap: Bootstrap  # the intervals of the scores
+    sandbox: Sandbox  # limits of generated programs
+    progress: bool  # progress bars on stderr
 
     @model_validator(mode="after")
     def _consistent(self) -> EvaluationConfig:

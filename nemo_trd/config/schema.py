@@ -54,35 +54,42 @@ class Section(BaseModel):
 
 class Run(Section):
     dir: Name  # everything the run writes is below it
-    seed: NonNegativeInt
+    seed: NonNegativeInt  # of samples, of the order of prompts and of every rank's generators
 
 
 class Sandbox(Section):
-    """What a generated program may use when data.verifier=code runs it; see sandbox.py."""
+    """What a generated program may use when data.verifier=code runs it: verifiers/sandbox.py."""
 
     case_seconds: PositiveFloat  # wall clock, of one test case
     total_seconds: PositiveFloat  # wall clock, of all test cases of one program
     cpu_seconds: PositiveInt  # of one process
     memory_mib: PositiveInt  # of all its processes together
     files_mib: PositiveInt  # everything below its /tmp
-    output_mib: PositiveInt
+    output_mib: PositiveInt  # what it prints to stdout
     processes: PositiveInt  # threads count too
-    open_files: PositiveInt
+    open_files: PositiveInt  # of one process
 
 
 class Algorithm(Section):
+    # Who the teacher is. opd: a separate, stronger model (model.teacher), which sees no reference
+    # solution. opsd: the frozen step-0 student, which also sees the reference solution y*.
     mode: Literal["opd", "opsd"]
+    # The y of a trajectory x + y. refinement: y_r, the teacher's rewrite of the rollout (TRD).
+    # rollout: y_o itself, nothing is rewritten (vanilla on-policy distillation, the baseline).
     trajectory: Literal["refinement", "rollout"]
+    # The context c_T in which the teacher scores y_r. refine: the refinement prompt that y_r was
+    # sampled from (the paper's recipe). prompt: x, in opsd (x, y*), as if y_r were its first
+    # answer. A trajectory that is a rollout is always scored as with prompt.
     teacher_context: Literal["refine", "prompt"]
 
 
 class ModelSource(Section):
     path: Name  # a local Hugging Face directory: config.json, tokenizer, safetensors
-    trust_remote_code: bool = False
+    trust_remote_code: bool = False  # run Python code that the directory brings
 
 
 class Models(Section):
-    student: ModelSource
+    student: ModelSource  # pi_theta, the model that is trained
     teacher: ModelSource | None  # null in opsd: the teacher is the frozen step-0 student
 
     @model_validator(mode="before")
@@ -98,12 +105,15 @@ class Models(Section):
 class Layout(Section):
     """How one model is split. Data parallelism takes the ranks that are left over."""
 
-    tensor_model_parallel_size: PositiveInt
-    pipeline_model_parallel_size: PositiveInt
+    tensor_model_parallel_size: PositiveInt  # ranks over which each layer is split
+    pipeline_model_parallel_size: PositiveInt  # stages, each with a part of the layers
+    # parts of a stage in the interleaved schedule, student only; null: 1F1B
     virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    # ranks over which a sequence is split; only 1 can be trained
     context_parallel_size: PositiveInt = 1
+    # split what lies between tensor parallel layers over the same ranks
     sequence_parallel: bool = False
-    batch_p2p_comm: bool = False
+    batch_p2p_comm: bool = False  # sends and receives of stages in one call
 
     @property
     def model_parallel_size(self) -> int:
@@ -115,8 +125,8 @@ class Layout(Section):
 
 
 class Parallel(Section):
-    student: Layout
-    teacher: Layout
+    student: Layout  # over all ranks of the training job
+    teacher: Layout  # over the same ranks, in a way of its own
     timeout_minutes: PositiveFloat  # of a collective; a rank that waits longer ends the run
 
 
@@ -132,11 +142,21 @@ class Teacher(Section):
 
 
 class Loss(Section):
+    # D(pi_T, pi_theta) of one token. forward_kl: KL(pi_T || pi_theta), the paper's. reverse_kl:
+    # KL(pi_theta || pi_T). jsd: beta KL(pi_T || m) + (1 - beta) KL(pi_theta || m) with m = beta
+    # pi_T + (1 - beta) pi_theta (GKD, arXiv 2306.13649).
     divergence: Literal["forward_kl", "reverse_kl", "jsd"]
     beta: Fraction  # of jsd only: 0 is forward_kl, 1 is reverse_kl
+    # Compare only the teacher's k most likely tokens of each position. null: all of the vocabulary.
     top_k: PositiveInt | None
+    # All other tokens, where top_k is set. bucket: one category that holds their probability.
+    # renormalize: left out, what remains is scaled to 1 on both sides.
     top_k_tail: Literal["bucket", "renormalize"]
+    # Largest divergence of one token, in nats; beyond it the token has no gradient. null: no limit,
+    # as in the paper.
     token_clip: PositiveFloat | None
+    # Divides the logits of both models before the softmax. Gradients follow: they are not scaled up
+    # by its square.
     temperature: PositiveFloat
     chunk_size: PositiveInt  # label positions whose logits exist at one time
 
@@ -144,19 +164,31 @@ class Loss(Section):
 class RefinementTemplates(Section):
     """Texts with placeholders {problem}, {rollout}, {reference_solution}; see conf/refinement."""
 
-    system: str | None
+    system: str | None  # system prompt of the teacher where it rewrites; null: none
     opd: str  # {problem} {rollout}
     opsd: str  # {problem} {reference_solution} {rollout}
     privileged_prompt: str  # {problem} {reference_solution}: opsd's teacher_context=prompt
 
 
 class RefinementConfig(Section):
-    templates: RefinementTemplates
+    templates: RefinementTemplates  # the wording, one file of conf/refinement a task
     max_context_tokens: PositiveInt  # of the refinement prompt, chat template included
+    # A refinement prompt of more than max_context_tokens. shorten: rollout and reference solution
+    # are cut, with a notice in their place, never the problem. refuse: the rewrite is rejected, as
+    # on_failure says.
     on_overflow: Literal["shorten", "refuse"]
+    # A rewrite that cannot be trained on: empty, aborted, cut off by its length, no room for its
+    # prompt, or beyond max_student_nll_gap. drop: not trained on. rollout: y_o takes its place.
+    # error: the run ends. It is counted in each case.
     on_failure: Literal["drop", "rollout", "error"]
+    # Rollouts that the teacher rewrites: all, or those that data.verifier calls wrong or right. A
+    # rollout without a verdict is in all only.
     subset: Literal["all", "wrong", "right"]
+    # Rollouts outside the subset. rollout: y_o is trained on. drop: they are not.
     others: Literal["rollout", "drop"]
+    # Largest mean NLL of y_r under the student minus that of y_o, in nats per token, both given x:
+    # a bound on how far a rewrite may lie outside the student's support. Beyond it on_failure
+    # applies. null: no bound, and no pass to measure it.
     max_student_nll_gap: PositiveFloat | None
     # Arguments of the teacher's chat template where it rewrites. null: data.chat_template_kwargs.
     chat_template_kwargs: dict[str, Any] | None = None
@@ -168,7 +200,7 @@ class Columns(Section):
     A name with dots is a path: `reward_model.ground_truth`, `solutions.0`.
     """
 
-    problem: str | None
+    problem: str | None  # the problem, a text
     # A conversation: a list of {role, content}, or of {from, value}.
     messages: str | None
     reference_solution: str | None  # a text, or a list of which the first is taken
@@ -180,8 +212,8 @@ class Columns(Section):
 class Dataset(Section):
     path: Name  # a file, a directory, or the name of a `datasets` dataset: see docs/data.md
     name: Name | None  # the configuration of a `datasets` dataset
-    split: Name
-    columns: Columns
+    split: Name  # of a `datasets` dataset, such as train or test
+    columns: Columns  # where a row has its problem, solution and answer
     # Regular expression: group 1 of its last match is the answer. Or: boxed, for what stands in the
     # last \boxed{...}. Searched in columns.answer, else in the reference solution.
     answer_pattern: str | None
@@ -198,9 +230,12 @@ class Dataset(Section):
 class PromptRules(Section):
     """What the problems of a dataset become, and how answers to them are judged."""
 
-    system_prompt: str | None
+    system_prompt: str | None  # where a row has none of its own; null: none
     chat_template_kwargs: dict[str, Any]  # of the chat template: variables that it reads
+    # of x, chat template included; longer ones are left out and counted
     max_prompt_tokens: PositiveInt
+    # Judge of answers. math: equal as mathematics. code: passes the tests, in the sandbox. exact:
+    # ends in the same words. none: no verdicts, and no evaluation.
     verifier: VerifierName
     on_bad_row: Literal["error", "skip"] = "skip"  # skip: left out, counted and reported
     max_bad_share: Fraction = 0.05  # of the rows; more bad ones than that are refused
@@ -217,8 +252,8 @@ class PromptRules(Section):
 
 
 class Data(PromptRules):
-    train: Dataset
-    validation: Dataset | None
+    train: Dataset  # problems that are trained on
+    validation: Dataset | None  # problems that evaluation.* asks; null: none
 
 
 # What switches a setting of `Sampling` off.
@@ -237,7 +272,7 @@ class Sampling(Section):
     temperature: NonNegativeFloat  # 0: the most likely token
     top_p: Annotated[float, Field(gt=0, le=1)]  # 1: off
     top_k: NonNegativeInt  # 0: off
-    max_tokens: PositiveInt
+    max_tokens: PositiveInt  # of one completion; one that reaches it has finish reason "length"
     # Least probability of a token, as a share of that of the most likely one. 0: off.
     min_p: Fraction = 0.0
     # Taken off the logit of every token that the completion has already. 0: off.
@@ -266,12 +301,13 @@ class Sampling(Section):
 
 class LocalGeneration(Section):
     batch_size: PositiveInt  # sequences per call of Hugging Face `generate`
-    dtype: Literal["fp32", "bf16"]
+    dtype: Literal["fp32", "bf16"]  # of the weights that generate
 
 
 class WeightSync(Section):
     """How the student's weights reach its servers; see generation/weight_sync.py."""
 
+    # How tensors travel. nccl: between GPUs. gloo: between processors. file: through `directory`.
     backend: Literal["nccl", "gloo", "file"]
     # What happens to requests that a server is working on. finish: it finishes them with the old
     # weights first. keep: they go on afterwards with the new weights. abort: they end at once with
@@ -293,24 +329,24 @@ class VllmPool(Section):
 
 
 class VllmServer(Section):
-    """How a server is started; see generation/serve.py."""
+    """How a server is started; see serve/server.py."""
 
     python: Name | None  # an interpreter that has vLLM; null: $NEMO_TRD_VLLM_PYTHON or .venv-vllm
     dtype: Literal["auto", "fp32", "bf16"]  # auto: as the model is stored
     # A method of vLLM, such as fp8; null: as the model is stored. Not for a student.
     quantization: Annotated[str, Field(min_length=1)] | None = None
-    tensor_parallel_size: PositiveInt
+    tensor_parallel_size: PositiveInt  # GPUs of one server
     max_model_len: PositiveInt | None  # null: what the model allows
     max_num_seqs: PositiveInt  # sequences that a server works on at one time
     arguments: list[str]  # further ones of vLLM's API server
-    start_timeout_seconds: PositiveFloat
+    start_timeout_seconds: PositiveFloat  # until its health check answers
     stop_timeout_seconds: PositiveFloat  # afterwards it is killed
 
 
 class ServedPool(VllmPool):
     """With how its servers are started. conf/ takes what is not set from generation.vllm.server."""
 
-    server: VllmServer
+    server: VllmServer  # what the run starts its replicas with
 
 
 class TeacherPool(ServedPool):
@@ -331,7 +367,7 @@ class VllmClient(Section):
     request_timeout_seconds: PositiveFloat  # of one attempt
     max_attempts: PositiveInt  # of one request, over all servers
     backoff_seconds: PositiveFloat  # before the second attempt; doubles, with jitter
-    max_backoff_seconds: PositiveFloat
+    max_backoff_seconds: PositiveFloat  # the longest of these waits
     recovery_timeout_seconds: NonNegativeFloat  # without any usable server for so long: give up
     stale_weights: Literal["retry", "keep", "error"]  # completions of other than current weights
 
@@ -342,8 +378,8 @@ class VllmSettings(Section):
     Of a training run `server` is only what those of a role, which are read, inherit.
     """
 
-    server: VllmServer
-    client: VllmClient
+    server: VllmServer  # how servers are started
+    client: VllmClient  # how servers are asked
     host: Name  # address that servers of the run bind; ranks on other hosts must reach it
     api_key_env: Name  # the environment variable that holds the servers' key
     api_key_file: Name | None  # or a file that does
@@ -352,19 +388,20 @@ class VllmSettings(Section):
 class Vllm(VllmSettings):
     """Generation on vLLM servers."""
 
-    student: ServedPool
-    teacher: TeacherPool
-    weight_sync: WeightSync
+    student: ServedPool  # they draw rollouts
+    teacher: TeacherPool  # they draw refinements, and score with teacher.scoring=server
+    weight_sync: WeightSync  # of the student, after each update
     compared_rollouts: PositiveInt  # so many, at the start and in every step, are scored by both
 
 
 class Generation(Section):
+    # Who draws samples. local: Hugging Face `generate` in the processes that train. vllm: servers.
     backend: Literal["local", "vllm"]
     # 0: strictly on-policy. 1: the samples of a step are drawn while the step before it trains.
     max_staleness: Annotated[int, Field(ge=0, le=1)]
-    rollout: Sampling
-    refinement: Sampling
-    local: LocalGeneration
+    rollout: Sampling  # y_o ~ pi_theta(. | x)
+    refinement: Sampling  # y_r ~ pi_T(. | x, y_o), in opsd pi_T(. | x, y*, y_o)
+    local: LocalGeneration  # of backend local
     vllm: Vllm | None  # of backend vllm
 
     @model_validator(mode="after")
@@ -387,13 +424,15 @@ class Generation(Section):
 
 
 class Optimizer(Section):
-    lr: PositiveFloat
-    min_lr: NonNegativeFloat
+    lr: PositiveFloat  # Adam's learning rate after the warm-up
+    min_lr: NonNegativeFloat  # at the end of the schedule; at most lr
+    # from lr to min_lr over train.num_steps; constant: stays at lr
     schedule: Literal["cosine", "linear", "constant"]
-    warmup_fraction: Fraction
+    warmup_fraction: Fraction  # share of train.num_steps in which the rate rises from 0 to lr
+    # AdamW's: taken off the weights themselves, times the learning rate
     weight_decay: NonNegativeFloat
-    betas: tuple[Fraction, Fraction]
-    eps: PositiveFloat
+    betas: tuple[Fraction, Fraction]  # Adam's decay of the first and of the second moment
+    eps: PositiveFloat  # added to Adam's denominator
     clip_grad: NonNegativeFloat  # 0 switches it off
     distributed: bool  # shard optimizer states over data parallel ranks
     overlap_grad_reduce: bool  # reduce gradients while the backward pass still runs
@@ -407,18 +446,25 @@ class Optimizer(Section):
 
 
 class Precision(Section):
+    # of parameters and activations of both models; the loss is computed in fp32
     dtype: Literal["fp32", "bf16"]
     fp8: Literal["e4m3", "hybrid"] | None  # student, TransformerEngine only
-    teacher_fp8: Literal["e4m3", "hybrid"] | None
+    teacher_fp8: Literal["e4m3", "hybrid"] | None  # the same of the teacher
+    # how TransformerEngine scales FP8 tensors
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 
 
 class Train(Section):
-    num_steps: PositiveInt
-    prompts_per_step: PositiveInt
-    rollouts_per_prompt: PositiveInt
-    micro_batch_size: PositiveInt | None  # exactly one of these two
+    num_steps: PositiveInt  # of the whole run, resumed parts included
+    prompts_per_step: PositiveInt  # the same prompt again where the data has fewer
+    rollouts_per_prompt: PositiveInt  # y_o of one x; each is refined by itself
+    # trajectories of one; exactly one of this and the next is set
+    micro_batch_size: PositiveInt | None
+    # Tokens that one micro-batch makes a model compute, padding included; of a trajectory the
+    # longer of its two sequences counts.
     max_tokens_per_micro_batch: PositiveInt | None
+    # Activations that the backward pass computes again. selective: of attention. full: of each
+    # layer.
     recompute: Literal["none", "selective", "full"]
     max_failed_steps: PositiveInt  # so many steps in a row without a trajectory stop the run
 
@@ -428,31 +474,31 @@ class Train(Section):
 
 
 class Checkpoint(Section):
-    save_interval: PositiveInt
-    keep_last: PositiveInt
+    save_interval: PositiveInt  # steps from one checkpoint to the next
+    keep_last: PositiveInt  # complete checkpoints; older ones are removed
     resume: Name  # auto, never, or the directory of one checkpoint
     accept_changed_data: bool  # go on although data.train gives other prompts than before
-    async_save: bool
+    async_save: bool  # write to disk while the next steps run
     export_hf: bool  # write a Hugging Face directory when the run ends
 
 
 class WandB(Section):
-    project: Name
-    entity: str | None = None
-    name: str | None = None
+    project: Name  # that gets the run
+    entity: str | None = None  # user or team; null: the account's own
+    name: str | None = None  # of the run; null: W&B makes one up
 
 
 class MLflow(Section):
-    experiment: Name
-    tracking_uri: Name | None = None
+    experiment: Name  # name of the experiment that gets the run
+    tracking_uri: Name | None = None  # of the server; null: as MLflow's environment says
 
 
 class Logging(Section):
-    tensorboard: bool
-    wandb: WandB | None
-    mlflow: MLflow | None
-    samples_interval: PositiveInt
-    samples_count: PositiveInt
+    tensorboard: bool  # write RUN_DIR/tensorboard
+    wandb: WandB | None  # Weights & Biases; null: off
+    mlflow: MLflow | None  # MLflow; null: off
+    samples_interval: PositiveInt  # steps from one file in RUN_DIR/samples to the next
+    samples_count: PositiveInt  # samples of each of these files
     progress: bool  # progress bars on stderr
 
 
@@ -460,29 +506,30 @@ class Assumptions(Section):
     """What `nemo_trd.plan` multiplies FLOPs and bytes with; a run does not read it."""
 
     bf16_tflops: PositiveFloat  # peak of one GPU
-    fp8_tflops: PositiveFloat
+    fp8_tflops: PositiveFloat  # the same in FP8
     mfu: Share  # share of the peak that training reaches, recomputation included
-    fp8_mfu: Share
+    fp8_mfu: Share  # the same in FP8
     memory_bandwidth_tb: PositiveFloat  # TB/s of one GPU
     memory_utilization: Share  # share of the bandwidth that decoding reaches
     mean_length: Share  # mean length of prompts and answers over the longest allowed
     student_tokens_per_second: PositiveFloat | None  # measured, of one GPU; null: estimated
-    teacher_tokens_per_second: PositiveFloat | None
+    teacher_tokens_per_second: PositiveFloat | None  # the same of the teacher
 
 
 class Cluster(Section):
     """The machines that a run is meant for; a run does not read it."""
 
-    training_nodes: PositiveInt
+    training_nodes: PositiveInt  # machines whose GPUs are the ranks of the training job
+    # machines with the student's servers; 0: no machines of their own
     student_server_nodes: NonNegativeInt
-    teacher_server_nodes: NonNegativeInt
+    teacher_server_nodes: NonNegativeInt  # the same of the teacher
     student_server_tp: PositiveInt  # GPUs of one server
-    teacher_server_tp: PositiveInt
-    gpus_per_node: PositiveInt
-    gpu_memory_gib: PositiveFloat
+    teacher_server_tp: PositiveInt  # the same of the teacher
+    gpus_per_node: PositiveInt  # of every machine
+    gpu_memory_gib: PositiveFloat  # of one GPU
     reserved_gib: NonNegativeFloat  # of each GPU: CUDA context, NCCL buffers, fragmentation
     disk_gib: PositiveFloat | None  # for run.dir; null: what is free there
-    assumptions: Assumptions
+    assumptions: Assumptions  # speeds that the plan multiplies with
 
     @property
     def world_size(self) -> int:
@@ -491,31 +538,32 @@ class Cluster(Section):
 
 
 class Evaluation(Section):
-    at_start: bool
-    at_end: bool
+    at_start: bool  # of the student before the first step
+    at_end: bool  # of the student after the last step
+    # steps from one evaluation to the next; null: none between the two
     interval: PositiveInt | None
-    samples_per_problem: PositiveInt
-    sampling: Sampling
+    samples_per_problem: PositiveInt  # the k of avg@k and pass@k
+    sampling: Sampling  # of the student's answers
 
 
 class Config(Section):
-    run: Run
-    algorithm: Algorithm
-    model: Models
-    parallel: Parallel
-    teacher: Teacher
-    precision: Precision
-    loss: Loss
-    refinement: RefinementConfig
-    data: Data
-    sandbox: Sandbox
-    generation: Generation
-    optimizer: Optimizer
-    train: Train
-    checkpoint: Checkpoint
-    logging: Logging
-    evaluation: Evaluation
-    cluster: Cluster
+    run: Run  # where the run writes, and its seed
+    algorithm: Algorithm  # the paper's choices: who teaches, on what, seeing what
+    model: Models  # directories of student and teacher
+    parallel: Parallel  # how both are split over ranks
+    teacher: Teacher  # who computes its distributions, and what it holds between steps
+    precision: Precision  # number formats
+    loss: Loss  # D(pi_T, pi_theta)
+    refinement: RefinementConfig  # what the teacher is asked, and which rewrites count
+    data: Data  # problems, and how answers are judged
+    sandbox: Sandbox  # limits of generated programs
+    generation: Generation  # who draws samples, and how
+    optimizer: Optimizer  # Adam and the learning rate
+    train: Train  # steps, and how a step's trajectories are laid out
+    checkpoint: Checkpoint  # what is kept, and what a start goes on from
+    logging: Logging  # where figures and samples go
+    evaluation: Evaluation  # avg@k and pass@k of the student during its run
+    cluster: Cluster  # the machines, for nemo_trd.plan and slurm/
 
     @property
     def teacher_source(self) -> ModelSource:
@@ -529,7 +577,7 @@ class Config(Section):
 
     @property
     def shows_prompt_to_teacher(self) -> bool:
-        """Whether it may score without the refinement prompt; see `batching.pair`."""
+        """Whether it may score without the refinement prompt; see `trajectories.pair`."""
         refinement = self.refinement
         rollouts = refinement.on_failure, refinement.others if refinement.subset != "all" else ""
         vanilla = self.algorithm.trajectory == "rollout"
