@@ -36,8 +36,8 @@ from nemo_trd.evaluate.judging import JudgePool
 from nemo_trd.evaluate.sample_store import Sample, SampleStore
 from nemo_trd.evaluate.source import Source, find_source
 from nemo_trd.generation.protocol import GenerationFailed, Generator, request_seed
-from nemo_trd.records.step_lines import write_atomically
 from nemo_trd.models.read import read_tokenizer
+from nemo_trd.records.step_lines import write_atomically
 from nemo_trd.serve.server import ServerError
 from nemo_trd.verifiers.judgement import Judgement
 from nemo_trd.verifiers.sandbox import check_sandbox

@@ -51,7 +51,7 @@ def test_a_refusal_of_several_lines_is_one_record_with_its_time_and_name_once(
 ) -> None:
     log_file = tmp_path / "log.txt"
     log_file.write_text("step 1\n")
-    _record_end("a = 1: no. Fix: 2.\nb = 1: no. Fix: 3.", log_file)
+    record_end("a = 1: no. Fix: 2.\nb = 1: no. Fix: 3.", log_file)
     _, first, second = log_file.read_text().splitlines()
     assert first.endswith(" ERROR nemo_trd: a = 1: no. Fix: 2.") and second == "b = 1: no. Fix: 3."
 
