@@ -101,7 +101,7 @@ def _shares(lengths: Mapping[str, int], room: int) -> dict[str, int]:
 def keep_head(measured: Measured, tokens: int) -> str:
     """Keep the beginning of a rollout: the first error decides, the rest is built on it.
 
-    The rewrite keeps what is right before that error, and an end without its middle would
+    The rewrite keeps the right part before that error, and an end without its middle would
     invite the teacher to copy a result whose derivation it cannot see.
     """
     return _with_notice(measured, _head(measured, tokens), len(measured.text))

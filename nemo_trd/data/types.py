@@ -56,7 +56,7 @@ class Completion:
 
     `token_ids` ends with the EOS token exactly when `finish_reason` is "stop". With "stop_string"
     they are the tokens that lie wholly before a text of `Sampling.stop`, possibly none; `tail` is
-    what the next token has before that text.
+    the part of the next token before that text.
     `weight_version` is the version of the weights that sampled it (0 for a frozen teacher); where
     several did, the oldest.
     `logprobs`, where the generator was asked for them, are natural log-probabilities of the tokens

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL: the run was asked to stop, saved, and can be resumed
 INTERRUPTED_EXIT_CODE = 130  # exit code of a program that SIGINT ends
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-SAME_PRESS_SECONDS = 0.5  # a launcher may pass on what the terminal has sent already
+SAME_PRESS_SECONDS = 0.5  # a launcher may pass on the signal that the terminal has sent
 
 
 class StopRequest:

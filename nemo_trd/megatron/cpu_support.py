@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 _CPU = torch.device("cpu")
-# Modules of megatron-core in which device="cuda" is a literal, and what they create there.
+# Modules of megatron-core with the literal device="cuda"; the functions of torch that they call.
 _MODULES = (
     "dist_checkpointing.exchange_utils",
     "dist_checkpointing.strategies.state_dict_saver",
@@ -148,7 +148,7 @@ def _patch_distributed_optimizer() -> None:
 
     On a CPU megatron-core falls back to torch's Adam, which keeps `step` as a tensor in the state
     of each parameter; Apex and TransformerEngine keep it as a number in the parameter group, and
-    that is what the distributed optimizer expects.
+    the distributed optimizer expects that.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 

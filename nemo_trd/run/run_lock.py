@@ -97,7 +97,7 @@ def is_gone(holder: Holder) -> bool:
 
 
 def at_work(run_dir: Path) -> bool:
-    """Whether a run holds the directory, as far as can be told without waiting."""
+    """Whether a run seems to hold the directory; decided without waiting for a heartbeat."""
     lock = RunLock(run_dir)
     holder, beaten_at = lock.holder(), lock.beaten_at()
     if holder is None or beaten_at is None:

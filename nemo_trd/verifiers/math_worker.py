@@ -134,7 +134,7 @@ def serve() -> None:
     """
     with os.fdopen(os.dup(1), "w") as replies:
         os.dup2(2, 1)  # nothing that a library prints may pass for a reply
-        sys.set_int_max_str_digits(0)  # answer_size has refused what is too large
+        sys.set_int_max_str_digits(0)  # answer_size has refused larger ones
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
         logging.getLogger("math_verify").setLevel(logging.ERROR)  # "timeout is disabled": it is
         _compare("$x$", "$2x$")  # imports and tables belong to the start, not to a limit

@@ -269,7 +269,7 @@ def _command(limits: Sandbox, seccomp: int) -> list[str]:
         ("OPENBLAS_NUM_THREADS", "1"),
     ):
         inner += ["--setenv", name, value]
-    memory = 2 * limits.memory_mib * MIB  # address space is more than what is held of it
+    memory = 2 * limits.memory_mib * MIB  # address space is larger than memory in use
     limiter = [prlimit, f"--as={memory}", f"--nproc={limits.processes}", "--core=0"]
     limiter += [f"--cpu={limits.cpu_seconds}:{limits.cpu_seconds + 1}", "--memlock=0"]
     limiter += [f"--fsize={limits.files_mib * MIB}", f"--nofile={limits.open_files}", "--"]
