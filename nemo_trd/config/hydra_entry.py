@@ -22,7 +22,7 @@ def hydra_entry(task: Task) -> Callable[[], Any]:
     """`task`, called with what Hydra composes of conf/config.yaml and the command line.
 
     Importing NeMo takes seconds, so this is called when the program starts, not on import. It
-    changes `sys.argv`, from which both take their overrides; see `config.with_free_keys`.
+    changes `sys.argv`, from which both take their overrides; see `config.load.with_free_keys`.
     """
     sys.argv[1:] = with_free_keys(sys.argv[1:])
     where = str(conf_dir().resolve())
@@ -35,5 +35,5 @@ def hydra_entry(task: Task) -> Callable[[], Any]:
 
 def has_hydra_runner() -> bool:
     # Without `nemo`, asking for `nemo.core` would raise; and other distributions are called so.
-    found = importlib.util.find_spec("nemo")
-    return found is not None and importlib.util.find_spec("nemo.core.config") is not None
+    nemo = importlib.util.find_spec("nemo")
+    return nemo is not None and importlib.util.find_spec("nemo.core.config") is not None

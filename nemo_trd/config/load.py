@@ -26,24 +26,24 @@ def conf_dir() -> Path:
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
-def validate(given: DictConfig | dict[str, Any]) -> Config:
+def validate(settings: DictConfig | dict[str, Any]) -> Config:
     """Turn what Hydra composed into a `Config`; see `validate_as`."""
-    config = validate_as(Config, given)
+    config = validate_as(Config, settings)
     check_consistent(config)
     return config
 
 
-def validate_as(schema: type[Schema], given: DictConfig | dict[str, Any]) -> Schema:
+def validate_as(schema: type[Schema], settings: DictConfig | dict[str, Any]) -> Schema:
     """Turn what Hydra composed into settings of this schema.
 
     Raises:
         ConfigError: every broken rule, one a line: field, value, rule, fix.
     """
     try:
-        settings = (
-            OmegaConf.to_container(given, resolve=True, throw_on_missing=True)
-            if isinstance(given, DictConfig)
-            else given
+        plain = (
+            OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
+            if isinstance(settings, DictConfig)
+            else settings
         )
     except OmegaConfBaseException as error:
         field = getattr(error, "full_key", None) or "?"
@@ -51,7 +51,7 @@ def validate_as(schema: type[Schema], given: DictConfig | dict[str, Any]) -> Sch
             f"{field} has no value: {str(error).splitlines()[0]}. Fix: set {field}=..."
         ) from error
     try:
-        return schema.model_validate(settings)
+        return schema.model_validate(plain)
     except ValidationError as error:
         lines = [_explain(schema, detail) for detail in error.errors()]
         raise ConfigError("\n".join(lines)) from None
@@ -116,7 +116,7 @@ def compose_as(schema: type[Schema], overrides: list[str], config_name: str) -> 
 def composed(
     overrides: list[str], config_name: str = "config", schema: type[BaseModel] = Config
 ) -> DictConfig:
-    """What Hydra makes of the files in `conf/` and the overrides, not yet checked.
+    """Settings that Hydra makes of the files in `conf/` and the overrides, not yet checked.
 
     Raises:
         ConfigError: an override that names nothing.

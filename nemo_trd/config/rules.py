@@ -80,8 +80,8 @@ def _check_training(config: Config) -> None:
             "set the other one to null",
         )
     evaluation = config.evaluation
-    wanted = evaluation.at_start or evaluation.at_end or evaluation.interval is not None
-    if wanted and (config.data.validation is None or config.data.verifier == "none"):
+    evaluates = evaluation.at_start or evaluation.at_end or evaluation.interval is not None
+    if evaluates and (config.data.validation is None or config.data.verifier == "none"):
         missing = "validation" if config.data.validation is None else "verifier"
         raise rule_broken(
             f"data.{missing}",
@@ -128,7 +128,7 @@ def _check_layouts_and_servers(config: Config) -> None:
 
 
 def _check_servers_of_roles(config: Config, vllm: Vllm) -> None:
-    """What holds of the student's servers beside the teacher's."""
+    """Rules for the student's servers beside the teacher's."""
     served = {address_of(url): url for url in vllm.student.urls}
     shared = [url for url in vllm.teacher.urls if address_of(url) in served]
     if shared and config.asks_teacher:
@@ -139,12 +139,12 @@ def _check_servers_of_roles(config: Config, vllm: Vllm) -> None:
             "and that one is given the student's weights after every step",
             "give servers of the teacher alone",
         )
-    given = vllm.student.server
-    quantized = [a for a in given.arguments if re.match(r"(--quantization|-q)(=|\s|$)", a)]
-    if given.quantization is not None or quantized:
+    server = vllm.student.server
+    quantized = [a for a in server.arguments if re.match(r"(--quantization|-q)(=|\s|$)", a)]
+    if server.quantization is not None or quantized:
         raise rule_broken(
             "generation.vllm.student.server." + ("arguments" if quantized else "quantization"),
-            given.arguments if quantized else given.quantization,
+            server.arguments if quantized else server.quantization,
             "the student is given new weights after every step, and its rollouts must be samples "
             "of the model that is trained",
             "leave it out of arguments"
@@ -154,7 +154,7 @@ def _check_servers_of_roles(config: Config, vllm: Vllm) -> None:
 
 
 def _check_server_scoring(config: Config) -> None:
-    """What a server can say of the teacher: its most likely tokens, at temperature 1."""
+    """Rules for a teacher on servers: its most likely tokens, at temperature 1."""
     generation, loss, megatron = config.generation, config.loss, "or teacher.scoring=megatron"
     if generation.vllm is None:
         raise rule_broken(
@@ -177,13 +177,12 @@ def _check_server_scoring(config: Config) -> None:
             "with teacher.scoring=server log-probabilities are those at temperature 1",
             f"set it to 1, {megatron}",
         )
-    given = generation.vllm.teacher.server.arguments
-    arguments = " ".join(given)
-    limits = re.findall(r"--max[-_]logprobs[ =](\d+)", arguments)
+    arguments = generation.vllm.teacher.server.arguments
+    limits = re.findall(r"--max[-_]logprobs[ =](\d+)", " ".join(arguments))
     if limits and int(limits[-1]) < loss.top_k:
         raise rule_broken(
             "generation.vllm.teacher.server.arguments",
-            given,
+            arguments,
             f"--max-logprobs must allow for loss.top_k = {loss.top_k}",
             "leave it out: servers are started without a limit",
         )
@@ -315,13 +314,17 @@ def address_of(url: str) -> tuple[str, int] | None:
 
 
 def check_pool(field: str, pool: ServedPool) -> None:
-    """Raises ConfigError: servers that are named twice, or not at all, or for too few GPUs."""
-    wanted = pool.replicas * pool.server.tensor_parallel_size
-    if pool.devices and len(set(pool.devices)) != wanted:
+    """Refuse servers that are named twice, or not at all, or for too few GPUs.
+
+    Raises:
+        ConfigError
+    """
+    gpus = pool.replicas * pool.server.tensor_parallel_size
+    if pool.devices and len(set(pool.devices)) != gpus:
         raise rule_broken(
             f"{field}.devices",
             pool.devices,
-            f"replicas x {field}.server.tensor_parallel_size = {wanted} GPUs are needed, each once",
+            f"replicas x {field}.server.tensor_parallel_size = {gpus} GPUs are needed, each once",
             "give that many, or [] for all visible ones",
         )
     if bool(pool.urls) == bool(pool.replicas):
@@ -351,11 +354,11 @@ def check_server_tp(config: Config, role: str) -> None:
     vllm, cluster = config.generation.vllm, config.cluster
     assert vllm is not None
     tp = cluster.student_server_tp if role == "student" else cluster.teacher_server_tp
-    given = (vllm.student if role == "student" else vllm.teacher).server.tensor_parallel_size
-    if given not in (1, tp):
+    size = (vllm.student if role == "student" else vllm.teacher).server.tensor_parallel_size
+    if size not in (1, tp):
         raise rule_broken(
             f"generation.vllm.{role}.server.tensor_parallel_size",
-            given,
+            size,
             f"on nodes of their own servers have cluster.{role}_server_tp = {tp} GPUs",
-            f"set cluster.{role}_server_tp={given}",
+            f"set cluster.{role}_server_tp={size}",
         )

@@ -69,7 +69,7 @@ def read_answers(
     problems = [read_problem(sample["problem"]) for sample in samples]
     words = {*NUMBERS, *MARKS, END}
     is_toy = None not in problems and words <= tokenizer.get_vocab().keys()
-    found = Answers([], Counter(), "toy" if is_toy else "first_difference")
+    collected = Answers([], Counter(), "toy" if is_toy else "first_difference")
     for sample, factors in zip(samples, problems, strict=True):
         prompt = by_index.get(sample["prompt_index"])
         if prompt is None or prompt.problem != sample["problem"]:
@@ -79,19 +79,19 @@ def read_answers(
                 f"row {sample['prompt_index']} is not the problem of {sample.get('file')}",
                 "set data.train.path to the data that the run had",
             )
-        _add(found, sample, prompt, factors if is_toy else None, config, tokenizer)
-    return found
+        _add(collected, sample, prompt, factors if is_toy else None, config, tokenizer)
+    return collected
 
 
 def _add(
-    found: Answers,
+    collected: Answers,
     sample: Mapping[str, Any],
     prompt: Prompt,
     factors: Factors | None,
     config: Config,
     tokenizer: Any,
 ) -> None:
-    counts, record = found.counts, sample["rollout"]
+    counts, record = collected.counts, sample["rollout"]
     counts["samples"] += 1
     if record["finish_reason"] == "abort" or not record["token_ids"]:
         counts["aborted"] += 1
@@ -115,7 +115,7 @@ def _add(
         contexts["refine"] = request.scoring_context
     for name, context in contexts.items():
         own = rollout_trajectory(rollout, context)
-        found.answers.append(Answer(own, name, verdict, error, choices))
+        collected.answers.append(Answer(own, name, verdict, error, choices))
     if refinement is None:
         return
     assert refinement.completion is not None
@@ -129,7 +129,7 @@ def _add(
     rewritten = {} if factors is None else _toy_choices(factors, y_r, tokenizer)
     for name, context in contexts.items():
         own = refinement_trajectory(refinement, context)
-        found.answers.append(Answer(own, name, verdict, error, rewritten))
+        collected.answers.append(Answer(own, name, verdict, error, rewritten))
 
 
 def _completion(record: Mapping[str, Any]) -> Completion:

@@ -1,4 +1,4 @@
-"""What teacher and student say along rollouts and rewrites, before and after an answer went wrong.
+"""Teacher and student along rollouts and rewrites, before and after an answer went wrong.
 
 python -m nemo_trd.prefix_failure runs/quickstart
 python -m nemo_trd.prefix_failure runs/mine --student runs/mine/export data.train.path=moved.jsonl
@@ -63,19 +63,19 @@ def prefix_failure(
         teacher=config.teacher_source,  # in opsd the run's own start, whatever is measured
     )
     of_student, of_teacher = check_models(config.model_copy(update={"model": models}))
-    found = _answers(config, samples, of_student, of_teacher)
+    answers = _answers(config, samples, of_student, of_teacher)
     columns = shared_vocab_size(of_student.hf, of_teacher.hf)
     vocab_size = real_vocab_size(columns, of_student.tokenizer)
     figures = measure(
         _load(of_student, models.student, config),
         _load(of_teacher, config.teacher_source, config),
-        found.answers,
+        answers.answers,
         config.loss,
         vocab_size,
         config.train.max_tokens_per_micro_batch or BATCH_TOKENS,
         config.logging.progress,
     )
-    measured = [Measured(*pair) for pair in zip(found.answers, figures, strict=True)]
+    measured = [Measured(*pair) for pair in zip(answers.answers, figures, strict=True)]
     bootstrap = (resamples, CONFIDENCE, config.run.seed)
     return PrefixFailure(
         student=str(of_student.directory),
@@ -85,10 +85,10 @@ def prefix_failure(
         divergence=config.loss.divergence,
         beta=config.loss.beta,
         temperature=config.loss.temperature,
-        locator=found.locator,
+        locator=answers.locator,
         confidence=CONFIDENCE,
         resamples=resamples,
-        counts=Counts(**found.counts),
+        counts=Counts(**answers.counts),
         groups=groups(measured, *bootstrap),
         curves=curves(measured, *bootstrap),
     )
@@ -105,15 +105,15 @@ def _answers(
         needs_reference=config.algorithm.mode == "opsd",
     )
     prompts = fitting_prompts(loaded, config, teacher.tokenizer).prompts
-    found = read_answers(samples, prompts, config, teacher.tokenizer)
-    if not found.answers:
+    answers = read_answers(samples, prompts, config, teacher.tokenizer)
+    if not answers.answers:
         raise rule_broken(
             "samples",
-            dict(found.counts),
+            dict(answers.counts),
             "no rollout has a verdict",
             "measure a run with data.verifier and answers, and logging.samples_interval set",
         )
-    return found
+    return answers
 
 
 def _load(model: Model, source: ModelSource, config: Config) -> Any:
@@ -156,8 +156,8 @@ def read_config(run_dir: Path, overrides: Sequence[str]) -> Config:
     return validate(settings)  # type: ignore[arg-type]
 
 
-def write(run_dir: Path, given: argparse.Namespace) -> tuple[PrefixFailure, Path]:
-    """Measure a run, and write what was found.
+def write(run_dir: Path, options: argparse.Namespace) -> tuple[PrefixFailure, Path]:
+    """Measure a run, and write the result.
 
     Raises:
         ConfigError
@@ -173,14 +173,14 @@ def write(run_dir: Path, given: argparse.Namespace) -> tuple[PrefixFailure, Path
             "it has no samples with token ids",
             "run with logging.samples_interval",
         )
-    config = read_config(run_dir, given.overrides)
-    samples = run.samples[: given.limit]  # newest first
-    found = prefix_failure(config, samples, given.student, given.resamples)
+    config = read_config(run_dir, options.overrides)
+    samples = run.samples[: options.limit]  # newest first
+    result = prefix_failure(config, samples, options.student, options.resamples)
     left_out = {"not_measured": len(run.samples) - len(samples)}
-    found = found.model_copy(update={"counts": found.counts.model_copy(update=left_out)})
-    output = given.output or run_dir / FILE
-    write_atomically(output, found.model_dump_json() + "\n")
-    return found, output
+    result = result.model_copy(update={"counts": result.counts.model_copy(update=left_out)})
+    output = options.output or run_dir / FILE
+    write_atomically(output, result.model_dump_json() + "\n")
+    return result, output
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -205,19 +205,19 @@ def main(arguments: list[str] | None = None) -> int:
         help="of the bootstrap (%(default)s)",
     )
     parser.add_argument("--output", type=path, metavar="FILE", help=f"(default: RUN_DIR/{FILE})")
-    given = parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
-        found, output = write(given.run_dir, given)
+        result, output = write(options.run_dir, options)
     except (ConfigError, OSError) as error:
         print(f"nemo_trd: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"nemo_trd: {error}", file=sys.stderr)
         return 1
-    tables = [table for table in (divergence_table(found), choice_table(found)) if len(table) > 1]
-    print("\n\n".join(["\n".join(sentences(found)), *map(for_terminal, tables)]))
+    tables = [table for table in (divergence_table(result), choice_table(result)) if len(table) > 1]
+    print("\n\n".join(["\n".join(sentences(result)), *map(for_terminal, tables)]))
     print(
-        f"\nNats and shares; in brackets the {found.confidence:.0%} bootstrap interval over "
+        f"\nNats and shares; in brackets the {result.confidence:.0%} bootstrap interval over "
         f"problems. Written to {output}"
     )
     return 0

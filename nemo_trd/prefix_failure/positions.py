@@ -1,4 +1,4 @@
-"""What student and teacher say at every label of a trajectory.
+"""Figures of student and teacher at every label of a trajectory.
 
 No more than `loss.chunk_size` positions have logits at one time, a few copies of each.
 """
@@ -65,7 +65,7 @@ def measure(
     Raises:
         FloatingPointError: a model's logits are not finite.
     """
-    found: list[np.ndarray] = [np.empty(0)] * len(answers)
+    figures_of: list[np.ndarray] = [np.empty(0)] * len(answers)
     total = sum(len(answer.trajectory.labels) for answer in answers)
     with tqdm(total=total, unit="tok", desc="positions", disable=not progress) as bar:
         for batch in _batches(answers, max_tokens):
@@ -91,8 +91,8 @@ def measure(
                 raise FloatingPointError(f"logits or figures are not finite, in one of: {names}")
             parts = np.split(figures, np.cumsum(lengths)[:-1])
             for i, part in zip(batch, parts, strict=True):
-                found[i] = part
-    return found
+                figures_of[i] = part
+    return figures_of
 
 
 def _batches(answers: Sequence[Answer], max_tokens: int) -> Iterator[list[int]]:
@@ -145,8 +145,8 @@ def _figures(
     }
     for name in DIVERGENCES:
         formula = closed_form(loss.model_copy(update={"divergence": name}))
-        given = (log_s.clone(), log_t.clone(), s.clone(), t.clone())
-        columns[name], gradient = formula(*given, lambda *sums: sums)
+        inputs = (log_s.clone(), log_t.clone(), s.clone(), t.clone())
+        columns[name], gradient = formula(*inputs, lambda *sums: sums)
         gradient.div_(loss.temperature)  # from tempered logits to logits
         columns[f"{name}_gradient"] = _norm(gradient)
         columns[f"{name}_hidden_gradient"] = _norm(gradient.to(weight_s.dtype) @ weight_s)

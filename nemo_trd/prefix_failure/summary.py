@@ -72,7 +72,7 @@ def groups(
     measured: Sequence[Measured], resamples: int, confidence: float, seed: int
 ) -> list[Group]:
     """Figures of whole trajectories, and of what lies before, at and after the place of error."""
-    found = []
+    results = []
     for key, members in _by_kind(measured):
         parts: dict[Part, PartFigures] = {}
         for part in get_args(Part):
@@ -81,8 +81,8 @@ def groups(
             if any(mask.any() for _, mask in chosen):
                 parts[part] = _part(chosen, resamples, confidence, seed)
         source, context, verdict = key
-        found.append(Group(source=source, teacher_context=context, verdict=verdict, parts=parts))
-    return found
+        results.append(Group(source=source, teacher_context=context, verdict=verdict, parts=parts))
+    return results
 
 
 def _by_kind(measured: Sequence[Measured]) -> Iterator[tuple[tuple, list[Measured]]]:
@@ -145,7 +145,7 @@ def curves(
     measured: Sequence[Measured], resamples: int, confidence: float, seed: int
 ) -> list[Curve]:
     """`CURVES` against positions, aligned in every way that a group has."""
-    found: list[Curve] = []
+    results: list[Curve] = []
     for key, members in _by_kind(measured):
         for alignment in get_args(Alignment):
             placed = [
@@ -154,8 +154,8 @@ def curves(
                 if (positions := aligned(m.answer, alignment)) is not None
             ]
             if placed:
-                found += _curves(key, alignment, placed, resamples, confidence, seed)
-    return found
+                results += _curves(key, alignment, placed, resamples, confidence, seed)
+    return results
 
 
 def aligned(answer: Answer, alignment: Alignment) -> np.ndarray | None:

@@ -1,4 +1,4 @@
-"""What was measured, in sentences and as tables; for the terminal and for the report."""
+"""Results in sentences and as tables, for the terminal and for the report."""
 
 from __future__ import annotations
 
@@ -16,25 +16,30 @@ TOKENS = {"rollout": "y_o", "refinement": "y_r"}
 _UNKNOWN = "–"
 
 
-def contexts(found: PrefixFailure) -> dict[str, str]:
-    """What the teacher sees before the labels."""
-    privileged = ", y*" if found.mode == "opsd" else ""
+def contexts(result: PrefixFailure) -> dict[str, str]:
+    """Contexts of the teacher, before the labels."""
+    privileged = ", y*" if result.mode == "opsd" else ""
     return {"prompt": f"x{privileged}", "refine": f"x{privileged}, y_o"}
 
 
-def sentences(found: PrefixFailure) -> list[str]:
+def sentences(result: PrefixFailure) -> list[str]:
     """The findings for a reader who has not seen the tables."""
-    return [*_counted(found), *_along_rollouts(found), *_choices(found), *_along_rewrites(found)]
+    return [
+        *_counted(result),
+        *_along_rollouts(result),
+        *_choices(result),
+        *_along_rewrites(result),
+    ]
 
 
-def _counted(found: PrefixFailure) -> Iterator[str]:
-    n = found.counts
+def _counted(result: PrefixFailure) -> Iterator[str]:
+    n = result.counts
     yield (
         f"{n.right + n.wrong:,} rollouts: {n.right:,} right, {n.wrong:,} wrong; "
         f"{n.refinements:,} usable rewrites, {n.right_refinements:,} of them right."
     )
     known = f"{n.wrong_with_a_known_place:,} of {n.wrong:,} wrong rollouts"
-    if found.locator == "toy":
+    if result.locator == "toy":
         yield (
             f"For {known} it is known where they went wrong: the first word that the toy task's "
             "right solution does not have."
@@ -53,30 +58,30 @@ def _counted(found: PrefixFailure) -> Iterator[str]:
         yield f"{n.not_measured:,} older samples were not measured (--limit)."
 
 
-def _along_rollouts(found: PrefixFailure) -> Iterator[str]:
-    group = found.group("rollout", "prompt", "wrong")
+def _along_rollouts(result: PrefixFailure) -> Iterator[str]:
+    group = result.group("rollout", "prompt", "wrong")
     if group is None or "after" not in group.parts or "before" not in group.parts:
         return
     before, after = group.parts["before"], group.parts["after"]
-    name = NAMES[found.divergence]
+    name = NAMES[result.divergence]
     yield (
         "Along wrong rollouts the teacher's entropy is "
         f"{_nats(before, 'teacher_entropy')} before the place of error and "
         f"{_nats(after, 'teacher_entropy')} after it; the {name} to the student "
-        f"{_nats(before, found.divergence)} and {_nats(after, found.divergence)}."
+        f"{_nats(before, result.divergence)} and {_nats(after, result.divergence)}."
     )
-    if found.divergence in after.gradient_share:
+    if result.divergence in after.gradient_share:
         yield (
             f"Tokens after the place of error are {percent(after.token_share)} of these rollouts "
-            f"and bring {percent(after.gradient_share[found.divergence])} of the norm of the "
+            f"and bring {percent(after.gradient_share[result.divergence])} of the norm of the "
             f"{name}'s gradient."
         )
 
 
-def _choices(found: PrefixFailure) -> Iterator[str]:
-    group = found.group("rollout", "prompt", "wrong")
+def _choices(result: PrefixFailure) -> Iterator[str]:
+    group = result.group("rollout", "prompt", "wrong")
     at, after = (group.parts.get("at"), group.parts.get("after")) if group else (None, None)
-    right = "the right token" if found.locator == "toy" else "the token of the rewrite"
+    right = "the right token" if result.locator == "toy" else "the token of the rewrite"
     if at is not None and "turn_back" in at.means:
         yield (
             f"At the place of error itself the teacher gives {right} "
@@ -95,14 +100,14 @@ def _choices(found: PrefixFailure) -> Iterator[str]:
         )
 
 
-def _along_rewrites(found: PrefixFailure) -> Iterator[str]:
-    group = found.group("refinement", found.teacher_context, "wrong")
+def _along_rewrites(result: PrefixFailure) -> Iterator[str]:
+    group = result.group("refinement", result.teacher_context, "wrong")
     after = group.parts.get("after") if group else None
     if after is not None:
         yield (
             "Along the rewrites of wrong rollouts, after the same place, the teacher's entropy is "
-            f"{_nats(after, 'teacher_entropy')} and the {NAMES[found.divergence]} "
-            f"{_nats(after, found.divergence)}."
+            f"{_nats(after, 'teacher_entropy')} and the {NAMES[result.divergence]} "
+            f"{_nats(after, result.divergence)}."
         )
 
 
@@ -127,25 +132,25 @@ def percent(share: Estimate) -> str:
 Table = list[list[str]]  # the first row has the names of the columns
 
 
-def divergence_table(found: PrefixFailure) -> Table:
+def divergence_table(result: PrefixFailure) -> Table:
     """Entropies, divergence and shares of every kind of trajectory and every part of it."""
-    name = found.divergence
+    name = result.divergence
     head = ["tokens of", "teacher sees", "rollout", "part", "answers", "tokens"]
     head += ["teacher entropy", "student entropy", NAMES[name], "share of tokens"]
     rows = [[*head, "share of gradient"]]
-    for group, part, figures in _parts(found):
+    for group, part, figures in _parts(result):
         share = figures.gradient_share.get(name)
         cells = [_value(figures.means.get(n)) for n in ("teacher_entropy", "student_entropy", name)]
         rows.append(
-            [TOKENS[group.source], contexts(found)[group.teacher_context], group.verdict, part]
+            [TOKENS[group.source], contexts(result)[group.teacher_context], group.verdict, part]
             + [f"{figures.trajectories:,}", f"{figures.tokens:,}", *cells]
             + [percent(figures.token_share), percent(share) if share else _UNKNOWN]
         )
     return rows
 
 
-def choice_table(found: PrefixFailure) -> Table:
-    """What the teacher does where the answer has a choice; the header alone where none has."""
+def choice_table(result: PrefixFailure) -> Table:
+    """The teacher's behaviour where the answer has a choice; the header alone where none has."""
     head = ["tokens of", "teacher sees", "part", "choices", "go on", "turn back", "other"]
     head += [
         "entropy of the split",
@@ -155,13 +160,13 @@ def choice_table(found: PrefixFailure) -> Table:
         "student turns back",
     ]
     rows = [head]
-    for group, part, figures in _parts(found):
+    for group, part, figures in _parts(result):
         if part in ("at", "after") and "turn_back" in figures.means:
             mean = figures.means
             shares = [percent(mean[n]) for n in ("go_on", "turn_back", "other")]
             student = [percent(mean[n]) for n in ("student_go_on", "student_turn_back")]
             rows.append(
-                [TOKENS[group.source], contexts(found)[group.teacher_context], part]
+                [TOKENS[group.source], contexts(result)[group.teacher_context], part]
                 + [f"{choices_counted(figures):,}", *shares, _value(mean["split_entropy"])]
                 + [f"{_entropy_of_the_mean(figures):.3g}", percent(mean["two_peaked"]), *student]
             )
@@ -175,8 +180,8 @@ def _entropy_of_the_mean(part: PartFigures) -> float:
     return -sum(share * log(share) for share in shares if share > 0)
 
 
-def _parts(found: PrefixFailure) -> Iterator[tuple[Group, str, PartFigures]]:
-    for group in found.groups:
+def _parts(result: PrefixFailure) -> Iterator[tuple[Group, str, PartFigures]]:
+    for group in result.groups:
         for part, figures in group.parts.items():
             yield group, part, figures
 

@@ -123,17 +123,19 @@ def _take_records(run_dir: Path, resumed: Path | None) -> None:
 
 def _places(root: Path) -> list[Path]:
     """Directories of abandoned checkpoints, oldest first."""
-    found = [path for path in root.glob("abandoned_*") if re.fullmatch(r"abandoned_\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.rpartition("_")[2]))
+    places = [
+        path for path in root.glob("abandoned_*") if re.fullmatch(r"abandoned_\d+", path.name)
+    ]
+    return sorted(places, key=lambda path: int(path.name.rpartition("_")[2]))
 
 
 def _reminder(root: Path) -> list[str]:
     """A run that starts at step 0 beside abandoned checkpoints may not be what was meant."""
-    found = [checkpoint for place in _places(root) for checkpoint in complete_checkpoints(place)]
-    if not found or candidates(root):
+    kept = [checkpoint for place in _places(root) for checkpoint in complete_checkpoints(place)]
+    if not kept or candidates(root):
         return []
     return [
-        f"no checkpoint in {root} is current, so this run starts at step 0; {len(found)} that "
+        f"no checkpoint in {root} is current, so this run starts at step 0; {len(kept)} that "
         f"earlier runs did not go on from are kept there. To go on from the last one: "
-        f"checkpoint.resume={found[-1]}"
+        f"checkpoint.resume={kept[-1]}"
     ]

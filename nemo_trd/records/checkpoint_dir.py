@@ -93,8 +93,8 @@ def _sync_to_disk(directory: Path) -> None:
 
 def complete_checkpoints(root: Path) -> list[Path]:
     """Directories with a final name, and a copy in the place of `latest`, as they were saved."""
-    found = [p for p in root.glob("step_*") if p.is_dir() and not p.name.endswith(PARTIAL)]
-    return sorted([*found, *filter(None, [latest.copied(root)])], key=_order)
+    named = [p for p in root.glob("step_*") if p.is_dir() and not p.name.endswith(PARTIAL)]
+    return sorted([*named, *filter(None, [latest.copied(root)])], key=_order)
 
 
 def _order(checkpoint: Path) -> tuple[int, str]:
@@ -175,7 +175,7 @@ def records_of(checkpoint: Path) -> Path:
 
 
 def candidates(root: Path) -> list[Path]:
-    """What may be gone on from, best first: where `latest` leads, then what was saved before.
+    """Checkpoints to go on from, best first: where `latest` leads, then what was saved before.
 
     Without `latest`, or where it leads nowhere, the one that was saved last comes first.
     """
@@ -196,9 +196,9 @@ def find_checkpoint(settings: Checkpoint, root: Path) -> Path | None:
     Raises:
         ConfigError: a named checkpoint is missing or damaged, or all of the run's are damaged.
     """
-    wanted = wanted_checkpoints(settings, root)
+    allowed = wanted_checkpoints(settings, root)
     reasons = {}
-    for candidate in wanted:
+    for candidate in allowed:
         reason = defects(candidate) if candidate.is_dir() else "there is no such directory"
         if reason is None:
             return candidate
@@ -209,7 +209,7 @@ def find_checkpoint(settings: Checkpoint, root: Path) -> Path | None:
 
 
 def wanted_checkpoints(settings: Checkpoint, root: Path) -> list[Path]:
-    """What `checkpoint.resume` allows, best first."""
+    """Checkpoints that `checkpoint.resume` allows, best first."""
     if settings.resume == "never":
         return []
     return candidates(root) if settings.resume == "auto" else [latest.follow(Path(settings.resume))]

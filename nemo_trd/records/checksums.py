@@ -40,22 +40,22 @@ def leave(directory: Path, rank: int, names: Sequence[str]) -> None:
 
 
 def collect(directory: Path) -> dict[str, str]:
-    """What the ranks left, which is removed; a record that was cut off counts for nothing."""
-    found: dict[str, str] = {}
+    """Read what the ranks left, and remove it; a record that was cut off counts for nothing."""
+    sums: dict[str, str] = {}
     for file in sorted(directory.glob(f"{_PREFIX}*.json")):
         with suppress(ValueError):
-            found |= json.loads(file.read_text(encoding="utf-8"))
+            sums |= json.loads(file.read_text(encoding="utf-8"))
         file.unlink()
-    return found
+    return sums
 
 
 def first_difference(directory: Path, expected: Mapping[str, str]) -> str | None:
     """The file whose bytes are others than those that were saved, in words; None without one."""
     try:
-        found = checksums(directory, list(expected))
+        actual = checksums(directory, list(expected))
     except OSError as error:
         return f"{os.path.basename(str(error.filename))} cannot be read ({error.strerror})"
-    for name, value in found.items():
+    for name, value in actual.items():
         if value != expected[name]:
             return f"{name} is damaged: its bytes are not those that were saved (SHA-256 differs)"
     return None

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits on the disk of the run directory, and what is said when it does not."""
+"""Disk space for checkpoints: whether one fits, and the error when it does not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
 def free_bytes(directory: Path) -> int | None:
-    """What may be written below a directory that need not exist; None where nobody knows.
+    """Bytes that may be written below a directory that need not exist; None where nobody knows.
 
     Some network and object mounts report no size at all. Quotas are not seen here.
     """
@@ -39,7 +39,7 @@ def size(count: int) -> str:
 
 
 def lacking(root: Path, needed: int) -> str | None:
-    """What is missing for `needed` bytes below `root`, in words; None when they fit."""
+    """Shortage of space for `needed` bytes below `root`, in words; None when they fit."""
     free = free_bytes(root)
     if free is None or free >= needed:
         return None

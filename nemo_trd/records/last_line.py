@@ -21,7 +21,7 @@ class Cause:
     """Why something ends: one line, and what there is to say beside it."""
 
     line: str
-    details: str = ""  # of the message, for people
+    details: str = ""  # further lines of the message, for people
     trace: str = ""
 
     @classmethod

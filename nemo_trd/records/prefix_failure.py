@@ -35,7 +35,7 @@ class Estimate(Record):
 
 
 class Counts(Record):
-    """What the samples held; `samples` = `right` + `wrong` + `no_verdict` + `aborted`."""
+    """Counts over the samples; `samples` = `right` + `wrong` + `no_verdict` + `aborted`."""
 
     samples: int = 0
     not_measured: int = 0  # older ones, beyond the limit
@@ -100,9 +100,9 @@ class PrefixFailure(Record):
     curves: list[Curve]
 
     def group(self, source: Source, context: TeacherContext, verdict: Verdict) -> Group | None:
-        wanted = (source, context, verdict)
-        found = (g for g in self.groups if (g.source, g.teacher_context, g.verdict) == wanted)
-        return next(found, None)
+        key = (source, context, verdict)
+        groups = (g for g in self.groups if (g.source, g.teacher_context, g.verdict) == key)
+        return next(groups, None)
 
     def curve(
         self,
@@ -112,8 +112,8 @@ class PrefixFailure(Record):
         alignment: Alignment,
         figure: str,
     ) -> Curve | None:
-        wanted = (source, context, verdict, alignment, figure)
+        key = (source, context, verdict, alignment, figure)
         for c in self.curves:
-            if (c.source, c.teacher_context, c.verdict, c.alignment, c.figure) == wanted:
+            if (c.source, c.teacher_context, c.verdict, c.alignment, c.figure) == key:
                 return c
         return None

@@ -19,7 +19,7 @@ Record = dict[str, Any]
 
 @dataclass
 class RunRecords:
-    """What a run directory holds."""
+    """Contents of a run directory."""
 
     path: Path
     name: str

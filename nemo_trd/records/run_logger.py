@@ -1,4 +1,4 @@
-"""What people see of a run: one line a step, its metrics as files, readable samples.
+"""Records of a run for people: one line a step, its metrics as files, readable samples.
 
 RUN_DIR/metrics.jsonl      one line per step, each step once
         evaluation.jsonl   one line per evaluation, likewise

@@ -1,4 +1,4 @@
-"""Samples of a step: what was asked, tried, rewritten, and learnt from.
+"""Samples of a step: problem, rollout, refinement, and what was learnt from.
 
 `samples_page` is Markdown for people, `sample_record` a line of JSON for `nemo_trd.report`.
 """
@@ -20,7 +20,7 @@ VERDICTS = {True: "right", False: "wrong", None: "no verdict"}
 
 @dataclass(frozen=True)
 class Sample:
-    """What became of one rollout in one step."""
+    """One rollout, and its way through one step."""
 
     rollout: Rollout
     refinement: Refinement | None  # None without refinement: `algorithm.trajectory: rollout`
@@ -66,7 +66,7 @@ def _outcome(sample: Sample) -> str:
 
 
 def _shown_shortened(sample: Sample, source: str) -> tuple[str, ...]:
-    """What was cut where the teacher rewrote a rollout, or judged the trajectory of `source`."""
+    """Parts cut where the teacher rewrote a rollout, or judged the trajectory of `source`."""
     trajectory, refinement = sample.trajectory, sample.refinement
     shown = set(trajectory.shortened) if trajectory and trajectory.source == source else set()
     if source == "refinement" and refinement is not None:

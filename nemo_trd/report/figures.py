@@ -48,8 +48,8 @@ def accuracy_name(record: dict[str, object]) -> str:
 
 
 def accuracy_names(runs: Runs) -> str:
-    found = {accuracy_name(record) for run in runs for record in run.evaluations}
-    return ", ".join(sorted(name for name in found if name))
+    names = {accuracy_name(record) for run in runs for record in run.evaluations}
+    return ", ".join(sorted(name for name in names if name))
 
 
 def rewriting(runs: Runs) -> list[Shown]:

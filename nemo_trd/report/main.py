@@ -1,4 +1,4 @@
-"""What became of a run, or of several beside each other: one HTML page, from their records.
+"""One HTML page on a run, or on several beside each other, from their records.
 
 python -m nemo_trd.report runs/quickstart
 python -m nemo_trd.report runs/trd runs/vanilla --output comparison.html
@@ -80,9 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=path, metavar="FILE", help="(default: report.html in the first RUN_DIR)"
     )
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        print(write_report(given.run_dir, given.output))
+        print(write_report(options.run_dir, options.output))
     except (ConfigError, OSError) as error:
         print(f"nemo_trd: {error}", file=sys.stderr)
         return 2

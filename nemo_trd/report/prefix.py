@@ -43,56 +43,56 @@ class Section:
 
 
 def section(position: int, run: RunRecords) -> Section | None:
-    """What the page says of one run; None where nothing was measured."""
-    found = run.prefix_failure
-    if found is None:
+    """The section on one run; None where nothing was measured."""
+    measured = run.prefix_failure
+    if measured is None:
         return None
     return Section(
-        student=found.student,
-        teacher=found.teacher,
-        sentences=sentences(found),
-        legends=_legends(found),
-        figures=_figures(f"prefix{position}", found),
-        tables=[t for t in (divergence_table(found), choice_table(found)) if len(t) > 1],
+        student=measured.student,
+        teacher=measured.teacher,
+        sentences=sentences(measured),
+        legends=_legends(measured),
+        figures=_figures(f"prefix{position}", measured),
+        tables=[t for t in (divergence_table(measured), choice_table(measured)) if len(t) > 1],
     )
 
 
-def _legends(found: PrefixFailure) -> list[tuple[str, list[tuple[str, str, str]]]]:
+def _legends(measured: PrefixFailure) -> list[tuple[str, list[tuple[str, str, str]]]]:
     kinds = [
         (run_color(kind.color), run_marker(kind.color), kind.label)
         for kind in _KINDS
-        if any((c.source, c.verdict) == (kind.source, kind.verdict) for c in found.curves)
+        if any((c.source, c.verdict) == (kind.source, kind.verdict) for c in measured.curves)
     ]
     legends = [("Curves", kinds)]
-    if any(curve.figure == "turn_back" for curve in found.curves):
+    if any(curve.figure == "turn_back" for curve in measured.curves):
         choices = [(run_color(c), run_marker(c), label) for label, c in _CHOICES.values()]
         legends.append(("The teacher", choices))
     return legends
 
 
-def _figures(name: str, found: PrefixFailure) -> list[Shown]:
-    divergence = NAMES[found.divergence]
+def _figures(name: str, measured: PrefixFailure) -> list[Shown]:
+    divergence = NAMES[measured.divergence]
     divergence = divergence[0].upper() + divergence[1:]
     plotted = [
         ("teacher_entropy", "Teacher entropy", "nats"),
-        (found.divergence, f"{divergence} between teacher and student", "nats"),
-        (f"{found.divergence}_gradient_ratio", "Share of the gradient", "times the mean token"),
+        (measured.divergence, f"{divergence} between teacher and student", "nats"),
+        (f"{measured.divergence}_gradient_ratio", "Share of the gradient", "times the mean token"),
     ]
     shown = [
-        _against(name, found, figure, title, unit, alignment)
+        _against(name, measured, figure, title, unit, alignment)
         for alignment in ("distance", "relative")
         for figure, title, unit in plotted
     ]
-    if found.locator == "toy":
-        shown.insert(3, _choices(name, found))
+    if measured.locator == "toy":
+        shown.insert(3, _choices(name, measured))
     else:
         gap = ("top2_gap", "Teacher's first token over its second", "probability")
-        shown.insert(3, _against(name, found, *gap, "distance"))
+        shown.insert(3, _against(name, measured, *gap, "distance"))
     return [figure for figure in shown if figure.svg is not None]
 
 
 def _against(
-    name: str, found: PrefixFailure, figure: str, title: str, unit: str, alignment: Alignment
+    name: str, measured: PrefixFailure, figure: str, title: str, unit: str, alignment: Alignment
 ) -> Shown:
     """One figure against positions, a curve for each kind of trajectory.
 
@@ -100,8 +100,8 @@ def _against(
     """
     drawn = []
     for kind in _KINDS:
-        context = "prompt" if kind.source == "rollout" else found.teacher_context
-        curve = found.curve(kind.source, context, kind.verdict, alignment, figure)
+        context = "prompt" if kind.source == "rollout" else measured.teacher_context
+        curve = measured.curve(kind.source, context, kind.verdict, alignment, figure)
         if curve is not None:
             parts = (curve.position, curve.mean, curve.low, curve.high)
             drawn.append(Band(kind.color, *parts, dashed=kind.dashed))
@@ -114,10 +114,10 @@ def _against(
     return Shown(f"{title}, {where}", "", svg)
 
 
-def _choices(name: str, found: PrefixFailure) -> Shown:
+def _choices(name: str, measured: PrefixFailure) -> Shown:
     drawn = []
     for figure, (_, color) in _CHOICES.items():
-        curve = found.curve("rollout", "prompt", "wrong", "distance", figure)
+        curve = measured.curve("rollout", "prompt", "wrong", "distance", figure)
         if curve is not None:
             drawn.append(Band(color, curve.position, curve.mean, curve.low, curve.high))
     return Shown(

@@ -65,7 +65,7 @@ def _percent(value: float | None) -> str:
 
 @dataclass(frozen=True)
 class Changes:
-    """What became of the rollouts of a whole run."""
+    """Rollouts of a whole run by what became of them."""
 
     counts: dict[tuple[str, str], int]  # (rollout, refinement) of accepted rewrites with verdicts
     undecided: int
@@ -89,7 +89,7 @@ def changes(run: RunRecords) -> Changes:
         "length of y_r": ("refinement_tokens", "{:.1f}"),
         "rewrites equal to y_o": ("unchanged", "{:.1%}"),
     }
-    found = {label: (mean(run.values(name)), form) for label, (name, form) in means.items()}
+    averages = {label: (mean(run.values(name)), form) for label, (name, form) in means.items()}
     return Changes(
         counts={(a, b): run.total(f"{a}_to_{b}") for a in states for b in states},
         undecided=run.total("undecided"),
@@ -98,7 +98,7 @@ def changes(run: RunRecords) -> Changes:
         rollouts=run.total("rollouts"),
         means={
             label: _UNKNOWN if value is None else form.format(value)
-            for label, (value, form) in found.items()
+            for label, (value, form) in averages.items()
         },
     )
 
@@ -121,7 +121,7 @@ def nll(run: RunRecords) -> dict[str, Nll]:
     for group in run.prefix_failure.groups if run.prefix_failure else ():
         text = "y_o" if group.source == "rollout" else "y_r"
         seen = "x" if group.teacher_context == "prompt" else "x, y_o"
-        means = {name: found.mean for name, found in group.parts["whole"].means.items()}
+        means = {name: estimate.mean for name, estimate in group.parts["whole"].means.items()}
         rows[f"measured: {text} of {group.verdict} y_o, teacher sees {seen}"] = Nll(
             means.get("student_nll"), means.get("teacher_nll")
         )
@@ -129,15 +129,15 @@ def nll(run: RunRecords) -> dict[str, Nll]:
 
 
 def phase_names(runs: Sequence[RunRecords]) -> list[str]:
-    found = {
+    recorded = {
         name.removeprefix("seconds/")
         for run in runs
         for record in run.steps
         for name in record
         if name.startswith("seconds/")
     }
-    extra = sorted(found - set(_PHASES) - _NO_WORK)
-    return [name for name in _PHASES if name in found] + extra
+    extra = sorted(recorded - set(_PHASES) - _NO_WORK)
+    return [name for name in _PHASES if name in recorded] + extra
 
 
 def phase_seconds(run: RunRecords, name: str) -> list[float]:

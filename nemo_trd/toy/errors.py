@@ -47,22 +47,22 @@ def choices(factors: Factors, words: Sequence[str], end: str) -> dict[int, Choic
     true = {step[0]: int(step[5]) for step in _steps(right)}
     written: dict[str, int] = {}
     step: list[str] = []
-    found = {error: Choice(words[error], right[error])}
+    places = {error: Choice(words[error], right[error])}
     for place, word in enumerate(words):
         go_on, turn_back = _values(step, written), _values(step, true)
         # What a step's operands say comes from the answer; what is right does not depend on them.
         if _wants_result(step):
             turn_back = true.get(step[0])
         if place > error and None not in (go_on, turn_back) and go_on != turn_back:
-            found[place] = Choice(str(go_on), str(turn_back))
+            places[place] = Choice(str(go_on), str(turn_back))
         if _has_slipped(step):
-            found[place] = Choice(";", NO)
+            places[place] = Choice(";", NO)
         step = [] if word == ";" else [*step, word]
         if _wants_result(step[:-1]) and word in NUMBERS:
             written[step[0]] = int(word)
         elif word == NO and _wants_result(step):
             written.pop(step[0], None)
-    return found
+    return places
 
 
 def _values(step: list[str], known: dict[str, int]) -> int | None:

@@ -1,4 +1,4 @@
-"""What the warm start trains on, in exactly the texts that a run makes of the templates."""
+"""Training rows of the warm start, in exactly the texts that a run makes of the templates."""
 
 from __future__ import annotations
 
@@ -65,15 +65,15 @@ class RowMaker:
         factors = task.draw_problem(rng, "warm_start")
         if kind == "recover":
             text, wrong = task.slips(factors, rng)
-            asked = self.context("solve", task.problem_text(factors), "", "")
-            return Row(asked, self.labels(text), wrong)
+            context = self.context("solve", task.problem_text(factors), "", "")
+            return Row(context, self.labels(text), wrong)
         problem, solution = task.problem_text(factors), task.solution(factors)
         errors = rng.choices((0, 1, 2, 3), weights=(30, 30, 25, 15))[0]
         rollout = task.corrupted(factors, rng, errors)
         return Row(self.context(kind, problem, rollout, solution), self.labels(solution))
 
     def context(self, kind: str, problem: str, rollout: str, solution: str) -> list[int]:
-        """What stands before the labels, the generation prompt included."""
+        """Token ids before the labels, the generation prompt included."""
         messages = [{"role": "user", "content": problem}]
         if kind != "solve":
             fields = {"problem": problem, "rollout": rollout, "reference_solution": solution}

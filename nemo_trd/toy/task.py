@@ -61,7 +61,7 @@ def draw_problem(rng: random.Random, split: Split) -> Factors:
 
 
 def problem_text(factors: Factors) -> str:
-    """What the student is asked."""
+    """The problem as the student reads it."""
     terms = (f"{label} {a} * {b}" for label, (a, b) in zip(PRODUCTS, factors, strict=True))
     return f"{' '.join(terms)} ?"
 

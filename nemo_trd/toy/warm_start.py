@@ -124,11 +124,11 @@ def noticing(model: Qwen3ForCausalLM, rows: list[Row], tokenizer: PreTrainedToke
     equals, no, pad = ids["="], ids[task.NO], ids[PAD]
     tokens, _ = as_tensors([Row(row.context, [*row.labels, pad]) for row in rows])
     probability = model(input_ids=tokens, use_cache=False).logits.softmax(-1)[..., no]
-    found: dict[bool, list[float]] = {True: [], False: []}  # by whether the result is wrong
+    probabilities: dict[bool, list[float]] = {True: [], False: []}  # by whether the result is wrong
     for row, taken_back in zip(rows, probability.tolist(), strict=True):
         for place in (after + 1 for after, label in enumerate(row.labels) if label == equals):
-            found[place in row.unlearnt].append(taken_back[len(row.context) + place])
-    wrong, right = (sum(found[kind]) / len(found[kind]) for kind in (True, False))
+            probabilities[place in row.unlearnt].append(taken_back[len(row.context) + place])
+    wrong, right = (sum(probabilities[kind]) / len(probabilities[kind]) for kind in (True, False))
     return wrong - right
 
 
@@ -234,17 +234,17 @@ def make(out: Path, seed: int, student: Recipe = STUDENT, teacher: Recipe = TEAC
     templates = toy_templates()
     recipes = {"student": student, "teacher": teacher}
     report_path = out / "warm_start.json"
-    wanted = digest(seed, recipes, templates)
+    expected = digest(seed, recipes, templates)
     if report_path.exists():
         report = json.loads(report_path.read_text())
-        if report["digest"] == wanted:
+        if report["digest"] == expected:
             return report
         report_path.unlink()
     out.mkdir(parents=True, exist_ok=True)
     write_jsonl(out / "train.jsonl", task.examples("train", TRAIN_PROBLEMS, seed))
     # The validation problems are the same for every seed, so that runs can be compared.
     write_jsonl(out / "validation.jsonl", task.examples("validation", VALIDATION_PROBLEMS, 0))
-    report = {"digest": wanted, "seed": seed}
+    report = {"digest": expected, "seed": seed}
     rows = RowMaker(build_tokenizer(), templates)
     for name, recipe in recipes.items():
         started = time.monotonic()
@@ -269,16 +269,16 @@ def write_jsonl(path: Path, records: Iterable[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def main(given: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m nemo_trd.toy.warm_start", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--out", type=path, default=Path("runs/toy"))
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--threads", type=int, default=2, help="part of what is reproducible")
-    arguments = parser.parse_args(given)
-    torch.set_num_threads(arguments.threads)
-    report = make(arguments.out, arguments.seed)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    report = make(options.out, options.seed)
     json.dump(report, sys.stdout, indent=2)
     print()
 
