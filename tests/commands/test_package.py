@@ -26,7 +26,7 @@ def test_installed_wheel_finds_its_settings_from_any_directory(tmp_path: Path) -
     run(*pip, "wheel", *own_build, REPOSITORY, cwd=tmp_path)
     wheel = next(tmp_path.glob("nemo_trd-*.whl"))
     names = zipfile.ZipFile(wheel).namelist()
-    assert {f"nemo_trd/reporting/page.{kind}" for kind in ("html", "css")} <= set(names)
+    assert {f"nemo_trd/report/page.{kind}" for kind in ("html", "css")} <= set(names)
     packed = {name for name in names if "/conf/" in name}
     conf = REPOSITORY / "conf"
     expected = {f"nemo_trd/conf/{f.relative_to(conf)}" for f in conf.rglob("*.yaml")}

@@ -114,9 +114,7 @@ def test_value_left_open_is_named() -> None:
 
 
 def test_module_imports_without_torch() -> None:
-    code = (
-        "import sys, nemo_trd.config.schema as c; c.compose([]); assert 'torch' not in sys.modules"
-    )
+    code = "import sys, nemo_trd.config.load as c; c.compose([]); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
