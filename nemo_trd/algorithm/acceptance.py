@@ -30,14 +30,14 @@ def read_rollout(
     return Rollout(prompt, sample_index, completion, text, _verdict(said, prompt, verify))
 
 
-def judge(
+def read_refinements(
     prompts: Sequence[RefinementPrompt],
     completions: Sequence[Completion],
     config: Config,
     tokenizer: Any,
     verify: Verifier,
 ) -> list[Refinement]:
-    """Decide which rewrites can be trained on: those that ended by themselves and say something.
+    """y_r with their texts; those that did not end by themselves or say nothing are rejected.
 
     Being right is no condition: the verdict is recorded. What happens to a rejected one is
     `refinement.on_failure`'s matter, in `batching.pair`.
@@ -45,14 +45,14 @@ def judge(
     Args:
         completions: of those prompts that have token ids, in their order.
     """
-    asked = [prompt for prompt in prompts if prompt.token_ids is not None]
-    assert len(asked) == len(completions), (len(asked), len(completions))
+    num_requests = sum(prompt.token_ids is not None for prompt in prompts)
+    assert num_requests == len(completions), (num_requests, len(completions))
     remaining = iter(completions)
     pairs = [(p, None if p.token_ids is None else next(remaining)) for p in prompts]
-    return judge_all(lambda pair: _judge_one(*pair, tokenizer, verify), pairs)
+    return judge_all(lambda pair: _read_refinement(*pair, tokenizer, verify), pairs)
 
 
-def _judge_one(
+def _read_refinement(
     request: RefinementPrompt, completion: Completion | None, tokenizer: Any, verify: Verifier
 ) -> Refinement:
     if completion is None or request.token_ids is None:

@@ -31,7 +31,6 @@ from nemo_trd.generation.protocol import request_seed
 from nemo_trd.megatron.checkpoint import Checkpointer
 from nemo_trd.megatron.learning_rate import rate_change
 from nemo_trd.megatron.student import StepResult, Student
-from nemo_trd.megatron.teacher import Teacher
 from nemo_trd.megatron.verification import verified_checkpoint
 from nemo_trd.models.write import save_hf_directory
 from nemo_trd.records import latest
@@ -44,8 +43,8 @@ from nemo_trd.records.samples import Sample
 from nemo_trd.records.timers import Timers
 from nemo_trd.records.trackers import Tracker, public_settings
 from nemo_trd.run import agreement
-from nemo_trd.run.generators import Generators
 from nemo_trd.run.inputs import Inputs, _first_checkpoint
+from nemo_trd.run.open import open_teacher_and_generators
 from nemo_trd.run.outcome import where_to_look
 from nemo_trd.run.resume import (
     changes_since,
@@ -55,8 +54,8 @@ from nemo_trd.run.resume import (
 )
 from nemo_trd.run.run_lock import RunLock
 from nemo_trd.run.sampling import Sampler
-from nemo_trd.run.server_teacher import ServerTeacher
 from nemo_trd.run.teacher_check import check_teacher_servers
+from nemo_trd.serve.open import Servers
 from nemo_trd.verifiers import verifier
 
 log = logging.getLogger(__name__)
@@ -102,14 +101,9 @@ class Run:
         self._stop = stop
         self._verify = verifier(config.data.verifier, config.sandbox)
         self.student = Student(config)
-        self.teacher: Teacher | ServerTeacher
-        if config.teacher.scoring == "megatron":
-            self.teacher = Teacher(config, self.student.groups)
-        self._generators = Generators(config, stop.signalled)
-        if self._generators.scorer is not None:
-            self.teacher = ServerTeacher(
-                config, self._generators.scorer, self.student.groups, self.student.vocab_size
-            )
+        self.teacher, self._generators = open_teacher_and_generators(
+            config, self.student, stop.signalled
+        )
         self.sampler = Sampler(
             config,
             self._generators.student,
@@ -132,7 +126,7 @@ class Run:
         self._last_line: str | None = None  # of the log, where the run ends as it was meant to
         self.samples_ahead: dict[int, list[Refinement]] = {}  # drawn before the run was cut off
         resumed = [] if inputs.checkpoint is None else self._resume(inputs.checkpoint)
-        if inputs.checkpoint is not None or config.generation.vllm is not None:
+        if inputs.checkpoint is not None or self._generators.on_servers:
             self.sync_weights()  # whatever a server has been given before
         self.timers = Timers()
         notices += [*found, *self._checkpointer.begin(inputs.checkpoint)]
@@ -224,10 +218,10 @@ class Run:
             )
         exit_code = self._stop.exit_code()
         if exit_code is None:
-            if self.config.generation.vllm is not None:
-                self._check_servers(self.config.generation.vllm.compared_rollouts)
-            if self._generators.teacher_urls:
-                self._check_teacher_servers()
+            if self._generators.on_servers:
+                self._check_servers(self._generators.compared_rollouts)
+            if self._generators.teacher_servers is not None:
+                self._check_teacher_servers(self._generators.teacher_servers)
             if self._evaluation_missing():
                 self.evaluate()
             exit_code = self._stop.exit_code()
@@ -247,11 +241,10 @@ class Run:
         interval = self.config.evaluation.interval
         return interval is not None and self.step % interval == 0
 
-    def _check_teacher_servers(self) -> None:
+    def _check_teacher_servers(self, servers: Servers) -> None:
         check_teacher_servers(
             self.config,
-            self._generators.teacher_urls,
-            self._generators.api_key,
+            servers,
             self._inputs.teacher_tokenizer,
             self.training_prompts[0].token_ids,
             self.student,
@@ -313,8 +306,7 @@ class Run:
         }
 
     def _differences(self, rollouts: Sequence[Rollout]) -> list[agreement.Difference]:
-        vllm = self.config.generation.vllm
-        compared = rollouts[: vllm.compared_rollouts] if vllm else []
+        compared = rollouts[: self._generators.compared_rollouts]
         return agreement.differences(compared, self.student.token_nll)
 
     def watched(self, trajectories: Sequence[Trajectory]) -> list[str]:
@@ -423,7 +415,7 @@ class Run:
             self.config.run.seed,
             self._verify,
             self._inputs.student_tokenizer,
-            self.sampler.judge,
+            self.sampler.map_shares,
         )
         self._logger.evaluation(self.step, accuracy.summary(), str(accuracy))
         return accuracy
