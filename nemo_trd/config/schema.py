@@ -293,7 +293,7 @@ class VllmPool(Section):
 
 
 class VllmServer(Section):
-    """How a server is started; see generation/serve.py."""
+    """How a server is started; see serve/server.py."""
 
     python: Name | None  # an interpreter that has vLLM; null: $NEMO_TRD_VLLM_PYTHON or .venv-vllm
     dtype: Literal["auto", "fp32", "bf16"]  # auto: as the model is stored
