@@ -19,7 +19,11 @@ from typing import Any
 import torch
 
 from nemo_trd.adapters import needed
-from nemo_trd.algorithm.acceptance import judge, read_rollout, refinement_counts
+from nemo_trd.algorithm.acceptance import (
+    read_refinements,
+    read_rollout,
+    refinement_counts,
+)
 from nemo_trd.algorithm.refinement import refinement_prompts
 from nemo_trd.algorithm.refinement_checks import check_templates
 from nemo_trd.config.errors import rule_broken
@@ -130,7 +134,7 @@ class TRDGeneration:
             if prompt.token_ids is not None
         ]
         answers = self._teacher.generate(requests, config.generation.refinement, "refinements")
-        return judge(prompts, answers, config, self._tokenizer, self._verify)
+        return read_refinements(prompts, answers, config, self._tokenizer, self._verify)
 
     def _output(self, kind: type, contexts: list[TokenIds], answers: list[Completion]) -> Any:
         """The student's log-probabilities are not in it: they would be those of other tokens."""

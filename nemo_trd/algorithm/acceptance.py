@@ -30,7 +30,7 @@ def read_rollout(
     return Rollout(prompt, sample_index, completion, text, _verdict(judged_text, prompt, verify))
 
 
-def judge(
+def read_refinements(
     prompts: Sequence[RefinementPrompt],
     completions: Sequence[Completion],
     config: Config,
@@ -45,14 +45,14 @@ def judge(
     Args:
         completions: one for each prompt that has token ids, in their order.
     """
-    requests = [prompt for prompt in prompts if prompt.token_ids is not None]
-    assert len(requests) == len(completions), (len(requests), len(completions))
+    num_requests = sum(prompt.token_ids is not None for prompt in prompts)
+    assert num_requests == len(completions), (num_requests, len(completions))
     remaining = iter(completions)
     pairs = [(p, None if p.token_ids is None else next(remaining)) for p in prompts]
-    return judge_all(lambda pair: _judge_one(*pair, tokenizer, verify), pairs)
+    return judge_all(lambda pair: _read_refinement(*pair, tokenizer, verify), pairs)
 
 
-def _judge_one(
+def _read_refinement(
     request: RefinementPrompt, completion: Completion | None, tokenizer: Any, verify: Verifier
 ) -> Refinement:
     if completion is None or request.token_ids is None:

@@ -26,7 +26,7 @@ def pass_at_k(decided: int, correct: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class Score:
-    """What the samples of one problem were worth."""
+    """Verdicts on the samples of one problem, counted."""
 
     prompt_index: int
     correct: int

@@ -1,4 +1,4 @@
-"""What an evaluation found, as figures and as a table."""
+"""Results of an evaluation, as figures and as a table."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def table(results: Mapping[str, Any], n: int, confidence: float) -> str:
     ks = sorted({2**power for power in range(n.bit_length()) if 2**power <= n} | {n})
     names = [f"avg@{n}", *(f"pass@{k}" for k in ks if k > 1)]
     rows = [["benchmark", "problems", *names, "undecided", "timeouts", "truncated"]]
-    for benchmark, found in results.items():
-        cells = [_percent(Estimate(**_numbers(found["estimates"][name]))) for name in names]
-        counts = [found[key] for key in ("undecided_samples", "timeouts", "truncated_samples")]
+    for benchmark, result in results.items():
+        cells = [_percent(Estimate(**_numbers(result["estimates"][name]))) for name in names]
+        counts = [result[key] for key in ("undecided_samples", "timeouts", "truncated_samples")]
         rows.append(
-            [benchmark, str(found["problems"]), *cells]
-            + [f"{count} of {found['samples']}" for count in counts]
+            [benchmark, str(result["problems"]), *cells]
+            + [f"{count} of {result['samples']}" for count in counts]
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

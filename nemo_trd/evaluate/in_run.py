@@ -14,7 +14,7 @@ from nemo_trd.verifiers import Verifier, judge_all
 
 # Of a distributed run: collective, and every rank gets every completion.
 Generate = Callable[[Sequence[GenerationRequest], Sampling, str], list[Completion]]
-JudgeAll = Callable[[Callable[[Any], bool | None], Sequence[Any]], list[bool | None]]
+VerifyAll = Callable[[Callable[[Any], bool | None], Sequence[Any]], list[bool | None]]
 
 
 def evaluate(
@@ -24,30 +24,30 @@ def evaluate(
     seed: int,
     verify: Verifier,
     tokenizer: Any,
-    judge: JudgeAll = judge_all,
+    verify_all: VerifyAll = judge_all,
 ) -> Accuracy:
     """Sample every prompt `evaluation.samples_per_problem` times and verify the answers.
 
     The seed of a sample depends on `seed`, the prompt's index and the sample's number only, so
-    two evaluations with one seed differ by their weights alone. `judge` shares the verdicts out,
-    of a distributed run over its ranks.
+    two evaluations with one seed differ by their weights alone. `verify_all` applies a function to
+    every completion; in a distributed run it divides them among the ranks.
 
     Raises:
         ValueError: no prompt has an answer.
     """
-    wanted = [(p, sample) for p in prompts for sample in range(evaluation.samples_per_problem)]
+    samples = [(p, sample) for p in prompts for sample in range(evaluation.samples_per_problem)]
     if not any(prompt.answer is not None for prompt in prompts):
         raise ValueError(f"none of the {len(prompts)} problems to evaluate on has an answer")
     requests = [
         GenerationRequest(
             p.token_ids, request_seed(seed, "evaluation", p.index, sample), affinity=p.index
         )
-        for p, sample in wanted
+        for p, sample in samples
     ]
     completions = generate(requests, evaluation.sampling, "evaluation")
-    verdicts = judge(
+    verdicts = verify_all(
         lambda pair: _verdict(pair[0], pair[1], verify, tokenizer),
-        list(zip([prompt for prompt, _ in wanted], completions, strict=True)),
+        list(zip([prompt for prompt, _ in samples], completions, strict=True)),
     )
     k = evaluation.samples_per_problem
     groups = [verdicts[start : start + k] for start in range(0, len(verdicts), k)]

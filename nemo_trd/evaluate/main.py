@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from pydantic import SecretStr
 
 from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.evaluation import EvaluationConfig
@@ -38,6 +36,12 @@ from nemo_trd.evaluate.source import Source, find_source
 from nemo_trd.generation.protocol import GenerationFailed, Generator, request_seed
 from nemo_trd.models.read import read_tokenizer
 from nemo_trd.records.step_lines import write_atomically
+from nemo_trd.serve.open import (
+    ServedModel,
+    generator_on_servers,
+    local_generator,
+    open_servers,
+)
 from nemo_trd.serve.server import ServerError
 from nemo_trd.verifiers.judgement import Judgement
 from nemo_trd.verifiers.sandbox import check_sandbox
@@ -130,11 +134,11 @@ def check_lengths(
     settings = json.loads((Path(source.hf.path) / "config.json").read_text(encoding="utf-8"))
     limit = settings.get("max_position_embeddings")
     prompts = [prompt for loaded in problems.values() for prompt in loaded.prompts]
-    longest, answer = max(len(p.token_ids) for p in prompts), config.sampling.max_tokens
-    if isinstance(limit, int) and longest + answer > limit:
+    longest, max_tokens = max(len(p.token_ids) for p in prompts), config.sampling.max_tokens
+    if isinstance(limit, int) and longest + max_tokens > limit:
         raise rule_broken(
             "sampling.max_tokens",
-            answer,
+            max_tokens,
             f"with a prompt of {longest} tokens it exceeds max_position_embeddings = {limit} of "
             f"{source.hf.path}",
             f"set it to {max(1, limit - longest)} or less, or lower max_prompt_tokens",
@@ -166,39 +170,16 @@ def what_samples_depend_on(
 @contextmanager
 def generator(config: EvaluationConfig, source: Source, output: Path) -> Iterator[Generator]:
     """Generates with the model: in this process, on servers that run, or on some started here."""
-    settings = config.generation
-    running = settings.backend == "vllm" and settings.vllm.urls
+    settings, vllm = config.generation, config.generation.vllm
+    running = settings.backend == "vllm" and vllm.urls
     directory = Path(source.hf.path) if running else source.directory(output)
+    model = source.hf.model_copy(update={"path": str(directory)})
     if settings.backend == "local":
-        from nemo_trd.generation.local import LocalGenerator
-
-        trusted = source.hf.trust_remote_code
-        yield LocalGenerator(str(directory), settings.local, trusted, config.progress)
+        yield local_generator(model, settings.local, progress=config.progress)
         return
-    from nemo_trd.generation.stop_strings import decoder
-    from nemo_trd.generation.vllm import VllmGenerator
-    from nemo_trd.models.vocabulary import read_vocabulary
-    from nemo_trd.serve.api_key import read_api_key
-    from nemo_trd.serve.server import servers_of, start_all, stop_all
-
-    vllm = settings.vllm
-    key = read_api_key(vllm.api_key_env, vllm.api_key_file)
-    if not running:  # servers of our own never stand open
-        key = key or SecretStr(secrets.token_urlsafe(32))
-    served = source.hf.model_copy(update={"path": str(directory)})
-    servers = servers_of(served, vllm, vllm, output / "servers" / "server", key, None)
-    try:
-        start_all(servers)
-        yield VllmGenerator(
-            vllm.urls or [server.url for server in servers],
-            read_vocabulary(served),
-            vllm.client,
-            api_key=key,
-            progress=config.progress,
-            decode=decoder(served.path, served.trust_remote_code),
-        )
-    finally:
-        stop_all(servers)
+    served = ServedModel(model, vllm, "generation.vllm", output / "servers" / "server")
+    with open_servers({"model": served}, vllm) as servers:
+        yield generator_on_servers(model, servers["model"], vllm.client, progress=config.progress)
 
 
 def draw_and_judge(
@@ -255,12 +236,12 @@ def main(arguments: list[str] | None = None) -> int:
         + OmegaConf.to_yaml(composed([], "evaluate", EvaluationConfig)),
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, see below")
-    given = parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("nemo_trd").setLevel(logging.INFO)
     config = None
     try:
-        config = compose_as(EvaluationConfig, given.overrides, "evaluate")
+        config = compose_as(EvaluationConfig, parsed.overrides, "evaluate")
         results = evaluate(config)
     except ConfigError as error:
         print(f"nemo_trd: {error}", file=sys.stderr)

@@ -24,7 +24,7 @@ Key = tuple[str, int, int]  # benchmark, problem, sample
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer to one problem, and what was found out about it."""
+    """One completion for one problem, and the judgement of it."""
 
     benchmark: str
     problem: int  # row of the dataset, from 0

@@ -1,4 +1,4 @@
-"""What is evaluated: a Hugging Face directory, or a checkpoint of a run that is made into one."""
+"""The evaluated model: a Hugging Face directory, or a checkpoint of a run that is made into one."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class _RunPrecision(BaseModel):
 
 
 class _RunSettings(BaseModel):
-    """What of a run's config.yaml is needed."""
+    """The part of a run's config.yaml that is needed."""
 
     model: _RunModels
     precision: _RunPrecision
@@ -106,14 +106,14 @@ def find_source(model: EvaluatedModel) -> Source:
 def _checkpoint(path: Path) -> Path:
     if (path / STATE_FILE).is_file():
         return path.resolve()
-    found = candidates(path / "checkpoints")
-    for checkpoint in found:
+    checkpoints = candidates(path / "checkpoints")
+    for checkpoint in checkpoints:
         reason = defects(checkpoint)
         if reason is None:
             return checkpoint.resolve()
         log.warning("passing over checkpoint %s: %s", checkpoint, reason)
-    if found:
-        return found[0]
+    if checkpoints:
+        return checkpoints[0]
     if (path / "export" / "config.json").is_file():
         fix = f"evaluate {path / 'export'}"
     else:
@@ -142,7 +142,7 @@ def _run_settings(file: Path) -> _RunSettings:
 
 
 def fingerprint(directory: Path) -> str:
-    """Of the names, sizes and some blocks of all files below a directory."""
+    """Digest of the names, sizes and some blocks of all files below a directory."""
     digest = hashlib.sha256()
     for file in sorted(path for path in directory.rglob("*") if path.is_file()):
         size = file.stat().st_size

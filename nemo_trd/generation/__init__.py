@@ -1,4 +1,4 @@
-"""Asking for samples: one protocol, `Generator`, and what answers it.
+"""Asking for samples: one protocol, `Generator`, and what implements it.
 
 Here: `protocol`; `local` (Hugging Face generate in this process, `gumbel` noise that no batch
 changes); `vllm` (servers: `pool`, `api`, `replica`); `weight_sync` and its `transport`.

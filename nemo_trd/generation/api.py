@@ -1,7 +1,7 @@
-"""What is asked of a vLLM server, and what its answers must look like.
+"""Requests to a vLLM server, and the form that its responses must have.
 
 Tokens go in and out as ids through /inference/v1/generate (vLLM 0.32, --enable-scale-out), whose
-answers say which weights sampled which tokens; vLLM's OpenAI endpoints do not.
+responses say which weights sampled which tokens; vLLM's OpenAI endpoints do not.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class AttemptFailed(Exception):
 
 
 class StaleWeights(AttemptFailed):
-    """The answer comes from other weights than the current ones."""
+    """The response comes from other weights than the current ones."""
 
 
 class Refused(GenerationFailed):
@@ -116,14 +116,14 @@ class _PromptLogprob(BaseModel):
     logprob: float
 
 
-class _Answer(BaseModel):
+class _Response(BaseModel):
     choices: Annotated[list[_Choice], Field(min_length=1, max_length=1)]
     prompt_logprobs: list[dict[int, _PromptLogprob] | None] | None = None
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A completion as the server gives it."""
+class SampledTokens:
+    """A completion as a server gives it: whole, with the tokens that ended it."""
 
     token_ids: TokenIds
     finish_reason: Literal["stop", "length"]
@@ -133,9 +133,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What a model thinks of the n label tokens of one sequence: natural log-probabilities.
+    """Natural log-probabilities that a model gives the n label tokens of one sequence.
 
-    Of the model's distribution at temperature 1, over its whole vocabulary.
+    They are those of its distribution at temperature 1, over its whole vocabulary.
     """
 
     top_ids: np.ndarray  # int64 [n, k], the k most probable tokens at the place of each label
@@ -181,18 +181,18 @@ def scoring_body(token_ids: TokenIds, top_k: int) -> dict[str, Any]:
     return {"token_ids": list(token_ids), "sampling_params": params}
 
 
-def read_answer(
+def read_completion(
     content: Any, url: str, sampling: Sampling, eos_token_ids: frozenset[int], logprobs: bool
-) -> Answer:
-    """Check what a server answered to `generation_body`.
+) -> SampledTokens:
+    """Check a server's response to `generation_body`.
 
     A completion that a text of `sampling.stop` has ended still has all its tokens, and no EOS.
 
     Raises:
         AttemptFailed: it is not a whole completion: another shape, one that breaks off, aborted.
     """
-    answer = _validated(content, url)
-    choice = answer.choices[0]
+    response = _validated(content, url)
+    choice = response.choices[0]
     ids = choice.token_ids
     if choice.finish_reason == "abort":
         raise AttemptFailed(url, f"it aborted the request after {len(ids)} tokens")
@@ -212,7 +212,7 @@ def read_answer(
         if choice.logprobs is None or len(choice.logprobs.content) != len(ids):
             raise AttemptFailed(url, "the answer lacks the log-probabilities of its tokens")
         sampled = tuple(entry.logprob for entry in choice.logprobs.content)
-    return Answer(tuple(ids), choice.finish_reason, sampled, _versions(choice, url))
+    return SampledTokens(tuple(ids), choice.finish_reason, sampled, _versions(choice, url))
 
 
 def read_scores(
@@ -223,7 +223,7 @@ def read_scores(
     top_k: int,
     vocab_size: int | None = None,
 ) -> tuple[TokenScores, tuple[str, ...]]:
-    """Check what a server answered to `scoring_body`: (TokenScores, weight versions).
+    """Check a server's response to `scoring_body`: (TokenScores, weight versions).
 
     Without the ids from `vocab_size` on: the log-probabilities are those of the others, given
     that it is none of these.
@@ -231,8 +231,8 @@ def read_scores(
     Raises:
         AttemptFailed: a label or one of its `top_k` tokens is missing.
     """
-    answer = _validated(content, url)
-    places = answer.prompt_logprobs
+    response = _validated(content, url)
+    places = response.prompt_logprobs
     if places is None or len(places) != len(token_ids):
         raise AttemptFailed(url, "the answer lacks the log-probabilities of the prompt")
     top_ids, top_logprobs, label_logprobs = [], [], []
@@ -240,7 +240,7 @@ def read_scores(
         real = {i: entry.logprob for i, entry in (place or {}).items() if _is_real(i, vocab_size)}
         if place is None or label not in real or len(real) < top_k:
             raise AttemptFailed(url, f"the answer lacks log-probabilities around token {label}")
-        # Exact for the ids that are in the answer; those further down weigh next to nothing.
+        # Exact for the ids that are in the response; those further down weigh next to nothing.
         left_out = sum(math.exp(e.logprob) for i, e in place.items() if i not in real)
         rest = math.log1p(-left_out) if left_out < 1 else math.nan
         best = sorted(real.items(), key=lambda item: (-item[1], item[0]))[:top_k]
@@ -255,7 +255,7 @@ def read_scores(
         np.array(top_logprobs, np.float32).reshape(shape),
         np.array(label_logprobs, np.float32),
     )
-    return scores, _versions(answer.choices[0], url)
+    return scores, _versions(response.choices[0], url)
 
 
 def _is_real(token_id: int, vocab_size: int | None) -> bool:
@@ -263,7 +263,7 @@ def _is_real(token_id: int, vocab_size: int | None) -> bool:
 
 
 def version_number(label: str) -> int | None:
-    """Of a label that we gave to weights; None for a foreign one."""
+    """The number in a label that we gave to weights; None for a foreign label."""
     if label == INITIAL_WEIGHTS:
         return 0
     return int(label) if label.isdecimal() else None
@@ -280,9 +280,9 @@ def field_of(content: Any, name: str, url: str) -> Any:
     return content[name]
 
 
-def _validated(content: Any, url: str) -> _Answer:
+def _validated(content: Any, url: str) -> _Response:
     try:
-        return _Answer.model_validate(content)
+        return _Response.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the whole"

@@ -25,7 +25,7 @@ URLS, NAME = "generation.vllm.teacher.urls", "generation.vllm.teacher.served_nam
 
 @dataclass(frozen=True)
 class Served:
-    """What one server says of itself."""
+    """Model, weights and tokenizer of one server, as it reports them."""
 
     url: str
     names: tuple[str, ...]  # its model's id, and the path that it was loaded from
@@ -150,7 +150,7 @@ def names_of(directory: Path) -> set[str]:
 
 
 def last_name(path: str) -> str:
-    """Of a path or of ORGANISATION/MODEL; of a model in a hub's cache, the model's."""
+    """The last part of a path or of ORGANISATION/MODEL; in a hub's cache, the model's name."""
     parts = [part for part in path.split("/") if part]
     cached = [part for part in parts if part.startswith("models--")]
     return cached[-1].split("--")[-1] if cached else (parts or [""])[-1]

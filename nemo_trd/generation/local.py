@@ -143,13 +143,13 @@ class LocalGenerator:
         return completions
 
     def _cut(self, token_ids: list[int], prompt: TokenIds, sampling: Sampling) -> Completion:
-        """What was generated before a text of `stop`, or up to the first id that ends it, with the
-        end that it is given."""
+        """The completion in a row: its tokens before a text of `stop`, or up to the first id that
+        ends it, with the end that it is given."""
         ids, version = tuple(token_ids), self.weight_version
         ends = [position for position, token in enumerate(ids) if token in self.eos_token_ids]
         before = ids[: ends[0]] if ends else ids
-        if sampling.stop and (found := self._stops(sampling).cut(prompt, before)) is not None:
-            return Completion(found.token_ids, "stop_string", version, tail=found.tail)
+        if sampling.stop and (cut := self._stops(sampling).cut(prompt, before)) is not None:
+            return Completion(cut.token_ids, "stop_string", version, tail=cut.tail)
         if ends:
             return Completion(self.vocabulary.ended(ids[: ends[0] + 1]), "stop", version)
         return Completion(ids, "length", version)

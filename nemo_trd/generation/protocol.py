@@ -1,4 +1,4 @@
-"""How the loop asks for samples: one protocol, whatever runs behind it."""
+"""The protocol by which the loop asks for samples, whatever runs behind it."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Replica:
         self._client = httpx.Client(base_url=self.url, headers=headers, trust_env=False)
 
     def version(self) -> str:
-        """Of its weights; `INITIAL_WEIGHTS` until the first update."""
+        """The version of its weights; `INITIAL_WEIGHTS` until the first update."""
         return self._call("GET", "/weight_info", CHECK_SECONDS)["weight_version"]
 
     def is_paused(self) -> bool:
@@ -63,8 +63,8 @@ class Replica:
 
     def _connect(self) -> None:
         self._post("/shutdown_weight_transfer_engine", {})
-        answer = self._call("GET", "/get_world_size", CHECK_SECONDS)
-        workers = int(answer["world_size"])  # tensor x pipeline x data parallel
+        layout = self._call("GET", "/get_world_size", CHECK_SECONDS)
+        workers = int(layout["world_size"])  # tensor x pipeline x data parallel
         timeout = self._within(self._settings.call_timeout_seconds)
         kind = GlooLink if self._settings.backend == "gloo" else NcclLink
         try:
@@ -132,10 +132,10 @@ class Replica:
         return self._call("POST", path, self._within(self._settings.call_timeout_seconds), body)
 
     def _on_workers(self, method: str) -> list[Any]:
-        """Call a method of `WorkerExtension`; what each worker returns."""
+        """Call a method of `WorkerExtension`, and return what each worker returns."""
         limit = self._within(self._settings.call_timeout_seconds)
-        answer = self._call("POST", "/collective_rpc", limit, {"method": method}, method)
-        return answer["results"]
+        response = self._call("POST", "/collective_rpc", limit, {"method": method}, method)
+        return response["results"]
 
     def _within(self, seconds: float) -> float:
         """So many seconds, or as many as the sync has left."""
@@ -152,7 +152,7 @@ class Replica:
         body: dict[str, Any] | None = None,
         phase: str | None = None,
     ) -> Any:
-        """What the server answers within `timeout` seconds.
+        """The JSON that the server responds with within `timeout` seconds.
 
         Raises:
             ReplicaError: no answer in time, or one that is not 200 with JSON.

@@ -22,7 +22,7 @@ CONTEXT_TOKENS = 4  # of the prompt: some tokenizers drop the space before a tex
 
 @dataclass(frozen=True)
 class Cut:
-    """What is left of a completion before the text that has ended it."""
+    """The part of a completion before the text that has ended it."""
 
     token_ids: TokenIds
     tail: str
@@ -44,7 +44,7 @@ class StopStrings:
         return self._found(window) is not None and self.cut(prompt, token_ids) is not None
 
     def cut(self, prompt: TokenIds, token_ids: Sequence[int]) -> Cut | None:
-        """What lies before the first one that is complete; None where there is none."""
+        """The part before the first one that is complete; None where there is none."""
         context = prompt[-CONTEXT_TOKENS:]
         if self._decode(context).endswith("\ufffd"):  # a character that the completion goes on with
             context = ()
@@ -54,7 +54,7 @@ class StopStrings:
             return self._decode([*context, *token_ids[:count]])[skipped:]
 
         def text(count: int) -> str:
-            """Of the first `count` tokens, without a last character of which some is to come."""
+            """The first `count` tokens as text, without a last character that is not whole yet."""
             return decoded(count).rstrip("\ufffd")
 
         if self._found(text(len(token_ids))) is None:
@@ -80,7 +80,7 @@ class StopStrings:
         return min(
             ((place + len(stop), place) for place, stop in places if place >= 0),
             default=(0, None),
-            key=lambda found: found[0],
+            key=lambda end_and_place: end_and_place[0],
         )[1]
 
 

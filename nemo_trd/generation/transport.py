@@ -3,7 +3,7 @@
 `WeightFiles` writes safetensors that the servers read. `GlooLink` and `NcclLink` connect the
 sender, rank 0 of a group, with all workers of one server, ranks 1 and up: one group a server, so
 that the loss of one disturbs no other. Each bucket is announced by POST /update_weights and then
-broadcast, tensor by tensor. The other ends are in vllm_worker/nemo_trd_worker.py and, for NCCL,
+broadcast, tensor by tensor. The other ends are in serve/worker/nemo_trd_worker.py and, for NCCL,
 in vLLM itself.
 """
 

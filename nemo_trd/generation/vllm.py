@@ -24,14 +24,14 @@ from nemo_trd.config.schema import Sampling, VllmClient
 from nemo_trd.data.types import Completion, GenerationRequest, TokenIds
 from nemo_trd.generation.api import (
     GENERATE,
-    Answer,
     AttemptFailed,
     Connection,
+    SampledTokens,
     StaleWeights,
     TokenScores,
     field_of,
     generation_body,
-    read_answer,
+    read_completion,
     read_scores,
     scoring_body,
     version_number,
@@ -55,7 +55,7 @@ class RequestFailed(GenerationFailed):
 
 @dataclass(frozen=True)
 class _Job(Generic[Result]):
-    """One request, and how to read its answer: (result, how many tokens it is worth)."""
+    """One request, and how to read the response: (result, how many tokens it is worth)."""
 
     body: dict[str, Any]
     affinity: int | None
@@ -121,14 +121,14 @@ class VllmGenerator:
                 raise ValueError(f"{description}: the prompt of request {number} is empty")
 
         def read(content: Any, url: str, position: int) -> tuple[Completion, int]:
-            answer = read_answer(content, url, sampling, self._eos_token_ids, self._logprobs)
-            self._check_sampled(answer, url)
-            version = self._accept(answer.weight_versions, url)
+            sampled = read_completion(content, url, sampling, self._eos_token_ids, self._logprobs)
+            self._check_ids(sampled.token_ids, url)
+            version = self._accept(sampled.weight_versions, url)
             prompt = requests[position].prompt_token_ids
-            completion = self._completion(answer, version, prompt, sampling, url)
+            completion = self._completion(sampled, version, prompt, sampling, url)
             if done:
                 done(position, completion)
-            return completion, len(answer.token_ids)
+            return completion, len(sampled.token_ids)
 
         constraint = self.vocabulary.constraint
         jobs = []
@@ -140,7 +140,7 @@ class VllmGenerator:
         return self._run(jobs, lengths, sampling.max_tokens, description)
 
     def _completion(
-        self, answer: Answer, version: int, prompt: TokenIds, sampling: Sampling, url: str
+        self, sampled: SampledTokens, version: int, prompt: TokenIds, sampling: Sampling, url: str
     ) -> Completion:
         """Cut as in this process, so that both ways of generating agree on every token; with the
         end that it is given.
@@ -148,18 +148,18 @@ class VllmGenerator:
         Raises:
             AttemptFailed: it ended with neither an EOS token nor a text of `sampling.stop`.
         """
-        ids, logprobs = answer.token_ids, answer.logprobs
-        ended = answer.finish_reason == "stop" and ids[-1:] and ids[-1] in self._eos_token_ids
+        ids, logprobs = sampled.token_ids, sampled.logprobs
+        ended = sampled.finish_reason == "stop" and ids[-1:] and ids[-1] in self._eos_token_ids
         if sampling.stop:
             assert self._decode is not None, "stop needs a tokenizer: give the generator `decode`"
             stops = StopStrings(sampling.stop, self._decode)
-            found = stops.cut(prompt, ids[:-1] if ended else ids)
-            if found is not None:
-                kept = logprobs and logprobs[: len(found.token_ids)]
-                return Completion(found.token_ids, "stop_string", version, kept, found.tail)
-            if answer.finish_reason == "stop" and not ended:
+            cut = stops.cut(prompt, ids[:-1] if ended else ids)
+            if cut is not None:
+                kept = logprobs and logprobs[: len(cut.token_ids)]
+                return Completion(cut.token_ids, "stop_string", version, kept, cut.tail)
+            if sampled.finish_reason == "stop" and not ended:
                 raise AttemptFailed(url, f"it ended a completion at none of {sampling.stop}")
-        return Completion(self.vocabulary.ended(ids), answer.finish_reason, version, logprobs)
+        return Completion(self.vocabulary.ended(ids), sampled.finish_reason, version, logprobs)
 
     def score(
         self,
@@ -170,7 +170,7 @@ class VllmGenerator:
         vocab_size: int | None = None,
         spare: int = 0,
     ) -> list[TokenScores]:
-        """What the model thinks of the tokens from `label_start` on, given all before each.
+        """Log-probabilities of the tokens from `label_start` on, each after all before it.
 
         `sequences` are (token ids, label_start) with label_start of 1 or more; one token of the
         servers' context must be left. With a `vocab_size`, ids from there on are left out, and
@@ -195,9 +195,9 @@ class VllmGenerator:
             jobs.append(_Job(scoring_body(token_ids, top_k + spare), None, read))
         return self._run(jobs, [len(ids) for ids, _ in sequences], 1, description)
 
-    def _check_sampled(self, answer: Answer, url: str) -> None:
+    def _check_ids(self, token_ids: TokenIds, url: str) -> None:
         """Raises AttemptFailed: it holds an id that no server of this model may sample."""
-        outside = self._never.intersection(answer.token_ids)
+        outside = self._never.intersection(token_ids)
         if outside:
             raise AttemptFailed(
                 url,
@@ -327,8 +327,8 @@ class VllmGenerator:
         member.max_model_len = models[0].get("max_model_len") if models else None
 
     async def _version_label(self, connection: Connection, url: str) -> str:
-        answer = await connection.call("GET", url, "/weight_info")
-        return str(field_of(answer, "weight_version", url))
+        content = await connection.call("GET", url, "/weight_info")
+        return str(field_of(content, "weight_version", url))
 
     def _accept(self, labels: tuple[str, ...], url: str) -> int:
         """The version of weights of a completion, if `stale_weights` lets it pass.

@@ -99,14 +99,6 @@ class WeightSync:
         except ReplicaError:
             return False
 
-    def replica_version(self, url: str) -> str:
-        """What the server says that it has: a version, "default", or "incomplete".
-
-        Raises:
-            ReplicaError: it does not answer.
-        """
-        return self._replicas[url].version()
-
     def update_replica(self, url: str) -> bool:
         """Whether the server is current, after an attempt to make it so.
 
@@ -215,7 +207,7 @@ class WeightSync:
             replica.deadline = self._deadline
 
     def _hear(self, key: str) -> str:
-        """What rank 0 tells the other ranks.
+        """The message of rank 0 to the other ranks.
 
         Raises:
             WeightSyncError: it told nothing for longer than a sync may take.

@@ -75,11 +75,14 @@ def check_student_servers(
 
 
 def differences(rollouts: Sequence[Rollout], student_nll: StudentNll) -> list[Difference]:
-    """Of every token of the rollouts that carry log-probabilities, largest first. Collective."""
+    """Differences on every token of the rollouts that carry log-probabilities, largest first.
+
+    Collective.
+    """
     measured = [rollout for rollout in rollouts if rollout.completion.logprobs]
     trajectories = [rollout_trajectory(r, r.prompt.token_ids) for r in measured]
     nll = student_nll(trajectories) if trajectories else {}
-    found = [
+    unsorted = [
         Difference(trajectory.name, position, token_id, server, -own)
         for rollout, trajectory in zip(measured, trajectories, strict=True)
         for position, (token_id, server, own) in enumerate(
@@ -91,36 +94,36 @@ def differences(rollouts: Sequence[Rollout], student_nll: StudentNll) -> list[Di
             )
         )
     ]
-    return sorted(found, key=lambda difference: difference.size, reverse=True)
+    return sorted(unsorted, key=lambda difference: difference.size, reverse=True)
 
 
-def figures(found: Sequence[Difference]) -> dict[str, float]:
+def figures(compared: Sequence[Difference]) -> dict[str, float]:
     """Metrics of a step: mean and largest difference, in nats."""
-    if not found:
+    if not compared:
         return {}
     return {
-        "logprob_difference": sum(difference.size for difference in found) / len(found),
-        "logprob_difference_max": found[0].size,
+        "logprob_difference": sum(difference.size for difference in compared) / len(compared),
+        "logprob_difference_max": compared[0].size,
     }
 
 
-def check(found: Sequence[Difference], dtype: str, tokenizer: Any) -> None:
+def check(compared: Sequence[Difference], dtype: str, tokenizer: Any) -> None:
     """Refuse servers that say something else than the trainer.
 
     Raises:
         Disagreement: the mean difference exceeds the tolerance of `dtype`; with the tokens.
     """
-    mean, limit = figures(found).get("logprob_difference", 0.0), TOLERANCE[dtype]
+    mean, limit = figures(compared).get("logprob_difference", 0.0), TOLERANCE[dtype]
     if mean <= limit:
         return
     lines = [
         f"  {d.rollout}, token {d.position} {tokenizer.decode([d.token_id])!r}: "
         f"server {d.server:.5f}, trainer {d.trainer:.5f}"
-        for d in found[:SHOWN]
+        for d in compared[:SHOWN]
     ]
     raise Disagreement(
         f"log-probabilities of the student's servers and of the trainer differ by {mean:.5f} nats "
-        f"on average over {len(found)} tokens; precision.dtype={dtype} explains {limit:g}. "
+        f"on average over {len(compared)} tokens; precision.dtype={dtype} explains {limit:g}. "
         "The largest:\n"
         + "\n".join(lines)
         + "\nFix: serve the model of model.student.path in the same precision "

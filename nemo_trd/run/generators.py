@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
-from pydantic import SecretStr
 
-from nemo_trd.config.schema import Config, ModelSource, Vllm, VllmPool
+from nemo_trd.config.schema import Config, Vllm
 from nemo_trd.distributed.exchange import from_first_rank
 from nemo_trd.generation.protocol import Generator
-from nemo_trd.models.vocabulary import read_vocabulary
+from nemo_trd.serve.open import (
+    ServedModel,
+    Servers,
+    generator_on_servers,
+    local_generator,
+    open_servers,
+)
 
 if TYPE_CHECKING:
     from nemo_trd.generation.vllm import VllmGenerator
@@ -25,9 +28,12 @@ class Generators:
     """`student` and `teacher`, as `generation` says. Collective; `close` ends what was started.
 
     With `algorithm.trajectory=rollout` no rewrite is ever asked for, and the teacher's is the
-    student's: a second model would idle. With `teacher.scoring=server` there is a `scorer` on the
-    teacher's servers, beside the teacher's generator: the one does not wait for the other. Once
-    `stopping`, none of them waits for servers that are out of service.
+    student's: a second model would idle. Once `stopping`, none of them waits for servers that are
+    out of service.
+
+    `on_servers` is false where both generate in this process. `compared_rollouts` is the number of
+    rollouts a step whose log-probabilities on the servers are compared with the trainer's; 0
+    without servers. `teacher_servers` are those of the teacher that run already; None without any.
     """
 
     def __init__(self, config: Config, stopping: Callable[[], bool]) -> None:
@@ -35,102 +41,75 @@ class Generators:
         self._stopping = stopping
         self._stack = ExitStack()
         self._progress = config.logging.progress and dist.get_rank() == 0
-        self.scorer: VllmGenerator | None = None
-        # Running servers of the teacher that are asked, and their key; none of the run's own.
-        self.teacher_urls: list[str] = []
-        self.api_key: SecretStr | None = None
-        make: Callable[[ModelSource, str], Generator] = self._local
-        if config.generation.vllm is not None:
-            make = on_servers = self._on_servers()
-            if config.teacher.scoring == "server":
-                self.scorer = on_servers(config.teacher_source, "teacher")
-        self.student = make(config.model.student, "student")
-        self.teacher = self.student
-        if config.algorithm.trajectory == "refinement":
-            self.teacher = make(config.teacher_source, "teacher")
+        self.teacher_servers: Servers | None = None
+        self.student: Generator
+        self.teacher: Generator
+        vllm = config.generation.vllm
+        self.on_servers = vllm is not None
+        self.compared_rollouts = 0 if vllm is None else vllm.compared_rollouts
+        if vllm is None:
+            self._open_local()
+        else:
+            self._open_on_servers(vllm)
+
+    def scorer(self) -> VllmGenerator:
+        """A generator of its own on the teacher's servers: it does not wait for `teacher`."""
+        return self._teacher_on_servers()
 
     def close(self) -> None:
         self._stack.close()
 
-    def _local(self, source: ModelSource, role: str) -> Generator:
-        from nemo_trd.generation.local import LocalGenerator
-
-        return LocalGenerator(
-            source.path,
-            self._config.generation.local,
-            source.trust_remote_code,
-            self._progress,
-            read_vocabulary(source, self._config.model.student),
+    def _open_local(self) -> None:
+        config = self._config
+        make = partial(
+            local_generator,
+            settings=config.generation.local,
+            student=config.model.student,
+            progress=self._progress,
         )
+        self.student = self.teacher = make(config.model.student)
+        if config.algorithm.trajectory == "refinement":
+            self.teacher = make(config.teacher_source)
 
-    def _on_servers(self) -> Callable[[ModelSource, str], VllmGenerator]:
-        from nemo_trd.serve.api_key import read_api_key
-
-        vllm = self._config.generation.vllm
-        assert vllm is not None
-        given = from_first_rank(lambda: read_api_key(vllm.api_key_env, vllm.api_key_file))
-        # Servers of our own never stand open, whether or not anybody thought of a key.
-        self.api_key = given
-        if self._config.asks_teacher:
-            self.teacher_urls = vllm.teacher.urls
-        key = given or from_first_rank(lambda: SecretStr(secrets.token_urlsafe(32)))
-        servers = from_first_rank(lambda: self._start(vllm, key))
-        return partial(self._vllm, vllm, given, key, servers)
-
-    def _vllm(
-        self,
-        vllm: Vllm,
-        given: SecretStr | None,
-        key: SecretStr,
-        started: dict[str, list[str]],
-        source: ModelSource,
-        role: str,
-    ) -> VllmGenerator:
-        from nemo_trd.generation.stop_strings import decoder
-        from nemo_trd.generation.vllm import VllmGenerator
+    def _open_on_servers(self, vllm: Vllm) -> None:
         from nemo_trd.generation.weight_sync import WeightSync
 
-        pool: VllmPool = getattr(vllm, role)
-        urls = pool.urls or started[role]
-        api_key = given if pool.urls else key
-        sync = None
-        if role == "student":
-            sync = WeightSync(urls, vllm.weight_sync, api_key)
-            self._stack.callback(sync.close)
-        return VllmGenerator(
-            urls,
-            read_vocabulary(source, self._config.model.student),
-            vllm.client,
-            api_key=api_key,
-            sync=sync,
-            logprobs=role == "student",
+        config, student = self._config, self._config.model.student
+        models = self._served_models(vllm)
+        # Rank 0 starts them; the others hear where they are, and their key.
+        servers = from_first_rank(lambda: self._stack.enter_context(open_servers(models, vllm)))
+        make = partial(
+            generator_on_servers,
+            client=vllm.client,
+            student=student,
             progress=self._progress,
             stopping=self._stopping,
-            decode=decoder(source.path, source.trust_remote_code),
         )
+        sync = WeightSync(servers["student"].urls, vllm.weight_sync, servers["student"].api_key)
+        self._stack.callback(sync.close)
+        self.student = self.teacher = make(student, servers["student"], sync=sync, logprobs=True)
+        if "teacher" not in models:
+            return
+        self._teacher_on_servers = partial(make, config.teacher_source, servers["teacher"])
+        if vllm.teacher.urls:
+            self.teacher_servers = servers["teacher"]
+        if config.algorithm.trajectory == "refinement":
+            self.teacher = self._teacher_on_servers()
 
-    def _start(self, vllm: Vllm, key: SecretStr) -> dict[str, list[str]]:
-        """Start the servers that are not given by URL, all together; their URLs by role."""
-        from nemo_trd.serve.server import servers_of, start_all, stop_all
-
-        models = {"student": self._config.model.student}
-        if self._config.asks_teacher:
-            models["teacher"] = self._config.teacher_source
-        backends = {"student": vllm.weight_sync.backend, "teacher": None}
-        logs = self._config.run_dir / "servers"
-        servers = {
-            role: servers_of(
-                source,
-                getattr(vllm, role),
-                vllm,
-                logs / role,
-                key,
-                backends[role],
-                field=f"generation.vllm.{role}",
+    def _served_models(self, vllm: Vllm) -> dict[str, ServedModel]:
+        """The models whose servers have work, by role."""
+        config, logs = self._config, self._config.run_dir / "servers"
+        models = {
+            "student": ServedModel(
+                config.model.student,
+                vllm.student,
+                "generation.vllm.student",
+                logs / "student",
+                vllm.weight_sync.backend,
             )
-            for role, source in models.items()
         }
-        together = list(chain(*servers.values()))
-        start_all(together)
-        self._stack.callback(stop_all, together)
-        return {role: [server.url for server in started] for role, started in servers.items()}
+        if config.asks_teacher:
+            models["teacher"] = ServedModel(
+                config.teacher_source, vllm.teacher, "generation.vllm.teacher", logs / "teacher"
+            )
+        return models

@@ -40,14 +40,21 @@ class Journal:
         config: Config,
         inputs: Inputs,
         student: Student,
+        compared_rollouts: int,
         timers: Timers,
         step: int,
         trackers: Sequence[Tracker] = (),
     ) -> None:
-        """Open the records; those of steps after `step` are dropped."""
+        """Open the records; those of steps after `step` are dropped.
+
+        Args:
+            compared_rollouts: number of rollouts of a step whose log-probabilities are compared
+                with the servers'.
+        """
         self._config = config
         self._inputs = inputs
         self._student = student
+        self._compared_rollouts = compared_rollouts
         self._timers = timers
         self._logger = RunLogger(config, dist.get_rank() == 0, step, trackers)
 
@@ -102,8 +109,7 @@ class Journal:
         }
 
     def _differences(self, rollouts: Sequence[Rollout]) -> list[agreement.Difference]:
-        vllm = self._config.generation.vllm
-        compared = rollouts[: vllm.compared_rollouts] if vllm else []
+        compared = rollouts[: self._compared_rollouts]
         return agreement.differences(compared, self._student.token_nll)
 
     def watched(self, step: int, trajectories: Sequence[Trajectory]) -> list[str]:

@@ -59,12 +59,12 @@ class Lookahead:
         """
         if self._future is None:
             return
-        asked = time.perf_counter()
+        begin = time.perf_counter()
         with self._timers("wait_for_samples"):
             drawn = self._future.result()
         self._future = None
         self.ready[drawn.step] = drawn.refinements
-        idle = max(0.0, asked - drawn.ended)
+        idle = max(0.0, begin - drawn.ended)
         self._timers.add({**drawn.seconds, "wait_for_training": idle})
 
 

@@ -17,20 +17,18 @@ from nemo_trd.evaluate.in_run import evaluate
 from nemo_trd.megatron.checkpoint import Checkpointer
 from nemo_trd.megatron.learning_rate import rate_change
 from nemo_trd.megatron.student import StepResult, Student
-from nemo_trd.megatron.teacher import Teacher
 from nemo_trd.megatron.verification import verified_checkpoint
 from nemo_trd.models.write import save_hf_directory
 from nemo_trd.records.checkpoint_dir import TrainerState, read_samples_ahead
 from nemo_trd.records.timers import Timers
 from nemo_trd.records.trackers import Tracker, public_settings
 from nemo_trd.run import agreement, outcome
-from nemo_trd.run.generators import Generators
 from nemo_trd.run.inputs import Inputs, first_checkpoint_bytes
 from nemo_trd.run.journal import Journal
+from nemo_trd.run.open import open_teacher_and_generators
 from nemo_trd.run.resume import changes_since, check_prompts, model_identity, samples_hold
 from nemo_trd.run.run_lock import RunLock
 from nemo_trd.run.sampling import Sampler
-from nemo_trd.run.server_teacher import ServerTeacher
 from nemo_trd.run.teacher_check import check_teacher_servers
 from nemo_trd.verifiers import verifier
 
@@ -75,7 +73,16 @@ class Run:
         self._stop = stop
         self._verify = verifier(config.data.verifier, config.sandbox)
         self.student = Student(config)
-        self._open_generators(stop)
+        self.teacher, self._generators = open_teacher_and_generators(
+            config, self.student, stop.signalled
+        )
+        self.sampler = Sampler(
+            config,
+            self._generators.student,
+            self._generators.teacher,
+            inputs.student_tokenizer,
+            inputs.teacher_tokenizer,
+        )
         needed = first_checkpoint_bytes(config, self.student.hf)
         self._checkpointer = Checkpointer(config.checkpoint, root, self.student, needed)
         self._state = TrainerState(
@@ -91,31 +98,15 @@ class Run:
         self._last_line: str | None = None  # of the log, where the run ends as it was meant to
         self.samples_ahead: dict[int, list[Refinement]] = {}  # drawn before the run was cut off
         resumed = [] if inputs.checkpoint is None else self._resume(inputs.checkpoint)
-        if inputs.checkpoint is not None or config.generation.vllm is not None:
+        if inputs.checkpoint is not None or self._generators.on_servers:
             self.sync_weights()  # whatever a server has been given before
         self.timers = Timers()
         notices += [*found, *self._checkpointer.begin(inputs.checkpoint)]
-        self.journal = Journal(config, inputs, self.student, self.timers, self.step, trackers)
-        self.journal.announce(resumed, notices)
-
-    def _open_generators(self, stop: StopRequest) -> None:
-        """Open what samples and what scores: generators, teacher, sampler."""
-        config, inputs = self.config, self.inputs
-        self.teacher: Teacher | ServerTeacher
-        if config.teacher.scoring == "megatron":
-            self.teacher = Teacher(config, self.student.groups)
-        self._generators = Generators(config, stop.signalled)
-        if self._generators.scorer is not None:
-            self.teacher = ServerTeacher(
-                config, self._generators.scorer, self.student.groups, self.student.vocab_size
-            )
-        self.sampler = Sampler(
-            config,
-            self._generators.student,
-            self._generators.teacher,
-            inputs.student_tokenizer,
-            inputs.teacher_tokenizer,
+        compared = self._generators.compared_rollouts
+        self.journal = Journal(
+            config, inputs, self.student, compared, self.timers, self.step, trackers
         )
+        self.journal.announce(resumed, notices)
 
     def _resume(self, checkpoint: Path) -> list[str]:
         """Go on from a checkpoint. Returns lines about that for the log."""
@@ -189,20 +180,19 @@ class Run:
 
     def _check_servers(self) -> None:
         """Compare what the servers of student and teacher say with what they should serve."""
-        vllm, inputs = self.config.generation.vllm, self.inputs
-        if vllm is not None:
+        generators, inputs = self._generators, self.inputs
+        if generators.on_servers:
             agreement.check_student_servers(
                 self.config,
-                inputs.training_prompts[: vllm.compared_rollouts],
+                inputs.training_prompts[: generators.compared_rollouts],
                 self.sampler.complete,
                 self.student.token_nll,
                 inputs.student_tokenizer,
             )
-        if self._generators.teacher_urls:
+        if generators.teacher_servers is not None:
             check_teacher_servers(
                 self.config,
-                self._generators.teacher_urls,
-                self._generators.api_key,
+                generators.teacher_servers,
                 inputs.teacher_tokenizer,
                 inputs.training_prompts[0].token_ids,
                 self.student,
@@ -314,7 +304,7 @@ class Run:
             self.config.run.seed,
             self._verify,
             self.inputs.student_tokenizer,
-            self.sampler.judge,
+            self.sampler.map_shares,
         )
         self.journal.record_evaluation(self.step, accuracy)
         return accuracy

@@ -1,4 +1,4 @@
-"""Rollouts and refinements: what the generators are asked, and what becomes of their answers.
+"""Rollouts and refinements: requests to the generators, and what becomes of the completions.
 
 Every rank asks for its own share, decodes and verifies it; then all ranks hold all records.
 """
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from nemo_trd.algorithm.acceptance import judge, read_rollout
+from nemo_trd.algorithm.acceptance import read_refinements, read_rollout
 from nemo_trd.algorithm.refinement import refinement_prompts
 from nemo_trd.config.schema import Config, Sampling
 from nemo_trd.data.types import (
@@ -27,7 +27,7 @@ from nemo_trd.generation.protocol import Generator, request_seed
 from nemo_trd.verifiers import judge_all, verifier
 
 Item = TypeVar("Item")
-Judged = TypeVar("Judged")
+Result = TypeVar("Result")
 
 
 class Sampler:
@@ -53,24 +53,21 @@ class Sampler:
     def rollouts(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
         """y_o ~ pi_theta(. | x): `train.rollouts_per_prompt` for each prompt."""
         config = self._config
-        wanted = own_share(numbered_samples(prompts, config.train.rollouts_per_prompt))
+        samples = own_share(numbered_samples(prompts, config.train.rollouts_per_prompt))
         requests = [
             GenerationRequest(
                 prompt.token_ids,
                 request_seed(config.run.seed, "rollout", step, prompt.index, sample),
                 affinity=prompt.index,
             )
-            for prompt, sample in wanted
+            for prompt, sample in samples
         ]
 
         def share() -> list[Rollout]:
             completions = self._student.generate(requests, config.generation.rollout, "rollouts")
             return judge_all(
                 lambda drawn: read_rollout(*drawn, self._student_tokenizer, self._verify),
-                [
-                    (*asked, completion)
-                    for asked, completion in zip(wanted, completions, strict=True)
-                ],
+                [(*sample, drawn) for sample, drawn in zip(samples, completions, strict=True)],
             )
 
         return self._merge(share)
@@ -78,23 +75,25 @@ class Sampler:
     def refinements(self, rollouts: Sequence[Rollout], step: int) -> list[Refinement]:
         """y_r ~ pi_T(. | x, y_o), in OPSD pi_T(. | x, y*, y_o); rejected ones say why."""
         config = self._config
-        share = refinement_prompts(own_share(rollouts), config, self._teacher_tokenizer)
+        contexts = refinement_prompts(own_share(rollouts), config, self._teacher_tokenizer)
         requests = [
             GenerationRequest(
                 prompt.token_ids,
                 self._refinement_seed(prompt, step),
                 affinity=prompt.rollout.prompt.index,
             )
-            for prompt in share
+            for prompt in contexts
             if prompt.token_ids is not None
         ]
 
-        def judged() -> list[Refinement]:
+        def share() -> list[Refinement]:
             sampling = config.generation.refinement
             completions = self._teacher.generate(requests, sampling, "refinements")
-            return judge(share, completions, config, self._teacher_tokenizer, self._verify)
+            return read_refinements(
+                contexts, completions, config, self._teacher_tokenizer, self._verify
+            )
 
-        return self._merge(judged)
+        return self._merge(share)
 
     def _refinement_seed(self, request: RefinementPrompt, step: int) -> int:
         prompt, sample = request.rollout.prompt, request.rollout.sample_index
@@ -107,13 +106,13 @@ class Sampler:
         share = own_share(requests)
         return self._merge(lambda: self._student.generate(share, sampling, description))
 
-    def judge(self, judge_one: Callable[[Item], Judged], items: Sequence[Item]) -> list[Judged]:
-        """What all ranks find out about their shares of `items`, in the order of the items."""
+    def map_shares(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """`function` of each item, in their order; every rank works on its own share."""
         share = own_share(items)
-        return self._merge(lambda: judge_all(judge_one, share))
+        return self._merge(lambda: judge_all(function, share))
 
     def _merge(self, make_share: Callable[[], list[Item]]) -> list[Item]:
-        """What all ranks make.
+        """The shares of all ranks together, in order.
 
         Raises:
             GenerationFailed: on all ranks, when it is raised on some.

@@ -38,14 +38,14 @@ class ServerTeacher:
         # Beside the ids that the loss is about, a server may name some that only pad its output
         # layer, or that only the teacher's tokenizer knows.
         self._spare = min(scorer.vocabulary.columns - vocab_size, 16 + self._top_k // 4)
-        self._replica = student_groups.dp.rank()
+        self._dp_rank = student_groups.dp.rank()
         self._computes_loss = is_last_stage(student_groups)
         # On the host: what is exchanged never needs a device.
-        members = merge_shares([self._replica])
-        for replica in range(student_groups.dp.size()):
-            ranks = [rank for rank, member in enumerate(members) if member == replica]
+        dp_ranks = merge_shares([self._dp_rank])
+        for dp_rank in range(student_groups.dp.size()):
+            ranks = [rank for rank, other in enumerate(dp_ranks) if other == dp_rank]
             group = dist.new_group(ranks, backend="gloo")
-            if replica == self._replica:
+            if dp_rank == self._dp_rank:
                 self._group = group
         self._check()
 
@@ -62,7 +62,7 @@ class ServerTeacher:
         Raises:
             GenerationFailed: on all ranks.
         """
-        own = micro_batches[self._replica]
+        own = micro_batches[self._dp_rank]
         trajectories = [t for micro_batch in own for t in micro_batch.trajectories]
         share = own_share(trajectories, self._group)
         scores = merge_shares(fail_together(lambda: self._ask(share)), self._group)
@@ -90,7 +90,7 @@ class ServerTeacher:
         )
 
     def _join(self, scores: Sequence[TokenScores]) -> TopK:
-        """Of one micro-batch, in the order of its labels; of a filler, no rows."""
+        """The states of one micro-batch, in the order of its labels; no rows for a filler."""
         ids = torch.empty(0, self._top_k, dtype=torch.long)
         log_probs, labels = torch.empty(0, self._top_k), torch.empty(0)
         return TopK(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import SecretStr
 
-from nemo_trd.config.schema import Config, TeacherPool
+from nemo_trd.config.schema import Config, TeacherPool, VllmClient
 from nemo_trd.data.types import TokenIds, Trajectory
 from nemo_trd.distributed.exchange import from_first_rank, merge_shares
 from nemo_trd.generation.identity import (
@@ -24,7 +23,8 @@ from nemo_trd.generation.vllm import VllmGenerator
 from nemo_trd.megatron.student import Student
 from nemo_trd.megatron.teacher import Teacher
 from nemo_trd.models.vocabulary import Vocabulary
-from nemo_trd.run.server_teacher import ServerTeacher
+from nemo_trd.run.open import FrozenTeacher
+from nemo_trd.serve.open import Servers
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +38,11 @@ LOADED_BYTES = 2 << 30  # weights up to so many are loaded here, for this check 
 
 def check_teacher_servers(
     config: Config,
-    urls: Sequence[str],
-    api_key: SecretStr | None,
+    servers: Servers,
     tokenizer: Any,
     text: TokenIds,
     student: Student,
-    teacher: Teacher | ServerTeacher,
+    teacher: FrozenTeacher,
     step: int,
 ) -> None:
     """Compare what each server says with the teacher of `config`. Collective.
@@ -57,16 +56,17 @@ def check_teacher_servers(
     """
     text = text[:TEXT_TOKENS]
     own = _own_log_probabilities(config, text, student, teacher, step)
+    vllm = config.generation.vllm
+    assert vllm is not None  # there are servers
+    pool, client = vllm.teacher, vllm.client
 
     def check() -> None:
-        for url in urls:
-            served = ask(url, api_key)
+        for url in servers.urls:
+            served = ask(url, servers.api_key)
             if served is None:
                 continue
             check_weights_and_tokenizer(served, tokenizer)
-            reported = _reported(config, url, api_key, text) if own is not None else None
-            assert config.generation.vllm is not None
-            pool = config.generation.vllm.teacher
+            reported = None if own is None else _reported(client, url, servers.api_key, text)
             if own is None or reported is None:
                 check_name(served, Path(config.teacher_source.path).absolute(), pool.served_name)
                 log.info("%s serves the teacher, by the name of its model", url)
@@ -87,11 +87,9 @@ def _allowed(pool: TeacherPool, dtype: str) -> float:
 
 
 def _reported(
-    config: Config, url: str, api_key: SecretStr | None, text: TokenIds
+    client: VllmClient, url: str, api_key: SecretStr | None, text: TokenIds
 ) -> list[float] | None:
-    """What one server scores; None, with a warning, where it does not."""
-    assert config.generation.vllm is not None
-    client = config.generation.vllm.client
+    """Log-probabilities that one server gives `text`; None, with a warning, where it gives none."""
     client = client.model_copy(update={"recovery_timeout_seconds": 0.0, "stale_weights": "keep"})
     scorer = VllmGenerator([url], Vocabulary(0, (), {}), client, api_key=api_key)
     try:
@@ -103,9 +101,9 @@ def _reported(
 
 
 def _own_log_probabilities(
-    config: Config, text: TokenIds, student: Student, teacher: Teacher | ServerTeacher, step: int
+    config: Config, text: TokenIds, student: Student, teacher: FrozenTeacher, step: int
 ) -> list[float] | None:
-    """Of all tokens of `text` but the first, in nats, on every rank. Collective."""
+    """The teacher's, of all tokens of `text` but the first, in nats. Collective; on every rank."""
     if len(text) < 2:
         return None
     trajectory = Trajectory(0, 0, "rollout", text[:1], text[:1], text[1:], 0)
@@ -122,16 +120,16 @@ def _own_log_probabilities(
 def _of_megatron(trajectory: Trajectory, student: Student, teacher: Teacher) -> list[float]:
     plan = student.pack([trajectory])
     own = plan[student.groups.dp.rank()]
-    found: list[list[float]] = []
+    log_probs: list[list[float]] = []
     for micro_batch, states in zip(own, teacher.states(plan), strict=True):
         if states is not None and len(micro_batch.labels):
             known = student.teacher_top_k(states, micro_batch.labels, 1, padded=True)
-            found.append(known.label_log_probs.tolist())
-    return merge_shares(found)[0]
+            log_probs.append(known.label_log_probs.tolist())
+    return merge_shares(log_probs)[0]
 
 
 def _of_directory(config: Config, text: TokenIds) -> list[float] | None:
-    """Of weights that transformers loads within seconds; None where there are none such."""
+    """Those of weights that transformers loads within seconds; None where there are none such."""
     from nemo_trd.generation.local import load_model
 
     source = config.teacher_source

@@ -2,5 +2,5 @@
 
 Here: `server` (processes and their logs), `node` (those of a Slurm node), `guard`, `api_key`,
 `environment`, `open` (a generator on servers), `worker` (code that runs inside vLLM).
-May import config, generation. No trainer: the server image has no megatron-core.
+May import config, models, generation. No trainer: the server image has no megatron-core.
 """

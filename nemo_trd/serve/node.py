@@ -111,9 +111,9 @@ def _serve(arguments: Sequence[str] | None) -> int:
         "--reached-from", required=True, metavar="HOST", help="who asks: decides the address"
     )
     parser.add_argument("--logs", type=path, required=True, metavar="DIR")
-    given = parser.parse_intermixed_args(arguments)
+    parsed = parser.parse_intermixed_args(arguments)
     servers = servers_of_node(
-        compose(given.overrides), given.role, address_towards(given.reached_from), given.logs
+        compose(parsed.overrides), parsed.role, address_towards(parsed.reached_from), parsed.logs
     )
     start_all(servers)
     try:

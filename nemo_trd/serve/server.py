@@ -84,7 +84,7 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """Of the process that leads the server's session and process group."""
+        """The process that leads the server's session and process group."""
         assert self._process is not None
         return self._process.pid
 
@@ -146,7 +146,7 @@ class Server:
 
     def ask_to_stop(self) -> None:
         if self._process is not None:
-            self._process.send_signal(signal.SIGINT)  # SIGTERM may be blocked: see serve_node.py
+            self._process.send_signal(signal.SIGINT)  # SIGTERM may be blocked: see node.py
 
     def stop(self) -> None:
         """End every process of it: asked first, killed after `stop_timeout_seconds`."""
@@ -180,7 +180,7 @@ class Server:
         self.stop()
 
     def failure(self) -> ServerError:
-        """Of a server that ended by itself."""
+        """The error to raise of a server that ended by itself."""
         return self._failure(f"ended with status {self.exit_status()}")
 
     def _arguments(self, is_cpu: bool) -> list[str]:
@@ -211,7 +211,7 @@ class Server:
         return arguments + settings.arguments
 
     def _positions(self) -> int:
-        """How many the model knows; models of images and text keep it with the text's settings."""
+        """Positions that the model knows; models of images and text keep them with the text's."""
         config_file = Path(self.model) / "config.json"
         try:
             settings = json.loads(config_file.read_text(encoding="utf-8"))
@@ -253,8 +253,8 @@ class Server:
         address = f"[{host}]" if ":" in host else host
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with direct.open(f"http://{address}:{self.port}/health", timeout=5) as answer:
-                return answer.status == 200
+            with direct.open(f"http://{address}:{self.port}/health", timeout=5) as response:
+                return response.status == 200
         except (OSError, urllib.error.HTTPError):
             return False
 

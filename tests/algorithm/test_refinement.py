@@ -19,7 +19,7 @@ from tiny_tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from nemo_trd.algorithm.acceptance import judge, read_rollout, refinement_counts
+from nemo_trd.algorithm.acceptance import read_refinements, read_rollout, refinement_counts
 from nemo_trd.algorithm.refinement import (
     ContextOverflow,
     fitting_prompts,
@@ -594,7 +594,9 @@ def test_rewrites_that_did_not_end_or_say_nothing_are_rejected(
     completed: Completion, rejection: str | None, correct: bool | None
 ) -> None:
     request = built(rollout(), configured())
-    [refinement] = judge([request], [completed], configured(), TOKENIZER, verifier("exact"))
+    [refinement] = read_refinements(
+        [request], [completed], configured(), TOKENIZER, verifier("exact")
+    )
     assert (refinement.rejection, refinement.correct) == (rejection, correct)
     assert refinement.completion is completed and refinement.request is request
     assert "<|end|>" not in refinement.text
@@ -605,17 +607,19 @@ def test_completions_belong_to_the_prompts_that_were_asked() -> None:
     rollouts = [rollout(correct=c) for c in (True, False, True, False)]
     requests = refinement_prompts(rollouts, config, TOKENIZER)
     answers = [completion("first # 2"), completion("second # 3")]
-    refinements = judge(requests, answers, config, TOKENIZER, verifier("exact"))
+    refinements = read_refinements(requests, answers, config, TOKENIZER, verifier("exact"))
     assert [r.rejection for r in refinements] == ["subset", None, "subset", None]
     assert [r.text for r in refinements] == ["", "first # 2", "", "second # 3"]
     assert [r.correct for r in refinements] == [None, True, None, False]
     with pytest.raises(AssertionError):
-        judge(requests, answers[:1], config, TOKENIZER, verifier("exact"))
+        read_refinements(requests, answers[:1], config, TOKENIZER, verifier("exact"))
 
 
 def test_without_an_answer_there_is_no_verdict() -> None:
     request = built(rollout(answer=None), configured())
-    [refinement] = judge([request], [completion("# 2")], configured(), TOKENIZER, verifier("exact"))
+    [refinement] = read_refinements(
+        [request], [completion("# 2")], configured(), TOKENIZER, verifier("exact")
+    )
     assert refinement.rejection is None and refinement.correct is None
 
 
@@ -645,7 +649,7 @@ def test_a_thought_that_the_prompt_has_opened_and_nothing_ends_is_no_answer(
     read = read_rollout(prompt, 0, Completion(ids, "stop", 0), tokenizer, verify)
     assert (read.text, read.correct) == (written, right)
     request = RefinementPrompt(read, prompt.token_ids)
-    [refined] = judge([request], [read.completion], configured(), tokenizer, verify)
+    [refined] = read_refinements([request], [read.completion], configured(), tokenizer, verify)
     assert (refined.text, refined.correct) == (written, right)
 
     def generate(requests: list[Any], *_: Any) -> list[Completion]:

@@ -12,7 +12,7 @@ from test_vllm import SAMPLING, expected, requests
 from test_vllm import generator as on_servers
 from tiny_models import byte_tokenizer, make_model
 
-from nemo_trd.algorithm.acceptance import judge, read_rollout
+from nemo_trd.algorithm.acceptance import read_refinements, read_rollout
 from nemo_trd.algorithm.trajectories import pair
 from nemo_trd.config.load import compose
 from nemo_trd.config.schema import LocalGeneration, Sampling
@@ -150,7 +150,7 @@ def test_what_a_stop_has_left_is_text_and_labels_without_an_eos() -> None:
     words = tuple(tokenizer("42")["input_ids"])
     config = compose(["refinement.on_failure=rollout"])
     judged = [
-        judge([context], [completion], config, tokenizer, str.__eq__)[0]
+        read_refinements([context], [completion], config, tokenizer, str.__eq__)[0]
         for completion in (
             Completion(words, "stop_string", 0, tail="}"),
             Completion((), "stop_string", 0, tail="}"),

@@ -155,7 +155,7 @@ def test_a_server_goes_through_all_phases_in_order(
         assert server.loaded.keys() == TENSORS.keys()
         assert all(torch.equal(server.loaded[name], TENSORS[name]) for name in TENSORS)
         assert sync.is_current(server.url)
-        assert sync.replica_version(server.url) == "3"
+        assert server.version == "3"
     assert not sync.failures
 
 
@@ -285,7 +285,7 @@ def test_a_restarted_server_is_brought_up_to_date_from_the_files(
     servers[0].restart()
     assert not sync.is_current(servers[0].url)
     assert sync.update_replica(servers[0].url)
-    assert sync.replica_version(servers[0].url) == "1"
+    assert servers[0].version == "1"
     assert servers[0].loaded.keys() == TENSORS.keys()
 
 

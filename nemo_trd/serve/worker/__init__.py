@@ -1,4 +1,4 @@
-"""What runs inside vLLM's own processes, and how a server is told to load it.
+"""Code that runs inside vLLM's own processes, and the arguments that make a server load it.
 
 Only this directory goes on the PYTHONPATH of a server: its environment has none of our other
 dependencies, and nemo_trd/generation holds a module named `vllm`, which would hide the real one.
@@ -13,7 +13,7 @@ WORKER_DIRECTORY = Path(__file__).parent
 
 
 def worker_arguments(backend: str) -> list[str]:
-    """What to add to the command line of a server whose weights come through `backend`.
+    """Arguments of a server whose weights come through `backend`.
 
     That is nccl, gloo or file. The last two are one to the server.
     """

@@ -40,5 +40,5 @@ class RequireKey:
     def _admits(self, scope: Message) -> bool:
         if self._expected is None or scope["path"] == "/health":
             return True
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        return hmac.compare_digest(given, self._expected)
+        header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        return hmac.compare_digest(header, self._expected)

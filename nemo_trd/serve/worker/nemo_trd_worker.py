@@ -173,7 +173,7 @@ class WorkerExtension:
     weight_transfer_engine: Any
 
     def weight_update_state(self) -> dict[str, Any]:
-        """What has gone wrong on this worker, and what has not come."""
+        """The failure on this worker, if any, and the first tensors that have not come."""
         engine = self.weight_transfer_engine
         if not isinstance(engine, HostEngine):  # vLLM's own: it raises
             return {"failure": None, "missing": []}
