@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +74,37 @@ def models(directory: Path) -> Path:
     return directory
 
 
-def test_resuming_on_one_layout_is_bitwise_past_cut_and_damaged_saves(tmp_path: Path) -> None:
-    whole = steps(models(tmp_path / "whole"), 1, [], 0, 2 * HALF)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], Any]:
+    """What a run that nothing interrupts sees on one rank, by settings of its optimizer."""
+
+    @cache
+    def seen(*optimizer: str) -> Any:
+        directory = models(tmp_path_factory.mktemp("whole"))
+        return steps(directory, 1, [*optimizer], 0, 2 * HALF)
+
+    return lambda optimizer: seen(*optimizer)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], Path]:
+    """The directory of models and checkpoint of the first half, by settings of the optimizer."""
+
+    @cache
+    def saved(*optimizer: str) -> Path:
+        directory = models(tmp_path_factory.mktemp("half"))
+        steps(directory, 1, [*optimizer], 0, HALF)
+        return directory
+
+    return lambda optimizer: saved(*optimizer)
+
+
+def test_resuming_on_one_layout_is_bitwise_past_cut_and_damaged_saves(
+    whole: Callable[[list[str]], Any], tmp_path: Path
+) -> None:
+    uninterrupted = whole([])
     broken = models(tmp_path / "broken")
-    assert steps(broken, 1, ["checkpoint.async_save=true"], 0, HALF) == whole[:HALF]
+    assert steps(broken, 1, ["checkpoint.async_save=true"], 0, HALF) == uninterrupted[:HALF]
     cut = broken / "checkpoints" / "step_00000009.partial"  # what a killed save leaves behind
     cut.mkdir()
     damaged = broken / "checkpoints" / "step_00000008"
@@ -87,7 +116,7 @@ def test_resuming_on_one_layout_is_bitwise_past_cut_and_damaged_saves(tmp_path: 
     bytes_of[len(bytes_of) // 2] ^= 1
     (other / "__0_0.distcp").write_bytes(bytes_of)
     latest.point(other.parent, other)
-    assert steps(broken, 1, [], HALF, 2 * HALF) == whole[HALF:]
+    assert steps(broken, 1, [], HALF, 2 * HALF) == uninterrupted[HALF:]
     notices = (other.parent / "notices").read_text()
     for part in ("passing over checkpoint", "step_00000007: __0_0.distcp is damaged", "moved 2"):
         assert part in notices
@@ -154,12 +183,16 @@ def test_a_save_that_does_not_fit_is_one_line_and_leaves_the_last_good_one(tmp_p
 
 
 @pytest.mark.parametrize(("ranks", "layout"), [(4, TP2 + PP2), (2, PP2 + VPP2), (2, DISTRIBUTED)])
-def test_resuming_on_another_layout_agrees(ranks: int, layout: list[str], tmp_path: Path) -> None:
+def test_resuming_on_another_layout_agrees(
+    ranks: int,
+    layout: list[str],
+    whole: Callable[[list[str]], Any],
+    half: Callable[[list[str]], Path],
+    tmp_path: Path,
+) -> None:
     optimizer = layout if layout == DISTRIBUTED else []
-    whole = steps(models(tmp_path / "whole"), 1, optimizer, 0, 2 * HALF)
-    broken = models(tmp_path / "broken")
-    steps(broken, 1, optimizer, 0, HALF)
+    broken = shutil.copytree(half(optimizer), tmp_path / "broken", symlinks=True)
     resumed = steps(broken, ranks, layout, HALF, HALF + 1)
     resumed += steps(broken, 1, optimizer, HALF + 1, 2 * HALF)  # and back again
-    for step, expected in zip(resumed, whole[HALF:], strict=True):
+    for step, expected in zip(resumed, whole(optimizer)[HALF:], strict=True):
         assert step == pytest.approx(expected, rel=1e-5)

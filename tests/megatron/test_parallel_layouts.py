@@ -53,9 +53,10 @@ ONE_EACH = ["train.max_tokens_per_micro_batch=null", "train.micro_batch_size=1"]
 ALL_IN_ONE = ["train.max_tokens_per_micro_batch=100000"]
 DISTRIBUTED = ["optimizer.distributed=true", "optimizer.overlap_grad_reduce=true"]
 
-# ranks -> layouts. Every recipe runs in the first group, a part of them in the second.
-FULL = {
-    1: {"budget": []},
+# ranks -> layouts. Every recipe runs in the first group, a part of them in the second. One rank
+# with batches of `max_tokens_per_micro_batch` is what they are compared with.
+FULL: dict[int, dict[str, list[str]]] = {
+    1: {},
     2: {
         "tp2": TP2,
         "pp2": PP2 + TEACHER_PP2,

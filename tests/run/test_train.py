@@ -248,7 +248,7 @@ def test_a_signalled_run_saves_and_resumes_to_the_same_numbers(
     assert last_line(tmp_path / "cut" / "log.txt").endswith(f"{stopped}{tmp_path / 'cut'}")
     assert len(metrics(tmp_path / "cut")) == STEPS // 2
     again = "started once more" if ranks == 1 else ""  # processes meet only once
-    code, output = run_ranks(ranks, run_training, cut, again)
+    code, output = run_ranks(ranks, run_training, cut, again, launcher="torchrun")
     assert code == 0 and output.count("resumed from") == 1  # not by every rank
     summary = f"see {tmp_path / 'cut' / 'summary.json'}, the model in {tmp_path / 'cut' / 'export'}"
     assert f"finished after step {STEPS}; {summary}; python -m nemo_trd.report" in output
@@ -271,7 +271,9 @@ def test_a_run_killed_while_it_saves_resumes_from_the_save_before(
 ) -> None:
     run = settings(inputs, tmp_path / "run", *SAVE_AT_HALF)
     marked = {"TEST_DIRECTORY": str(tmp_path)}
-    code, output = run_ranks(1, run_training, run, f"killed {moment}", environment=marked)
+    code, output = run_ranks(
+        *(1, run_training, run, f"killed {moment}"), environment=marked, launcher="torchrun"
+    )
     assert code not in (0, -1) and "SIGKILL" in output, output[-3000:]
     checkpoints = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == [

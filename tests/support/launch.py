@@ -1,33 +1,35 @@
-"""Runs a function of a test file on several ranks, started by torchrun on a free loopback port.
+"""Runs a function of a test file on several ranks, which meet on a free loopback port.
 
-As a script it is the entry point of those ranks: `launch.py FILE FUNCTION JSON_ARGUMENTS`.
+As a script it is the entry point of ranks that are interpreters of their own:
+`launch.py FILE FUNCTION JSON_ARGUMENTS`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import inspect
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal
+from functools import cache
+from typing import IO, Any, Literal
 
 import psutil
+from fork_server import TESTS, run_function
 
-TESTS = Path(__file__).resolve().parent.parent
 OWN_LAUNCHER = f"""
 import sys
 sys.path.insert(0, {str(TESTS.parent)!r})
 from nemo_trd.launch import launch
 sys.exit(launch(int(sys.argv[1]), [sys.executable, *sys.argv[2:]]))
 """
+Launcher = Literal["fork", "torchrun", "nemo_trd"]
 
 
 def launch(
@@ -59,46 +61,107 @@ def run_ranks(
     *arguments: Any,
     timeout: float = 120,
     environment: dict[str, str] | None = None,
-    launcher: Literal["torchrun", "nemo_trd"] = "torchrun",
+    launcher: Launcher = "fork",
 ) -> tuple[int, str]:
-    """As `launch`, for ranks that are meant to fail: the launcher's exit code and the output."""
+    """As `launch`, for ranks that are meant to fail: the launcher's exit code and the output.
+
+    `launcher`: `fork` has imported already what ranks import (`fork_server`); `torchrun` and
+    `nemo_trd` start an interpreter for each rank, which takes ten seconds.
+    """
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    settings |= environment or {}
+    run = _forked if launcher == "fork" else _started
+    with tempfile.NamedTemporaryFile("w+") as output:
+        returncode = run(ranks, function, arguments, timeout, settings, launcher, output)
+        output.seek(0)
+        reason = f"\nstopped after {timeout} s" if returncode == -1 else ""
+        return returncode, output.read() + reason
+
+
+def _forked(
+    ranks: int,
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
+    timeout: float,
+    environment: dict[str, str],
+    launcher: Launcher,
+    output: IO[str],
+) -> int:
+    world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    request = {
+        "ranks": ranks,
+        "file": inspect.getfile(function),
+        "function": function.__name__,
+        "arguments": arguments,
+        "environment": environment | world | address,
+        "directory": os.getcwd(),
+        "output": output.name,
+    }
+    server = fork_server()
+    assert server.stdin and server.stdout
+    server.stdin.write(json.dumps(request).encode() + b"\n")
+    leader = int(server.stdout.readline())
+    ended, _, _ = select.select([server.stdout], [], [], timeout)
+    end_session(leader)
+    returncode = int(server.stdout.readline())
+    return returncode if ended else -1
+
+
+@cache
+def fork_server() -> subprocess.Popen[bytes]:
+    """The server of this session's launches. It ends with the session: its input does."""
+    return subprocess.Popen(
+        [sys.executable, str(TESTS / "support" / "fork_server.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+    )
+
+
+def _started(
+    ranks: int,
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
+    timeout: float,
+    environment: dict[str, str],
+    launcher: Launcher,
+    output: IO[str],
+) -> int:
     command = [sys.executable, "-c", OWN_LAUNCHER, str(ranks), __file__]
     if launcher == "torchrun":
         command = [sys.executable, "-m", "torch.distributed.run"]
         command += [f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1"]
         command += [f"--master-port={free_port()}", __file__]
     command += [inspect.getfile(function), function.__name__, json.dumps(arguments)]
-    settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=settings | (environment or {}),
-            start_new_session=True,
-        )
-        try:
-            returncode = process.wait(timeout)
-            reason = ""
-        except subprocess.TimeoutExpired:
-            returncode, reason = -1, f"\nstopped after {timeout} s"
-        finally:
-            end_group(process)
-        output.seek(0)
-        return returncode, output.read() + reason
+    process = subprocess.Popen(
+        command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+    )
+    try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        return -1
+    finally:
+        end_group(process)
 
 
 def end_group(process: subprocess.Popen[Any]) -> None:
     """SIGKILL a process that leads a session, and what it started, in sessions of their own too."""
+    end_session(process.pid)
+    process.wait()
+
+
+def end_session(leader: int) -> None:
+    """SIGKILL a process group by its leader, and what it started, in sessions of their own too."""
     started: list[psutil.Process] = []
     with contextlib.suppress(psutil.NoSuchProcess):
-        started = psutil.Process(process.pid).children(recursive=True)
+        started = psutil.Process(leader).children(recursive=True)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(leader, signal.SIGKILL)
     for child in started:  # torchrun's ranks
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
-    process.wait()
 
 
 def free_port() -> int:
@@ -108,20 +171,8 @@ def free_port() -> int:
 
 
 def _main(file: str, function: str, arguments: str) -> None:
-    sys.path[:0] = [
-        str(TESTS.parent),
-        str(TESTS / "support"),
-        str(Path(file).parent),
-    ]
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    import torch
-
-    torch.set_num_threads(1)
-    getattr(module, function)(*json.loads(arguments))
+    sys.path[:0] = [str(TESTS.parent), str(TESTS / "support")]
+    run_function(file, function, json.loads(arguments))
 
 
 if __name__ == "__main__":
