@@ -11,7 +11,7 @@ student and teacher):
     modelopt  NVIDIA ModelOpt's LogitsKLLoss on logits
     trl       TRL's generalized_jsd_loss on logits
     liger     Liger's fused linear JSD: from hidden states, in chunks
-    ours      nemo_trd.loss.fused.divergence
+    ours      nemo_trd.loss.fused.fused_divergence
 
 `peak_gb` is the peak of resident memory (on a GPU: of allocated memory) above the inputs, in 1e9
 bytes; gradients count. `seconds` is the fastest of `--repeats` passes; the JSON file also has
@@ -41,7 +41,7 @@ from torch import Tensor
 
 from nemo_trd.config.schema import Loss
 from nemo_trd.loss.formulas import dense_divergence
-from nemo_trd.loss.fused import divergence
+from nemo_trd.loss.fused import fused_divergence
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SLICE_TOKENS, SLICE_VOCAB = 64, 4096
@@ -106,7 +106,7 @@ def liger(inputs: Inputs, loss: Loss) -> Tensor:
 def ours(inputs: Inputs, loss: Loss) -> Tensor:
     tokens, vocab_size = inputs[0].shape[0], inputs[1].shape[0]
     labels = torch.zeros(tokens, dtype=torch.int64, device=inputs[0].device)
-    return divergence(*inputs, labels, loss, vocab_size).loss_sum
+    return fused_divergence(*inputs, labels, loss, vocab_size).loss_sum
 
 
 STRATEGIES: dict[str, Callable[[Inputs, Loss], Tensor]] = {

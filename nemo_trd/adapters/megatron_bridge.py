@@ -26,24 +26,22 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from nemo_trd.adapters import needed
+from nemo_trd.algorithm import micro_batches
 from nemo_trd.algorithm.acceptance import refinement_counts
-from nemo_trd.algorithm.micro_batches import make_micro_batch, plan_micro_batches
 from nemo_trd.algorithm.refinement import fitting_prompts, privileged_context
 from nemo_trd.algorithm.refinement_checks import check_openings, check_templates
 from nemo_trd.algorithm.trajectories import pair
 from nemo_trd.config.errors import rule_broken
-from nemo_trd.config.schema import Config, Loss
+from nemo_trd.config.schema import Config
 from nemo_trd.data.prompts import load_prompts, prompts_of_step
-from nemo_trd.data.types import Microbatch, Prompt, Trajectory
+from nemo_trd.data.types import Microbatch, Prompt
 from nemo_trd.distributed.exchange import raise_together
 from nemo_trd.distributed.process import device
-from nemo_trd.loss.fused import divergence
-from nemo_trd.megatron.finite import check_divergence, check_hidden_states
-from nemo_trd.megatron.hf_weights import read_output_weight
+from nemo_trd.megatron.loss_head import LossHead
 from nemo_trd.megatron.model import HiddenStatesModel, has_transformer_engine, load_hf_config
-from nemo_trd.megatron.schedule import is_last_stage, label_rows, run_model
+from nemo_trd.megatron.schedule import is_last_stage, run_model
 from nemo_trd.megatron.teacher import Teacher
-from nemo_trd.models.family import sequence_alignment, shared_vocab_size
+from nemo_trd.models.family import shared_vocab_size
 from nemo_trd.models.read import read_tokenizer
 from nemo_trd.preflight.models import real_vocab_size
 from nemo_trd.run.generators import Generators
@@ -62,16 +60,13 @@ def returning_hidden_states(models: list[Any]) -> list[Any]:
     return models
 
 
-@dataclass
 class TRDForwardStep:
     """Megatron's forward step: the divergence along the labels of a micro-batch.
 
-    Teacher head and vocabulary are known once there are process groups: `TRD` fills them in.
+    `head` is there once there are process groups: `TRD` makes it.
     """
 
-    loss: Loss
-    vocab_size: int = 0
-    teacher_head: Tensor | None = None  # [V/tp, h], on the last stage
+    head: LossHead | None = None
 
     def __call__(
         self,
@@ -89,22 +84,9 @@ class TRDForwardStep:
     def _divergence(
         self, micro_batch: Microbatch, teacher_states: Tensor | None, model: Any, hidden: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        assert teacher_states is not None and self.teacher_head is not None
-        groups = get_attr_wrapped_model(model, "pg_collection")
-        sharded = get_attr_wrapped_model(model, "config").sequence_parallel
+        assert teacher_states is not None and self.head is not None
         weight = get_attr_wrapped_model(model, "output_weight")()
-        check_hidden_states(micro_batch, hidden, sharded * groups.tp.rank() * len(hidden))
-        result = divergence(
-            label_rows(hidden, micro_batch.student, groups, sharded),
-            weight,
-            teacher_states.to(device()),
-            self.teacher_head,
-            micro_batch.labels.to(device()),
-            self.loss,
-            self.vocab_size,
-            groups.tp,
-        )
-        check_divergence(micro_batch, result.token_divergence, teacher_states)
+        result = self.head.divergence(hidden, weight, micro_batch, teacher_states)
         count = torch.tensor(result.count, dtype=torch.int, device=device())
         # Bridge divides the first by the second, over all micro-batches and ranks.
         report = {
@@ -133,7 +115,7 @@ class TRD:
                 "set it, and train.max_tokens_per_micro_batch=null",
             )
         self.config = config
-        self.forward_step = TRDForwardStep(config.loss)
+        self.forward_step = TRDForwardStep()
         self.micro_batches: deque[Item] = deque()
 
     def start(self, groups: ProcessGroupCollection) -> None:
@@ -147,15 +129,20 @@ class TRD:
         config = self.config
         student, teacher = config.model.student, config.teacher_source
         self._groups = groups
-        self._teacher_config = load_hf_config(teacher.path, teacher.trust_remote_code)
         hf = AutoConfig.from_pretrained(
             student.path, trust_remote_code=student.trust_remote_code, local_files_only=True
         )
-        sizes = hf.get_text_config(), self._teacher_config
+        teacher_hf = load_hf_config(teacher.path, teacher.trust_remote_code)
+        columns = shared_vocab_size(hf.get_text_config(), teacher_hf)
         tokenizers = tuple(
             read_tokenizer(source.path, source.trust_remote_code) for source in (student, teacher)
         )
-        self.forward_step.vocab_size = real_vocab_size(shared_vocab_size(*sizes), tokenizers[0])
+        self.forward_step.head = LossHead(
+            config.loss,
+            real_vocab_size(columns, tokenizers[0]),
+            groups,
+            config.parallel.student.sequence_parallel,
+        )
         self._teacher_tokenizer = tokenizers[1]
         self._prompts = raise_together(partial(_load_prompts, config, *tokenizers))
         self._teacher = Teacher(config, groups)
@@ -164,19 +151,11 @@ class TRD:
         self._sampler = Sampler(config, *generators, *tokenizers)
 
     def read_teacher_head(self, model: Any) -> None:
-        """The teacher's output weight, in the sharding of the student's."""
-        if not is_last_stage(self._groups):
-            return
-        weight = get_attr_wrapped_model(model, "output_weight")()
-        self.forward_step.teacher_head = read_output_weight(
-            self._teacher_config,
-            self.config.teacher_source.path,
-            self._groups.tp.rank(),
-            self._groups.tp.size(),
-            dtype=weight.dtype,
-            device=device(),
-            rows=weight.shape[0],
-        )
+        """Read the teacher's output weight, in the sharding of the student's."""
+        assert self.forward_step.head is not None
+        if is_last_stage(self._groups):
+            weight = get_attr_wrapped_model(model, "output_weight")()
+            self.forward_step.head.read_teacher_weight(self.config.teacher_source, weight)
 
     def draw(self, step: int, num_micro_batches: int) -> dict[str, int]:
         """Samples of a step and the teacher's states along them, for `micro_batches`: counts."""
@@ -189,33 +168,17 @@ class TRD:
             config,
             lambda prompt: privileged_context(prompt, config, self._teacher_tokenizer),
         )
-        plan = self._plan(trajectories, num_micro_batches)
+        plan = micro_batches.plan(
+            config,
+            trajectories,
+            data_parallel_size=self._groups.dp.size(),
+            packed=has_transformer_engine(),
+            count=num_micro_batches,  # as many as Bridge will ask for
+        )
         states = self._teacher.states(plan)
         own = plan[self._groups.dp.rank()]
         self.micro_batches = deque(zip(own, states, strict=True))
         return refinement_counts(refinements, trajectories)
-
-    def _plan(self, trajectories: list[Trajectory], wanted: int) -> list[list[Microbatch]]:
-        """As many micro-batches for every rank as Bridge will ask for; the last may be fillers."""
-        packed, precision = has_transformer_engine(), self.config.precision
-        plan = plan_micro_batches(
-            trajectories,
-            self.config.train,
-            data_parallel_size=self._groups.dp.size(),
-            packed=packed,
-        )
-        assert all(len(rank) <= wanted for rank in plan), "trd_recipe sets both sizes alike"
-        layouts = self.config.parallel
-        make = partial(
-            make_micro_batch,
-            student_alignment=sequence_alignment(layouts.student, precision.fp8 is not None),
-            teacher_alignment=sequence_alignment(
-                layouts.teacher, precision.teacher_fp8 is not None
-            ),
-            packed=packed,
-        )
-        filled: list[list[list[Trajectory]]] = [r + [[]] * (wanted - len(r)) for r in plan]
-        return [[make(batch) for batch in rank] for rank in filled]
 
     def load_generator(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         self._generators.student.load_weights(iter(weights), version)

@@ -6,22 +6,72 @@ Pure: every rank calls these with the same trajectories and gets the same plan.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from nemo_trd.algorithm.trajectories import trajectory_length
-from nemo_trd.config.schema import Train
+from nemo_trd.config.schema import Config, Train
 from nemo_trd.data.types import (
     ContextBatch,
     Microbatch,
     TokenIds,
     Trajectory,
 )
+from nemo_trd.models.family import sequence_alignment
 
 PAD_TOKEN = 0  # never attended to by a label position, never a label: any valid id will do
 
 
-def plan_micro_batches(
+def plan(
+    config: Config,
+    trajectories: Sequence[Trajectory],
+    *,
+    data_parallel_size: int,
+    packed: bool,
+    multiple: int = 1,
+    same_shape: bool = False,
+    count: int | None = None,
+) -> list[list[Microbatch]]:
+    """Lay out one step: `plan[data parallel rank][micro-batch]`, aligned as both models need.
+
+    Args:
+        packed: one sequence after the other (THD) instead of one in a row.
+        multiple: of which every rank's number of micro-batches is one.
+        same_shape: pad the student's side of all micro-batches to one shape.
+        count: number of micro-batches of every rank; those that are missing are fillers.
+    """
+    parallel, precision = config.parallel, config.precision
+    parts = partition(
+        trajectories,
+        config.train,
+        data_parallel_size=data_parallel_size,
+        multiple=multiple,
+        packed=packed,
+    )
+    if count is not None:
+        assert all(len(rank) <= count for rank in parts), (count, [len(rank) for rank in parts])
+        parts = [rank + [[]] * (count - len(rank)) for rank in parts]
+    make = partial(
+        make_micro_batch,
+        student_alignment=sequence_alignment(parallel.student, precision.fp8 is not None),
+        teacher_alignment=sequence_alignment(parallel.teacher, precision.teacher_fp8 is not None),
+        packed=packed,
+    )
+    batches = [[make(part) for part in rank] for rank in parts]
+    if same_shape:
+        shape = common_shape(batches)
+        batches = [[make(part, student_shape=shape) for part in rank] for rank in parts]
+    return batches
+
+
+def common_shape(micro_batches: Sequence[Sequence[Microbatch]]) -> tuple[int, int]:
+    """(rows, length) that holds the student's side of every micro-batch."""
+    shapes = [batch.student.tokens.shape for rank in micro_batches for batch in rank]
+    return max(s[0] for s in shapes), max(s[1] for s in shapes)
+
+
+def partition(
     trajectories: Sequence[Trajectory],
     train: Train,
     *,
@@ -29,7 +79,7 @@ def plan_micro_batches(
     multiple: int = 1,
     packed: bool = False,
 ) -> list[list[list[Trajectory]]]:
-    """Divide the trajectories of one step: `plan[data parallel rank][micro-batch]`.
+    """Divide the trajectories of one step: `parts[data parallel rank][micro-batch]`.
 
     Sorted by length, so that little is padded; filled to `train.micro_batch_size` sequences or
     `train.max_tokens_per_micro_batch` tokens; every rank gets equally many micro-batches, a

@@ -48,6 +48,9 @@ def _not_blank(text: str) -> str:
 Name = Annotated[str, AfterValidator(_not_blank)]  # of a file, a directory, a host, ...
 
 
+DivergenceName = Literal["forward_kl", "reverse_kl", "jsd"]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -145,7 +148,7 @@ class Loss(Section):
     # D(pi_T, pi_theta) of one token. forward_kl: KL(pi_T || pi_theta), the paper's. reverse_kl:
     # KL(pi_theta || pi_T). jsd: beta KL(pi_T || m) + (1 - beta) KL(pi_theta || m) with m = beta
     # pi_T + (1 - beta) pi_theta (GKD, arXiv 2306.13649).
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"]
+    divergence: DivergenceName
     beta: Fraction  # of jsd only: 0 is forward_kl, 1 is reverse_kl
     # Compare only the teacher's k most likely tokens of each position. null: all of the vocabulary.
     top_k: PositiveInt | None

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_trd.config.schema import Loss
+from nemo_trd.loss.divergences import beta_of
 
 # Closed forms. Arguments: log-probabilities and probabilities [n, v] of student and teacher, and
 # the function that turns sums over columns into sums over the vocabulary. They return the
@@ -26,12 +27,9 @@ Total = Callable[..., tuple[Tensor, ...]]
 ClosedForm = Callable[[Tensor, Tensor, Tensor, Tensor, Total], tuple[Tensor, Tensor]]
 
 
-def _beta(loss: Loss) -> float:
-    return {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": loss.beta}[loss.divergence]
-
-
 def closed_form(loss: Loss) -> ClosedForm:
-    beta = _beta(loss)
+    """Closed form of the divergence that `loss` names."""
+    beta = beta_of(loss)
     if beta == 0:
         return _forward_kl
     if beta == 1:
@@ -99,7 +97,7 @@ def dense_divergence(student_logits: Tensor, teacher_logits: Tensor, loss: Loss)
             parts = [[chosen] for chosen, _ in parts]
         z_s, z_t = (torch.cat(part, -1) for part in parts)
     log_s, log_t = F.log_softmax(z_s, -1), F.log_softmax(z_t, -1)
-    beta = _beta(loss)
+    beta = beta_of(loss)
     if beta == 0:
         value = (log_t.exp() * (log_t - log_s)).sum(-1)
     elif beta == 1:

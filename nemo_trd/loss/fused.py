@@ -1,9 +1,9 @@
 """Per-token divergences between teacher and student along y, from hidden states.
 
-`divergence` never holds the logits of more than `loss.chunk_size` positions. Each divergence has
-a closed-form gradient in the student's logits (`nemo_trd.loss.formulas`), so a chunk's contribution
-to the gradients of hidden states and output weight is formed while its logits exist, in the
-forward pass; the backward pass only multiplies by the upstream gradient. Peak memory is
+`fused_divergence` never holds the logits of more than `loss.chunk_size` positions. Each divergence
+has a closed-form gradient in the student's logits (`nemo_trd.loss.formulas`), so a chunk's
+contribution to the gradients of hidden states and output weight is formed while its logits exist,
+in the forward pass; the backward pass only multiplies by the upstream gradient. Peak memory is
 O(chunk_size * vocabulary / tp), whatever the number of positions.
 """
 
@@ -56,7 +56,7 @@ class DivergenceOutput:
     token_nll: Tensor
 
 
-def divergence(
+def fused_divergence(
     student_hidden: Tensor,
     student_weight: Tensor,
     teacher_hidden: Tensor,
@@ -94,7 +94,7 @@ def divergence(
     teacher = _Logits(
         teacher_hidden.detach(), teacher_weight.detach()[: shard.columns], min(loss.chunk_size, n)
     )
-    return _divergence(student_hidden, student_weight, teacher, labels, loss, vocab_size, shard)
+    return _differentiable(student_hidden, student_weight, teacher, labels, loss, vocab_size, shard)
 
 
 def divergence_from_top_k(
@@ -106,8 +106,8 @@ def divergence_from_top_k(
     vocab_size: int,
     group: dist.ProcessGroup | None = None,
 ) -> DivergenceOutput:
-    """As `divergence`, of a teacher of which the `loss.top_k` most likely ids of the same n labels
-    are known, at temperature 1: the same on all ranks of `group`.
+    """As `fused_divergence`, of a teacher of which the `loss.top_k` most likely ids at the same n
+    labels are known, at temperature 1: the same on all ranks of `group`.
 
     Raises:
         ValueError: a label or an id of the teacher outside the vocabulary.
@@ -117,12 +117,12 @@ def divergence_from_top_k(
         loss = loss.model_copy(update={"top_k_tail": "renormalize"})
     _check_ids("top-k ids of the teacher's servers", teacher.ids, vocab_size)
     shard = own_shard(student_weight.shape[0], vocab_size, group)
-    out = _divergence(student_hidden, student_weight, teacher, labels, loss, vocab_size, shard)
+    out = _differentiable(student_hidden, student_weight, teacher, labels, loss, vocab_size, shard)
     del out.metrics["teacher_entropy"]
     return out
 
 
-def _divergence(
+def _differentiable(
     student_hidden: Tensor,
     student_weight: Tensor,
     teacher: _Logits | TopK,
@@ -132,7 +132,7 @@ def _divergence(
     shard: VocabShard,
 ) -> DivergenceOutput:
     _check_ids("labels", labels, vocab_size)
-    loss_sum, statistics = _Divergence.apply(
+    loss_sum, statistics = _FusedDivergence.apply(
         student_hidden, student_weight, teacher, labels, loss, shard, torch.is_grad_enabled()
     )
     metrics = dict(zip(METRICS, statistics.sum(-1), strict=False))
@@ -142,15 +142,15 @@ def _divergence(
     )
 
 
-def _check_ids(what: str, ids: Tensor, vocab_size: int) -> None:
+def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if outside.numel():
         raise rule_broken(
-            what,
+            name,
             int(outside[0]),
-            f"{what} are ids of a vocabulary of {vocab_size}",
+            f"{name} are ids of a vocabulary of {vocab_size}",
             "use the tokenizer that belongs to the models"
-            if what == "labels"
+            if name == "labels"
             else "lower loss.top_k: it reaches columns that pad the teacher's vocabulary",
         )
 
@@ -171,7 +171,7 @@ class _Logits:
         return torch.mm(hidden, self._weight.t(), out=self._buffer[: len(hidden)])
 
 
-class _Divergence(torch.autograd.Function):
+class _FusedDivergence(torch.autograd.Function):
     """Forms the gradients in the forward pass; the backward pass scales and releases them."""
 
     @staticmethod
@@ -255,10 +255,10 @@ def _tokens(
     exact = torch.promote_types(student.dtype, torch.float32)
     z_s = _tempered(student, exact, loss)
     if isinstance(teacher, TopK):
-        found = _with_top_k(z_s, teacher, labels, loss, shard)
+        compared = _with_top_k(z_s, teacher, labels, loss, shard)
     else:
-        found = _with_logits(z_s, _tempered(teacher, exact, loss), labels, loss, shard)
-    value, gradient = found.value, found.gradient
+        compared = _with_logits(z_s, _tempered(teacher, exact, loss), labels, loss, shard)
+    value, gradient = compared.value, compared.gradient
     if loss.token_clip is None:
         clipped_value, clipped = value, torch.zeros_like(value)
     else:
@@ -267,7 +267,8 @@ def _tokens(
     if loss.temperature != 1:
         gradient.div_(loss.temperature)
     student.copy_(gradient)
-    rows = (clipped_value, *found.nll, *found.entropy, found.agreement, clipped, found.tail, value)
+    both = (*compared.nll, *compared.entropy, compared.agreement)
+    rows = (clipped_value, *both, clipped, compared.tail, value)
     return torch.stack([row.to(exact) for row in rows])
 
 
@@ -343,7 +344,7 @@ def token_nll(
     chunk_size: int,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """[n]: -log p(label) of each position. Arguments as in `divergence`. No gradient."""
+    """[n]: -log p(label) of each position. Arguments as in `fused_divergence`. No gradient."""
     shard = own_shard(weight.shape[0], vocab_size, group)
     _check_ids("labels", labels, vocab_size)
     weight = weight[: shard.columns]
@@ -368,7 +369,8 @@ def top_k_of(
     chunk_size: int,
     group: dist.ProcessGroup | None = None,
 ) -> TopK:
-    """The k most likely ids at each of n > 0 labels, at temperature 1; as in `divergence`."""
+    """The k most likely ids at each of n > 0 labels, at temperature 1; as in
+    `fused_divergence`."""
     shard = own_shard(weight.shape[0], vocab_size, group)
     _check_ids("labels", labels, vocab_size)
     weight = weight[: shard.columns]

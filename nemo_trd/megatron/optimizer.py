@@ -1,4 +1,4 @@
-"""Optimizer and learning rate schedule of the student."""
+"""The student's optimizer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from nemo_trd.config.schema import Config
 
 
-def _optimizer(config: Config, chunks: list[Any], groups: Any) -> Any:
+def make_optimizer(config: Config, chunks: list[Any], groups: Any) -> Any:
+    """Adam as `config.optimizer` says, for model chunks that are wrapped for data parallelism."""
     settings = config.optimizer
     bf16 = config.precision.dtype == "bf16"
     return get_megatron_optimizer(

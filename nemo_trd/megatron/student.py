@@ -16,26 +16,19 @@ from megatron.core.distributed import (
 )
 from torch import Tensor
 
-from nemo_trd.algorithm.micro_batches import make_micro_batch, plan_micro_batches
+from nemo_trd.algorithm import micro_batches
 from nemo_trd.config.schema import Config
 from nemo_trd.data.types import LabelFigures, Microbatch, Trajectory
 from nemo_trd.distributed.process import device
-from nemo_trd.loss.fused import (
-    DivergenceOutput,
-    divergence,
-    divergence_from_top_k,
-    token_nll,
-    top_k_of,
-)
 from nemo_trd.loss.top_k import TopK
-from nemo_trd.megatron.finite import check_divergence, check_hidden_states
-from nemo_trd.megatron.hf_weights import export_hf_weights, load_hf_weights, read_output_weight
+from nemo_trd.megatron.hf_weights import export_hf_weights, load_hf_weights
 from nemo_trd.megatron.learning_rate import scheduler
+from nemo_trd.megatron.loss_head import LossHead
 from nemo_trd.megatron.model import build_model, has_transformer_engine, load_hf_config
-from nemo_trd.megatron.optimizer import _optimizer
+from nemo_trd.megatron.optimizer import make_optimizer
 from nemo_trd.megatron.process_groups import process_groups
-from nemo_trd.megatron.schedule import is_last_stage, label_rows, run_model, run_schedule
-from nemo_trd.models.family import sequence_alignment, shared_vocab_size
+from nemo_trd.megatron.schedule import is_last_stage, run_model, run_schedule
+from nemo_trd.models.family import shared_vocab_size
 from nemo_trd.models.served import is_only_served, read_served
 from nemo_trd.models.vocabulary import load_tokenizer
 from nemo_trd.preflight.models import real_vocab_size
@@ -82,62 +75,36 @@ class Student:
             if config.optimizer.overlap_grad_reduce:
                 syncs = [chunk.no_sync for chunk in self.chunks]
                 model.config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
-        self.optimizer = _optimizer(config, self.chunks, self.groups)
+        self.optimizer = make_optimizer(config, self.chunks, self.groups)
         self.scheduler = scheduler(config.optimizer, config.train.num_steps, self.optimizer)
-        self._load_teacher_head()
-        self._vocab_size = real_vocab_size(self._columns, load_tokenizer(source))
+        self._columns = shared_vocab_size(self.hf, _teacher_hf(config))
+        self._head = self._loss_head(config)
 
     @property
     def vocab_size(self) -> int:
-        """Over how many token ids the divergence runs."""
-        return self._vocab_size
+        """Number of token ids over which the divergence runs."""
+        return self._head.vocab_size
 
-    def _load_teacher_head(self) -> None:
-        """Copy the teacher's frozen output weight to the last stage, in this model's sharding."""
-        source, vllm = self._config.teacher_source, self._config.generation.vllm
-        if is_only_served(self._config):
-            assert vllm is not None  # config_rules: servers score
-            served = read_served(source, "model.teacher.path", vllm.teacher.server)
-            self._columns = shared_vocab_size(self.hf, served)
-            return
-        teacher = load_hf_config(source.path, source.trust_remote_code)
-        self._columns = shared_vocab_size(self.hf, teacher)
-        if is_last_stage(self.groups) and self._config.teacher.scoring == "megatron":
-            self._teacher_head = read_output_weight(
-                teacher,
-                source.path,
-                self.groups.tp.rank(),
-                self.groups.tp.size(),
-                dtype=self.models[-1].config.params_dtype,
-                device=device(),
-                rows=self.models[-1].output_weight().shape[0],
-            )
+    def _loss_head(self, config: Config) -> LossHead:
+        """Head of the last stage, with the teacher's frozen output weight where it is there."""
+        vocab_size = real_vocab_size(self._columns, load_tokenizer(config.model.student))
+        head = LossHead(config.loss, vocab_size, self.groups, self.layout.sequence_parallel)
+        in_megatron = config.teacher.scoring == "megatron"
+        if in_megatron and not is_only_served(config) and is_last_stage(self.groups):
+            head.read_teacher_weight(config.teacher_source, self.models[-1].output_weight())
+        return head
 
     def pack(self, trajectories: Sequence[Trajectory]) -> list[list[Microbatch]]:
-        """The micro-batches of every data parallel rank: `plan[rank][position]`."""
-        parallel, precision = self._config.parallel, self._config.precision
-        packed = has_transformer_engine()
-        interleaved = len(self.models) > 1
-        plan = plan_micro_batches(
+        """Micro-batches of every data parallel rank: `plan[rank][position]`."""
+        interleaved = len(self.models) > 1  # this schedule wants one shape for all
+        return micro_batches.plan(
+            self._config,
             trajectories,
-            self._config.train,
             data_parallel_size=self.groups.dp.size(),
+            packed=has_transformer_engine(),
             multiple=self.groups.pp.size() if interleaved else 1,
-            packed=packed,
+            same_shape=interleaved,
         )
-        make = partial(
-            make_micro_batch,
-            student_alignment=sequence_alignment(parallel.student, precision.fp8 is not None),
-            teacher_alignment=sequence_alignment(
-                parallel.teacher, precision.teacher_fp8 is not None
-            ),
-            packed=packed,
-        )
-        batches = [[make(batch) for batch in rank] for rank in plan]
-        if interleaved:  # this schedule wants one shape for all
-            shape = _common_shape(batches)
-            batches = [[make(batch, student_shape=shape) for batch in rank] for rank in plan]
-        return batches
 
     def train_step(
         self,
@@ -207,7 +174,7 @@ class Student:
             list(zip(plan[self.groups.dp.rank()], teacher_states, strict=True)),
             self.groups,
             forward_only=forward_only,
-            shape=_common_shape(plan),
+            shape=micro_batches.common_shape(plan),
         )
         sums, watched = self._merge(reports)
         metrics = {name: total / sums["tokens"] for name, total in sums.items()}
@@ -226,21 +193,8 @@ class Student:
         its top k. With `padded`, of its distribution over the ids without a token too, as a server
         computes it. Collective over tensor parallel ranks.
         """
-        if isinstance(teacher_states, TopK):
-            return TopK(
-                teacher_states.ids[:, :k],
-                teacher_states.log_probs[:, :k],
-                teacher_states.label_log_probs,
-            )
-        return top_k_of(
-            teacher_states.to(device()),
-            self._teacher_head,
-            labels.to(device()),
-            k,
-            vocab_size=self._columns if padded else self._vocab_size,
-            chunk_size=self._config.loss.chunk_size,
-            group=self.groups.tp,
-        )
+        vocab_size = self._columns if padded else self.vocab_size
+        return self._head.teacher_top_k(teacher_states, labels, k, vocab_size)
 
     @torch.no_grad()
     def token_nll(self, trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
@@ -259,7 +213,7 @@ class Student:
             self.groups,
             forward_only=True,
             collect=True,
-            shape=_common_shape(plan),
+            shape=micro_batches.common_shape(plan),
         )
         for chunk in self.chunks:
             chunk.train()
@@ -277,9 +231,6 @@ class Student:
 
         return forward_step
 
-    def _rows(self, hidden: Tensor, micro_batch: Microbatch) -> Tensor:
-        return label_rows(hidden, micro_batch.student, self.groups, self.layout.sequence_parallel)
-
     def _divergence(
         self,
         micro_batch: Microbatch,
@@ -288,11 +239,8 @@ class Student:
         *,
         watch: frozenset[str],
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        sharded = self.layout.sequence_parallel
-        check_hidden_states(micro_batch, hidden, sharded * self.groups.tp.rank() * len(hidden))
-        result = self._compare(self._rows(hidden, micro_batch), micro_batch, teacher_states)
-        known = teacher_states.log_probs if isinstance(teacher_states, TopK) else teacher_states
-        check_divergence(micro_batch, result.token_divergence, known)
+        weight = self.models[-1].output_weight()
+        result = self._head.divergence(hidden, weight, micro_batch, teacher_states)
         tokens = torch.tensor(len(micro_batch.labels), dtype=torch.int, device=device())
         sums = {name: float(value) for name, value in result.metrics.items()}
         figures = torch.stack([result.token_divergence, *result.token_nll]).cpu() if watch else None
@@ -304,27 +252,11 @@ class Student:
         report = {"sums": {**sums, "tokens": float(tokens)}, "watched": watched}
         return result.loss_sum, tokens, report
 
-    def _compare(
-        self, rows: Tensor, micro_batch: Microbatch, teacher_states: Tensor | TopK
-    ) -> DivergenceOutput:
-        weight, labels = self.models[-1].output_weight(), micro_batch.labels.to(device())
-        common = labels, self._config.loss, self._vocab_size, self.groups.tp
-        if isinstance(teacher_states, TopK):
-            return divergence_from_top_k(rows, weight, teacher_states.to(device()), *common)
-        return divergence(rows, weight, teacher_states.to(device()), self._teacher_head, *common)
-
     def _nll(
         self, micro_batch: Microbatch, _: None, hidden: Tensor, non_loss_data: bool
     ) -> dict[str, list[float]]:
-        nll = token_nll(
-            self._rows(hidden, micro_batch),
-            self.models[-1].output_weight(),
-            micro_batch.labels.to(device()),
-            temperature=1.0,
-            vocab_size=self.hf.vocab_size,
-            chunk_size=self._config.loss.chunk_size,
-            group=self.groups.tp,
-        )
+        weight = self.models[-1].output_weight()
+        nll = self._head.token_nll(hidden, weight, micro_batch, self.hf.vocab_size)
         return {
             t.name: nll.cpu()[micro_batch.trajectory_index == i].tolist()
             for i, t in enumerate(micro_batch.trajectories)
@@ -349,7 +281,10 @@ class Student:
         return sums, watched
 
 
-def _common_shape(plan: Sequence[Sequence[Microbatch]]) -> tuple[int, int]:
-    """(rows, length) that holds the student's side of every micro-batch."""
-    shapes = [batch.student.tokens.shape for rank in plan for batch in rank]
-    return max(s[0] for s in shapes), max(s[1] for s in shapes)
+def _teacher_hf(config: Config) -> Any:
+    """Settings of the teacher's model: of its directory, or what its servers are known to serve."""
+    source, vllm = config.teacher_source, config.generation.vllm
+    if is_only_served(config):
+        assert vllm is not None  # config.rules: servers score
+        return read_served(source, "model.teacher.path", vllm.teacher.server)
+    return load_hf_config(source.path, source.trust_remote_code)

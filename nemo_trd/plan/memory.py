@@ -12,6 +12,7 @@ from typing import Any
 
 from nemo_trd.config.lengths import longest_answer, longest_trajectory
 from nemo_trd.config.schema import Config, Layout
+from nemo_trd.loss.divergences import DIVERGENCES
 from nemo_trd.models.dtypes import ELEMENT_BYTES
 from nemo_trd.models.family import padded_vocab_size, sequence_alignment
 from nemo_trd.plan.activations import (
@@ -22,10 +23,7 @@ from nemo_trd.plan.activations import (
 from nemo_trd.plan.shapes import key_value_bytes, parameters, stage_parameters
 
 GIB = 2**30
-# Tensors [chunk, V/tp] in fp32 that a divergence holds at one time beside the logits of both
-# models. Two of them are copies, which logits in fp32 at temperature 1 do not need.
-LOSS_TENSORS = {"forward_kl": 7, "reverse_kl": 7, "jsd": 8.25}
-TOP_K_TENSORS = 7  # of any divergence on the teacher's top k
+TOP_K_TENSORS = 7  # workspace of any divergence on the teacher's top k
 
 
 @dataclass(frozen=True)
@@ -238,7 +236,7 @@ def loss_workspace_bytes(config: Config, student: Any, lengths: Lengths) -> int:
     rows, hidden = _vocabulary_rows(student, layout), student.hidden_size
     chunk = min(config.loss.chunk_size, lengths.labels)
     limited = config.loss.top_k is not None
-    tensors = TOP_K_TENSORS if limited else LOSS_TENSORS[config.loss.divergence]
+    tensors = TOP_K_TENSORS if limited else DIVERGENCES[config.loss.divergence].workspace
     tensors -= 2 if element == 4 and config.loss.temperature == 1 else 0
     logits = round(chunk * rows * (2 * element + 4 * tensors))
     logits += chunk * hidden * (element + 4) + lengths.labels * 80  # a chunk's rows; statistics

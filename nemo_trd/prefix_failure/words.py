@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import log
 
-from nemo_trd.records.prefix_failure import Divergence, Estimate, Group, PartFigures, PrefixFailure
+from nemo_trd.loss.divergences import DIVERGENCES
+from nemo_trd.records.prefix_failure import Estimate, Group, PartFigures, PrefixFailure
 
-NAMES: dict[Divergence, str] = {
-    "forward_kl": "forward KL",
-    "reverse_kl": "reverse KL",
-    "jsd": "JSD",
-}
+NAMES = {name: divergence.title for name, divergence in DIVERGENCES.items()}
 TOKENS = {"rollout": "y_o", "refinement": "y_r"}
 _UNKNOWN = "–"
 

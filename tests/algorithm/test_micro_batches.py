@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_trd.algorithm.micro_batches import make_micro_batch, plan_micro_batches
+from nemo_trd.algorithm.micro_batches import make_micro_batch, partition
 from nemo_trd.algorithm.trajectories import trajectory_length
 from nemo_trd.config.load import compose
 from nemo_trd.config.schema import Layout
@@ -111,7 +111,7 @@ def test_a_plan_holds_every_trajectory_once_within_its_limits(
 ) -> None:
     train = BY_TOKENS if by_tokens else BY_SIZE
     trajectories = [trajectory(i, *sizes) for i, sizes in enumerate(lengths)]
-    plan = plan_micro_batches(
+    plan = partition(
         trajectories, train, data_parallel_size=ranks, multiple=multiple, packed=packed
     )
     assert len(plan) == ranks
@@ -135,15 +135,15 @@ BY_SIZE = train_section("max_tokens_per_micro_batch=null", "micro_batch_size=3")
 
 def test_ranks_get_about_equal_work() -> None:
     trajectories = [trajectory(i, 4, 4, 1 + (37 * i) % 50) for i in range(64)]
-    plan = plan_micro_batches(trajectories, BY_TOKENS, data_parallel_size=4)
+    plan = partition(trajectories, BY_TOKENS, data_parallel_size=4)
     load = [sum(trajectory_length(t) for batch in rank for t in batch) for rank in plan]
     assert max(load) <= 1.1 * min(load)
 
 
 def test_a_plan_does_not_depend_on_the_order_of_trajectories() -> None:
     trajectories = [trajectory(i, 3, 3, 1 + i % 7) for i in range(20)]
-    first = plan_micro_batches(trajectories, BY_TOKENS, data_parallel_size=2)
-    assert plan_micro_batches(trajectories[::-1], BY_TOKENS, data_parallel_size=2) == first
+    first = partition(trajectories, BY_TOKENS, data_parallel_size=2)
+    assert partition(trajectories[::-1], BY_TOKENS, data_parallel_size=2) == first
 
 
 def test_alignment_covers_sequence_parallelism_context_parallelism_and_fp8() -> None:

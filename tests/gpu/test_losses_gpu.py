@@ -10,7 +10,7 @@ import torch.distributed as dist
 from loss_inputs import VOCAB, Inputs, distance, make_inputs, reference, run
 from oracles import DIVERGENCES, TAILS, make_loss
 
-from nemo_trd.loss.fused import divergence
+from nemo_trd.loss.fused import fused_divergence
 
 pytestmark = pytest.mark.gpu
 every_divergence = pytest.mark.parametrize("name", DIVERGENCES)
@@ -91,7 +91,7 @@ def _one_of_two(rank: int) -> None:
             shard = there._replace(
                 student_weight=weight, teacher_weight=there.teacher_weight.chunk(2)[rank]
             )
-            out = divergence(*shard, loss, VOCAB, group)
+            out = fused_divergence(*shard, loss, VOCAB, group)
             out.loss_sum.backward()
             dist.all_reduce(there.student_hidden.grad)
             assert distance(out.token_divergence.cpu(), value) < 1e-5

@@ -15,7 +15,7 @@ from oracles import DIVERGENCES, TAILS, make_loss
 from nemo_trd.config.errors import ConfigError
 from nemo_trd.loss import fused as losses
 from nemo_trd.loss.formulas import dense_divergence
-from nemo_trd.loss.fused import divergence, token_nll
+from nemo_trd.loss.fused import fused_divergence, token_nll
 
 every_divergence = pytest.mark.parametrize("name", DIVERGENCES)
 every_tail = pytest.mark.parametrize("tail", TAILS)
@@ -55,7 +55,7 @@ def test_gradient_is_the_slope_of_the_value(name: str, tail: str) -> None:
         for step in (1e-6, -1e-6):
             with torch.no_grad():
                 x.add_(direction, alpha=step)
-                values.append(divergence(*inputs, loss, VOCAB).loss_sum.item())
+                values.append(fused_divergence(*inputs, loss, VOCAB).loss_sum.item())
                 x.sub_(direction, alpha=step)
         slope = (values[0] - values[1]) / 2e-6
         assert slope == pytest.approx((x.grad * direction).sum().item(), rel=1e-6)
@@ -153,7 +153,7 @@ def test_divergences_are_never_negative(
     other = hidden + 10**exponent * torch.randn(4, 6, generator=g)
     labels = torch.zeros(4, dtype=torch.int64)
     loss = make_loss(name, tail, temperature=temperature)
-    out = divergence(hidden, weight, other, weight, labels, loss, VOCAB)
+    out = fused_divergence(hidden, weight, other, weight, labels, loss, VOCAB)
     assert (out.token_divergence >= -2e-7).all()
 
 
@@ -180,8 +180,8 @@ def test_bucket_is_a_lower_bound_of_the_full_divergence(name: str, k: int, seed:
         torch.randn(PADDED, 6, generator=g),
         torch.zeros(4, dtype=torch.int64),
     )
-    bucket = divergence(*inputs, make_loss(name, "bucket", top_k=k), VOCAB).token_divergence
-    full = divergence(*inputs, make_loss(name), VOCAB).token_divergence
+    bucket = fused_divergence(*inputs, make_loss(name, "bucket", top_k=k), VOCAB).token_divergence
+    full = fused_divergence(*inputs, make_loss(name), VOCAB).token_divergence
     assert (bucket <= full * (1 + 1e-5) + 1e-6).all()
     if k >= VOCAB:
         assert torch.equal(bucket, full)
@@ -267,7 +267,9 @@ def test_student_and_teacher_may_be_padded_differently() -> None:
     inputs = make_inputs()
     longer = torch.cat([inputs.teacher_weight, torch.ones(64, 6)])
     loss = make_loss()
-    a, b = (divergence(*x, loss, VOCAB) for x in (inputs, inputs._replace(teacher_weight=longer)))
+    a, b = (
+        fused_divergence(*x, loss, VOCAB) for x in (inputs, inputs._replace(teacher_weight=longer))
+    )
     assert torch.equal(a.token_divergence, b.token_divergence)
 
 
@@ -303,7 +305,7 @@ def test_a_batch_is_the_sum_of_its_parts() -> None:
         for rows in (slice(0, 3), slice(3, 3), slice(3, 10))
     ]
     inputs.student_weight.grad = None
-    outs = [divergence(*part, loss, VOCAB) for part in parts]
+    outs = [fused_divergence(*part, loss, VOCAB) for part in parts]
     for out in outs:
         (0.5 * out.loss_sum).backward()  # gradients accumulate, as over micro-batches
     assert sum(out.loss_sum.item() for out in outs) == pytest.approx(whole.loss_sum.item())
@@ -318,7 +320,9 @@ def test_tied_embedding_gets_the_gradient_of_both_uses() -> None:
         hidden = weight[inputs.labels].tanh()
         teacher = (inputs.teacher_hidden.to(dtype), inputs.teacher_weight.to(dtype))
         if dtype == torch.float32:
-            divergence(hidden, weight, *teacher, inputs.labels, loss, VOCAB).loss_sum.backward()
+            fused_divergence(
+                hidden, weight, *teacher, inputs.labels, loss, VOCAB
+            ).loss_sum.backward()
         else:
             logits = (hidden @ weight[:VOCAB].t(), (teacher[0] @ teacher[1].t())[:, :VOCAB])
             dense_divergence(*logits, loss).sum().backward()
@@ -397,7 +401,7 @@ def test_label_outside_the_vocabulary_is_refused() -> None:
         inputs = make_inputs()
         inputs.labels[4] = label
         with pytest.raises(ConfigError, match=f"labels = {label}.*vocabulary of {VOCAB}"):
-            divergence(*inputs, make_loss(), VOCAB)
+            fused_divergence(*inputs, make_loss(), VOCAB)
 
 
 @pytest.mark.parametrize("n", [0, 1, 10])

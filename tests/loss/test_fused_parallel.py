@@ -17,7 +17,7 @@ from torch import Tensor
 from nemo_trd.config.schema import Loss
 from nemo_trd.data.types import ContextBatch
 from nemo_trd.loss.formulas import dense_divergence
-from nemo_trd.loss.fused import divergence, token_nll
+from nemo_trd.loss.fused import fused_divergence, token_nll
 
 pytestmark = pytest.mark.distributed
 PADDED, TOKENS = 64, 10
@@ -104,7 +104,7 @@ def check_against_dense(loss: Loss, vocab: int, sequence_parallel: bool, tied: b
         hidden = (own(hidden) if sequence_parallel else hidden.clone()).requires_grad_()
     batch = ContextBatch(tokens.t(), tokens.t(), positions, None)
     rows = label_rows(hidden, batch, SimpleNamespace(tp=group), sequence_parallel)
-    out = divergence(rows, weight, ht, own(wt), labels, loss, vocab, group)
+    out = fused_divergence(rows, weight, ht, own(wt), labels, loss, vocab, group)
     (0.5 * out.loss_sum).backward()
 
     exact = ws.double().requires_grad_()
@@ -122,7 +122,7 @@ def check_against_dense(loss: Loss, vocab: int, sequence_parallel: bool, tied: b
     assert (hidden.grad - expected).norm() < 1e-5 * exact_hidden.grad.norm(), where
     assert (weight.grad - own(exact.grad)).norm() < 1e-5 * exact.grad.norm(), where
 
-    alone = divergence(exact_rows.float().detach(), ws, ht, wt, labels, loss, vocab)
+    alone = fused_divergence(exact_rows.float().detach(), ws, ht, wt, labels, loss, vocab)
     for key, expected in alone.metrics.items():
         torch.testing.assert_close(out.metrics[key], expected, rtol=1e-5, atol=1e-6, msg=where)
     values = gather(out.token_divergence)
@@ -148,7 +148,7 @@ def check_bf16(loss: Loss) -> None:
     labels = torch.arange(n) % vocab
     hidden, weight = inputs[0].clone().requires_grad_(), own(inputs[1]).requires_grad_()
     group = dist.group.WORLD
-    out = divergence(hidden, weight, inputs[2], own(inputs[3]), labels, loss, vocab, group)
+    out = fused_divergence(hidden, weight, inputs[2], own(inputs[3]), labels, loss, vocab, group)
     out.loss_sum.backward()
     d_hidden, d_weight = gather(hidden.grad).sum(0), gather(weight.grad).flatten(0, 1)
     ours = out.token_divergence, d_hidden, d_weight
@@ -172,7 +172,7 @@ def check_equal_models(loss: Loss) -> None:
     hs, ws, *_ = make_inputs()
     hidden, weight = hs.clone().requires_grad_(), own(ws).requires_grad_()
     labels = torch.zeros(TOKENS, dtype=torch.int64)
-    out = divergence(hidden, weight, hs, own(ws), labels, loss, 50, dist.group.WORLD)
+    out = fused_divergence(hidden, weight, hs, own(ws), labels, loss, 50, dist.group.WORLD)
     out.loss_sum.backward()
     assert out.token_divergence.abs().max() < 2e-7, loss
     assert hidden.grad.abs().max() < 1e-6 and weight.grad.abs().max() < 1e-6, loss
@@ -189,7 +189,7 @@ def check_peaked_teacher(loss: Loss) -> None:
     eye, labels = torch.eye(PADDED), torch.zeros(2, dtype=torch.int64)
     hidden = student.float().requires_grad_()
     group = dist.group.WORLD
-    out = divergence(hidden, own(eye), teacher.float(), own(eye), labels, loss, 50, group)
+    out = fused_divergence(hidden, own(eye), teacher.float(), own(eye), labels, loss, 50, group)
     out.loss_sum.backward()
     dist.all_reduce(hidden.grad)
     assert distance(out.token_divergence, value.detach()) < 1e-5, loss
@@ -206,7 +206,9 @@ def check_plain_oracle(loss: Loss) -> None:
         if fused:
             labels = torch.zeros(TOKENS, dtype=torch.int64)
             group = dist.group.WORLD
-            total = divergence(hidden, weight, ht, own(wt), labels, loss, PADDED, group).loss_sum
+            total = fused_divergence(
+                hidden, weight, ht, own(wt), labels, loss, PADDED, group
+            ).loss_sum
         else:
             logits = hidden @ weight.t(), ht @ own(wt).t()
             total = oracles.vocab_parallel(*logits, loss, dist.group.WORLD).sum()
@@ -239,7 +241,7 @@ def check_modelopt() -> None:
             (value.sum() / ranks).backward()
         theirs = total, hidden.grad, weight.grad
         hidden, weight = hs.clone().requires_grad_(), own(ws).requires_grad_()
-        out = divergence(hidden, weight, ht, own(wt), labels, loss, PADDED, dist.group.WORLD)
+        out = fused_divergence(hidden, weight, ht, own(wt), labels, loss, PADDED, dist.group.WORLD)
         out.loss_sum.backward()
         ours = out.token_divergence, hidden.grad, weight.grad
         for a, b in zip(ours, theirs, strict=True):
@@ -253,7 +255,9 @@ def check_no_token(tail: str) -> None:
     hs, ws, ht, wt = make_inputs(0)
     hs, weight = hs.requires_grad_(), own(ws).requires_grad_()
     labels = torch.zeros(0, dtype=torch.int64)
-    out = divergence(hs, weight, ht, own(wt), labels, make_loss("jsd", tail), 50, dist.group.WORLD)
+    out = fused_divergence(
+        hs, weight, ht, own(wt), labels, make_loss("jsd", tail), 50, dist.group.WORLD
+    )
     out.loss_sum.backward()
     assert out.loss_sum == 0 and out.count == 0
     assert torch.equal(weight.grad, torch.zeros_like(weight))
@@ -266,16 +270,16 @@ def check_same_support_as_unsharded() -> None:
     labels = torch.zeros(TOKENS, dtype=torch.int64)
     for k in range(1, 50, 4):
         loss = make_loss("forward_kl", "renormalize", top_k=k)
-        alone = divergence(hs, ws, ht, wt, labels, loss, 50)
-        out = divergence(hs, own(ws), ht, own(wt), labels, loss, 50, dist.group.WORLD)
+        alone = fused_divergence(hs, ws, ht, wt, labels, loss, 50)
+        out = fused_divergence(hs, own(ws), ht, own(wt), labels, loss, 50, dist.group.WORLD)
         torch.testing.assert_close(out.token_divergence, alone.token_divergence)
 
 
 def check_group_of_one() -> None:
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
     labels, loss = torch.zeros(TOKENS, dtype=torch.int64), make_loss()
-    alone = divergence(*make_inputs(), labels, loss, 50)
-    out = divergence(*make_inputs(), labels, loss, 50, groups[dist.get_rank()])
+    alone = fused_divergence(*make_inputs(), labels, loss, 50)
+    out = fused_divergence(*make_inputs(), labels, loss, 50, groups[dist.get_rank()])
     assert torch.equal(out.token_divergence, alone.token_divergence)
 
 
@@ -288,7 +292,9 @@ def check_junk_in_padding() -> None:
             ws[vocab:], wt[vocab:] = junk, junk
             hidden, weight = hs.clone().requires_grad_(), own(ws).requires_grad_()
             loss = make_loss(name, tail)
-            out = divergence(hidden, weight, ht, own(wt), labels, loss, vocab, dist.group.WORLD)
+            out = fused_divergence(
+                hidden, weight, ht, own(wt), labels, loss, vocab, dist.group.WORLD
+            )
             out.loss_sum.backward()
             results.append([out.token_divergence, hidden.grad, weight.grad, *out.metrics.values()])
         for a, b in zip(*results, strict=True):

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_trd.loss import fused as losses
-from nemo_trd.loss.fused import METRICS, divergence
+from nemo_trd.loss.fused import METRICS, fused_divergence
 
 every_divergence = pytest.mark.parametrize("name", DIVERGENCES)
 every_tail = pytest.mark.parametrize("tail", TAILS)
@@ -117,7 +117,7 @@ def test_between_forward_and_backward_there_are_gradients_and_no_logits(
     inputs, loss = make_inputs(120), make_loss(name, tail, chunk_size=20)
 
     def forward() -> Any:
-        return divergence(*inputs, loss, VOCAB)
+        return fused_divergence(*inputs, loss, VOCAB)
 
     allocations(forward, tmp_path)
     left = allocations(forward, tmp_path)[1]
@@ -138,7 +138,7 @@ def test_a_chunk_takes_two_matmuls_for_its_logits_and_two_for_the_gradients(
     assert set(out.metrics) == set(METRICS)
     assert seen.matmuls == 3 * 4
     with Operations() as seen, torch.no_grad():
-        divergence(*inputs, loss, VOCAB)
+        fused_divergence(*inputs, loss, VOCAB)
     assert seen.matmuls == 3 * 2
 
 
@@ -147,19 +147,19 @@ def test_no_gradient_work_is_done_for_what_needs_none(monkeypatch: pytest.Monkey
     full = run(inputs, loss)
     monkeypatch.setattr(losses, "_add_outer", lambda *_: pytest.fail("formed a gradient"))
     with torch.no_grad():
-        out = divergence(*inputs, loss, VOCAB)
+        out = fused_divergence(*inputs, loss, VOCAB)
     assert torch.equal(out.loss_sum, full.loss_sum) and not out.loss_sum.requires_grad
     frozen = inputs._replace(student_weight=inputs.student_weight.detach())
     gradient = inputs.student_hidden.grad
     run(frozen, loss)
     assert torch.equal(frozen.student_hidden.grad, gradient)
     fixed = frozen._replace(student_hidden=inputs.student_hidden.detach())
-    assert not divergence(*fixed, loss, VOCAB).loss_sum.requires_grad
+    assert not fused_divergence(*fixed, loss, VOCAB).loss_sum.requires_grad
 
 
 def test_gradients_are_handed_out_once() -> None:
     inputs = make_inputs()
-    loss_sum = divergence(*inputs, make_loss(), VOCAB).loss_sum
+    loss_sum = fused_divergence(*inputs, make_loss(), VOCAB).loss_sum
     loss_sum.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="once"):
         loss_sum.backward()

@@ -154,7 +154,7 @@ def fill_padding_with_nan(student: Any) -> None:
         weight = model.output_weight().data
         first = max(0, VOCABULARY - tp.rank() * len(weight))
         weight[first:] = float("nan")
-        student._teacher_head[first:] = float("nan")
+        student._head.teacher_weight[first:] = float("nan")
 
 
 def compare(

@@ -275,7 +275,7 @@ def test_loss_workspace_is_what_the_loss_allocates(
     labels = torch.randint(0, vocabulary, (rows,))
     student.requires_grad_(), weight.requires_grad_()
     with live_bytes(beside=(student, weight, teacher, teacher_weight, labels)) as live:
-        output = losses.divergence(
+        output = losses.fused_divergence(
             student, weight, teacher, teacher_weight, labels, config.loss, vocabulary
         )
         output.loss_sum.backward()

@@ -114,13 +114,13 @@ def training_bytes(config: Any, models: list[Any], groups: Any) -> tuple[int, in
     """Of gradient buffers, and of main weights with Adam states after a step."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-    from nemo_trd.megatron.optimizer import _optimizer
+    from nemo_trd.megatron.optimizer import make_optimizer
 
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=config.optimizer.distributed
     )
     chunks = [DistributedDataParallel(m.config, settings, m, pg_collection=groups) for m in models]
-    optimizer = _optimizer(config, chunks, groups)
+    optimizer = make_optimizer(config, chunks, groups)
     for chunk in chunks:
         chunk.zero_grad_buffer()
         chunk.finish_grad_sync()

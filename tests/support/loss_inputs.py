@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nemo_trd.config.schema import Loss
 from nemo_trd.loss.formulas import dense_divergence
-from nemo_trd.loss.fused import DivergenceOutput, divergence
+from nemo_trd.loss.fused import DivergenceOutput, fused_divergence
 
 VOCAB, PADDED = 50, 64
 
@@ -36,7 +36,7 @@ def make_inputs(
 def run(inputs: Inputs, loss: Loss, vocab: int = VOCAB, upstream: float = 0.5) -> DivergenceOutput:
     for x in inputs[:2]:
         x.grad = None
-    out = divergence(*inputs, loss, vocab)
+    out = fused_divergence(*inputs, loss, vocab)
     (upstream * out.loss_sum).backward()
     return out
 

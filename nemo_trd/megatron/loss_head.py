@@ -1,0 +1,126 @@
+"""The loss head: from hidden states at the labels of a micro-batch to its divergence.
+
+It stands where a language model has its output layer, on the last pipeline stage. The student of
+this package and models of other packages that stop before their output layer use it alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from nemo_trd.config.schema import Loss, ModelSource
+from nemo_trd.data.types import Microbatch
+from nemo_trd.distributed.process import device
+from nemo_trd.loss.fused import (
+    DivergenceOutput,
+    divergence_from_top_k,
+    fused_divergence,
+    token_nll,
+    top_k_of,
+)
+from nemo_trd.loss.top_k import TopK
+from nemo_trd.megatron.finite import check_divergence, check_hidden_states
+from nemo_trd.megatron.hf_weights import read_output_weight
+from nemo_trd.megatron.model import load_hf_config
+from nemo_trd.megatron.schedule import label_rows
+
+
+@dataclass
+class LossHead:
+    """Divergences and likelihoods at labels. All methods are collective over `groups.tp`.
+
+    loss: what is computed.
+    vocab_size: number of ids over which the divergence runs: those with a token.
+    groups: of the student.
+    sequence_parallel: whether hidden states are split along the sequence over `groups.tp`.
+    teacher_weight: [V/tp, Ht], the teacher's output weight in the student's sharding; None where
+        the teacher is known by its top k, and before the last stage.
+    """
+
+    loss: Loss
+    vocab_size: int
+    groups: ProcessGroupCollection
+    sequence_parallel: bool
+    teacher_weight: Tensor | None = None
+
+    def read_teacher_weight(self, teacher: ModelSource, weight: Tensor) -> None:
+        """Read the teacher's frozen output weight, sharded as the student's [V/tp, Hs] is."""
+        self.teacher_weight = read_output_weight(
+            load_hf_config(teacher.path, teacher.trust_remote_code),
+            teacher.path,
+            self.groups.tp.rank(),
+            self.groups.tp.size(),
+            dtype=weight.dtype,
+            device=device(),
+            rows=weight.shape[0],
+        )
+
+    def divergence(
+        self, hidden: Tensor, weight: Tensor, micro_batch: Microbatch, teacher: Tensor | TopK
+    ) -> DivergenceOutput:
+        """Compute D(pi_T, pi_theta) at the labels of a micro-batch, with its gradients.
+
+        Args:
+            hidden: the student's final hidden states as its last stage returns them.
+            weight: [V/tp, Hs], the student's output weight on this rank.
+            teacher: hidden states [n, Ht] at the n labels, or the teacher's top k there.
+
+        Raises:
+            NonFiniteError: naming the trajectory.
+        """
+        split = self.sequence_parallel * self.groups.tp.rank() * len(hidden)
+        check_hidden_states(micro_batch, hidden, split)
+        rows, labels = self._rows(hidden, micro_batch), micro_batch.labels.to(device())
+        common = labels, self.loss, self.vocab_size, self.groups.tp
+        if isinstance(teacher, TopK):
+            result = divergence_from_top_k(rows, weight, teacher.to(device()), *common)
+            check_divergence(micro_batch, result.token_divergence, teacher.log_probs)
+        else:
+            assert self.teacher_weight is not None
+            states = teacher.to(device())
+            result = fused_divergence(rows, weight, states, self.teacher_weight, *common)
+            check_divergence(micro_batch, result.token_divergence, teacher)
+        return result
+
+    def token_nll(
+        self, hidden: Tensor, weight: Tensor, micro_batch: Microbatch, vocab_size: int
+    ) -> Tensor:
+        """Negative log-likelihood [n] of the labels in nats, over `vocab_size` ids, untempered."""
+        return token_nll(
+            self._rows(hidden, micro_batch),
+            weight,
+            micro_batch.labels.to(device()),
+            temperature=1.0,
+            vocab_size=vocab_size,
+            chunk_size=self.loss.chunk_size,
+            group=self.groups.tp,
+        )
+
+    @torch.no_grad()
+    def teacher_top_k(
+        self, teacher: Tensor | TopK, labels: Tensor, k: int, vocab_size: int
+    ) -> TopK:
+        """The teacher's k most likely of `vocab_size` ids at the labels [n] of a micro-batch.
+
+        Args:
+            teacher: as for `divergence`.
+        """
+        if isinstance(teacher, TopK):
+            return TopK(teacher.ids[:, :k], teacher.log_probs[:, :k], teacher.label_log_probs)
+        assert self.teacher_weight is not None
+        return top_k_of(
+            teacher.to(device()),
+            self.teacher_weight,
+            labels.to(device()),
+            k,
+            vocab_size=vocab_size,
+            chunk_size=self.loss.chunk_size,
+            group=self.groups.tp,
+        )
+
+    def _rows(self, hidden: Tensor, micro_batch: Microbatch) -> Tensor:
+        return label_rows(hidden, micro_batch.student, self.groups, self.sequence_parallel)
