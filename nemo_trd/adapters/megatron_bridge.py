@@ -63,7 +63,7 @@ def returning_hidden_states(models: list[Any]) -> list[Any]:
 class TRDForwardStep:
     """Megatron's forward step: the divergence along the labels of a micro-batch.
 
-    `head` is there once there are process groups: `TRD` makes it.
+    `head` is there on the last stage once there are process groups: `TRD` makes it.
     """
 
     head: LossHead | None = None
@@ -137,12 +137,7 @@ class TRD:
         tokenizers = tuple(
             read_tokenizer(source.path, source.trust_remote_code) for source in (student, teacher)
         )
-        self.forward_step.head = LossHead(
-            config.loss,
-            real_vocab_size(columns, tokenizers[0]),
-            groups,
-            config.parallel.student.sequence_parallel,
-        )
+        self._vocab_size = real_vocab_size(columns, tokenizers[0])
         self._teacher_tokenizer = tokenizers[1]
         self._prompts = raise_together(partial(_load_prompts, config, *tokenizers))
         self._teacher = Teacher(config, groups)
@@ -151,11 +146,13 @@ class TRD:
         self._sampler = Sampler(config, *generators, *tokenizers)
 
     def read_teacher_head(self, model: Any) -> None:
-        """Read the teacher's output weight, in the sharding of the student's."""
-        assert self.forward_step.head is not None
+        """Make the loss head of the last stage, with the teacher's weight in its sharding."""
         if is_last_stage(self._groups):
+            split = get_attr_wrapped_model(model, "config").sequence_parallel
+            head = LossHead(self.config.loss, self._vocab_size, self._groups, split)
             weight = get_attr_wrapped_model(model, "output_weight")()
-            self.forward_step.head.read_teacher_weight(self.config.teacher_source, weight)
+            head.read_teacher_weight(self.config.teacher_source, weight)
+            self.forward_step.head = head
 
     def draw(self, step: int, num_micro_batches: int) -> dict[str, int]:
         """Samples of a step and the teacher's states along them, for `micro_batches`: counts."""
