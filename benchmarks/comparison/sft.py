@@ -60,7 +60,7 @@ def fine_tune(config: Config) -> None:
                 verifier(config.data.verifier),
                 tokenizer,
             )
-            logger.evaluation(step, accuracy)
+            logger.evaluation(step, accuracy.summary(), str(accuracy))
 
         if config.evaluation.at_start:
             measure(0)
