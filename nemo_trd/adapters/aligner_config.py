@@ -45,18 +45,18 @@ PRECISIONS = {"bf16": "bf16", "bf16-mixed": "bf16", "32": "fp32", "32-true": "fp
 
 
 def config_from_aligner(cfg: DictConfig) -> Config:
-    """What a script of Aligner's shape was given, as settings of a run.
+    """Settings of a run from those of a script of Aligner's shape.
 
     Raises:
         ConfigError: a key without a value, a key that nothing would read, or a broken rule.
     """
-    given: Any = OmegaConf.to_container(cfg, resolve=True)
-    for key, value in _leaves(given, ""):
+    container: Any = OmegaConf.to_container(cfg, resolve=True)
+    for key, value in _leaves(container, ""):
         if value == "???":
             raise ConfigError(f"{key} has no value. Fix: set {key}=...")
         if not _is_known(key):
             raise rule_broken(key, value, "nothing reads this key", "remove it")
-    trd = given["model"]["trd"]
+    trd = container["model"]["trd"]
     groups = [f"{group}={name}" for group, name in trd.pop("groups", {}).items()]
     base: Any = OmegaConf.to_container(composed(groups))
     settings: Any = OmegaConf.merge(base, trd)
@@ -69,7 +69,7 @@ def config_from_aligner(cfg: DictConfig) -> Config:
 
 
 def _translate(cfg: DictConfig, settings: DictConfig) -> None:
-    """What is not the same under another name."""
+    """Settings that are not the same under another name."""
     if OmegaConf.select(cfg, "exp_manager.max_time_per_run") is not None:
         raise rule_broken(
             "exp_manager.max_time_per_run",

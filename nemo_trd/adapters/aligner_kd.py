@@ -59,7 +59,7 @@ def _opened(path: Path) -> Any:
 
 
 def _rows(run: Run, trajectories: list[Trajectory], top_k: int) -> list[dict[str, Any]]:
-    """Of all ranks, in the order of `trajectories`."""
+    """Rows of all ranks, in the order of `trajectories`."""
     if not trajectories:
         return []
     student = run.student

@@ -97,7 +97,7 @@ class TRDForwardStep:
 
 
 class TRD:
-    """What a recipe of Bridge is amended with. Everything after `start` is collective."""
+    """TRD for a recipe of Bridge. Everything after `start` is collective."""
 
     def __init__(self, config: Config) -> None:
         if config.teacher.scoring != "megatron":
@@ -205,7 +205,7 @@ def _load_prompts(config: Config, student_tokenizer: Any, teacher_tokenizer: Any
 
 
 def next_micro_batches(queue: Callable[[], deque[Item]]) -> Iterator[Item]:
-    """What was drawn for this step. Every stage of a pipeline takes all of it, in order."""
+    """Micro-batches of this step. Every stage of a pipeline takes all of them, in order."""
     while True:
         yield queue().popleft()
 

@@ -204,7 +204,7 @@ def _loss_and_metrics(
 
 
 class _Optimizer:
-    """What Aligner's trainers ask of an optimizer, of the student's."""
+    """The student's optimizer, as far as Aligner's trainers use one."""
 
     def __init__(self, model: TRDStudent) -> None:
         self._model = model

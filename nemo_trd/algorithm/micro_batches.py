@@ -96,8 +96,8 @@ def partition(
         else:
             batches.append([trajectory])
     unit = data_parallel_size * multiple
-    wanted = max(1, -(-len(batches) // unit)) * unit
-    while len(batches) < wanted:
+    count = max(1, -(-len(batches) // unit)) * unit
+    while len(batches) < count:
         biggest = max(batches, key=lambda b: (len(b) > 1, _cost(b, packed)), default=[])
         if len(biggest) < 2:
             batches.append([])

@@ -61,7 +61,7 @@ class Run(Section):
 
 
 class Sandbox(Section):
-    """What a generated program may use when data.verifier=code runs it: verifiers/sandbox.py."""
+    """Limits of a generated program that data.verifier=code runs, in verifiers/sandbox.py."""
 
     case_seconds: PositiveFloat  # wall clock, of one test case
     total_seconds: PositiveFloat  # wall clock, of all test cases of one program
@@ -231,7 +231,7 @@ class Dataset(Section):
 
 
 class PromptRules(Section):
-    """What the problems of a dataset become, and how answers to them are judged."""
+    """How rows of a dataset become problems, and how answers to them are judged."""
 
     system_prompt: str | None  # where a row has none of its own; null: none
     chat_template_kwargs: dict[str, Any]  # of the chat template: variables that it reads
@@ -376,7 +376,7 @@ class VllmClient(Section):
 
 
 class VllmSettings(Section):
-    """What holds for all servers that somebody asks, and for those that he starts.
+    """Settings of all servers that are asked, and of those that are started.
 
     Of a training run `server` is only what those of a role, which are read, inherit.
     """
@@ -506,7 +506,7 @@ class Logging(Section):
 
 
 class Assumptions(Section):
-    """What `nemo_trd.plan` multiplies FLOPs and bytes with; a run does not read it."""
+    """Speeds by which `nemo_trd.plan` divides FLOPs and bytes; a run does not read them."""
 
     bf16_tflops: PositiveFloat  # peak of one GPU
     fp8_tflops: PositiveFloat  # the same in FP8

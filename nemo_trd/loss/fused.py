@@ -39,7 +39,7 @@ CPU_BLOCK_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class DivergenceOutput:
-    """What one call contributes; whoever calls divides by the global number of labels.
+    """Contribution of one call; the caller divides by the global number of labels.
 
     loss_sum: scalar, sum over tokens, differentiable.
     count: number of tokens.
@@ -278,7 +278,7 @@ def _tempered(logits: Tensor, dtype: torch.dtype, loss: Loss) -> Tensor:
 
 
 class _Comparison(NamedTuple):
-    """Of n positions; pairs are student and teacher."""
+    """Comparison of both models at n positions; pairs are student and teacher."""
 
     value: Tensor  # [n]
     gradient: Tensor  # [n, v] in the student's tempered logits

@@ -44,7 +44,7 @@ class VocabShard:
 
 
 def own_shard(rows: int, vocab_size: int, group: dist.ProcessGroup | None) -> VocabShard:
-    """What this rank of `group` holds, where each has `rows` rows of the output weight."""
+    """Shard of this rank of `group`, where each has `rows` rows of the output weight."""
     if group is not None and dist.get_world_size(group) == 1:
         group = None
     first = 0 if group is None else dist.get_rank(group) * rows

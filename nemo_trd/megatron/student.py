@@ -36,7 +36,7 @@ from nemo_trd.preflight.models import real_vocab_size
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step of the student did, the same on all ranks."""
+    """Result of one step of the student, the same on all ranks."""
 
     metrics: dict[str, float]  # means over the label tokens of the global batch
     watched: dict[str, LabelFigures]  # by the trajectory's name
@@ -152,7 +152,7 @@ class Student:
         teacher_states: Sequence[Tensor | TopK | None],
         watch: Collection[str] = (),
     ) -> StepResult:
-        """What `train_step` would report, except grad_norm and lr, of weights as they are."""
+        """Report as `train_step` does, except grad_norm and lr, of weights as they are."""
         for chunk in self.chunks:
             chunk.eval()
         result = self._compare_all(plan, teacher_states, watch, forward_only=True)

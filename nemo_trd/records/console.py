@@ -60,7 +60,8 @@ class _ConsoleHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stdout)
 
 
-def _attach_handlers(log_file: Path) -> list[logging.Handler]:
+def attach_handlers(log_file: Path) -> list[logging.Handler]:
+    """Let the package log into a file and to the console; return what `detach_handlers` takes."""
     package = logging.getLogger("nemo_trd")
     file = logging.FileHandler(log_file, encoding="utf-8")
     file.setFormatter(logging.Formatter(LOG_FORMAT))
@@ -74,7 +75,8 @@ def _attach_handlers(log_file: Path) -> list[logging.Handler]:
     return handlers
 
 
-def _detach_handlers(handlers: Sequence[logging.Handler]) -> None:
+def detach_handlers(handlers: Sequence[logging.Handler]) -> None:
+    """Close handlers, and take them off the package's logger."""
     package = logging.getLogger("nemo_trd")
     for handler in handlers:
         package.removeHandler(handler)

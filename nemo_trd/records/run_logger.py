@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from nemo_trd.config.schema import Config
-from nemo_trd.records.console import Figures, _attach_handlers, _detach_handlers, step_line
+from nemo_trd.records.console import Figures, attach_handlers, detach_handlers, step_line
 from nemo_trd.records.samples import Decode, Sample, sample_record, samples_page
 from nemo_trd.records.step_lines import StepLines, write_atomically
 from nemo_trd.records.trackers import Tracker, open_trackers, public_settings
@@ -59,7 +59,7 @@ class RunLogger:
         self._steps = StepLines(self._dir / "metrics.jsonl", resumed_step)
         self._evaluations = StepLines(self._dir / "evaluation.jsonl", resumed_step)
         self._trackers = [*open_trackers(config, resumed_step), *trackers]
-        self._handlers = _attach_handlers(self._dir / "log.txt")
+        self._handlers = attach_handlers(self._dir / "log.txt")
 
     def __enter__(self) -> RunLogger:
         return self
@@ -144,7 +144,7 @@ class RunLogger:
             _guarded(tracker, partial(tracker.close, succeeded))
         if last_line is not None:
             log.info("%s", last_line)
-        _detach_handlers(self._handlers)
+        detach_handlers(self._handlers)
         self._trackers, self._handlers = [], []
 
     def _track(self, step: int, figures: Figures) -> None:

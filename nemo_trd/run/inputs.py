@@ -1,4 +1,4 @@
-"""What a run reads and checks before it builds any model."""
+"""Inputs of a run, read and checked before any model is built."""
 
 from __future__ import annotations
 

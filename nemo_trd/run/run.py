@@ -68,7 +68,7 @@ class Run:
         """Build all that a run holds; `notices` are logged when there is a log."""
         config, root = self.config, self.config.run_dir / "checkpoints"
         # Found again: another process may have held the directory until now.
-        checkpoint, found = verified_checkpoint(config.checkpoint, root)
+        checkpoint, defects = verified_checkpoint(config.checkpoint, root)
         self.inputs = inputs = replace(inputs, checkpoint=checkpoint)
         self._stop = stop
         self._verify = verifier(config.data.verifier, config.sandbox)
@@ -101,7 +101,7 @@ class Run:
         if inputs.checkpoint is not None or self._generators.on_servers:
             self.sync_weights()  # whatever a server has been given before
         self.timers = Timers()
-        notices += [*found, *self._checkpointer.begin(inputs.checkpoint)]
+        notices += [*defects, *self._checkpointer.begin(inputs.checkpoint)]
         compared = self._generators.compared_rollouts
         self.journal = Journal(
             config, inputs, self.student, compared, self.timers, self.step, trackers
