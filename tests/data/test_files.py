@@ -322,7 +322,7 @@ def test_a_directory_that_its_card_divides_is_read_by_datasets(tmp_path: Path) -
         ("a.jsonl.gz", b"no gzip", "cannot be read as JSON at its beginning"),
         (
             "a.jsonl.gz",
-            gzip.compress(b'{"problem": "x", "answer": 1}\n' * 9)[:-9],
+            gzip.compress(b'{"problem": "x", "answer": 1}\n' * 9, mtime=0)[:-9],
             "cannot be read as JSON behind",
         ),
         ("a.parquet", b"PAR1", "cannot be read as Parquet at its beginning"),

@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any
 
 import pytest
-from launch import run_ranks
+from launch import launch, run_ranks
 from test_train import run_training, settings
 from tiny_models import make_model
 
@@ -45,10 +45,16 @@ def start(overrides: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def run(overrides: list[str]) -> str:
-    process = start(overrides)
-    told, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, told
+def evaluate(overrides: list[str]) -> None:
+    """In a forked process: what `python -m nemo_trd.evaluate` does."""
+    from nemo_trd.evaluate.main import main
+
+    print(f"exit code {main(overrides)}")
+
+
+def run(overrides: list[str], exit_code: int = 0) -> str:
+    told = launch(1, evaluate, overrides)
+    assert told.endswith(f"exit code {exit_code}\n"), told
     return told
 
 
@@ -89,7 +95,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(inputs: Path) -> Path:
     """The output of an evaluation that nothing interrupted."""
     output = inputs / "whole"
-    told = run(arguments(inputs / "student", inputs / "problems.jsonl", output))
+    process = start(arguments(inputs / "student", inputs / "problems.jsonl", output))
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, told
     assert "avg@4" in told and "pass@2" in told and "results.json" in told
     return output
 
@@ -150,18 +158,17 @@ def test_changed_settings_weights_and_problems_are_refused(inputs: Path, whole: 
         (arguments(inputs / "student", other, whole), "benchmarks.jsonl.problems ="),
         (arguments(inputs / "student", problems, whole, "sampling.top_k=3"), "sampling.top_k = 3"),
     ):
-        process = start(changed)
-        told, _ = process.communicate(timeout=60)
-        assert process.returncode == 2 and f"nemo_trd: {field}" in told and "Fix:" in told, told
+        told = run(changed, exit_code=2)
+        assert f"nemo_trd: {field}" in told and "Fix:" in told, told
 
 
 def test_a_prompt_too_long_for_the_model_is_refused_before_it_is_loaded(
     inputs: Path, tmp_path: Path
 ) -> None:
     problems = inputs / "problems.jsonl"
-    process = start(arguments(inputs / "student", problems, tmp_path, "sampling.max_tokens=512"))
-    told, _ = process.communicate(timeout=60)
-    assert process.returncode == 2 and "sampling.max_tokens = 512" in told
+    too_long = arguments(inputs / "student", problems, tmp_path, "sampling.max_tokens=512")
+    told = run(too_long, exit_code=2)
+    assert "sampling.max_tokens = 512" in told
     assert "Loading" not in told
 
 
@@ -192,9 +199,8 @@ def test_a_checkpoint_whose_first_student_moved_says_what_to_set(
     moved = student.rename(tmp_path / "moved")
     try:
         problems = inputs / "problems.jsonl"
-        process = start(arguments(run_dir, problems, tmp_path / "out"))
-        told, _ = process.communicate(timeout=60)
-        assert process.returncode == 2 and "set model.hf_path" in told, told
+        told = run(arguments(run_dir, problems, tmp_path / "out"), exit_code=2)
+        assert "set model.hf_path" in told, told
         run(arguments(run_dir, problems, tmp_path / "out", f"model.hf_path={moved}"))
     finally:
         moved.rename(student)

@@ -53,7 +53,7 @@ ONE_EACH = ["train.max_tokens_per_micro_batch=null", "train.micro_batch_size=1"]
 ALL_IN_ONE = ["train.max_tokens_per_micro_batch=100000"]
 DISTRIBUTED = ["optimizer.distributed=true", "optimizer.overlap_grad_reduce=true"]
 
-# ranks -> layouts. Every recipe runs in the first group, a part of them in the second. One rank
+# ranks -> layouts. Every divergence runs in the first group, a part of them in the second. One rank
 # with batches of `max_tokens_per_micro_batch` is what they are compared with.
 FULL: dict[int, dict[str, list[str]]] = {
     1: {},
@@ -97,6 +97,20 @@ PARTIAL = {
         "dp4 all in one": ALL_IN_ONE,
     },
 }
+
+
+def every_divergence(number: int) -> list[str]:
+    """Recipes of layout `number`: all divergences, and with them all modes and contexts in turn.
+
+    Modes and contexts only change which tokens stand before the labels.
+    """
+    contexts = list(product(("opd", "opsd"), ("refine", "prompt")))
+    return [
+        " ".join((*contexts[(number + position) % len(contexts)], divergence))
+        for position, divergence in enumerate(DIVERGENCES)
+    ]
+
+
 SOME_RECIPES = ["opd refine forward", "opsd prompt jsd", "opd prompt bucket"]
 
 
@@ -192,10 +206,11 @@ def reference(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def test_no_layout_changes_losses_or_gradients(
     ranks: int, models: Path, reference: dict[str, Any], tmp_path: Path
 ) -> None:
+    layouts = [(every_divergence(n), *item) for n, item in enumerate(FULL[ranks].items())]
+    layouts += [(SOME_RECIPES, *item) for item in PARTIAL[ranks].items()]
     cases = {
         f"{recipe} | {layout}": [*RECIPES[recipe], *overrides]
-        for layouts, recipes in ((FULL[ranks], RECIPES), (PARTIAL[ranks], SOME_RECIPES))
-        for layout, overrides in layouts.items()
+        for recipes, layout, overrides in layouts
         for recipe in recipes
     }
     results = run(ranks, models, cases, tmp_path)
