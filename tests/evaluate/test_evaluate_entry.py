@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 from launch import launch, run_ranks
-from test_train import run_training, settings
 from tiny_models import make_model
+from training_run import run_training, settings
 
 pytestmark = pytest.mark.distributed
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from fake_vllm import FakeVllm
-from test_vllm import SAMPLING, expected, requests
-from test_vllm import generator as on_servers
+from pooled_generator import SAMPLING, expected, requests
+from pooled_generator import generator as on_servers
 from tiny_models import byte_tokenizer, make_model
 
 from nemo_trd.algorithm.acceptance import read_refinements, read_rollout

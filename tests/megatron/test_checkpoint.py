@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from launch import launch
-from test_parallel_layouts import DISTRIBUTED, PP2, TP2, VPP2, trajectories
+from parallel_layouts import DISTRIBUTED, PP2, TP2, VPP2, trajectories
 from tiny_models import make_model
 
 from nemo_trd.records import latest

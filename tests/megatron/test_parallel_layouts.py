@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import json
-import random
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 from launch import launch
+from parallel_layouts import (
+    ALL_IN_ONE,
+    DISTRIBUTED,
+    ONE_EACH,
+    PP2,
+    SP,
+    TEACHER_PP2,
+    TEACHER_TP2,
+    TP2,
+    VOCABULARY,
+    VPP2,
+    student,
+    teacher,
+    trajectories,
+)
 from tiny_models import make_model
 
 pytestmark = pytest.mark.distributed
 
-STEPS, PROMPTS, VOCABULARY = 3, 7, 120
+STEPS = 3
 RELATIVE = 1e-5
 
 DIVERGENCES = {
@@ -34,24 +48,6 @@ RECIPES = {
     for mode, context, divergence in product(("opd", "opsd"), ("refine", "prompt"), DIVERGENCES)
 }
 
-
-def student(**sizes: int | bool) -> list[str]:
-    return [f"parallel.student.{key}={value}" for key, value in sizes.items()]
-
-
-def teacher(**sizes: int) -> list[str]:
-    return [f"parallel.teacher.{key}={value}" for key, value in sizes.items()]
-
-
-TP2 = student(tensor_model_parallel_size=2)
-PP2 = student(pipeline_model_parallel_size=2)
-SP = student(sequence_parallel=True)
-VPP2 = student(virtual_pipeline_model_parallel_size=2)
-TEACHER_TP2 = teacher(tensor_model_parallel_size=2)
-TEACHER_PP2 = teacher(pipeline_model_parallel_size=2)
-ONE_EACH = ["train.max_tokens_per_micro_batch=null", "train.micro_batch_size=1"]
-ALL_IN_ONE = ["train.max_tokens_per_micro_batch=100000"]
-DISTRIBUTED = ["optimizer.distributed=true", "optimizer.overlap_grad_reduce=true"]
 
 # ranks -> layouts. Every divergence runs in the first group, a part of them in the second. One rank
 # with batches of `max_tokens_per_micro_batch` is what they are compared with.
@@ -112,35 +108,6 @@ def every_divergence(number: int) -> list[str]:
 
 
 SOME_RECIPES = ["opd refine forward", "opsd prompt jsd", "opd prompt bucket"]
-
-
-def trajectories(config: Any, step: int) -> list[Any]:
-    """What one step trains on, through the code that pairs contexts."""
-    from nemo_trd.algorithm.trajectories import pair
-    from nemo_trd.data.types import (
-        Completion,
-        FittedContext,
-        Prompt,
-        Refinement,
-        RefinementPrompt,
-        Rollout,
-    )
-
-    rng = random.Random(step)
-
-    def tokens(longest: int) -> tuple[int, ...]:
-        return tuple(rng.randrange(VOCABULARY) for _ in range(rng.randint(1, longest)))
-
-    refinements = []
-    for index in range(PROMPTS):
-        prompt = Prompt(index, "", tokens(9))
-        rollout = Rollout(prompt, 0, Completion(tokens(20), "stop", step), "", None)
-        request = RefinementPrompt(rollout, prompt.token_ids + rollout.completion.token_ids)
-        answer = Completion(tokens(25), "stop", 0)
-        # One of seven trains on its rollout, and one is left out.
-        rejection = {2: "subset", 5: "truncated"}.get(index)
-        refinements.append(Refinement(request, answer, "", None, rejection))
-    return pair(refinements, config, lambda prompt: FittedContext((7, *prompt.token_ids)))
 
 
 def run_cases(directory: str, cases: dict[str, list[str]], results: str) -> None:

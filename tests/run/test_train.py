@@ -15,6 +15,7 @@ import psutil
 import pytest
 from launch import launch, run_ranks
 from tiny_models import make_model
+from training_run import STEPS, run_training, settings
 from transformers_oracle import mean_kl
 
 from nemo_trd.records.read import read_runs
@@ -22,64 +23,10 @@ from nemo_trd.report.main import write_report
 
 pytestmark = pytest.mark.distributed
 
-STEPS = 4
 SAVE_AT_HALF = [f"checkpoint.save_interval={STEPS // 2}"]
 EOS = 3
 ANSWERS = [([70, 71, EOS], "stop"), ([EOS], "stop"), ([72], "length"), ([73, EOS], "stop")]
 PP2 = ["parallel.student.pipeline_model_parallel_size=2"]
-
-
-def run_training(overrides: list[str], fault: str) -> None:
-    """On every rank: the entry point, with one thing that goes wrong in it."""
-    import os
-    import signal
-    import sys
-
-    import torch.distributed as dist
-
-    from nemo_trd.config.load import compose
-    from nemo_trd.megatron.checkpoint import Checkpointer
-    from nemo_trd.megatron.student import Student
-    from nemo_trd.records import checkpoint_dir
-    from nemo_trd.records.run_logger import RunLogger
-    from nemo_trd.train import launch
-
-    record, train_step, save = RunLogger.step, Student.train_step, Checkpointer.save
-
-    def signalled(self: Any, step: int, *rest: Any) -> None:
-        record(self, step, *rest)
-        if step == STEPS // 2 and dist.get_rank() == 0:
-            os.kill(os.getpid(), getattr(signal, fault))
-
-    def broken(self: Any, *arguments: Any) -> Any:
-        if dist.get_rank() == dist.get_world_size() - 1:
-            raise RuntimeError("broken on purpose")
-        return train_step(self, *arguments)
-
-    rank_process = os.getpid()
-
-    def killed(*arguments: Any) -> None:
-        os.kill(rank_process, signal.SIGKILL)
-        os.kill(os.getpid(), signal.SIGKILL)  # megatron-core writes shards in a forked process
-
-    def killed_in_save(self: Any, state: Any, *rest: Any) -> None:
-        if state.step == STEPS:
-            if fault == "killed before a shard is on the disk":
-                os.fsync = killed
-            else:
-                checkpoint_dir.os.rename = killed
-        save(self, state, *rest)
-
-    if fault.startswith("SIG"):
-        RunLogger.step = signalled  # type: ignore[method-assign]
-    if fault == "exception":
-        Student.train_step = broken  # type: ignore[method-assign]
-    if fault.startswith("killed"):
-        Checkpointer.save = killed_in_save  # type: ignore[method-assign]
-    exit_code = launch(compose(overrides))
-    if fault == "started once more":
-        exit_code = launch(compose([*overrides, f"train.num_steps={STEPS - 1}"]))
-    sys.exit(exit_code)
 
 
 def run_until_killed(log_file: str) -> None:
@@ -171,24 +118,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"question": f"{n}+1?", "answer": f"so #### {n + 1}"} for n in range(6)]
     (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
-
-
-def settings(inputs: Path, run_dir: Path, *overrides: str) -> list[str]:
-    sampling = [
-        f"generation.{which}.{setting}"
-        for which in ("rollout", "refinement")
-        for setting in ("max_tokens=12", "temperature=1.0", "top_k=0", "top_p=1.0")
-    ]
-    return [
-        *("model=local", "data=gsm8k", "data.max_prompt_tokens=64", "data.verifier=exact"),
-        *(f"model.{role}.path={inputs / role}" for role in ("student", "teacher")),
-        *(f"data.train.path={inputs / 'data.jsonl'}", f"run.dir={run_dir}"),
-        *("refinement.templates.opd='{problem} {rollout}'", "refinement.max_context_tokens=200"),
-        *("refinement.on_failure=rollout", *sampling),
-        *(f"train.num_steps={STEPS}", "train.prompts_per_step=4", "precision.dtype=fp32"),
-        *("optimizer.lr=1e-3", "logging.progress=false", "logging.samples_interval=2"),
-        *overrides,
-    ]
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -11,8 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import CHECKOUT, Jobs
 from slurm_cluster import SlurmCluster, eventually
+from slurm_jobs import CHECKOUT, Jobs
 
 from nemo_trd.config.load import compose
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import CHECKOUT, Jobs
 from slurm_cluster import SlurmCluster, eventually
+from slurm_jobs import CHECKOUT, Jobs
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed]
 
