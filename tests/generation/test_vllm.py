@@ -134,11 +134,14 @@ def test_replica_that_dies_and_comes_back_is_used_again() -> None:
         reborn: list[FakeVllm] = []
 
         def restart() -> None:
+            deadline = time.monotonic() + 30
+            while len(dies.served) < 6 and time.monotonic() < deadline:
+                time.sleep(0.01)
             dies.__exit__()
             time.sleep(0.1)
             reborn.append(FakeVllm(port=dies.port))
 
-        thread = threading.Timer(0.15, restart)
+        thread = threading.Thread(target=restart)
         thread.start()
         done = generator(*urls).generate(asked, SAMPLING, "rollouts")
         thread.join()
