@@ -41,7 +41,7 @@ FLOORS = [
     {"train": "THE LOOP"},
     {
         "adapters": "other recipes",
-        "quickstart": "a run in 4 minutes",
+        "quickstart": "a whole toy run",
         "launch": "ranks of a machine",
         "smollm2": "a real small model",
     },
