@@ -254,8 +254,8 @@ def test_server_image_serves_and_adds_nothing_but_what_reads_settings(server: Co
     added = ABSENT - {"omegaconf", "antlr4-python3-runtime", "hydra-core"}
     assert server.version("hydra-core") and not any(server.version(name) for name in added)
     for options in ((), UNPRIVILEGED):
-        for name, option in (("serve", "--weight-backend"), ("serve_node", "--reached-from")):
-            command = ["python3", "-m", f"nemo_trd.generation.{name}", "--help"]
+        for name, option in (("serve", "--weight-backend"), ("serve.node", "--reached-from")):
+            command = ["python3", "-m", f"nemo_trd.{name}", "--help"]
             done = server.run(*command, options=options)
             assert done.returncode == 0 and option in done.stdout, done.stderr
         settings = ["python3", "-c", COMPOSED]

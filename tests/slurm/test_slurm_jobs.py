@@ -23,7 +23,7 @@ ON_SERVERS = [
     *("generation.vllm.server.dtype=fp32", "generation.vllm.server.max_model_len=512"),
     *("generation.vllm.weight_sync.backend=file", "generation.vllm.server.max_num_seqs=16"),
 ]
-SERVERS_END = "[[ $* == *serve_node* ]] && exit 3; exec"
+SERVERS_END = "[[ $* == *nemo_trd.serve.node* ]] && exit 3; exec"
 LISTEN = """
 import socket, sys, time
 held = []
