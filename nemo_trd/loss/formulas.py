@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemo_trd.config.schema import Loss
-from nemo_trd.loss.divergences import beta_of
+from nemo_trd.config.schema import DivergenceName, Loss
 
 # Closed forms. Arguments: log-probabilities and probabilities [n, v] of student and teacher, and
 # the function that turns sums over columns into sums over the vocabulary. They return the
@@ -29,12 +28,7 @@ ClosedForm = Callable[[Tensor, Tensor, Tensor, Tensor, Total], tuple[Tensor, Ten
 
 def closed_form(loss: Loss) -> ClosedForm:
     """Closed form of the divergence that `loss` names."""
-    beta = beta_of(loss)
-    if beta == 0:
-        return _forward_kl
-    if beta == 1:
-        return _reverse_kl
-    return partial(_jsd, beta)
+    return CLOSED_FORMS[loss.divergence](loss)
 
 
 def _forward_kl(
@@ -85,6 +79,41 @@ def _jsd(
     return beta * mean_t + (1 - beta) * mean_s, gradient
 
 
+def _jsd_between(loss: Loss) -> ClosedForm:
+    """Closed form at `loss.beta`: forward KL at 0, reverse KL at 1."""
+    exact = {0.0: _forward_kl, 1.0: _reverse_kl}
+    return exact.get(loss.beta, partial(_jsd, loss.beta))
+
+
+CLOSED_FORMS: dict[DivergenceName, Callable[[Loss], ClosedForm]] = {
+    "forward_kl": lambda loss: _forward_kl,
+    "reverse_kl": lambda loss: _reverse_kl,
+    "jsd": _jsd_between,
+}
+
+
+def _dense_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) of log-probabilities [n, V] -> [n]."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def _dense_jsd(log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:
+    if beta == 0:
+        return _dense_kl(log_t, log_s)
+    if beta == 1:
+        return _dense_kl(log_s, log_t)
+    log_m = torch.logaddexp(log_s + math.log1p(-beta), log_t + math.log(beta))
+    return beta * _dense_kl(log_t, log_m) + (1 - beta) * _dense_kl(log_s, log_m)
+
+
+# By definition, of log-probabilities [n, V] of student and teacher -> [n].
+DEFINITIONS: dict[DivergenceName, Callable[[Tensor, Tensor, Loss], Tensor]] = {
+    "forward_kl": lambda log_s, log_t, loss: _dense_kl(log_t, log_s),
+    "reverse_kl": lambda log_s, log_t, loss: _dense_kl(log_s, log_t),
+    "jsd": lambda log_s, log_t, loss: _dense_jsd(log_s, log_t, loss.beta),
+}
+
+
 def dense_divergence(student_logits: Tensor, teacher_logits: Tensor, loss: Loss) -> Tensor:
     """The reference: [n, V] logits of both models -> [n], in plain differentiable PyTorch."""
     z_s, z_t = student_logits / loss.temperature, teacher_logits / loss.temperature
@@ -97,13 +126,5 @@ def dense_divergence(student_logits: Tensor, teacher_logits: Tensor, loss: Loss)
             parts = [[chosen] for chosen, _ in parts]
         z_s, z_t = (torch.cat(part, -1) for part in parts)
     log_s, log_t = F.log_softmax(z_s, -1), F.log_softmax(z_t, -1)
-    beta = beta_of(loss)
-    if beta == 0:
-        value = (log_t.exp() * (log_t - log_s)).sum(-1)
-    elif beta == 1:
-        value = (log_s.exp() * (log_s - log_t)).sum(-1)
-    else:
-        log_m = torch.logaddexp(log_s + math.log1p(-beta), log_t + math.log(beta))
-        kl_t, kl_s = ((p.exp() * (p - log_m)).sum(-1) for p in (log_t, log_s))
-        value = beta * kl_t + (1 - beta) * kl_s
+    value = DEFINITIONS[loss.divergence](log_s, log_t, loss)
     return value if loss.token_clip is None else value.clamp(max=loss.token_clip)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import oracles
 import pytest
@@ -13,8 +14,10 @@ from loss_inputs import PADDED, VOCAB, Inputs, as_inputs, distance, make_inputs,
 from oracles import DIVERGENCES, TAILS, make_loss
 
 from nemo_trd.config.errors import ConfigError
+from nemo_trd.config.schema import DivergenceName
+from nemo_trd.loss import divergences
 from nemo_trd.loss import fused as losses
-from nemo_trd.loss.formulas import dense_divergence
+from nemo_trd.loss.formulas import CLOSED_FORMS, DEFINITIONS, dense_divergence
 from nemo_trd.loss.fused import fused_divergence, token_nll
 
 every_divergence = pytest.mark.parametrize("name", DIVERGENCES)
@@ -412,3 +415,8 @@ def test_token_nll_is_cross_entropy(n: int) -> None:
     expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     torch.testing.assert_close(nll.double(), expected.detach(), rtol=1e-5, atol=1e-6)
     assert not nll.requires_grad
+
+
+def test_every_divergence_has_a_record_and_both_formulas() -> None:
+    names = set(get_args(DivergenceName))
+    assert names == divergences.DIVERGENCES.keys() == CLOSED_FORMS.keys() == DEFINITIONS.keys()
