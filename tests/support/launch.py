@@ -68,35 +68,34 @@ def run_ranks(
     `launcher`: `fork` has imported already what ranks import (`fork_server`); `torchrun` and
     `nemo_trd` start an interpreter for each rank, which takes ten seconds.
     """
+    call = (inspect.getfile(function), function.__name__, json.dumps(arguments))
     settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     settings |= environment or {}
-    run = _forked if launcher == "fork" else _started
     with tempfile.NamedTemporaryFile("w+") as output:
-        returncode = run(ranks, function, arguments, timeout, settings, launcher, output)
+        if launcher == "fork":
+            returncode = _fork(ranks, call, settings, output.name, timeout)
+        else:
+            returncode = _start([*_launcher(launcher, ranks), *call], settings, output, timeout)
         output.seek(0)
         reason = f"\nstopped after {timeout} s" if returncode == -1 else ""
         return returncode, output.read() + reason
 
 
-def _forked(
-    ranks: int,
-    function: Callable[..., None],
-    arguments: tuple[Any, ...],
-    timeout: float,
-    environment: dict[str, str],
-    launcher: Launcher,
-    output: IO[str],
+def _fork(
+    ranks: int, call: tuple[str, str, str], environment: dict[str, str], output: str, timeout: float
 ) -> int:
+    """The exit code of forked ranks; -1 after `timeout` seconds."""
+    file, function, arguments = call
     world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     request = {
         "ranks": ranks,
-        "file": inspect.getfile(function),
-        "function": function.__name__,
-        "arguments": arguments,
+        "file": file,
+        "function": function,
+        "arguments": json.loads(arguments),
         "environment": environment | world | address,
         "directory": os.getcwd(),
-        "output": output.name,
+        "output": output,
     }
     server = fork_server()
     assert server.stdin and server.stdout
@@ -120,21 +119,16 @@ def fork_server() -> subprocess.Popen[bytes]:
     )
 
 
-def _started(
-    ranks: int,
-    function: Callable[..., None],
-    arguments: tuple[Any, ...],
-    timeout: float,
-    environment: dict[str, str],
-    launcher: Launcher,
-    output: IO[str],
-) -> int:
-    command = [sys.executable, "-c", OWN_LAUNCHER, str(ranks), __file__]
-    if launcher == "torchrun":
-        command = [sys.executable, "-m", "torch.distributed.run"]
-        command += [f"--nproc-per-node={ranks}", "--master-addr=127.0.0.1"]
-        command += [f"--master-port={free_port()}", __file__]
-    command += [inspect.getfile(function), function.__name__, json.dumps(arguments)]
+def _launcher(launcher: Launcher, ranks: int) -> list[str]:
+    """The command that starts this file on every rank."""
+    if launcher == "nemo_trd":
+        return [sys.executable, "-c", OWN_LAUNCHER, str(ranks), __file__]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    return [*command, "--master-addr=127.0.0.1", f"--master-port={free_port()}", __file__]
+
+
+def _start(command: list[str], environment: dict[str, str], output: IO[str], timeout: float) -> int:
+    """The exit code of a command; -1 after `timeout` seconds. Nothing that it started is left."""
     process = subprocess.Popen(
         command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
     )
