@@ -23,11 +23,12 @@ import pytest
 import torch
 from pydantic import SecretStr
 from safetensors.torch import load_file
+from servers import SERVER
 from tiny_models import byte_tokenizer, make_model
 from transformers import AutoModelForCausalLM
 
 from nemo_trd.config.errors import ConfigError
-from nemo_trd.config.schema import LocalGeneration, ModelSource, Sampling, VllmClient, VllmServer
+from nemo_trd.config.schema import LocalGeneration, ModelSource, Sampling, VllmClient
 from nemo_trd.config.schema import WeightSync as WeightSyncSettings
 from nemo_trd.data.types import GenerationRequest
 from nemo_trd.evaluate.main import main as evaluate_main
@@ -51,16 +52,6 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(280)]
 KEY = "key-of-the-generation-tests"
 GREEDY = Sampling(temperature=0, top_p=1, top_k=0, max_tokens=40)
 SAMPLED = Sampling(temperature=0.8, top_p=0.95, top_k=50, max_tokens=40)
-SERVER = VllmServer(
-    python=None,
-    dtype="fp32",
-    tensor_parallel_size=1,
-    max_model_len=512,
-    max_num_seqs=16,
-    arguments=[],
-    start_timeout_seconds=200,
-    stop_timeout_seconds=10,
-)
 CLIENT = VllmClient(
     max_concurrency=8,
     request_timeout_seconds=60,

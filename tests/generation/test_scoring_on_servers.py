@@ -11,12 +11,9 @@ from typing import Any
 
 import pytest
 from launch import launch
-from pydantic import SecretStr
 from safetensors.torch import load_file
+from servers import served
 from tiny_models import make_model
-
-from nemo_trd.config.schema import VllmServer
-from nemo_trd.serve.server import Server, start_all, stop_all
 
 pytestmark = [pytest.mark.vllm, pytest.mark.distributed]
 
@@ -57,30 +54,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def urls(inputs: Path) -> Iterator[dict[str, str]]:
-    settings = VllmServer(
-        python=None,
-        dtype="fp32",
-        tensor_parallel_size=1,
-        max_model_len=512,
-        max_num_seqs=16,
-        arguments=[],
-        start_timeout_seconds=400,
-        stop_timeout_seconds=10,
-    )
     backends = {"student": "file", "teacher": None}
-    servers = {
-        role: Server(
-            str(inputs / role),
-            settings,
-            inputs / f"{role}.log",
-            api_key=SecretStr(KEY),
-            weight_backend=backend,
-        )
-        for role, backend in backends.items()
-    }
-    start_all(list(servers.values()))
-    yield {role: server.url for role, server in servers.items()}
-    stop_all(list(servers.values()))
+    with served(inputs, backends, KEY, start_timeout_seconds=400) as urls:
+        yield urls
 
 
 def settings(inputs: Path, urls: dict[str, str], run_dir: Path, *overrides: str) -> list[str]:

@@ -12,11 +12,8 @@ from typing import Any
 import psutil
 import pytest
 from launch import launch, run_ranks
-from pydantic import SecretStr
+from servers import served
 from tiny_models import make_model
-
-from nemo_trd.config.schema import VllmServer
-from nemo_trd.serve.server import Server, start_all, stop_all
 
 pytestmark = [pytest.mark.vllm, pytest.mark.distributed]
 
@@ -76,29 +73,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def urls(inputs: Path) -> Iterator[dict[str, str]]:
     """Servers that somebody else has started: by role, and one of a model that only looks alike."""
-    settings = VllmServer(
-        python=None,
-        dtype="fp32",
-        tensor_parallel_size=1,
-        max_model_len=512,
-        max_num_seqs=16,
-        arguments=[],
-        start_timeout_seconds=300,
-        stop_timeout_seconds=10,
-    )
-    servers = {
-        role: Server(
-            str(inputs / role),
-            settings,
-            inputs / f"{role}.log",
-            api_key=SecretStr(KEY),
-            weight_backend=None if role == "teacher" else "file",
-        )
-        for role in ("student", "teacher", "other")
-    }
-    start_all(list(servers.values()))
-    yield {role: server.url for role, server in servers.items()}
-    stop_all(list(servers.values()))
+    backends = {"student": "file", "teacher": None, "other": "file"}
+    with served(inputs, backends, KEY, start_timeout_seconds=300) as urls:
+        yield urls
 
 
 def on(urls: dict[str, str], student: str = "student") -> list[str]:
