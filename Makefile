@@ -26,9 +26,9 @@ ENV_VLLM := $(VENV_VLLM)/.complete-$(shell sha256sum $(REQUIREMENTS_VLLM) | cut 
 ENV_ALIGNER := $(VENV_ALIGNER)/.complete-$(shell sha256sum $(REQUIREMENTS_ALIGNER) | cut -c1-16)-$(BRIDGE)
 
 # Debian packages that tests need: a Slurm, a compiler and headers for a plugin of it, containers,
-# the sandbox of generated programs, a browser.
+# the sandbox of generated programs, a browser, what draws the map of the package.
 SYSTEM_PACKAGES := slurmctld slurmd slurm-client munge iproute2 shellcheck gcc libc6-dev libslurm-dev \
-	buildah bubblewrap chromium fonts-dejavu-core
+	buildah bubblewrap chromium fonts-dejavu-core graphviz
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 PYTEST_ARGS := --durations=15

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
-from draw_rooms import PACKAGE, PICTURE, ROOMS, ROOT, arrows_in, draw, drawn_arrows, rooms_in
+from draw_rooms import PACKAGE, PICTURE, ROOMS, ROOT, arrows_in, drawn_arrows, rooms_in
 
 PAGE = ROOT / "docs" / "architecture.md"
 PAGES = [
@@ -103,20 +102,10 @@ def asks_ranks(file: Path) -> bool:
 
 def test_the_picture_is_what_the_imports_give() -> None:
     picture = PICTURE.read_text()
-    again = "run python docs/draw_rooms.py"
+    again = "run .venv/bin/python docs/draw_rooms.py"
     assert arrows_in(picture) == drawn_arrows(), again
     assert rooms_in(picture) == sorted(ROOMS.items()), again
-    assert arrows_in(draw()) == drawn_arrows()
-
-
-def test_the_picture_is_small_whole_and_the_same_each_time() -> None:
-    picture = PICTURE.read_text()
-    ElementTree.fromstring(picture)
-    assert draw() == draw()
-    assert len(picture) < 30_000
-    _, _, width, height = map(int, re.findall(r'viewBox="([^"]+)"', picture)[0].split())
-    for x, y, w, h in re.findall(r'x="(-?\d+)" y="(\d+)" width="(\d+)" height="(\d+)"', picture):
-        assert 0 <= int(x) <= width - int(w) and 0 <= int(y) <= height - int(h)
+    assert len(rooms_in(picture)) > 20 and len(arrows_in(picture)) > 20
 
 
 def test_an_arrow_that_a_longer_way_implies_is_left_out() -> None:
