@@ -28,12 +28,11 @@ from transformers import AutoConfig
 from nemo_trd.adapters import needed
 from nemo_trd.algorithm import micro_batches
 from nemo_trd.algorithm.acceptance import refinement_counts
-from nemo_trd.algorithm.refinement import fitting_prompts, privileged_context
-from nemo_trd.algorithm.refinement_checks import check_openings, check_templates
+from nemo_trd.algorithm.refinement import privileged_context
 from nemo_trd.algorithm.trajectories import pair
 from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import Config
-from nemo_trd.data.prompts import load_prompts, prompts_of_step
+from nemo_trd.data.prompts import prompts_of_step
 from nemo_trd.data.types import Microbatch, Prompt
 from nemo_trd.distributed.exchange import raise_together
 from nemo_trd.distributed.process import device
@@ -45,6 +44,7 @@ from nemo_trd.models.family import shared_vocab_size
 from nemo_trd.models.read import read_tokenizer
 from nemo_trd.preflight.models import real_vocab_size
 from nemo_trd.run.generators import Generators
+from nemo_trd.run.inputs import load_training_prompts
 from nemo_trd.run.sampling import Sampler
 
 log = logging.getLogger(__name__)
@@ -192,16 +192,7 @@ def _load_prompts(config: Config, student_tokenizer: Any, teacher_tokenizer: Any
             "its tokenizer has not the ids of the student's",
             "choose a teacher of the student's family",
         )
-    check_templates(config, teacher_tokenizer)
-    loaded = load_prompts(
-        config.data.train,
-        "data.train",
-        config.data,
-        student_tokenizer,
-        needs_reference=config.algorithm.mode == "opsd",
-    )
-    check_openings(config, student_tokenizer, teacher_tokenizer)
-    return fitting_prompts(loaded, config, teacher_tokenizer).prompts
+    return load_training_prompts(config, student_tokenizer, teacher_tokenizer).prompts
 
 
 def next_micro_batches(queue: Callable[[], deque[Item]]) -> Iterator[Item]:

@@ -10,7 +10,7 @@ from nemo_trd.algorithm.refinement import fitting_prompts, privileged_context
 from nemo_trd.algorithm.refinement_checks import check_openings, check_templates
 from nemo_trd.config.schema import Config
 from nemo_trd.data.prompt_digests import digests
-from nemo_trd.data.prompts import load_prompts, prompts_of_step
+from nemo_trd.data.prompts import LoadedPrompts, load_prompts, prompts_of_step
 from nemo_trd.data.types import FittedContext, Prompt, TokenIds
 from nemo_trd.plan.memory import checkpoint_bytes
 from nemo_trd.preflight import models as preflight
@@ -46,14 +46,14 @@ class Inputs:
         return self.student_tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
-def load_inputs(config: Config, world_size: int) -> Inputs:
-    """Check everything that can be checked, and read data and tokenizers.
+def load_training_prompts(
+    config: Config, student_tokenizer: Any, teacher_tokenizer: Any
+) -> LoadedPrompts:
+    """Read data.train, check the templates, and keep the prompts that fit both models.
 
     Raises:
-        ConfigError: what is wrong and how to mend it. Nothing has been written.
+        ConfigError: data or templates that cannot be used.
     """
-    student, teacher = preflight.check(config, world_size)
-    student_tokenizer, teacher_tokenizer = student.tokenizer, teacher.tokenizer
     check_templates(config, teacher_tokenizer)
     prompts = load_prompts(
         config.data.train,
@@ -63,7 +63,18 @@ def load_inputs(config: Config, world_size: int) -> Inputs:
         needs_reference=config.algorithm.mode == "opsd",
     )
     check_openings(config, student_tokenizer, teacher_tokenizer)
-    prompts = fitting_prompts(prompts, config, teacher_tokenizer)
+    return fitting_prompts(prompts, config, teacher_tokenizer)
+
+
+def load_inputs(config: Config, world_size: int) -> Inputs:
+    """Check everything that can be checked, and read data and tokenizers.
+
+    Raises:
+        ConfigError: what is wrong and how to mend it. Nothing has been written.
+    """
+    student, teacher = preflight.check(config, world_size)
+    student_tokenizer, teacher_tokenizer = student.tokenizer, teacher.tokenizer
+    prompts = load_training_prompts(config, student_tokenizer, teacher_tokenizer)
     validation: list[Prompt] = []
     if config.data.validation is not None:
         validation = load_prompts(
