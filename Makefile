@@ -32,10 +32,8 @@ SYSTEM_PACKAGES := slurmctld slurmd slurm-client munge iproute2 shellcheck gcc l
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 PYTEST_ARGS := --durations=15
-# Tests of one process run side by side; the others start processes themselves, as many as cores.
-IN_ONE_PROCESS := -n auto --maxprocesses=4 --dist=loadfile \
-	-m "not slow and not gpu and not distributed and not vllm and not slurm"
-IN_SEVERAL := -m "not slow and not gpu and (distributed or vllm or slurm)"
+# Files run side by side, in the order of tests/conftest.py.
+SIDE_BY_SIDE := -n auto --maxprocesses=4 --dist=loadgroup --no-loadscope-reorder
 # What depends on megatron-core and must pass with both of its versions.
 MCORE_TESTS := $(addprefix tests/megatron/, test_checkpoint.py test_gradients.py test_hf_weights.py \
 	test_hf_weights_parallel.py test_model.py test_non_finite.py test_parallel_layouts.py) \
@@ -51,13 +49,12 @@ quickstart: env  ## install, then one whole TRD run on a toy task (ARGS="key=val
 	$(PY) -m nemo_trd.quickstart $(ARGS)
 
 test: env vllm-env system-packages lint  ## lint, then all tests that need no GPU and are not slow, with both megatron-core versions
-	$(PY) -m pytest $(PYTEST_ARGS) $(IN_ONE_PROCESS)
-	$(PY) -m pytest $(PYTEST_ARGS) $(IN_SEVERAL)
+	$(PY) -m pytest $(PYTEST_ARGS) $(SIDE_BY_SIDE) -m "not slow and not gpu"
 	$(MAKE) --no-print-directory test-mcore019
 	$(MAKE) --no-print-directory test-adapters
 
 test-mcore019: env-mcore019  ## the tests that depend on megatron-core, with its version 0.19.2
-	$(PY_MCORE019) -m pytest $(PYTEST_ARGS) -m "not slow and not gpu" $(MCORE_TESTS)
+	$(PY_MCORE019) -m pytest $(PYTEST_ARGS) $(SIDE_BY_SIDE) -m "not slow and not gpu" $(MCORE_TESTS)
 
 test-adapters: env aligner-env  ## recipes of other packages: NeMo-Aligner in its environment, names of the others
 	PYTHONPATH='$(CURDIR)' $(VENV_ALIGNER)/bin/python -m pytest $(PYTEST_ARGS) tests/adapters/aligner \
@@ -66,7 +63,8 @@ test-adapters: env aligner-env  ## recipes of other packages: NeMo-Aligner in it
 		$(PY) -m pytest $(PYTEST_ARGS) tests/adapters/test_megatron_bridge.py -k "not forward_step_has"
 
 test-fast: env system-packages  ## tests of one process, side by side
-	$(PY) -m pytest $(PYTEST_ARGS) $(IN_ONE_PROCESS)
+	$(PY) -m pytest $(PYTEST_ARGS) $(SIDE_BY_SIDE) \
+		-m "not slow and not gpu and not distributed and not vllm and not slurm"
 
 test-slow: env vllm-env system-packages  ## tests longer than a minute each
 	$(PY) -m pytest $(PYTEST_ARGS) -m "slow and not gpu"

@@ -19,7 +19,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 collect_ignore = [] if importlib.util.find_spec("nemo_aligner") else ["adapters/aligner"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# Files run side by side (`make test`), those that mostly wait for processes to start first.
+FIRST = ("slurm", "vllm", "distributed")
+
+
+def _place(item: pytest.Item) -> int:
+    return next((i for i, mark in enumerate(FIRST) if item.get_closest_marker(mark)), len(FIRST))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=_place)
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            # One worker, and so one Slurm, for all tests of Slurm.
+            group = "slurm" if item.get_closest_marker("slurm") else str(item.path)
+            item.add_marker(pytest.mark.xdist_group(group))
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_tests:
         return

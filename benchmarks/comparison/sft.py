@@ -25,7 +25,7 @@ from nemo_trd.records.run_logger import RunLogger
 from nemo_trd.records.timers import Timers
 from nemo_trd.toy.rows import Row
 from nemo_trd.toy.warm_start import token_losses
-from nemo_trd.verifiers import verifier
+from nemo_trd.verifiers.select import verifier
 
 
 def fine_tune(config: Config) -> None:

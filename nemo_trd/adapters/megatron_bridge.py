@@ -25,7 +25,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 from transformers import AutoConfig
 
-from nemo_trd.adapters import needed
+from nemo_trd.adapters.needed import needed
 from nemo_trd.algorithm import micro_batches
 from nemo_trd.algorithm.acceptance import refinement_counts
 from nemo_trd.algorithm.refinement import privileged_context

@@ -22,7 +22,7 @@ import torch
 from megatron.core import parallel_state
 from omegaconf import OmegaConf
 
-from nemo_trd.adapters import needed
+from nemo_trd.adapters.needed import needed
 from nemo_trd.algorithm.acceptance import refinement_counts
 from nemo_trd.algorithm.trajectories import pair
 from nemo_trd.data.types import GenerationRequest, Prompt, Refinement, Trajectory

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from nemo_trd.adapters import needed
+from nemo_trd.adapters.needed import needed
 from nemo_trd.algorithm.acceptance import (
     read_refinements,
     read_rollout,
@@ -30,7 +30,7 @@ from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import Config
 from nemo_trd.data.types import Completion, GenerationRequest, Prompt, Refinement, TokenIds
 from nemo_trd.generation.protocol import Generator, request_seed
-from nemo_trd.verifiers import verifier
+from nemo_trd.verifiers.select import verifier
 
 
 class TRDGeneration:

@@ -18,7 +18,7 @@ from nemo_trd.data.types import (
     Rollout,
     Trajectory,
 )
-from nemo_trd.verifiers import Verifier, judge_all
+from nemo_trd.verifiers.select import Verifier, judge_all
 
 
 def read_rollout(

@@ -10,7 +10,7 @@ from nemo_trd.data.chat import text_to_judge
 from nemo_trd.data.types import Completion, GenerationRequest, Prompt
 from nemo_trd.evaluate.accuracy import Accuracy, Score, accuracy
 from nemo_trd.generation.protocol import request_seed
-from nemo_trd.verifiers import Verifier, judge_all
+from nemo_trd.verifiers.select import Verifier, judge_all
 
 # Of a distributed run: collective, and every rank gets every completion.
 Generate = Callable[[Sequence[GenerationRequest], Sampling, str], list[Completion]]

@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from nemo_trd.config.evaluation import EvaluationConfig
 from nemo_trd.config.schema import VerifierName
-from nemo_trd.verifiers import judge_of
 from nemo_trd.verifiers.judgement import Answer, Judge, Judgement
 from nemo_trd.verifiers.math import MathJudge
+from nemo_trd.verifiers.select import judge_of
 from nemo_trd.verifiers.several import judge_answer
 
 

@@ -21,7 +21,7 @@ from nemo_trd.serve.open import (
 )
 
 if TYPE_CHECKING:
-    from nemo_trd.generation.vllm import VllmGenerator
+    pass
 
 
 class Generators:
@@ -51,10 +51,6 @@ class Generators:
             self._open_local()
         else:
             self._open_on_servers(vllm)
-
-    def scorer(self) -> VllmGenerator:
-        """A generator of its own on the teacher's servers: it does not wait for `teacher`."""
-        return self._teacher_on_servers()
 
     def close(self) -> None:
         self._stack.close()
@@ -90,11 +86,11 @@ class Generators:
         self.student = self.teacher = make(student, servers["student"], sync=sync, logprobs=True)
         if "teacher" not in models:
             return
-        self._teacher_on_servers = partial(make, config.teacher_source, servers["teacher"])
+        self.teacher_on_servers = partial(make, config.teacher_source, servers["teacher"])
         if vllm.teacher.urls:
             self.teacher_servers = servers["teacher"]
         if config.algorithm.trajectory == "refinement":
-            self.teacher = self._teacher_on_servers()
+            self.teacher = self.teacher_on_servers()
 
     def _served_models(self, vllm: Vllm) -> dict[str, ServedModel]:
         """The models whose servers have work, by role."""

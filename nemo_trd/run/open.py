@@ -28,5 +28,5 @@ def open_teacher_and_generators(
     if config.teacher.scoring == "megatron":
         return Teacher(config, student.groups), Generators(config, stopping)
     generators = Generators(config, stopping)
-    scorer = generators.scorer()
+    scorer = generators.teacher_on_servers()  # does not wait for what `teacher` generates
     return ServerTeacher(config, scorer, student.groups, student.vocab_size), generators

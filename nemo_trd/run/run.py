@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from nemo_trd.run.resume import changes_since, check_prompts, model_identity, sa
 from nemo_trd.run.run_lock import RunLock
 from nemo_trd.run.sampling import Sampler
 from nemo_trd.run.teacher_check import check_teacher_servers
-from nemo_trd.verifiers import verifier
+from nemo_trd.verifiers.select import verifier
 
 log = logging.getLogger(__name__)
 
@@ -279,12 +280,15 @@ class Run:
 
     def close(self, succeeded: bool) -> None:
         """End what the run has started and opened. Collective unless it has failed."""
-        try:
-            self._checkpointer.close()
-            self.journal.close(succeeded, self._last_line)
-            self._generators.close()
-        finally:
-            self._lock.release()
+        with ExitStack() as last_first:  # each is closed, whatever becomes of the others
+            last_first.callback(self._lock.release)
+            last_first.callback(self._generators.close)
+            last_first.push(
+                lambda error, *_: self.journal.close(
+                    succeeded and error is None, self._last_line if error is None else None
+                )
+            )
+            last_first.callback(self._checkpointer.close)
 
     def save(self, samples_ahead: Mapping[int, list[Refinement]] | None = None) -> None:
         """Write a checkpoint with `samples_ahead`, unless there is one of this step. Collective."""

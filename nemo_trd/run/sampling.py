@@ -24,7 +24,7 @@ from nemo_trd.data.types import (
 )
 from nemo_trd.distributed.exchange import fail_together, merge_shares, own_share
 from nemo_trd.generation.protocol import Generator, request_seed
-from nemo_trd.verifiers import judge_all, verifier
+from nemo_trd.verifiers.select import judge_all, verifier
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from nemo_trd.adapters import needed
+from nemo_trd.adapters.needed import needed
 
 
 def test_importing_the_package_imports_no_adapter() -> None:

@@ -38,7 +38,7 @@ from nemo_trd.data.types import Completion, Prompt, Refinement, RefinementPrompt
 from nemo_trd.evaluate.in_run import evaluate
 from nemo_trd.records.checkpoint_dir import SAMPLES
 from nemo_trd.records.samples import Sample, sample_record, samples_page
-from nemo_trd.verifiers import verifier
+from nemo_trd.verifiers.select import verifier
 
 TOKENIZER = byte_level_tokenizer()
 END = TOKENIZER.eos_token_id

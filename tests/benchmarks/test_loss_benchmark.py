@@ -13,6 +13,8 @@ from typing import Any
 import oracles
 import pytest
 
+from nemo_trd.loss.divergences import DIVERGENCES
+
 FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "loss.py"
 SIZES = {"tokens": 96, "vocab": 500, "hidden": 16, "chunk_size": 32, "threads": 1}
 NEEDED = {"modelopt": oracles.MODELOPT, "trl": oracles.TRL, "liger": "liger_kernel.chunked_loss"}
@@ -38,7 +40,7 @@ def measured(benchmark: Any, strategy: str, **settings: Any) -> dict[str, Any]:
 def test_every_strategy_computes_the_loss_of_dense(benchmark: Any, strategy: str) -> None:
     if strategy in NEEDED:
         oracles.need(NEEDED[strategy])
-    for divergence in ("forward_kl", "reverse_kl", "jsd"):
+    for divergence in DIVERGENCES:
         if (strategy, divergence) == ("modelopt", "jsd"):
             continue
         dense = measured(benchmark, "dense", divergence=divergence)

@@ -25,7 +25,8 @@ OPSD = ["algorithm.mode=opsd", "model.teacher=null"]
 FILES = sorted(str(file.relative_to(conf_dir())) for file in conf_dir().rglob("*.yaml"))
 BENCHMARKS = [Path(file).stem for file in FILES if file.startswith("benchmark/")]
 # Of other commands, and what files of several groups include.
-OTHERS = ("benchmark/", "evaluate", "sampling/", "servers/")
+OTHERS = ("benchmark/", "evaluate", "layout/", "sampling/", "servers/")
+INCLUDED = ("layout/whole", "sampling/", "sandbox/", "servers/vllm")
 SHIPPED = [file for file in FILES if not file.startswith(OTHERS)]
 
 
@@ -77,7 +78,7 @@ def test_settings_of_a_shared_file_can_be_overridden_in_both_commands(command: s
 
 def test_blocks_that_several_files_include_stand_in_one_file() -> None:
     loaded = {file: OmegaConf.to_container(OmegaConf.load(conf_dir() / file)) for file in FILES}
-    shared = [file for file in FILES if file.startswith(("sandbox/", "sampling/", "servers/vllm"))]
+    shared = [file for file in FILES if file.startswith(INCLUDED)]
     for block in (block for file in shared for block in blocks(loaded[file])):
         assert [file for file in FILES if any(block <= b for b in blocks(loaded[file]))] in (
             [[file] for file in shared] + [["servers/inherited.yaml", "servers/vllm.yaml"]]

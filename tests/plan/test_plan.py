@@ -14,6 +14,7 @@ import pytest
 from nemo_trd.config.errors import ConfigError
 from nemo_trd.config.load import compose
 from nemo_trd.config.schema import Config, Layout, ModelSource
+from nemo_trd.loss.divergences import DIVERGENCES
 from nemo_trd.models.family import FAMILIES
 from nemo_trd.plan.activations import layer_activation_bytes, micro_batches_in_flight
 from nemo_trd.plan.advice import advise, peak
@@ -238,7 +239,7 @@ def test_step_counts_the_loss_at_labels_only_and_recomputation() -> None:
 # Memory
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("divergence", list(DIVERGENCES))
 @pytest.mark.parametrize("top_k", [None, 32])
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

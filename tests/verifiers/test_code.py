@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_trd.config.schema import Sandbox
-from nemo_trd.verifiers import code_script, verifier
+from nemo_trd.verifiers import code_script
 from nemo_trd.verifiers.code import extract_code, judge_code, same_output, same_value
 from nemo_trd.verifiers.code_tests import read_tests
 from nemo_trd.verifiers.judgement import Judgement
+from nemo_trd.verifiers.select import verifier
 
 LIMITS = Sandbox(
     case_seconds=5,

@@ -6,9 +6,9 @@ import pytest
 from pydantic import TypeAdapter
 
 from nemo_trd.data.types import Prompt
-from nemo_trd.verifiers import verifier
 from nemo_trd.verifiers.boxes import boxed, last_boxed
 from nemo_trd.verifiers.judgement import AnswerList, Judgement
+from nemo_trd.verifiers.select import verifier
 from nemo_trd.verifiers.several import judge_answer
 
 same_mathematics, same_words = verifier("math"), verifier("exact")

@@ -325,7 +325,7 @@ def test_verdicts_are_those_of_a_person_in_the_main_thread() -> None:
 def test_verdicts_are_the_same_in_a_worker_process() -> None:
     program = (
         "import json, sys, threading\n"
-        "from nemo_trd.verifiers import verifier\n"
+        "from nemo_trd.verifiers.select import verifier\n"
         "verdicts = []\n"
         "def work():\n"
         "    verdicts.extend(verifier('math')(*pair) for pair in json.load(sys.stdin))\n"

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from nemo_trd.verifiers import math_worker, verifier
+from nemo_trd.verifiers import math_worker
 from nemo_trd.verifiers.answer_text import final_answer
 from nemo_trd.verifiers.judgement import RIGHT, Judgement
 from nemo_trd.verifiers.math import MathJudge
 from nemo_trd.verifiers.math_worker import MathWorker
+from nemo_trd.verifiers.select import verifier
 
 same_mathematics = verifier("math")
 GSM8K = Path(__file__).parents[3] / "shared/data/gsm8k_test.jsonl"
