@@ -32,8 +32,8 @@ SYSTEM_PACKAGES := slurmctld slurmd slurm-client munge iproute2 shellcheck gcc l
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 PYTEST_ARGS := --durations=15
-# Files run side by side, in the order of tests/conftest.py.
-SIDE_BY_SIDE := -n auto --maxprocesses=4 --dist=loadgroup --no-loadscope-reorder
+# Files run side by side; tests/conftest.py has their order, and which of them share a worker.
+SIDE_BY_SIDE := -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 # What depends on megatron-core and must pass with both of its versions.
 MCORE_TESTS := $(addprefix tests/megatron/, test_checkpoint.py test_gradients.py test_hf_weights.py \
 	test_hf_weights_parallel.py test_model.py test_non_finite.py test_parallel_layouts.py) \
