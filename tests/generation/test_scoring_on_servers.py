@@ -5,31 +5,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from launch import launch
 from safetensors.torch import load_file
-from servers import served
-from tiny_models import make_model
+from servers import ENVIRONMENT, HIDDEN, VOCABULARY, settings_on
 
 pytestmark = [pytest.mark.vllm, pytest.mark.distributed]
 
-KEY = "key-of-the-scoring-tests"
-ENVIRONMENT = {"NEMO_TRD_API_KEY": KEY}
-VOCABULARY, HIDDEN = 261, 64  # ids of the tokenizer: servers give others a share, a run none
 TOP_K, WIDE = 64, 257
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": HIDDEN,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "tokenizer": True,
-}
+ONE_STEP = ["train.num_steps=1", "checkpoint.export_hf=false"]
 
 
 def run_training(overrides: list[str]) -> None:
@@ -42,48 +28,13 @@ def run_training(overrides: list[str]) -> None:
     sys.exit(launch(compose(overrides)))
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("inputs")
-    make_model(root / "student", "qwen3", seed=0, **SHAPE)
-    make_model(root / "teacher", "qwen3", seed=1, **SHAPE)
-    rows = [{"question": f"{n}+1?", "answer": f"so #### {n + 1}"} for n in range(8)]
-    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return root
-
-
-@pytest.fixture(scope="module")
-def urls(inputs: Path) -> Iterator[dict[str, str]]:
-    backends = {"student": "file", "teacher": None}
-    with served(inputs, backends, KEY, start_timeout_seconds=400) as urls:
-        yield urls
-
-
-def settings(inputs: Path, urls: dict[str, str], run_dir: Path, *overrides: str) -> list[str]:
-    return [
-        *("model=local", "data=gsm8k", "data.max_prompt_tokens=64", "data.verifier=exact"),
-        *(f"model.{role}.path={inputs / role}" for role in ("student", "teacher")),
-        *(f"data.train.path={inputs / 'data.jsonl'}", f"run.dir={run_dir}"),
-        *("refinement.templates.opd='{problem} {rollout}'", "refinement.max_context_tokens=200"),
-        *("refinement.on_failure=rollout", "precision.dtype=fp32", "checkpoint.export_hf=false"),
-        *("train.num_steps=1", "train.prompts_per_step=4", "logging.progress=false"),
-        "generation=vllm",
-        *(f"generation.{which}.max_tokens=12" for which in ("rollout", "refinement")),
-        *("generation.vllm.weight_sync.backend=file", "generation.vllm.server.max_model_len=512"),
-        "generation.vllm.client.recovery_timeout_seconds=3",
-        *(f"generation.vllm.{role}.urls=['{url}']" for role, url in urls.items()),
-        *("generation.vllm.student.replicas=0", "generation.vllm.teacher.replicas=0"),
-        *overrides,
-    ]
-
-
 def first_step(
     inputs: Path, urls: dict[str, str], run_dir: Path, *overrides: str, ranks: int = 1
 ) -> dict[str, float]:
     launch(
         ranks,
         run_training,
-        settings(inputs, urls, run_dir, *overrides),
+        [*settings_on(inputs, urls, run_dir), *ONE_STEP, *overrides],
         timeout=300,
         environment=ENVIRONMENT,
     )
@@ -103,7 +54,7 @@ def assert_equal_steps(served: dict[str, float], held: dict[str, float]) -> None
 
 
 def test_a_server_scores_as_megatron_does_and_differs_from_the_full_vocabulary_by_its_tail(
-    inputs: Path, urls: dict[str, str], tmp_path: Path
+    served_models: Path, urls: dict[str, str], tmp_path: Path
 ) -> None:
     """The bucket joins ids, so its KL is never more than that of more ids, or of all. What is
     missing for a token is T KL(t in the tail || s in the tail), with T its tail mass: at most T
@@ -111,17 +62,17 @@ def test_a_server_scores_as_megatron_does_and_differs_from_the_full_vocabulary_b
     logit of the student)."""
     split = ["parallel.student.pipeline_model_parallel_size=2"]  # the loss is on one of the ranks
     top_k, server = f"loss.top_k={TOP_K}", "teacher.scoring=server"
-    served = first_step(inputs, urls, tmp_path / "served", top_k, server, *split, ranks=2)
-    held = first_step(inputs, urls, tmp_path / "held", top_k)
+    served = first_step(served_models, urls, tmp_path / "served", top_k, server, *split, ranks=2)
+    held = first_step(served_models, urls, tmp_path / "held", top_k)
     assert_equal_steps(served, held)
 
-    wide = first_step(inputs, urls, tmp_path / "wide", f"loss.top_k={WIDE}", server)
-    full = first_step(inputs, urls, tmp_path / "full")
+    wide = first_step(served_models, urls, tmp_path / "wide", f"loss.top_k={WIDE}", server)
+    full = first_step(served_models, urls, tmp_path / "full")
     for step in (served, wide):
         assert step["label_tokens"] == full["label_tokens"]
         assert step["student_nll"] == pytest.approx(full["student_nll"], rel=1e-4)
     assert served["loss"] < wide["loss"] < full["loss"]
-    weights = load_file(inputs / "student" / "model.safetensors")
+    weights = load_file(served_models / "student" / "model.safetensors")
     longest = math.sqrt(HIDDEN) * float(weights["model.norm.weight"].abs().max())
     spread = 2 * longest * float(weights["lm_head.weight"].norm(dim=-1).max())
     for step, k in ((served, TOP_K), (wide, WIDE)):
@@ -132,15 +83,19 @@ def test_a_server_scores_as_megatron_does_and_differs_from_the_full_vocabulary_b
 
 
 def test_in_opsd_the_server_is_the_student_of_step_0(
-    inputs: Path, urls: dict[str, str], tmp_path: Path
+    served_models: Path, urls: dict[str, str], tmp_path: Path
 ) -> None:
     """Both models are that of the teacher's server; the student's server is given its weights."""
     opsd = [
-        *("algorithm.mode=opsd", "model.teacher=null", f"model.student.path={inputs / 'teacher'}"),
+        *(
+            "algorithm.mode=opsd",
+            "model.teacher=null",
+            f"model.student.path={served_models / 'teacher'}",
+        ),
         "refinement.templates.opsd='{problem} {reference_solution} {rollout}'",
         "refinement.templates.privileged_prompt='{problem} {reference_solution}'",
         *("loss.divergence=reverse_kl", "loss.top_k_tail=renormalize", f"loss.top_k={TOP_K}"),
     ]
-    served = first_step(inputs, urls, tmp_path / "served", *opsd, "teacher.scoring=server")
-    held = first_step(inputs, urls, tmp_path / "held", *opsd)
+    served = first_step(served_models, urls, tmp_path / "served", *opsd, "teacher.scoring=server")
+    held = first_step(served_models, urls, tmp_path / "held", *opsd)
     assert_equal_steps(served, held)

@@ -5,28 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from launch import launch, run_ranks
-from servers import served
+from servers import ENVIRONMENT, KEY, SHAPE, settings_on
 from tiny_models import make_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.distributed]
 
 STEPS = 4
-KEY = "key-of-the-training-tests"
-SHAPE: dict[str, Any] = {
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "tokenizer": True,
-}
-ENVIRONMENT = {"NEMO_TRD_API_KEY": KEY}
 GSM8K = Path(__file__).parents[3] / "shared/data/gsm8k_test.jsonl"
 
 
@@ -59,47 +49,9 @@ def run_training(overrides: list[str], fault: str) -> None:
     sys.exit(exit_code)
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("inputs")
-    make_model(root / "student", "qwen3", seed=0, **SHAPE)
-    make_model(root / "teacher", "qwen3", seed=1, **SHAPE)
-    make_model(root / "other", "qwen3", seed=0, rope_theta=77.0, **SHAPE)
-    rows = [{"question": f"{n}+1?", "answer": f"so #### {n + 1}"} for n in range(8)]
-    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return root
-
-
-@pytest.fixture(scope="module")
-def urls(inputs: Path) -> Iterator[dict[str, str]]:
-    """Servers that somebody else has started: by role, and one of a model that only looks alike."""
-    backends = {"student": "file", "teacher": None, "other": "file"}
-    with served(inputs, backends, KEY, start_timeout_seconds=300) as urls:
-        yield urls
-
-
-def on(urls: dict[str, str], student: str = "student") -> list[str]:
-    return [
-        f"generation.vllm.student.urls=['{urls[student]}']",
-        f"generation.vllm.teacher.urls=['{urls['teacher']}']",
-        *("generation.vllm.student.replicas=0", "generation.vllm.teacher.replicas=0"),
-    ]
-
-
-def settings(inputs: Path, run_dir: Path, *overrides: str) -> list[str]:
-    return [
-        *("model=local", "data=gsm8k", "data.max_prompt_tokens=64", "data.verifier=exact"),
-        *(f"model.{role}.path={inputs / role}" for role in ("student", "teacher")),
-        *(f"data.train.path={inputs / 'data.jsonl'}", f"run.dir={run_dir}"),
-        *("refinement.templates.opd='{problem} {rollout}'", "refinement.max_context_tokens=200"),
-        *("refinement.on_failure=rollout", "precision.dtype=fp32", "optimizer.lr=1e-2"),
-        *(f"train.num_steps={STEPS}", "train.prompts_per_step=4", "logging.progress=false"),
-        *("generation=vllm", "logging.samples_interval=1"),
-        *(f"generation.{which}.max_tokens=12" for which in ("rollout", "refinement")),
-        *("generation.vllm.weight_sync.backend=file", "generation.vllm.server.max_model_len=512"),
-        "generation.vllm.client.recovery_timeout_seconds=3",
-        *overrides,
-    ]
+def settings(inputs: Path, urls: dict[str, str], run_dir: Path, *overrides: str) -> list[str]:
+    steps = [f"train.num_steps={STEPS}", "optimizer.lr=1e-2", "logging.samples_interval=1"]
+    return [*settings_on(inputs, urls, run_dir), *steps, *overrides]
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -116,10 +68,12 @@ def reproducible(run_dir: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def stale_run(inputs: Path, urls: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stale_run(
+    served_models: Path, urls: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The directory of a run with `max_staleness=1` that nothing interrupted."""
     run_dir = tmp_path_factory.mktemp("stale") / "run"
-    run = settings(inputs, run_dir, "generation.max_staleness=1", *on(urls))
+    run = settings(served_models, urls, run_dir, "generation.max_staleness=1")
     run += ["data.validation=${data.train}", "evaluation.at_end=true", "evaluation.interval=2"]
     launch(1, run_training, [*run, "evaluation.samples_per_problem=2"], "", environment=ENVIRONMENT)
     return run_dir
@@ -127,9 +81,9 @@ def stale_run(inputs: Path, urls: dict[str, str], tmp_path_factory: pytest.TempP
 
 @pytest.mark.parametrize("backend", ["file", "gloo"])
 def test_on_policy_samples_come_from_the_weights_that_are_trained(
-    backend: str, inputs: Path, urls: dict[str, str], tmp_path: Path
+    backend: str, served_models: Path, urls: dict[str, str], tmp_path: Path
 ) -> None:
-    run = settings(inputs, tmp_path / "run", *on(urls), *PP2)
+    run = settings(served_models, urls, tmp_path / "run", *PP2)
     run.append(f"generation.vllm.weight_sync.backend={backend}")
     output = launch(2, run_training, run, "", environment=ENVIRONMENT)
     steps = metrics(tmp_path / "run")
@@ -161,9 +115,9 @@ def test_evaluation_during_training_uses_the_students_servers(stale_run: Path) -
 
 
 def test_a_stopped_run_resumes_to_the_same_numbers_with_the_samples_it_had_drawn(
-    inputs: Path, urls: dict[str, str], stale_run: Path, tmp_path: Path
+    served_models: Path, urls: dict[str, str], stale_run: Path, tmp_path: Path
 ) -> None:
-    run = settings(inputs, tmp_path / "run", "generation.max_staleness=1", *on(urls))
+    run = settings(served_models, urls, tmp_path / "run", "generation.max_staleness=1")
     code, output = run_ranks(1, run_training, run, "stop", environment=ENVIRONMENT)
     assert code not in (0, -1) and "stopped on request after step 2" in output
     launch(1, run_training, run, "", environment=ENVIRONMENT)
@@ -171,9 +125,11 @@ def test_a_stopped_run_resumes_to_the_same_numbers_with_the_samples_it_had_drawn
 
 
 def test_servers_of_another_model_are_refused_before_the_first_step(
-    inputs: Path, urls: dict[str, str], tmp_path: Path
+    served_models: Path, urls: dict[str, str], tmp_path: Path
 ) -> None:
-    run = settings(inputs, tmp_path / "run", *on(urls, student="other"))
+    """The trainer's model has the same weights and shapes as the served one, and another rope."""
+    other = make_model(tmp_path / "other", "qwen3", seed=0, rope_theta=77.0, **SHAPE)
+    run = settings(served_models, urls, tmp_path / "run", f"model.student.path={other}")
     code, output = run_ranks(1, run_training, run, "", environment=ENVIRONMENT)
     assert code not in (0, -1)
     assert "log-probabilities of the student's servers and of the trainer differ by" in output
@@ -181,20 +137,20 @@ def test_servers_of_another_model_are_refused_before_the_first_step(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_the_key_is_nowhere_to_be_read(stale_run: Path, inputs: Path) -> None:
-    for file in [*stale_run.rglob("*"), *inputs.glob("*.log")]:
+def test_the_key_is_nowhere_to_be_read(stale_run: Path, served_models: Path) -> None:
+    for file in [*stale_run.rglob("*"), *served_models.glob("*.log")]:
         if file.is_file():
             assert KEY.encode() not in file.read_bytes(), file
 
 
 def test_a_run_on_its_own_servers_saves_and_ends_when_they_all_die(
-    inputs: Path, tmp_path: Path
+    served_models: Path, tmp_path: Path
 ) -> None:
     before = {process.pid for process in psutil.process_iter()}
-    run = settings(inputs, tmp_path / "run", "generation.vllm.server.dtype=fp32")
+    run = settings(served_models, {}, tmp_path / "run", "generation.vllm.server.dtype=fp32")
     run += ["generation.vllm.client.max_attempts=2", "generation.vllm.client.backoff_seconds=0.1"]
     code, output = run_ranks(
-        1, run_training, run, "servers die", timeout=300, environment={"NEMO_TRD_API_KEY": KEY}
+        1, run_training, run, "servers die", timeout=300, environment=ENVIRONMENT
     )
     assert code not in (0, -1)
     assert re.search(r"http://127\.0\.0\.1:\d+.*nemo_trd: \w+: ", output, re.DOTALL)

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from servers import make_inputs
 from slurm_cluster import SlurmCluster, missing_programs
 from slurm_jobs import Jobs
-from tiny_models import make_model
-
-SHAPE: dict[str, Any] = {
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "tokenizer": True,
-}
 
 
 @pytest.fixture(scope="session")
@@ -39,12 +29,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("inputs")
-    for seed, role in enumerate(("student", "teacher")):
-        make_model(root / role, "qwen3", seed=seed, **SHAPE)
-    rows = [{"question": f"{n}+1?", "answer": f"so #### {n + 1}"} for n in range(8)]
-    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return root
+    # Columns beyond the tokenizer, as real models have them.
+    return make_inputs(tmp_path_factory.mktemp("inputs"), vocab_size=300)
 
 
 @pytest.fixture(scope="session")

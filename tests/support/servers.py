@@ -1,12 +1,15 @@
-"""Real vLLM servers of tests: their settings, and a few of them for a module."""
+"""Real vLLM servers of tests: their settings, and a student and a teacher for whole runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pydantic import SecretStr
+from tiny_models import make_model
 
 from nemo_trd.config.schema import VllmServer
 from nemo_trd.serve.server import Server, start_all, stop_all
@@ -23,27 +26,66 @@ SERVER = VllmServer(
 )
 
 
-@contextmanager
-def served(
-    models: Path, backends: Mapping[str, str | None], key: str, start_timeout_seconds: float
-) -> Iterator[dict[str, str]]:
-    """Serve directories below `models`, each with a backend of weight sync or None: their URLs.
+KEY = "key-of-the-tests-on-servers"
+ENVIRONMENT = {"NEMO_TRD_API_KEY": KEY}
+# Ids of the byte tokenizer and no others: servers give such others a share, a run none.
+VOCABULARY, HIDDEN = 261, 64
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "tokenizer": True,
+}
 
-    Their logs stand beside them, as NAME.log.
+
+def make_inputs(root: Path, **shape: Any) -> Path:
+    """A student, a teacher and eight problems in data.jsonl. `shape` as of `make_model`."""
+    for seed, role in enumerate(("student", "teacher")):
+        make_model(root / role, "qwen3", seed=seed, **SHAPE | shape)
+    rows = [{"question": f"{n}+1?", "answer": f"so #### {n + 1}"} for n in range(8)]
+    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+@contextmanager
+def served(inputs: Path) -> Iterator[dict[str, str]]:
+    """Serve the student, which takes new weights from files, and the teacher: their URLs.
+
+    Their logs stand beside them, as ROLE.log.
     """
-    settings = SERVER.model_copy(update={"start_timeout_seconds": start_timeout_seconds})
+    settings = SERVER.model_copy(update={"start_timeout_seconds": 400})
     servers = {
-        name: Server(
-            str(models / name),
+        role: Server(
+            str(inputs / role),
             settings,
-            models / f"{name}.log",
-            api_key=SecretStr(key),
+            inputs / f"{role}.log",
+            api_key=SecretStr(KEY),
             weight_backend=backend,
         )
-        for name, backend in backends.items()
+        for role, backend in (("student", "file"), ("teacher", None))
     }
     start_all(list(servers.values()))
     try:
-        yield {name: server.url for name, server in servers.items()}
+        yield {role: server.url for role, server in servers.items()}
     finally:
         stop_all(list(servers.values()))
+
+
+def settings_on(inputs: Path, urls: dict[str, str], run_dir: Path) -> list[str]:
+    """Settings of a run of these models on these servers; without any, on servers of its own."""
+    return [
+        *("model=local", "data=gsm8k", "data.max_prompt_tokens=64", "data.verifier=exact"),
+        *(f"model.{role}.path={inputs / role}" for role in ("student", "teacher")),
+        *(f"data.train.path={inputs / 'data.jsonl'}", f"run.dir={run_dir}"),
+        *("refinement.templates.opd='{problem} {rollout}'", "refinement.max_context_tokens=200"),
+        *("refinement.on_failure=rollout", "precision.dtype=fp32", "generation=vllm"),
+        *("train.prompts_per_step=4", "logging.progress=false"),
+        *(f"generation.{which}.max_tokens=12" for which in ("rollout", "refinement")),
+        *("generation.vllm.weight_sync.backend=file", "generation.vllm.server.max_model_len=512"),
+        "generation.vllm.client.recovery_timeout_seconds=3",
+        *(f"generation.vllm.{role}.urls=['{url}']" for role, url in urls.items()),
+        *(f"generation.vllm.{role}.replicas=0" for role in urls),
+    ]

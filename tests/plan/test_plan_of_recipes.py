@@ -1,0 +1,130 @@
+"""The recipes at their true shapes on fake tensors: bytes of every rank, every Hugging Face tensor.
+
+What the same code computes with real tensors is shown by test_plan_parallel.py and
+test_hf_weights_parallel.py, on models that fit into a test.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import launch
+
+pytestmark = pytest.mark.distributed
+
+RECIPES = {  # experiment -> what makes it larger than it ships
+    "trd_70b": ["cluster.training_nodes=8"],  # TP 8, PP 4: 64 ranks, two replicas
+    "trd_8b": [],
+    "paper_qwen3_8b": [],
+    "paper_qwen3_4b": [],
+    "paper_qwen3_1p7b": [],
+}
+PADDING = 64 + 256  # elements before a parameter and after a bucket, of a distributed optimizer
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_rank_holds_what_is_planned_and_together_every_tensor_once(recipe: str) -> None:
+    output = launch(1, check_recipe, recipe, RECIPES[recipe], timeout=400)
+    print(output)
+    assert output.count("whole") == 2  # student and teacher
+
+
+def check_recipe(recipe: str, overrides: list[str]) -> None:
+    from transformers import AutoConfig
+
+    from nemo_trd.config.load import compose
+    from nemo_trd.plan.shapes import SHIPPED
+
+    config = compose([f"experiment={recipe}", *overrides])
+    for role, source in (("student", config.model.student), ("teacher", config.teacher_source)):
+        shape = json.loads((SHIPPED / f"{Path(source.path).name}.json").read_text())
+        check_model(config, role, AutoConfig.for_model(**shape))
+
+
+def check_model(config: Any, role: str, hf: Any) -> None:
+    """Build each rank's share of a model, and compare it with the plan and with config.json."""
+    from fake_world import rank_of
+
+    from nemo_trd.megatron.hf_weights import _parts
+    from nemo_trd.megatron.model import build_model
+    from nemo_trd.megatron.process_groups import process_groups
+    from nemo_trd.models.family import expected_tensors
+    from nemo_trd.plan.shapes import stage_parameters
+
+    layout, world = getattr(config.parallel, role), config.cluster.world_size
+    planned = [stage.total for stage in stage_parameters(hf, layout)]
+    holders: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
+    elements: Counter[str] = Counter()
+    for rank in range(world):
+        with rank_of(rank, world):
+            groups = process_groups(layout)
+            place = (groups.pp.rank(), groups.tp.rank(), groups.dp.rank())
+            models = build_model(hf, layout, groups, config.precision)
+            held = sum(p.numel() for model in models for p in model.parameters())
+            assert held == planned[place[0]], (rank, place)
+            for part in (part for model in models for part in _parts(model, hf)):
+                holders[part.name].append(place)
+                if place[2] == 0:
+                    elements[part.name] += math.prod(part.shape)
+            if role == "student" and place[1:] == (0, 0):
+                check_bytes(config, models, groups)
+    expected = expected_tensors(hf)
+    assert holders.keys() == expected.keys()
+    tp, pp, dp = (
+        layout.tensor_model_parallel_size,
+        len(planned),
+        world // layout.model_parallel_size,
+    )
+    for name, whole in expected.items():
+        stages = sorted({stage for stage, _, _ in holders[name]})
+        twice = hf.tie_word_embeddings and pp > 1 and whole.layer is None and len(whole.shape) == 2
+        assert stages == ([0, pp - 1] if twice else stages[:1]), name
+        everyone = [(s, t, d) for s in stages for t in range(tp) for d in range(dp)]
+        assert sorted(holders[name]) == everyone, name
+        copies = len(stages) * (1 if whole.split_axis is not None else tp)
+        padding = elements[name] - copies * math.prod(whole.shape)
+        rows = 128 * tp if whole.layer is None and whole.split_axis == 0 else 1
+        assert 0 <= padding < copies * rows * whole.shape[-1], name
+    print(f"{role} whole: {len(expected)} tensors on {world} ranks", flush=True)
+
+
+def check_bytes(config: Any, models: list[Any], groups: Any) -> None:
+    """Gradients, main weights and the two moments of Adam that belong to each of these."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    from nemo_trd.megatron.optimizer import make_optimizer
+    from nemo_trd.plan.memory import model_state_bytes
+
+    distributed = config.optimizer.distributed
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=distributed
+    )
+    chunks = [DistributedDataParallel(m.config, settings, m, pg_collection=groups) for m in models]
+    optimizer = make_optimizer(config, chunks, groups)
+    gradients = sum(b.grad_data.numel() * 4 for chunk in chunks for b in chunk.buffers)
+    main = [
+        parameter
+        for single in optimizer.chained_optimizers
+        for group in single.optimizer.param_groups
+        for parameter in group["params"]
+    ]
+    assert {parameter.element_size() for parameter in main} == {4}
+    states = sum(parameter.numel() * (4 + 8) for parameter in main)
+    planned = model_state_bytes(config, config_shape(config), groups.pp.rank())
+    slack = 0
+    if distributed:  # buckets are padded, and divided by their length
+        slack = PADDING * (len(list(models[0].parameters())) + 2) * 12
+    assert planned["gradients"] <= gradients <= planned["gradients"] + slack
+    assert abs(states - planned["optimizer"]) <= slack
+
+
+def config_shape(config: Any) -> Any:
+    """The student's config.json as the plan reads it."""
+    from nemo_trd.plan.shapes import read_model
+
+    return read_model(config.model.student, "model.student.path")[0].hf
