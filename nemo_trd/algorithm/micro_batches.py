@@ -54,8 +54,10 @@ def plan(
         parts = [rank + [[]] * (count - len(rank)) for rank in parts]
     make = partial(
         make_micro_batch,
-        student_alignment=sequence_alignment(parallel.student, precision.fp8 is not None),
-        teacher_alignment=sequence_alignment(parallel.teacher, precision.teacher_fp8 is not None),
+        student_alignment=sequence_alignment(parallel.student, precision.fp8, precision.fp8_recipe),
+        teacher_alignment=sequence_alignment(
+            parallel.teacher, precision.teacher_fp8, precision.fp8_recipe
+        ),
         packed=packed,
     )
     batches = [[make(part) for part in rank] for rank in parts]

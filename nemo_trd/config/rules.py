@@ -19,6 +19,7 @@ def check_consistent(config: Config) -> None:
     _check_models_and_data(config)
     _check_refinement(config)
     _check_training(config)
+    _check_precision(config)
     _check_layouts_and_servers(config)
 
 
@@ -103,6 +104,34 @@ def _check_training(config: Config) -> None:
             config.loss.beta,
             f"loss.divergence={config.loss.divergence} does not use it",
             "remove it, or set loss.divergence=jsd",
+        )
+
+
+def _check_precision(config: Config) -> None:
+    """Rules for delayed scaling, which takes a tensor's scale from its history.
+
+    TransformerEngine exchanges the maxima of all tensors over all ranks whenever a forward pass
+    ends, since megatron-core names no group: with pipeline stages some ranks are elsewhere then.
+    """
+    precision = config.precision
+    if precision.fp8_recipe != "delayed":
+        return
+    if precision.teacher_fp8 is not None:
+        raise rule_broken(
+            "precision.fp8_recipe",
+            "delayed",
+            "scales follow from backward passes, and the teacher (precision.teacher_fp8 = "
+            f"{precision.teacher_fp8}) has none",
+            "set it to tensorwise, or precision.teacher_fp8=null",
+        )
+    stages = config.parallel.student.pipeline_model_parallel_size
+    if precision.fp8 is not None and stages > 1:
+        raise rule_broken(
+            "precision.fp8_recipe",
+            "delayed",
+            "all ranks exchange maxima after each forward pass, and the stages of a pipeline "
+            f"(parallel.student.pipeline_model_parallel_size = {stages}) would wait for each other",
+            "set it to tensorwise",
         )
 
 

@@ -30,6 +30,7 @@ from nemo_trd.data.prompt_digests import DIGESTS_FILE
 from nemo_trd.data.types import Refinement
 from nemo_trd.distributed.exchange import from_first_rank
 from nemo_trd.distributed.parent import end_with_parent
+from nemo_trd.megatron.model_states import load_models
 from nemo_trd.megatron.optimizer_states import load_optimizer
 from nemo_trd.megatron.student import Student
 from nemo_trd.records import checkpoint_dir, checksums, disk_space, latest
@@ -214,15 +215,13 @@ class Checkpointer:
         return f"{name} could not be saved: {cause}. {newest}."
 
     def load(self, checkpoint: Path) -> TrainerState:
-        """Restore the student, also from another parallel layout or kind of optimizer.
+        """Restore the student, also from another parallel layout or kind of optimizer or layers.
 
         The settings of its optimizer and schedule stay those that it was built with.
         """
         state_dict = self._state_dict(is_loading=True)
         optimizer = state_dict.pop("optimizer")
-        states = dist_checkpointing.load(state_dict, str(checkpoint))
-        for index, model in enumerate(self._student.models):
-            model.load_state_dict(states["model"][f"chunk{index}"])
+        states = load_models(self._student.models, state_dict, checkpoint)
         load_optimizer(self._student.optimizer, optimizer, checkpoint)
         self._student.scheduler.load_state_dict(states["scheduler"])
         rng = checkpoint / "rng" / _rng_file()

@@ -6,14 +6,13 @@ import logging
 from pathlib import Path
 from typing import Literal
 
-from megatron.core import dist_checkpointing
-
 from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import Layout, ModelSource, Precision
 from nemo_trd.distributed.process import init_distributed
 from nemo_trd.megatron.checkpoint import SHARDING
 from nemo_trd.megatron.hf_weights import export_hf_weights
 from nemo_trd.megatron.model import build_model, load_hf_config
+from nemo_trd.megatron.model_states import load_models
 from nemo_trd.megatron.process_groups import process_groups
 from nemo_trd.megatron.verification import damage
 from nemo_trd.models.write import save_hf_directory
@@ -44,11 +43,10 @@ def export_checkpoint(
         raise rule_broken("model.path", str(checkpoint), reason, "name another checkpoint")
     groups = process_groups(ALONE)
     hf = load_hf_config(source.path, source.trust_remote_code)
-    precision = Precision(dtype=dtype, fp8=None, teacher_fp8=None, fp8_recipe="delayed")
+    precision = Precision(dtype=dtype, fp8=None, teacher_fp8=None, fp8_recipe="tensorwise")
     models = build_model(hf, ALONE, groups, precision, recompute="none", fp8=None)
     metadata = {**SHARDING, "dp_cp_group": groups.dp_cp}
     state_dict = {"model": {"chunk0": models[0].sharded_state_dict(metadata=metadata)}}
-    states = dist_checkpointing.load(state_dict, str(checkpoint))
-    models[0].load_state_dict(states["model"]["chunk0"])
+    load_models(models, state_dict, checkpoint)
     save_hf_directory(export_hf_weights(models, hf, groups), source.path, out_dir)
     watch.close()

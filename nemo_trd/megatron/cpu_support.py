@@ -146,12 +146,15 @@ def _patch_random_state() -> None:
 def _patch_distributed_optimizer() -> None:
     """Let the distributed optimizer save and load the states of torch's Adam.
 
-    On a CPU megatron-core falls back to torch's Adam, which keeps `step` as a tensor in the state
-    of each parameter; Apex and TransformerEngine keep it as a number in the parameter group, and
+    Without Apex and TransformerEngine megatron-core takes torch's Adam, which keeps `step` as a
+    tensor in the state of each parameter; theirs keep it as a number in the parameter group, and
     the distributed optimizer expects that.
     """
+    from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+    if not USING_PYTORCH_OPTIMIZER:
+        return
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
     load = DistributedOptimizer.load_state_dict
     sharded = DistributedOptimizer.sharded_state_dict

@@ -137,6 +137,7 @@ def transformer_config(
         embedding_init_method=_keep,
         bias_activation_fusion=fused,
         bias_dropout_fusion=fused,
+        apply_rope_fusion=fused,  # unfused it reads borders of packed sequences back to the host
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         transformer_impl="transformer_engine" if fused else "local",

@@ -180,9 +180,23 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def sequence_alignment(layout: Layout, fp8: bool) -> int:
-    """Number of tokens of which the length of a sequence must be a multiple."""
-    alignment = 16 if fp8 else 1
+def fp8_multiple(recipe: str) -> int:
+    """Number of which every dimension of a matrix in FP8 must be a multiple.
+
+    cuBLASLt wants 16 bytes along the dimension that is summed over, and in training that is each
+    dimension in turn. Blocks of mxfp8 are 32 long.
+    """
+    return 32 if recipe == "mxfp8" else 16
+
+
+def sequence_alignment(layout: Layout, fp8: str | None, recipe: str) -> int:
+    """Number of tokens of which the length of a sequence must be a multiple.
+
+    Args:
+        fp8: format of this model, or None.
+        recipe: `precision.fp8_recipe`.
+    """
+    alignment = 1 if fp8 is None else fp8_multiple(recipe)
     if layout.sequence_parallel:
         alignment *= layout.tensor_model_parallel_size
     if layout.context_parallel_size > 1:

@@ -11,7 +11,13 @@ from typing import Any
 
 from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.schema import Layout
-from nemo_trd.models.family import FAMILIES, family_of, rope_parameters
+from nemo_trd.models.family import (
+    FAMILIES,
+    family_of,
+    fp8_multiple,
+    head_dim,
+    rope_parameters,
+)
 
 
 def check_supported(hf: Any) -> None:
@@ -96,3 +102,34 @@ def check_layout(hf: Any, layout: Layout, field: str) -> None:
             f"{pp * virtual} stages must divide num_hidden_layers of the model, {layers}",
             f"let the stages be a divisor of {layers}",
         )
+
+
+def check_fp8(hf: Any, layout: Layout, field: str, recipe: str) -> None:
+    """Refuse a layout in which a rank's matrices are none that FP8 products take.
+
+    Args:
+        hf: of a model whose layers multiply in FP8, and which `layout` divides.
+        field: e.g. "parallel.student".
+        recipe: `precision.fp8_recipe`.
+
+    Raises:
+        ConfigError: naming the dimension of the matrices on one rank.
+    """
+    tp, multiple = layout.tensor_model_parallel_size, fp8_multiple(recipe)
+    queries, keys = (
+        heads * head_dim(hf) // tp for heads in (hf.num_attention_heads, hf.num_key_value_heads)
+    )
+    for name, size in (
+        ("hidden_size", hf.hidden_size),
+        ("intermediate_size / tensor_model_parallel_size", hf.intermediate_size // tp),
+        ("heads x head_dim / tensor_model_parallel_size", queries),
+        ("rows of query, key and value / tensor_model_parallel_size", queries + 2 * keys),
+    ):
+        if size % multiple:
+            raise rule_broken(
+                f"{field}.tensor_model_parallel_size",
+                tp,
+                f"FP8 ({recipe}) multiplies matrices whose sides are multiples of {multiple}, and "
+                f"{name} is {size}",
+                "use fewer ranks, or switch FP8 off for this model",
+            )

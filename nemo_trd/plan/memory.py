@@ -125,8 +125,8 @@ def alignments(config: Config) -> tuple[int, int]:
     """Numbers of tokens to whose multiples sequences of student and teacher are padded."""
     parallel, precision = config.parallel, config.precision
     return (
-        sequence_alignment(parallel.student, precision.fp8 is not None),
-        sequence_alignment(parallel.teacher, precision.teacher_fp8 is not None),
+        sequence_alignment(parallel.student, precision.fp8, precision.fp8_recipe),
+        sequence_alignment(parallel.teacher, precision.teacher_fp8, precision.fp8_recipe),
     )
 
 

@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nemo_trd.config.errors import ConfigError, rule_broken
-from nemo_trd.config.schema import Config
+from nemo_trd.config.schema import Config, Precision
 from nemo_trd.preflight.batch import megatron_layouts
 from nemo_trd.records import latest
 from nemo_trd.verifiers.sandbox import check_sandbox
+
+# Compute capability from which on TransformerEngine has a recipe.
+FP8_NEEDS = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
 
 def machine_problems(config: Config) -> Iterator[ConfigError]:
@@ -44,6 +47,7 @@ def machine_problems(config: Config) -> Iterator[ConfigError]:
             "start fewer ranks a machine, or make more GPUs visible (CUDA_VISIBLE_DEVICES)",
         )
     yield from _transformer_engine_settings(config)
+    yield from _fp8_of_another_gpu(config.precision)
     if config.data.verifier == "code":
         try:
             check_sandbox("data.verifier", config.sandbox)
@@ -82,6 +86,22 @@ def _transformer_engine_settings(config: Config) -> Iterator[ConfigError]:
             yield rule_broken(field, value, "sequences are not split over ranks", f"set {field}=1")
 
 
+def _fp8_of_another_gpu(precision: Precision) -> Iterator[ConfigError]:
+    """Yield an FP8 recipe that this machine's GPUs do not compute."""
+    if not gpu_count() or {precision.fp8, precision.teacher_fp8} == {None}:
+        return
+    needed, found = FP8_NEEDS[precision.fp8_recipe], compute_capability()
+    if found < needed:
+        yield rule_broken(
+            "precision.fp8_recipe",
+            precision.fp8_recipe,
+            f"it needs GPUs of compute capability {needed[0]}.{needed[1]}, and those here have "
+            f"{found[0]}.{found[1]}",
+            "set precision.fp8_recipe=tensorwise (H100: 9.0), or precision.fp8 and "
+            "precision.teacher_fp8 to null",
+        )
+
+
 def check_transformer_engine(field: str, value: object) -> None:
     """Refuse a setting that only TransformerEngine's layers honour, where they cannot be built.
 
@@ -108,6 +128,13 @@ def missing_for_transformer_engine() -> list[str]:
     """Parts that TransformerEngine's layers need and this process lacks; empty if it has all."""
     missing = [] if gpu_count() else ["CUDA device"]
     return missing if importable("transformer_engine") else [*missing, "TransformerEngine"]
+
+
+def compute_capability() -> tuple[int, int]:
+    """Compute capability of this process's GPU; only where there is one."""
+    import torch
+
+    return torch.cuda.get_device_capability()
 
 
 def importable(package: str) -> bool:

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.lengths import longest_answer, longest_contexts
 from nemo_trd.config.schema import Config, Layout, ModelSource
 from nemo_trd.models.family import shared_vocab_size
 from nemo_trd.models.read import Model, read_directory, read_tokenizer
-from nemo_trd.models.rules import check_layout
+from nemo_trd.models.rules import check_fp8, check_layout
 from nemo_trd.models.served import check_served_weights, is_only_served, read_served
 from nemo_trd.preflight.batch import batch_problems
 from nemo_trd.preflight.machine import machine_problems
@@ -73,9 +73,9 @@ def model_problems(
     A model that could not be read is None; what needs it is left out.
     """
     if student is not None:
-        yield from _layout_problems("parallel.student", config.parallel.student, student)
+        yield from _layout_problems(config, "student", student)
     if teacher is not None and config.teacher.scoring == "megatron":
-        yield from _layout_problems("parallel.teacher", config.parallel.teacher, teacher)
+        yield from _layout_problems(config, "teacher", teacher)
     if student is not None and teacher is not None:
         yield from _length_problems(config, student, teacher)
         yield from _loss_problems(config, student, teacher)
@@ -115,10 +115,16 @@ def _read_served(
     return Model(field, directory, hf, tokenizer)
 
 
-def _layout_problems(field: str, layout: Layout, model: Model) -> Iterator[ConfigError]:
-    """Yield the first size of the model that the layout does not divide."""
+def _layout_problems(
+    config: Config, role: Literal["student", "teacher"], model: Model
+) -> Iterator[ConfigError]:
+    """Yield the first size of the model that the layout does not divide, or not as FP8 needs."""
+    precision, field = config.precision, f"parallel.{role}"
+    layout: Layout = getattr(config.parallel, role)
     try:
         check_layout(model.hf, layout, field)
+        if (precision.fp8 if role == "student" else precision.teacher_fp8) is not None:
+            check_fp8(model.hf, layout, field, precision.fp8_recipe)
     except ConfigError as error:
         yield error
 

@@ -148,8 +148,9 @@ def test_a_plan_does_not_depend_on_the_order_of_trajectories() -> None:
 
 def test_alignment_covers_sequence_parallelism_context_parallelism_and_fp8() -> None:
     plain = Layout(tensor_model_parallel_size=4, pipeline_model_parallel_size=1)
-    assert sequence_alignment(plain, fp8=False) == 1
-    assert sequence_alignment(plain, fp8=True) == 16
+    assert sequence_alignment(plain, None, "tensorwise") == 1
+    assert sequence_alignment(plain, "hybrid", "tensorwise") == 16
+    assert sequence_alignment(plain, "hybrid", "mxfp8") == 32
     split = plain.model_copy(update={"sequence_parallel": True, "context_parallel_size": 2})
-    assert sequence_alignment(split, fp8=False) == 16
-    assert sequence_alignment(split, fp8=True) == 256
+    assert sequence_alignment(split, None, "mxfp8") == 16
+    assert sequence_alignment(split, "e4m3", "delayed") == 256

@@ -320,6 +320,17 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["generation=vllm", "parallel.timeout_minutes=2.0"],
         ("weight_sync.call_timeout_seconds = 120.0", "timeout_minutes = 2", "lower it"),
     ),
+    "delayed scaling of a frozen teacher": (
+        ["precision.teacher_fp8=e4m3", "precision.fp8_recipe=delayed"],
+        ("precision.fp8_recipe = 'delayed'", "has none", "set it to tensorwise"),
+    ),
+    "delayed scaling in a pipeline": (
+        [
+            *("precision.fp8=hybrid", "precision.fp8_recipe=delayed"),
+            "parallel.student.pipeline_model_parallel_size=2",
+        ],
+        ("precision.fp8_recipe = 'delayed'", "wait for each other", "set it to tensorwise"),
+    ),
     "a scoring server without servers": (
         ["teacher.scoring=server", "loss.top_k=20"],
         ("teacher.scoring = 'server'", "backend=local has none", "choose generation=vllm"),

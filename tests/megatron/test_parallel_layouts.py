@@ -94,6 +94,21 @@ PARTIAL = {
     },
 }
 
+# With TransformerEngine's layers, on packed sequences.
+WITH_TRANSFORMER_ENGINE = {
+    1: {
+        "alone": [],
+        "full recompute": ["train.recompute=full"],
+        "selective recompute": ["train.recompute=selective"],
+    },
+    2: {
+        "tp2 sp": TP2 + SP + TEACHER_PP2,
+        "pp2": [*PP2, *TEACHER_TP2, "train.recompute=full"],
+        "pp2 vpp2": PP2 + VPP2,
+        "dp2 distributed": DISTRIBUTED,
+    },
+}
+
 
 def every_divergence(number: int) -> list[str]:
     """Recipes of layout `number`: all divergences, and with them all modes and contexts in turn.
@@ -157,9 +172,21 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def run(ranks: int, models: Path, cases: dict[str, list[str]], tmp_path: Path) -> dict[str, Any]:
+def run(
+    ranks: int,
+    models: Path,
+    cases: dict[str, list[str]],
+    tmp_path: Path,
+    transformer_engine: bool = False,
+) -> dict[str, Any]:
     results = tmp_path / "results.json"
-    launch(ranks, run_cases, str(models), cases, str(results), timeout=500)
+    launch(
+        ranks,
+        run_cases,
+        *(str(models), cases, str(results)),
+        timeout=500,
+        transformer_engine=transformer_engine,
+    )
     return json.loads(results.read_text())
 
 
@@ -180,7 +207,22 @@ def test_no_layout_changes_losses_or_gradients(
         for recipes, layout, overrides in layouts
         for recipe in recipes
     }
-    results = run(ranks, models, cases, tmp_path)
+    check(run(ranks, models, cases, tmp_path), cases, reference)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_nor_do_the_layers_of_transformer_engine(
+    ranks: int, models: Path, reference: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = SOME_RECIPES[0]
+    layouts = WITH_TRANSFORMER_ENGINE[ranks].items()
+    cases = {
+        f"{recipe} | {layout}": [*RECIPES[recipe], *overrides] for layout, overrides in layouts
+    }
+    check(run(ranks, models, cases, tmp_path, transformer_engine=True), cases, reference)
+
+
+def check(results: dict[str, Any], cases: dict[str, Any], reference: dict[str, Any]) -> None:
     wrong = [
         f"{name}: {measured} instead of {reference[name.split(' | ')[0]]}"
         for name, measured in results.items()

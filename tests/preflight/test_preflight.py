@@ -34,7 +34,7 @@ WORDS = ["<eos>", "<pad>", "one", "two", "three"]
 SHAPE: dict[str, Any] = dict(
     vocab_size=8,
     hidden_size=16,
-    intermediate_size=24,
+    intermediate_size=48,
     num_hidden_layers=4,
     num_attention_heads=4,
     num_key_value_heads=2,
@@ -515,7 +515,20 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 def test_fp8_with_cuda_and_transformer_engine_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nemo_trd.preflight.machine, "gpu_count", lambda: 1)
     monkeypatch.setattr(nemo_trd.preflight.machine, "importable", lambda package: True)
+    monkeypatch.setattr(nemo_trd.preflight.machine, "compute_capability", lambda: (9, 0))
     check(settings("precision.fp8=hybrid"), 1)
+    message = refusal(settings("precision.teacher_fp8=e4m3", "precision.fp8_recipe=mxfp8"), 1)
+    assert "precision.fp8_recipe = 'mxfp8'" in message
+    for part in ("capability 10.0", "have 9.0", "Fix: set precision.fp8_recipe=tensorwise"):
+        assert part in message
+    message = refusal(settings("precision.fp8=hybrid", f"parallel.student.{TP}=2"), 2)
+    for part in (
+        f"parallel.student.{TP} = 2",
+        "multiples of 16",
+        f"intermediate_size / {TP} is 24",
+    ):
+        assert part in message
+    assert "parallel.teacher" not in message
 
 
 def test_all_broken_rules_are_told_at_once(models: Path) -> None:

@@ -34,8 +34,13 @@ GRACE_SECONDS = 20.0  # in which the ranks end by themselves after the first tha
 
 
 def serve() -> None:
-    """Answer launches until standard input ends. One at a time."""
+    """Answer launches until standard input ends. One at a time.
+
+    With an argument, the name of a module in tests/support whose `install` comes before all else.
+    """
     sys.path[:0] = [str(TESTS.parent), str(TESTS / "support")]
+    for name in sys.argv[1:]:
+        importlib.import_module(name).install()
     in_aligners_environment = importlib.util.find_spec("nemo_aligner") is not None
     for name in ["torch.distributed"] if in_aligners_environment else IMPORTS:
         with contextlib.suppress(ImportError):

@@ -38,6 +38,7 @@ def launch(
     *arguments: Any,
     timeout: float = 120,
     environment: dict[str, str] | None = None,
+    transformer_engine: bool = False,
 ) -> str:
     """Call `function(*arguments)` on every rank; return what the ranks wrote together.
 
@@ -45,11 +46,19 @@ def launch(
     find RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set. They are one process group, and none
     of it outlives this call.
 
+    Args:
+        transformer_engine: give the ranks TransformerEngine on the CPU (`te_stand_in`).
+
     Raises:
         AssertionError: a rank failed, or `timeout` seconds passed; with what they wrote.
     """
     returncode, output = run_ranks(
-        ranks, function, *arguments, timeout=timeout, environment=environment
+        ranks,
+        function,
+        *arguments,
+        timeout=timeout,
+        environment=environment,
+        transformer_engine=transformer_engine,
     )
     assert returncode == 0, f"{function.__name__} failed ({returncode}):\n{output[-8000:]}"
     return output
@@ -62,18 +71,21 @@ def run_ranks(
     timeout: float = 120,
     environment: dict[str, str] | None = None,
     launcher: Launcher = "fork",
+    transformer_engine: bool = False,
 ) -> tuple[int, str]:
     """As `launch`, for ranks that are meant to fail: the launcher's exit code and the output.
 
     `launcher`: `fork` has imported already what ranks import (`fork_server`); `torchrun` and
-    `nemo_trd` start an interpreter for each rank, which takes ten seconds.
+    `nemo_trd` start an interpreter for each rank, which takes ten seconds. `transformer_engine` is
+    for `fork`.
     """
     call = (inspect.getfile(function), function.__name__, json.dumps(arguments))
     settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     settings |= environment or {}
     with tempfile.NamedTemporaryFile("w+") as output:
         if launcher == "fork":
-            returncode = _fork(ranks, call, settings, output.name, timeout)
+            server = fork_server(*(["te_stand_in"] if transformer_engine else []))
+            returncode = _fork(server, ranks, call, settings, output.name, timeout)
         else:
             returncode = _start([*_launcher(launcher, ranks), *call], settings, output, timeout)
         output.seek(0)
@@ -82,7 +94,12 @@ def run_ranks(
 
 
 def _fork(
-    ranks: int, call: tuple[str, str, str], environment: dict[str, str], output: str, timeout: float
+    server: subprocess.Popen[bytes],
+    ranks: int,
+    call: tuple[str, str, str],
+    environment: dict[str, str],
+    output: str,
+    timeout: float,
 ) -> int:
     """The exit code of forked ranks; -1 after `timeout` seconds."""
     file, function, arguments = call
@@ -97,7 +114,6 @@ def _fork(
         "directory": os.getcwd(),
         "output": output,
     }
-    server = fork_server()
     assert server.stdin and server.stdout
     server.stdin.write(json.dumps(request).encode() + b"\n")
     leader = int(server.stdout.readline())
@@ -108,10 +124,10 @@ def _fork(
 
 
 @cache
-def fork_server() -> subprocess.Popen[bytes]:
+def fork_server(*installed_first: str) -> subprocess.Popen[bytes]:
     """The server of this session's launches. It ends with the session: its input does."""
     return subprocess.Popen(
-        [sys.executable, str(TESTS / "support" / "fork_server.py")],
+        [sys.executable, str(TESTS / "support" / "fork_server.py"), *installed_first],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         bufsize=0,

@@ -18,8 +18,8 @@ from nemo_trd.megatron.model import HiddenStatesModel
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-FP32 = Precision(dtype="fp32", fp8=None, teacher_fp8=None, fp8_recipe="delayed")
-BF16 = Precision(dtype="bf16", fp8=None, teacher_fp8=None, fp8_recipe="delayed")
+FP32 = Precision(dtype="fp32", fp8=None, teacher_fp8=None, fp8_recipe="tensorwise")
+BF16 = Precision(dtype="bf16", fp8=None, teacher_fp8=None, fp8_recipe="tensorwise")
 
 
 def reference_logits(directory: Path | str, tokens: Tensor) -> Tensor:
