@@ -10,6 +10,8 @@ VENV_VLLM := .venv-vllm
 VENV_ALIGNER := .venv-aligner
 PY := $(VENV)/bin/python
 PY_MCORE019 := $(VENV_MCORE019)/bin/python
+# Byte code is made of the modules that are imported, when they are: few of all that are installed.
+export PIP_NO_COMPILE := 1
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check $(if $(CI),--quiet) -c constraints.txt
 
 # An environment is complete when its stamp exists, and the stamp is named after what the
@@ -42,8 +44,8 @@ MCORE_TESTS := $(addprefix tests/megatron/, test_checkpoint.py test_fp8.py test_
 	test_hf_weights.py test_hf_weights_parallel.py test_model.py test_non_finite.py \
 	test_parallel_layouts.py) tests/run/test_resume.py
 
-.PHONY: help quickstart test test-fast test-slow test-gpu test-mcore019 test-adapters lint format system-packages env env-mcore019 \
-	vllm-env aligner-env lock clean
+.PHONY: help quickstart test test-fast test-slow test-gpu test-mcore019 test-adapters lint format system-packages environments env \
+	env-mcore019 vllm-env aligner-env lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -51,7 +53,7 @@ help:  ## list the targets
 quickstart: env  ## install, then one whole TRD run on a toy task (ARGS="key=value ..." overrides settings)
 	$(PY) -m nemo_trd.quickstart $(ARGS)
 
-test: env vllm-env system-packages lint  ## lint, then all tests that need no GPU and are not slow, with both megatron-core versions
+test: environments lint  ## lint, then all tests that need no GPU and are not slow, with both megatron-core versions
 	$(PY) -m pytest $(PYTEST_ARGS) $(SIDE_BY_SIDE) -m "not slow and not gpu"
 	$(MAKE) --no-print-directory test-mcore019
 	$(MAKE) --no-print-directory test-adapters
@@ -89,6 +91,9 @@ system-packages:  ## Debian packages that tests need (Slurm, buildah, bubblewrap
 	dpkg --status $(SYSTEM_PACKAGES) > /dev/null 2>&1 || { $(SUDO) apt-get update --quiet && \
 		$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet \
 		--no-install-recommends $(SYSTEM_PACKAGES); }
+
+environments:  ## all environments and system packages, side by side
+	$(MAKE) --no-print-directory --jobs=4 env vllm-env env-mcore019 aligner-env system-packages
 
 env: $(ENV) $(ENV_TE)  ## .venv: all pinned packages and this one, editable
 
@@ -145,7 +150,7 @@ $(ENV_ALIGNER):
 		--no-deps -r $(REQUIREMENTS_ALIGNER)
 # To be read, not run: it needs Python 3.12 and TransformerEngine.
 	$(VENV_ALIGNER)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
-		--ignore-requires-python --no-compile --target $(VENV_ALIGNER)/megatron-bridge \
+		--ignore-requires-python --target $(VENV_ALIGNER)/megatron-bridge \
 		megatron-bridge==$(BRIDGE)
 	touch $@
 
