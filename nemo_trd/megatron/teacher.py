@@ -45,8 +45,8 @@ class Teacher:
         )
         load_hf_weights(models, hf, source.path, self._groups)
         self._model.requires_grad_(False).eval()
-        self._sources = _last_stage_ranks(self._groups)
-        self._destinations = _last_stage_ranks(student_groups)
+        self._sources = last_stage_ranks(self._groups)
+        self._destinations = last_stage_ranks(student_groups)
         if self._offload_weights:
             self._model.to("cpu")
 
@@ -107,18 +107,11 @@ class Teacher:
     def _hand_over(
         self, state: Tensor | None, count: int, sources: list[int], destinations: list[int]
     ) -> Tensor | None:
-        """Bring one micro-batch's states to every rank that computes a part of its loss.
-
-        Every tensor parallel rank of the teacher's last stage has them whole; each serves some
-        of the destinations. A rank that is both keeps its own.
-        """
+        """Bring one micro-batch's states to every rank that computes a part of its loss."""
         me = dist.get_rank()
         operations = []
         result = state if me in destinations else None
-        for number, destination in enumerate(destinations):
-            if destination in sources:
-                continue
-            source = sources[number % len(sources)]
+        for source, destination in routes(sources, destinations):
             if me == source:
                 assert state is not None
                 operations.append(dist.P2POp(dist.isend, state.contiguous(), destination))
@@ -133,7 +126,20 @@ class Teacher:
         return result
 
 
-def _last_stage_ranks(groups: ProcessGroupCollection) -> list[list[int]]:
+def routes(sources: Sequence[int], destinations: Sequence[int]) -> list[tuple[int, int]]:
+    """Who sends the states of one micro-batch to whom: (source, destination).
+
+    Every tensor parallel rank of the teacher's last stage has them whole; each serves some of the
+    destinations. A rank that is both keeps its own.
+    """
+    return [
+        (sources[number % len(sources)], destination)
+        for number, destination in enumerate(destinations)
+        if destination not in sources
+    ]
+
+
+def last_stage_ranks(groups: ProcessGroupCollection) -> list[list[int]]:
     """For each data parallel rank of a model: the ranks of its last stage. Collective."""
     mine = (groups.dp.rank(), is_last_stage(groups))
     everyone: list[tuple[int, bool]] = [mine] * dist.get_world_size()

@@ -1,4 +1,4 @@
-"""The recipes at their true shapes on fake tensors: bytes of every rank, every Hugging Face tensor.
+"""The recipes at their true shapes on fake tensors: each rank's bytes, tensors, and exchanges.
 
 What the same code computes with real tensors is shown by test_plan_parallel.py and
 test_hf_weights_parallel.py, on models that fit into a test.
@@ -19,7 +19,8 @@ pytestmark = pytest.mark.distributed
 
 RECIPES = {  # experiment -> what makes it larger than it ships
     "trd_70b": ["cluster.training_nodes=8"],  # TP 8, PP 4: 64 ranks, two replicas
-    "trd_8b": [],
+    # The student's data parallel ranks meet a teacher of two stages.
+    "trd_8b": ["cluster.training_nodes=2", "parallel.teacher.pipeline_model_parallel_size=2"],
     "paper_qwen3_8b": [],
     "paper_qwen3_4b": [],
     "paper_qwen3_1p7b": [],
@@ -30,8 +31,7 @@ PADDING = 64 + 256  # elements before a parameter and after a bucket, of a distr
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_rank_holds_what_is_planned_and_together_every_tensor_once(recipe: str) -> None:
     output = launch(1, check_recipe, recipe, RECIPES[recipe], timeout=400)
-    print(output)
-    assert output.count("whole") == 2  # student and teacher
+    assert "student whole" in output
 
 
 def check_recipe(recipe: str, overrides: list[str]) -> None:
@@ -41,9 +41,13 @@ def check_recipe(recipe: str, overrides: list[str]) -> None:
     from nemo_trd.plan.shapes import SHIPPED
 
     config = compose([f"experiment={recipe}", *overrides])
+    seen = []
     for role, source in (("student", config.model.student), ("teacher", config.teacher_source)):
         shape = json.loads((SHIPPED / f"{Path(source.path).name}.json").read_text())
-        check_model(config, role, AutoConfig.for_model(**shape))
+        case = (shape, getattr(config.parallel, role))
+        if case not in seen:
+            check_model(config, role, AutoConfig.for_model(**shape))
+        seen.append(case)
 
 
 def check_model(config: Any, role: str, hf: Any) -> None:
@@ -58,34 +62,34 @@ def check_model(config: Any, role: str, hf: Any) -> None:
 
     layout, world = getattr(config.parallel, role), config.cluster.world_size
     planned = [stage.total for stage in stage_parameters(hf, layout)]
-    holders: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
+    places = []
+    holders: dict[str, list[tuple[int, int]]] = defaultdict(list)
     elements: Counter[str] = Counter()
     for rank in range(world):
         with rank_of(rank, world):
             groups = process_groups(layout)
             place = (groups.pp.rank(), groups.tp.rank(), groups.dp.rank())
+            places.append(place)
+            if place[2] > 0:  # holds what its replica of rank 0 holds
+                continue
             models = build_model(hf, layout, groups, config.precision)
             held = sum(p.numel() for model in models for p in model.parameters())
             assert held == planned[place[0]], (rank, place)
             for part in (part for model in models for part in _parts(model, hf)):
-                holders[part.name].append(place)
-                if place[2] == 0:
-                    elements[part.name] += math.prod(part.shape)
-            if role == "student" and place[1:] == (0, 0):
+                holders[part.name].append(place[:2])
+                elements[part.name] += math.prod(part.shape)
+            if role == "student" and place[1] == 0:
                 check_bytes(config, models, groups)
     expected = expected_tensors(hf)
     assert holders.keys() == expected.keys()
-    tp, pp, dp = (
-        layout.tensor_model_parallel_size,
-        len(planned),
-        world // layout.model_parallel_size,
-    )
+    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    dp = world // layout.model_parallel_size
+    assert sorted(places) == [(p, t, d) for p in range(pp) for t in range(tp) for d in range(dp)]
     for name, whole in expected.items():
-        stages = sorted({stage for stage, _, _ in holders[name]})
+        stages = sorted({stage for stage, _ in holders[name]})
         twice = hf.tie_word_embeddings and pp > 1 and whole.layer is None and len(whole.shape) == 2
         assert stages == ([0, pp - 1] if twice else stages[:1]), name
-        everyone = [(s, t, d) for s in stages for t in range(tp) for d in range(dp)]
-        assert sorted(holders[name]) == everyone, name
+        assert sorted(holders[name]) == [(s, t) for s in stages for t in range(tp)], name
         copies = len(stages) * (1 if whole.split_axis is not None else tp)
         padding = elements[name] - copies * math.prod(whole.shape)
         rows = 128 * tp if whole.layer is None and whole.split_axis == 0 else 1
@@ -128,3 +132,49 @@ def config_shape(config: Any) -> Any:
     from nemo_trd.plan.shapes import read_model
 
     return read_model(config.model.student, "model.student.path")[0].hf
+
+
+def test_states_reach_every_rank_that_computes_the_loss_once() -> None:
+    launch(1, check_all_routes, timeout=300)
+
+
+def check_all_routes() -> None:
+    for recipe, overrides in RECIPES.items():
+        check_routes(recipe, overrides)
+
+
+def check_routes(recipe: str, overrides: list[str]) -> None:
+    from unittest import mock
+
+    from fake_world import rank_of
+
+    from nemo_trd.config.load import compose
+    from nemo_trd.megatron.process_groups import process_groups
+    from nemo_trd.megatron.schedule import is_last_stage
+    from nemo_trd.megatron.teacher import last_stage_ranks, routes
+
+    config = compose([f"experiment={recipe}", *overrides])
+    world = config.cluster.world_size
+    last_stages = {}
+    for role in ("student", "teacher"):
+        layout = getattr(config.parallel, role)
+        everyone = []
+        for rank in range(world):
+            with rank_of(rank, world):
+                groups = process_groups(layout)
+                everyone.append((groups.dp.rank(), is_last_stage(groups)))
+
+        def answer(answers: list[Any], own: Any, everyone: Any = everyone) -> None:
+            assert own == everyone[-1]
+            answers[:] = everyone
+
+        with rank_of(world - 1, world), mock.patch("torch.distributed.all_gather_object", answer):
+            last_stages[role] = last_stage_ranks(process_groups(layout))
+        assert {len(ranks) for ranks in last_stages[role]} == {layout.tensor_model_parallel_size}
+    for sources in last_stages["teacher"]:
+        for destinations in last_stages["student"]:
+            sent = routes(sources, destinations)
+            assert {source for source, _ in sent} <= set(sources)
+            assert sorted([d for _, d in sent] + [d for d in destinations if d in sources]) == (
+                sorted(destinations)
+            )
