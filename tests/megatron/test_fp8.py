@@ -121,6 +121,17 @@ def test_every_product_of_a_layer_has_fp8_and_losses_stay_near_those_of_bf16(
         near(name, seen, bf16)
 
 
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
+def test_computing_activations_again_changes_nothing(
+    recipe: str, models: Path, tmp_path: Path
+) -> None:
+    cases = {
+        how: [*RECIPES[recipe], f"train.recompute={how}"] for how in ("none", "selective", "full")
+    }
+    losses = [seen["losses"] for seen in run(1, models, cases, tmp_path).values()]
+    assert losses[0] == losses[1] == losses[2]
+
+
 def test_fp8_in_parallel_layouts_stays_near_bf16(
     models: Path, bf16: dict[str, Any], tmp_path: Path
 ) -> None:
