@@ -237,3 +237,17 @@ def test_resuming_in_fp8_is_bitwise(recipe: str, tmp_path: Path) -> None:
             steps(broken, 2, fp8, HALF, 2 * HALF, True), uninterrupted[HALF:], strict=True
         ):
             assert step == pytest.approx(expected, rel=1e-3)
+
+
+def test_another_fp8_recipe_goes_on_from_a_checkpoint(
+    whole: Callable[[list[str]], Any], tmp_path: Path
+) -> None:
+    directory = models(tmp_path)
+    delayed, tensorwise = (
+        ["precision.fp8=hybrid", f"precision.fp8_recipe={name}"]
+        for name in ("delayed", "tensorwise")
+    )
+    steps(directory, 1, delayed, 0, HALF, True)
+    resumed = steps(directory, 1, tensorwise, HALF, 2 * HALF, True)
+    for (loss, *_), (expected, *_) in zip(resumed, whole([])[HALF:], strict=True):
+        assert loss == pytest.approx(expected, rel=0.05)
