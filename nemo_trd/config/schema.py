@@ -453,7 +453,8 @@ class Precision(Section):
     dtype: Literal["fp32", "bf16"]
     fp8: Literal["e4m3", "hybrid"] | None  # student, TransformerEngine only
     teacher_fp8: Literal["e4m3", "hybrid"] | None  # the same of the teacher
-    # how TransformerEngine scales FP8 tensors
+    # How TransformerEngine scales FP8 tensors. delayed: not in a pipeline, nor for a teacher in
+    # FP8. blockwise: from Hopper on. mxfp8: from Blackwell on.
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
 
 def load_models(
@@ -24,7 +25,7 @@ def load_models(
         state_dict: what to read. Under "model" the sharded state dict of each model in turn, as
             "chunk0", "chunk1", ...
     """
-    saved = dist_checkpointing.load_sharded_metadata(str(checkpoint))
+    saved = load_sharded_metadata(str(checkpoint))
     without: dict[str, list[str]] = {}
     for chunk, tensors in state_dict["model"].items():
         without[chunk] = [

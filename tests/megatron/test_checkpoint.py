@@ -60,9 +60,21 @@ def run_steps(directory: str, overrides: list[str], first: int, last: int, resul
     watch.close()
 
 
-def steps(directory: Path, ranks: int, overrides: list[str], first: int, last: int) -> Any:
+def steps(
+    directory: Path,
+    ranks: int,
+    overrides: list[str],
+    first: int,
+    last: int,
+    transformer_engine: bool = False,
+) -> Any:
     results = directory / "results.json"
-    launch(ranks, run_steps, str(directory), overrides, first, last, str(results))
+    launch(
+        ranks,
+        run_steps,
+        *(str(directory), overrides, first, last, str(results)),
+        transformer_engine=transformer_engine,
+    )
     return json.loads(results.read_text())
 
 
@@ -196,3 +208,46 @@ def test_resuming_on_another_layout_agrees(
     resumed += steps(broken, 1, optimizer, HALF + 1, 2 * HALF)  # and back again
     for step, expected in zip(resumed, whole(optimizer)[HALF:], strict=True):
         assert step == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", [[], DISTRIBUTED], ids=["", "distributed"])
+@pytest.mark.parametrize("first", [False, True], ids=["to", "from"])
+def test_resuming_to_and_from_the_layers_of_transformer_engine_agrees(
+    first: bool, optimizer: list[str], whole: Callable[[list[str]], Any], tmp_path: Path
+) -> None:
+    directory = models(tmp_path)
+    steps(directory, 1, optimizer, 0, HALF, transformer_engine=first)
+    resumed = steps(directory, 1, optimizer, HALF, 2 * HALF, transformer_engine=not first)
+    for step, expected in zip(resumed, whole(optimizer)[HALF:], strict=True):
+        assert step == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
+def test_resuming_in_fp8_is_bitwise(recipe: str, tmp_path: Path) -> None:
+    fp8 = ["precision.fp8=hybrid", f"precision.fp8_recipe={recipe}"]
+    uninterrupted = steps(models(tmp_path / "whole"), 1, fp8, 0, 2 * HALF, True)
+    broken = models(tmp_path / "broken")
+    assert steps(broken, 1, fp8, 0, HALF, True) == uninterrupted[:HALF]
+    assert steps(broken, 1, fp8, HALF, 2 * HALF, True) == uninterrupted[HALF:]
+    if recipe == "tensorwise":  # and from one stage to two
+        shutil.rmtree(broken / "checkpoints" / "step_00000004")
+        latest.point(broken / "checkpoints", broken / "checkpoints" / "step_00000002")
+        fp8 += [*PP2, "precision.teacher_fp8=null"]
+        for step, expected in zip(
+            steps(broken, 2, fp8, HALF, 2 * HALF, True), uninterrupted[HALF:], strict=True
+        ):
+            assert step == pytest.approx(expected, rel=1e-3)
+
+
+def test_another_fp8_recipe_goes_on_from_a_checkpoint(
+    whole: Callable[[list[str]], Any], tmp_path: Path
+) -> None:
+    directory = models(tmp_path)
+    delayed, tensorwise = (
+        ["precision.fp8=hybrid", f"precision.fp8_recipe={name}"]
+        for name in ("delayed", "tensorwise")
+    )
+    steps(directory, 1, delayed, 0, HALF, True)
+    resumed = steps(directory, 1, tensorwise, HALF, 2 * HALF, True)
+    for (loss, *_), (expected, *_) in zip(resumed, whole([])[HALF:], strict=True):
+        assert loss == pytest.approx(expected, rel=0.05)

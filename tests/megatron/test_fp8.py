@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 from launch import launch
-from parallel_layouts import PP2, SP, TEACHER_PP2, TEACHER_TP2, TP2, trajectories
+from parallel_layouts import ONE_EACH, PP2, SP, TEACHER_PP2, TEACHER_TP2, TP2, trajectories
 from tiny_models import make_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from nemo_trd.config.load import compose
 
 pytestmark = pytest.mark.distributed
 
+ROLES = ("student", "teacher")
 LAYERS, LINEAR = 2, 4  # linear layers in a layer
+# Matrices of transformers that are one in Megatron, and so have one scale.
+TOGETHER = [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",)]
+TOGETHER += [("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)]
 BOTH = ["precision.fp8=hybrid", "precision.teacher_fp8=e4m3"]
 RECIPES = {
     "tensorwise": [*BOTH, "precision.fp8_recipe=tensorwise"],
@@ -35,11 +46,9 @@ DISTANCE = 0.015
 def run_cases(directory: str, cases: dict[str, list[str]], results: str) -> None:
     """On every rank: train each case; rank 0 writes losses, and how many products had FP8."""
     import te_stand_in
-    import torch
     import torch.distributed as dist
     import transformer_engine_torch
 
-    from nemo_trd.config.load import compose
     from nemo_trd.distributed.process import init_distributed
     from nemo_trd.megatron.student import Student
     from nemo_trd.megatron.teacher import Teacher
@@ -47,7 +56,7 @@ def run_cases(directory: str, cases: dict[str, list[str]], results: str) -> None
     if "mxfp8" in cases:
         te_stand_in.Gpu.major = 10
     watch = init_distributed(timeout_minutes=2)
-    models = [f"model.{role}.path={directory}/{role}" for role in ("student", "teacher")]
+    models = [f"model.{role}.path={directory}/{role}" for role in ROLES]
     settings = ["optimizer.lr=1e-3", "train.max_tokens_per_micro_batch=80"]
     seen: dict[str, Any] = {}
     for name, overrides in cases.items():
@@ -112,6 +121,17 @@ def test_every_product_of_a_layer_has_fp8_and_losses_stay_near_those_of_bf16(
         near(name, seen, bf16)
 
 
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
+def test_computing_activations_again_changes_nothing(
+    recipe: str, models: Path, tmp_path: Path
+) -> None:
+    cases = {
+        how: [*RECIPES[recipe], f"train.recompute={how}"] for how in ("none", "selective", "full")
+    }
+    losses = [seen["losses"] for seen in run(1, models, cases, tmp_path).values()]
+    assert losses[0] == losses[1] == losses[2]
+
+
 def test_fp8_in_parallel_layouts_stays_near_bf16(
     models: Path, bf16: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -124,3 +144,64 @@ def test_fp8_in_parallel_layouts_stays_near_bf16(
 def near(name: str, seen: dict[str, Any], bf16: dict[str, Any]) -> None:
     assert seen["losses"] == pytest.approx(bf16["losses"], rel=DISTANCE), name
     assert seen["losses"] != bf16["losses"], name
+
+
+def test_a_forward_pass_is_that_of_transformers_on_matrices_rounded_to_fp8(
+    models: Path, tmp_path: Path
+) -> None:
+    settings = ["precision.dtype=fp32", "precision.fp8=hybrid", *ONE_EACH]
+    seen = run(1, models, {"fp32": settings}, tmp_path)["fp32"]["losses"][0]
+    config = compose(["model=local", *(f"model.{r}.path={models / r}" for r in ROLES)])
+    load = partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
+    student, teacher = load(models / "student"), load(models / "teacher")
+    steps = trajectories(config, 0)
+    exact = divergence(student, teacher, steps)
+    for layer in student.model.layers:
+        for names in TOGETHER:
+            modules = [layer.get_submodule(name) for name in names]
+            amax = max(module.weight.abs().max() for module in modules)
+            for module in modules:
+                module.weight.data = rounded(module.weight.data, amax)
+                module.register_forward_pre_hook(lambda _, x: rounded(x[0], x[0].abs().max()))
+    assert seen == pytest.approx(divergence(student, teacher, steps), rel=1e-5)
+    assert abs(seen / exact - 1) > 1e-4
+
+
+@torch.no_grad()
+def divergence(student: Any, teacher: Any, trajectories: list[Any]) -> float:
+    """KL(teacher || student) per label; sequences of 16, 32, ... tokens, each by itself."""
+
+    def log_probs(model: Any, context: tuple[int, ...], labels: tuple[int, ...]) -> Tensor:
+        ids = torch.tensor([context + labels[:-1]])
+        logits = model(F.pad(ids, (0, -ids.shape[1] % 16))).logits[0, len(context) - 1 :]
+        return logits[: len(labels)].double().log_softmax(-1)
+
+    total = 0.0
+    for t in trajectories:
+        p = log_probs(teacher, t.teacher_context, t.labels)
+        total += float((p.exp() * (p - log_probs(student, t.student_context, t.labels))).sum())
+    return total / sum(len(t.labels) for t in trajectories)
+
+
+def rounded(x: Tensor, amax: Tensor) -> Tensor:
+    """To the nearest numbers in E4M3, whose largest, 448, stands for `amax`."""
+    return (x * (448 / amax)).to(torch.float8_e4m3fn).float() * (amax / 448)
+
+
+def check_refusals() -> None:
+    """On one rank: what cuBLASLt would refuse, and what the stand-in does not have."""
+    import transformer_engine.pytorch as te
+    import transformer_engine_torch
+    from transformer_engine.common.recipe import Float8CurrentScaling
+
+    layer = te.Linear(64, 64, params_dtype=torch.bfloat16)
+    with te.autocast(recipe=Float8CurrentScaling()):
+        result = layer(torch.ones(24, 64, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match="inner dimension a multiple of 16"):
+        result.sum().backward()  # the weight's gradient is a sum over 24 tokens
+    with pytest.raises(NotImplementedError, match="transformer_engine_torch.gelu: not in the"):
+        transformer_engine_torch.gelu(torch.ones(1), None)
+
+
+def test_the_stand_in_refuses_what_kernels_refuse_and_what_it_does_not_have() -> None:
+    launch(1, check_refusals, transformer_engine=True)

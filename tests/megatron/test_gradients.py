@@ -91,7 +91,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def check_layouts(directory: str, ranks: int) -> None:
+def check_layouts(directory: str, ranks: int, recipes: list[str]) -> None:
     """On every rank."""
     from nemo_trd.distributed.process import init_distributed
 
@@ -99,7 +99,8 @@ def check_layouts(directory: str, ranks: int) -> None:
     expected = torch.load(Path(directory) / "expected.pt")
     for (layout, overrides), tied in product(LAYOUTS[ranks].items(), (False, True)):
         student, states, plan = prepare(directory, tied, overrides, fillers=layout == "tp2 dp2")
-        for recipe, (name, tail, temperature, chunk_size) in RECIPES.items():
+        for recipe in recipes:
+            name, tail, temperature, chunk_size = RECIPES[recipe]
             loss = make_loss(name, tail, temperature=temperature, chunk_size=chunk_size)
             student._head.loss = loss
             measured = loss_and_gradients(student, plan, states)
@@ -169,5 +170,14 @@ def compare(
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_gradients_of_all_parameters_are_those_of_dense_logits(ranks: int, directory: Path) -> None:
-    output = launch(ranks, check_layouts, str(directory), ranks, timeout=400)
+    output = launch(ranks, check_layouts, str(directory), ranks, list(RECIPES), timeout=400)
+    assert output.count("all gradients agree") == ranks
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_so_are_those_of_packed_sequences_in_the_layers_of_transformer_engine(
+    ranks: int, directory: Path
+) -> None:
+    arguments = (str(directory), ranks, list(RECIPES)[:2])
+    output = launch(ranks, check_layouts, *arguments, timeout=400, transformer_engine=True)
     assert output.count("all gradients agree") == ranks

@@ -40,9 +40,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_two_ranks_agree_with_transformers_and_round_trip_exactly(directory: Path) -> None:
+@pytest.mark.parametrize("transformer_engine", [False, True])
+def test_two_ranks_agree_with_transformers_and_round_trip_exactly(
+    transformer_engine: bool, directory: Path
+) -> None:
     layouts = [layout(), layout(tp=2), layout(tp=2, sp=True), layout(pp=2), layout(pp=2, virtual=2)]
-    launch(2, check_layouts, str(directory), layouts, timeout=300)
+    arguments = (str(directory), layouts)
+    launch(2, check_layouts, *arguments, timeout=300, transformer_engine=transformer_engine)
 
 
 def test_four_ranks_agree_with_transformers_and_round_trip_exactly(directory: Path) -> None:

@@ -505,7 +505,10 @@ def multi_tensor_l2norm(
 
 
 def multi_tensor_scale(
-    chunk_size: int, noop: Tensor, lists: Sequence[Sequence[Tensor]], scale: float
+    chunk_size: int, noop: Tensor, lists: Sequence[Sequence[Tensor]], scale: float | Tensor
 ) -> None:
     for source, target in zip(*lists, strict=True):
         target.copy_(source.float() * scale)
+
+
+multi_tensor_scale_tensor = multi_tensor_scale
