@@ -38,8 +38,8 @@ IN_ONE_PROCESS := -n auto --maxprocesses=4 --dist=loadfile \
 IN_SEVERAL := -m "not slow and not gpu and (distributed or vllm or slurm)"
 # What depends on megatron-core and must pass with both of its versions.
 MCORE_TESTS := $(addprefix tests/megatron/, test_checkpoint.py test_gradients.py test_hf_weights.py \
-	test_hf_weights_parallel.py test_model.py test_non_finite.py test_parallel_layouts.py) \
-	tests/run/test_resume.py
+	test_hf_weights_parallel.py test_model.py test_no_waits.py test_non_finite.py \
+	test_parallel_layouts.py) tests/run/test_resume.py
 
 .PHONY: help quickstart test test-fast test-slow test-gpu test-mcore019 test-adapters lint format system-packages env env-mcore019 \
 	vllm-env aligner-env lock clean

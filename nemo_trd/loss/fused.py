@@ -10,9 +10,11 @@ O(chunk_size * vocabulary / tp), whatever the number of positions.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -34,6 +36,8 @@ METRICS = (
     "clipped",  # positions beyond loss.token_clip
     "teacher_tail_mass",  # teacher probability outside its top k
 )
+
+TOP_K_IDS = "top-k ids of the teacher's servers"
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def fused_divergence(
         group: the ranks over which the vocabulary is sharded; None: it is not.
 
     Raises:
-        ValueError: a label outside the vocabulary.
+        ConfigError: a label outside the vocabulary, where they are on the host.
     """
     if loss.top_k is not None and loss.top_k >= vocab_size:
         loss = loss.model_copy(update={"top_k": None})
@@ -107,12 +111,12 @@ def divergence_from_top_k(
     labels are known, at temperature 1: the same on all ranks of `group`.
 
     Raises:
-        ValueError: a label or an id of the teacher outside the vocabulary.
+        ConfigError: a label or an id of the teacher outside the vocabulary, likewise.
     """
     assert teacher.ids.shape == (labels.numel(), loss.top_k) and loss.temperature == 1
     if loss.top_k == vocab_size:  # nothing is left for a bucket
         loss = loss.model_copy(update={"top_k_tail": "renormalize"})
-    _check_ids("top-k ids of the teacher's servers", teacher.ids, vocab_size)
+    check_ids(TOP_K_IDS, teacher.ids, vocab_size)
     shard = own_shard(student_weight.shape[0], vocab_size, group)
     out = _differentiable(student_hidden, student_weight, teacher, labels, loss, vocab_size, shard)
     del out.metrics["teacher_entropy"]
@@ -128,7 +132,7 @@ def _differentiable(
     vocab_size: int,
     shard: VocabShard,
 ) -> DivergenceOutput:
-    _check_ids("labels", labels, vocab_size)
+    check_ids("labels", labels, vocab_size)
     loss_sum, statistics = _FusedDivergence.apply(
         student_hidden, student_weight, teacher, labels, loss, shard, torch.is_grad_enabled()
     )
@@ -139,12 +143,22 @@ def _differentiable(
     )
 
 
-def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
-    if outside.numel():
+def check_ids(name: str, ids: Tensor | Sequence[int], vocab_size: int) -> None:
+    """Refuse ids outside of the vocabulary.
+
+    Those on a device are not looked at, since the host would wait for it: check them before.
+
+    Raises:
+        ConfigError
+    """
+    if isinstance(ids, Tensor) and ids.device.type != "cpu":
+        return
+    values = np.asarray(ids)
+    outside = values[(values < 0) | (values >= vocab_size)]
+    if outside.size:
         raise rule_broken(
             name,
-            int(outside[0]),
+            int(outside.flat[0]),
             f"{name} are ids of a vocabulary of {vocab_size}",
             "use the tokenizer that belongs to the models"
             if name == "labels"
@@ -341,7 +355,7 @@ def token_nll(
 ) -> Tensor:
     """[n]: -log p(label) of each position. Arguments as in `fused_divergence`. No gradient."""
     shard = own_shard(weight.shape[0], vocab_size, group)
-    _check_ids("labels", labels, vocab_size)
+    check_ids("labels", labels, vocab_size)
     weight = weight[: shard.columns]
     nll = hidden.new_empty(labels.numel(), dtype=full_precision(weight))
     for start in range(0, labels.numel(), chunk_size):
@@ -366,7 +380,7 @@ def top_k_of(
     """The k most likely ids at each of n > 0 labels, at temperature 1; as in
     `fused_divergence`."""
     shard = own_shard(weight.shape[0], vocab_size, group)
-    _check_ids("labels", labels, vocab_size)
+    check_ids("labels", labels, vocab_size)
     weight = weight[: shard.columns]
     parts = []
     for start in range(0, labels.numel(), chunk_size):
