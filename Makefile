@@ -42,8 +42,8 @@ PYTEST_ARGS := --durations=15
 SIDE_BY_SIDE := -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 # What depends on megatron-core and must pass with both of its versions.
 MCORE_TESTS := $(addprefix tests/megatron/, test_checkpoint.py test_fp8.py test_gradients.py \
-	test_hf_weights.py test_hf_weights_parallel.py test_model.py test_non_finite.py \
-	test_parallel_layouts.py) tests/run/test_resume.py
+	test_hf_weights.py test_hf_weights_parallel.py test_model.py test_no_waits.py \
+	test_non_finite.py test_parallel_layouts.py) tests/run/test_resume.py
 
 .PHONY: help quickstart test test-fast test-slow test-gpu test-mcore019 test-adapters lint format system-packages environments env \
 	env-mcore019 vllm-env aligner-env lock clean

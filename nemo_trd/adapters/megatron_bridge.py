@@ -36,6 +36,7 @@ from nemo_trd.data.prompts import prompts_of_step
 from nemo_trd.data.types import Microbatch, Prompt
 from nemo_trd.distributed.exchange import raise_together
 from nemo_trd.distributed.process import device
+from nemo_trd.megatron.finite import Findings, NonFiniteError, first_bad_value
 from nemo_trd.megatron.loss_head import LossHead
 from nemo_trd.megatron.model import HiddenStatesModel, has_transformer_engine, load_hf_config
 from nemo_trd.megatron.schedule import is_last_stage, run_model
@@ -63,10 +64,15 @@ def returning_hidden_states(models: list[Any]) -> list[Any]:
 class TRDForwardStep:
     """Megatron's forward step: the divergence along the labels of a micro-batch.
 
-    `head` is there on the last stage once there are process groups: `TRD` makes it.
+    `head` is there on the last stage once there are process groups: `TRD` makes it. `left` is the
+    number of micro-batches that are yet to come in this step.
     """
 
     head: LossHead | None = None
+
+    def __init__(self, left: Callable[[], int]) -> None:
+        self._left = left
+        self._findings: list[Findings] = []
 
     def __call__(
         self,
@@ -86,14 +92,28 @@ class TRDForwardStep:
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         assert teacher_states is not None and self.head is not None
         weight = get_attr_wrapped_model(model, "output_weight")()
-        result = self.head.divergence(hidden, weight, micro_batch, teacher_states)
-        count = torch.tensor(result.count, dtype=torch.int, device=device())
+        result, findings = self.head.divergence(hidden, weight, micro_batch, teacher_states)
+        self._check(findings)
+        count = torch.full((), result.count, dtype=torch.int, device=device())
         # Bridge divides the first by the second, over all micro-batches and ranks.
         report = {
             name: torch.stack([total.detach().float(), count.float()])
             for name, total in {"loss": result.loss_sum, **result.metrics}.items()
         }
         return result.loss_sum, count, report
+
+    def _check(self, findings: Findings) -> None:
+        """Read what a step has found at its last micro-batch: no weight has moved yet.
+
+        Raises:
+            NonFiniteError: naming the trajectory.
+        """
+        self._findings.append(findings)
+        if self._left():
+            return
+        error, self._findings = first_bad_value(self._findings), []
+        if error:
+            raise NonFiniteError(error)
 
 
 class TRD:
@@ -115,8 +135,8 @@ class TRD:
                 "set it, and train.max_tokens_per_micro_batch=null",
             )
         self.config = config
-        self.forward_step = TRDForwardStep()
         self.micro_batches: deque[Item] = deque()
+        self.forward_step = TRDForwardStep(left=lambda: len(self.micro_batches))
 
     def start(self, groups: ProcessGroupCollection) -> None:
         """Read data and tokenizers, and make teacher and generators, beside Bridge's model.

@@ -194,4 +194,5 @@ def _context_batch(
         position_ids=position_ids.view(view),
         label_positions=torch.tensor(positions, dtype=torch.long),
         cu_seqlens=borders if packed else None,
+        longest=max(lengths),
     )

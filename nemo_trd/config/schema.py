@@ -138,7 +138,7 @@ class Teacher(Section):
     # that train. server: the loss.top_k most likely tokens, from generation.vllm.teacher.
     scoring: Literal["megatron", "server"]
     offload_weights: bool  # keep the teacher's weights on the host between steps
-    offload_states: bool  # keep its hidden states on the host until the student needs them
+    offload_states: bool  # keep its hidden states in pinned host memory until they are needed
     # Arguments of its chat template where it scores. null: those of the refinement prompt for that
     # one, data.chat_template_kwargs for a context without a rollout.
     chat_template_kwargs: dict[str, Any] | None = None

@@ -163,6 +163,7 @@ class ContextBatch:
     position_ids: torch.Tensor  # int64, the shape of tokens
     label_positions: torch.Tensor  # int64 [n]: index into tokens.flatten() that predicts label i
     cu_seqlens: torch.Tensor | None  # int32 [b + 1] when packed
+    longest: int  # tokens of the longest sequence, with its padding
 
 
 @dataclass

@@ -33,6 +33,27 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on this rank's device. The host does not wait for the copy.
+
+    From pageable memory it would: until the device has done all that was asked of it before.
+    """
+    if device().type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device(), non_blocking=True)
+
+
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in pinned host memory for `to_device`, for which the host does not wait either.
+
+    The host itself must not read it: it is complete when the device has come so far.
+    """
+    if not tensor.is_cuda:
+        return tensor.cpu()
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return copy.copy_(tensor, non_blocking=True)
+
+
 def world_from_environment() -> tuple[int, int, int]:
     """(rank, world size, local rank) as torchrun or srun set them; one process without either."""
     environment = os.environ

@@ -17,8 +17,7 @@ class Divergence:
 
     title: its name for people.
     workspace: number of fp32 tensors [chunk, V/tp] that its closed form holds at one time beside
-        the logits of both models. Two of them are copies, which logits in fp32 at temperature 1
-        do not need.
+        the logits of both models.
     """
 
     title: str
@@ -26,7 +25,7 @@ class Divergence:
 
 
 DIVERGENCES: dict[DivergenceName, Divergence] = {
-    "forward_kl": Divergence("forward KL", workspace=7),
-    "reverse_kl": Divergence("reverse KL", workspace=7),
-    "jsd": Divergence("JSD", workspace=8.25),
+    "forward_kl": Divergence("forward KL", workspace=5),
+    "reverse_kl": Divergence("reverse KL", workspace=5),
+    "jsd": Divergence("JSD", workspace=6.25),
 }

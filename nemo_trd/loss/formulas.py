@@ -71,7 +71,7 @@ def _jsd(
     # -log(1 + weight (exp(-|log t/s|) - 1)) is log t/m where t > s, log s/m elsewhere: it neither
     # overflows nor subtracts large numbers. The other of the two is |log t/s| less.
     nearer = ratio.abs().neg_().expm1_()
-    nearer.mul_(torch.where(ratio > 0, ratio.new_tensor(1 - beta), ratio.new_tensor(beta)))
+    nearer.mul_(torch.where(ratio > 0, ratio.new_full((), 1 - beta), ratio.new_full((), beta)))
     nearer.log1p_().neg_()
     r = torch.sub(nearer, ratio.clamp(min=0), out=log_s)
     mean_s, mean_t = total((s * r).sum(-1), nearer.add_(ratio.clamp_(max=0)).mul_(t).sum(-1))

@@ -10,9 +10,11 @@ O(chunk_size * vocabulary / tp), whatever the number of positions.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,6 +22,7 @@ from torch import Tensor
 from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import Loss
 from nemo_trd.loss.formulas import closed_form
+from nemo_trd.loss.logits import CPU_BLOCK_BYTES, full_precision, logits_of
 from nemo_trd.loss.top_k import TopK, most_likely, on_support, on_top_k
 from nemo_trd.loss.vocab_shard import VocabShard, log_softmax, own_shard, pick
 
@@ -33,8 +36,8 @@ METRICS = (
     "clipped",  # positions beyond loss.token_clip
     "teacher_tail_mass",  # teacher probability outside its top k
 )
-# Bytes of logits that are worked on at once on a CPU, so that they stay in its caches.
-CPU_BLOCK_BYTES = 8 << 20
+
+TOP_K_IDS = "top-k ids of the teacher's servers"
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def fused_divergence(
         group: the ranks over which the vocabulary is sharded; None: it is not.
 
     Raises:
-        ValueError: a label outside the vocabulary.
+        ConfigError: a label outside the vocabulary, where they are on the host.
     """
     if loss.top_k is not None and loss.top_k >= vocab_size:
         loss = loss.model_copy(update={"top_k": None})
@@ -91,9 +94,7 @@ def fused_divergence(
     shard = own_shard(student_weight.shape[0], vocab_size, group)
     if shard.group is not None:
         assert student_weight.shape[0] == teacher_weight.shape[0], "shards differ"
-    teacher = _Logits(
-        teacher_hidden.detach(), teacher_weight.detach()[: shard.columns], min(loss.chunk_size, n)
-    )
+    teacher = _Logits(teacher_hidden, teacher_weight[: shard.columns], loss)
     return _differentiable(student_hidden, student_weight, teacher, labels, loss, vocab_size, shard)
 
 
@@ -110,12 +111,12 @@ def divergence_from_top_k(
     labels are known, at temperature 1: the same on all ranks of `group`.
 
     Raises:
-        ValueError: a label or an id of the teacher outside the vocabulary.
+        ConfigError: a label or an id of the teacher outside the vocabulary, likewise.
     """
     assert teacher.ids.shape == (labels.numel(), loss.top_k) and loss.temperature == 1
     if loss.top_k == vocab_size:  # nothing is left for a bucket
         loss = loss.model_copy(update={"top_k_tail": "renormalize"})
-    _check_ids("top-k ids of the teacher's servers", teacher.ids, vocab_size)
+    check_ids(TOP_K_IDS, teacher.ids, vocab_size)
     shard = own_shard(student_weight.shape[0], vocab_size, group)
     out = _differentiable(student_hidden, student_weight, teacher, labels, loss, vocab_size, shard)
     del out.metrics["teacher_entropy"]
@@ -131,7 +132,7 @@ def _differentiable(
     vocab_size: int,
     shard: VocabShard,
 ) -> DivergenceOutput:
-    _check_ids("labels", labels, vocab_size)
+    check_ids("labels", labels, vocab_size)
     loss_sum, statistics = _FusedDivergence.apply(
         student_hidden, student_weight, teacher, labels, loss, shard, torch.is_grad_enabled()
     )
@@ -142,12 +143,22 @@ def _differentiable(
     )
 
 
-def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
-    if outside.numel():
+def check_ids(name: str, ids: Tensor | Sequence[int], vocab_size: int) -> None:
+    """Refuse ids outside of the vocabulary.
+
+    Those on a device are not looked at, since the host would wait for it: check them before.
+
+    Raises:
+        ConfigError
+    """
+    if isinstance(ids, Tensor) and ids.device.type != "cpu":
+        return
+    values = np.asarray(ids)
+    outside = values[(values < 0) | (values >= vocab_size)]
+    if outside.size:
         raise rule_broken(
             name,
-            int(outside[0]),
+            int(outside.flat[0]),
             f"{name} are ids of a vocabulary of {vocab_size}",
             "use the tokenizer that belongs to the models"
             if name == "labels"
@@ -156,19 +167,23 @@ def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
 
 
 class _Logits:
-    """The teacher's logits [n, v] on this shard, a chunk at a time: the next overwrites the last.
+    """A model's tempered logits [n, v] on this shard, a chunk at a time: the next overwrites the
+    last.
 
-    hidden: [n, Ht]; weight: [v, Ht], no padding; longest: rows of the longest chunk.
+    hidden: [n, H]; weight: [v, H], no padding.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, longest: int) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, loss: Loss) -> None:
         self._hidden = hidden
         self._weight = weight
-        self._buffer = weight.new_empty(longest, len(weight))
+        self._temperature = loss.temperature
+        longest = min(loss.chunk_size, len(hidden))
+        self._buffer = weight.new_empty(longest, len(weight), dtype=full_precision(weight))
 
     def __getitem__(self, chunk: slice) -> Tensor:
-        hidden = self._hidden[chunk].to(self._weight.dtype)
-        return torch.mm(hidden, self._weight.t(), out=self._buffer[: len(hidden)])
+        hidden = self._hidden[chunk]
+        logits = logits_of(hidden, self._weight, out=self._buffer[: len(hidden)])
+        return logits if self._temperature == 1 else logits.div_(self._temperature)
 
 
 class _FusedDivergence(torch.autograd.Function):
@@ -185,7 +200,7 @@ class _FusedDivergence(torch.autograd.Function):
         shard: VocabShard,
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
-        exact = torch.promote_types(student_weight.dtype, torch.float32)
+        exact = full_precision(student_weight)
         wants_hidden, wants_weight = (grad_enabled and need for need in ctx.needs_input_grad[:2])
         d_hidden = torch.zeros_like(student_hidden) if wants_hidden else None
         d_weight = torch.zeros_like(student_weight, dtype=exact) if wants_weight else None
@@ -193,25 +208,27 @@ class _FusedDivergence(torch.autograd.Function):
 
         # Padding is cut off here, once: no mask, no wasted work, no way for junk to come in.
         weight = student_weight[: shard.columns]
+        student = _Logits(student_hidden, weight, loss)
         block = loss.chunk_size
         if not weight.is_cuda:
             row_bytes = student_weight.shape[0] * exact.itemsize  # the same on all ranks
             block = max(1, CPU_BLOCK_BYTES // row_bytes)
-        buffer = weight.new_empty(min(loss.chunk_size, labels.numel()), shard.columns)
         for start in range(0, labels.numel(), loss.chunk_size):
             chunk = slice(start, start + loss.chunk_size)
-            hidden = student_hidden[chunk].to(weight.dtype)
-            logits = torch.mm(hidden, weight.t(), out=buffer[: len(hidden)])
-            others = teacher[chunk]
-            for i in range(0, len(hidden), block):
+            logits, others = student[chunk], teacher[chunk]
+            # The gradient takes the place of the logits. In half precision, as the products below
+            # need it, it is the first half of each row.
+            gradient = logits.view(weight.dtype)[:, : shard.columns]
+            for i in range(0, len(logits), block):
                 rows = slice(i, i + block)
-                statistics[:, chunk][:, rows] = _tokens(
+                statistics[:, chunk][:, rows], gradient[rows] = _tokens(
                     logits[rows], others[rows], labels[chunk][rows], loss, shard
                 )
             if d_hidden is not None:
-                d_hidden[chunk] = logits @ weight
+                d_hidden[chunk] = gradient @ weight
             if d_weight is not None:
-                _add_outer(d_weight[: shard.columns], logits, hidden)
+                hidden = student_hidden[chunk].to(weight.dtype)
+                _add_outer(d_weight[: shard.columns], gradient, hidden)
         ctx.gradients = d_hidden, d_weight
         ctx.weight_dtype = student_weight.dtype
         ctx.mark_non_differentiable(statistics)
@@ -241,23 +258,21 @@ def _add_outer(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
 
 
 def _tokens(
-    student: Tensor, teacher: Tensor | TopK, labels: Tensor, loss: Loss, shard: VocabShard
-) -> Tensor:
-    """Statistics of n positions; the gradient in the raw logits replaces `student`, in place.
+    z_s: Tensor, teacher: Tensor | TopK, labels: Tensor, loss: Loss, shard: VocabShard
+) -> tuple[Tensor, Tensor]:
+    """Statistics of n positions, and the gradient in the student's raw logits.
 
     Args:
-        student: [n, v] raw logits on this shard.
-        teacher: the same, or the top k of these positions.
+        z_s: [n, v], the student's tempered logits on this shard.
+        teacher: the teacher's, or the top k of these positions.
         labels: [n]
 
-    Returns: [len(METRICS) + 1, n]; the last row is the divergence before the clip.
+    Returns: [len(METRICS) + 1, n], whose last row is the divergence before the clip; and [n, v].
     """
-    exact = torch.promote_types(student.dtype, torch.float32)
-    z_s = _tempered(student, exact, loss)
     if isinstance(teacher, TopK):
         compared = _with_top_k(z_s, teacher, labels, loss, shard)
     else:
-        compared = _with_logits(z_s, _tempered(teacher, exact, loss), labels, loss, shard)
+        compared = _with_logits(z_s, teacher, labels, loss, shard)
     value, gradient = compared.value, compared.gradient
     if loss.token_clip is None:
         clipped_value, clipped = value, torch.zeros_like(value)
@@ -266,15 +281,9 @@ def _tokens(
         gradient.mul_(~clipped[:, None])
     if loss.temperature != 1:
         gradient.div_(loss.temperature)
-    student.copy_(gradient)
     both = (*compared.nll, *compared.entropy, compared.agreement)
     rows = (clipped_value, *both, clipped, compared.tail, value)
-    return torch.stack([row.to(exact) for row in rows])
-
-
-def _tempered(logits: Tensor, dtype: torch.dtype, loss: Loss) -> Tensor:
-    z = logits.to(dtype)
-    return z if loss.temperature == 1 else z / loss.temperature
+    return torch.stack([row.to(z_s.dtype) for row in rows]), gradient
 
 
 class _Comparison(NamedTuple):
@@ -346,14 +355,13 @@ def token_nll(
 ) -> Tensor:
     """[n]: -log p(label) of each position. Arguments as in `fused_divergence`. No gradient."""
     shard = own_shard(weight.shape[0], vocab_size, group)
-    _check_ids("labels", labels, vocab_size)
+    check_ids("labels", labels, vocab_size)
     weight = weight[: shard.columns]
-    exact = torch.promote_types(weight.dtype, torch.float32)
-    nll = hidden.new_empty(labels.numel(), dtype=exact)
+    nll = hidden.new_empty(labels.numel(), dtype=full_precision(weight))
     for start in range(0, labels.numel(), chunk_size):
         chunk = slice(start, start + chunk_size)
-        logits = (hidden[chunk].to(weight.dtype) @ weight.t()).to(exact) / temperature
-        (log_probs,), _ = log_softmax([logits], shard)
+        logits = logits_of(hidden[chunk], weight)
+        (log_probs,), _ = log_softmax([logits.div_(temperature)], shard)
         (nll[chunk],) = shard.total(-_label(log_probs, labels[chunk], shard))
     return nll
 
@@ -372,14 +380,12 @@ def top_k_of(
     """The k most likely ids at each of n > 0 labels, at temperature 1; as in
     `fused_divergence`."""
     shard = own_shard(weight.shape[0], vocab_size, group)
-    _check_ids("labels", labels, vocab_size)
+    check_ids("labels", labels, vocab_size)
     weight = weight[: shard.columns]
-    exact = torch.promote_types(weight.dtype, torch.float32)
     parts = []
     for start in range(0, labels.numel(), chunk_size):
         chunk = slice(start, start + chunk_size)
-        logits = (hidden[chunk].to(weight.dtype) @ weight.t()).to(exact)
-        (log_probs,), _ = log_softmax([logits], shard)
+        (log_probs,), _ = log_softmax([logits_of(hidden[chunk], weight)], shard)
         (of_labels,) = shard.total(_label(log_probs, labels[chunk], shard))
         parts.append((*most_likely(log_probs, k, shard), of_labels))
     return TopK(*map(torch.cat, zip(*parts, strict=True)))

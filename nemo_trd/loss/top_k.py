@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +29,9 @@ class TopK:
     def __getitem__(self, rows: slice) -> TopK:
         return TopK(self.ids[rows], self.log_probs[rows], self.label_log_probs[rows])
 
-    def to(self, device: torch.device) -> TopK:
-        return TopK(self.ids.to(device), self.log_probs.to(device), self.label_log_probs.to(device))
+    def moved(self, move: Callable[[Tensor], Tensor]) -> TopK:
+        """The same with every tensor moved to another place."""
+        return TopK(move(self.ids), move(self.log_probs), move(self.label_log_probs))
 
     def log_tail(self) -> Tensor:
         """[n]: log-probability of all other ids together.

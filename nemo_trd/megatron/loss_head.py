@@ -14,16 +14,18 @@ from torch import Tensor
 
 from nemo_trd.config.schema import Loss, ModelSource
 from nemo_trd.data.types import Microbatch
-from nemo_trd.distributed.process import device
+from nemo_trd.distributed.process import device, to_device
 from nemo_trd.loss.fused import (
+    TOP_K_IDS,
     DivergenceOutput,
+    check_ids,
     divergence_from_top_k,
     fused_divergence,
     token_nll,
     top_k_of,
 )
 from nemo_trd.loss.top_k import TopK
-from nemo_trd.megatron.finite import check_divergence, check_hidden_states
+from nemo_trd.megatron.finite import Findings, look
 from nemo_trd.megatron.hf_weights import read_output_weight
 from nemo_trd.megatron.model import load_hf_config
 from nemo_trd.megatron.schedule import label_rows
@@ -61,8 +63,10 @@ class LossHead:
 
     def divergence(
         self, hidden: Tensor, weight: Tensor, micro_batch: Microbatch, teacher: Tensor | TopK
-    ) -> DivergenceOutput:
+    ) -> tuple[DivergenceOutput, Findings]:
         """Compute D(pi_T, pi_theta) at the labels of a micro-batch, with its gradients.
+
+        Nothing is read back from the device; what is not finite is among the findings.
 
         Args:
             hidden: the student's final hidden states as its last stage returns them.
@@ -70,21 +74,23 @@ class LossHead:
             teacher: hidden states [n, Ht] at the n labels, or the teacher's top k there.
 
         Raises:
-            NonFiniteError: naming the trajectory.
+            ConfigError: a label outside the vocabulary.
         """
-        split = self.sequence_parallel * self.groups.tp.rank() * len(hidden)
-        check_hidden_states(micro_batch, hidden, split)
-        rows, labels = self._rows(hidden, micro_batch), micro_batch.labels.to(device())
+        rows, labels = self._rows(hidden, micro_batch), _labels(micro_batch, self.vocab_size)
         common = labels, self.loss, self.vocab_size, self.groups.tp
         if isinstance(teacher, TopK):
-            result = divergence_from_top_k(rows, weight, teacher.to(device()), *common)
-            check_divergence(micro_batch, result.token_divergence, teacher.log_probs)
+            check_ids(TOP_K_IDS, teacher.ids, self.vocab_size)
+            teacher = teacher.moved(to_device)
+            result, states = (
+                divergence_from_top_k(rows, weight, teacher, *common),
+                teacher.log_probs,
+            )
         else:
             assert self.teacher_weight is not None
-            states = teacher.to(device())
+            states = to_device(teacher)
             result = fused_divergence(rows, weight, states, self.teacher_weight, *common)
-            check_divergence(micro_batch, result.token_divergence, teacher)
-        return result
+        split = self.sequence_parallel * self.groups.tp.rank() * len(hidden)
+        return result, look(micro_batch, hidden, split, result.token_divergence, states)
 
     def token_nll(
         self, hidden: Tensor, weight: Tensor, micro_batch: Microbatch, vocab_size: int
@@ -93,7 +99,7 @@ class LossHead:
         return token_nll(
             self._rows(hidden, micro_batch),
             weight,
-            micro_batch.labels.to(device()),
+            _labels(micro_batch, vocab_size),
             temperature=1.0,
             vocab_size=vocab_size,
             chunk_size=self.loss.chunk_size,
@@ -113,9 +119,9 @@ class LossHead:
             return TopK(teacher.ids[:, :k], teacher.log_probs[:, :k], teacher.label_log_probs)
         assert self.teacher_weight is not None
         return top_k_of(
-            teacher.to(device()),
+            to_device(teacher),
             self.teacher_weight,
-            labels.to(device()),
+            to_device(labels),
             k,
             vocab_size=vocab_size,
             chunk_size=self.loss.chunk_size,
@@ -124,3 +130,10 @@ class LossHead:
 
     def _rows(self, hidden: Tensor, micro_batch: Microbatch) -> Tensor:
         return label_rows(hidden, micro_batch.student, self.groups, self.sequence_parallel)
+
+
+def _labels(micro_batch: Microbatch, vocab_size: int) -> Tensor:
+    """Labels [n] on the device, checked on the host."""
+    ids = [token for trajectory in micro_batch.trajectories for token in trajectory.labels]
+    check_ids("labels", ids, vocab_size)
+    return to_device(micro_batch.labels)

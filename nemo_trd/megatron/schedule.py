@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from nemo_trd.data.types import ContextBatch
-from nemo_trd.distributed.process import device
+from nemo_trd.distributed.process import to_device
 
 ForwardStep = Callable[..., tuple[Tensor, Callable[..., Any]]]
 
@@ -75,8 +75,7 @@ def run_model(model: torch.nn.Module, batch: ContextBatch) -> Tensor:
     """Hidden states [s, b, h] of one micro-batch, or the input of the next stage."""
     packed = None
     if batch.cu_seqlens is not None:
-        borders = batch.cu_seqlens.to(device())
-        longest = int((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).max())
+        borders, longest = to_device(batch.cu_seqlens), batch.longest
         packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=borders,
@@ -85,8 +84,8 @@ def run_model(model: torch.nn.Module, batch: ContextBatch) -> Tensor:
             max_seqlen_kv=longest,
         )
     return model(
-        input_ids=batch.tokens.to(device()),
-        position_ids=batch.position_ids.to(device()),
+        input_ids=to_device(batch.tokens),
+        position_ids=to_device(batch.position_ids),
         attention_mask=None,
         packed_seq_params=packed,
     )
@@ -104,6 +103,6 @@ def label_rows(
         hidden = gather_from_sequence_parallel_region(
             hidden, tensor_parallel_output_grad=True, group=groups.tp
         )
-    rows = hidden.transpose(0, 1).flatten(0, 1)[batch.label_positions.to(hidden.device)]
+    rows = hidden.transpose(0, 1).flatten(0, 1)[to_device(batch.label_positions)]
     # On the rows, not on `hidden`: megatron's sum over ranks is lost on strided gradients.
     return rows if sequence_parallel else copy_to_tensor_model_parallel_region(rows, groups.tp)

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -19,14 +18,17 @@ from torch import Tensor
 from nemo_trd.algorithm import micro_batches
 from nemo_trd.config.schema import Config
 from nemo_trd.data.types import LabelFigures, Microbatch, Trajectory
+from nemo_trd.distributed.exchange import merge_shares
 from nemo_trd.distributed.process import device
 from nemo_trd.loss.top_k import TopK
+from nemo_trd.megatron import finite
 from nemo_trd.megatron.hf_weights import export_hf_weights, load_hf_weights
 from nemo_trd.megatron.learning_rate import scheduler
 from nemo_trd.megatron.loss_head import LossHead
 from nemo_trd.megatron.model import build_model, has_transformer_engine, load_hf_config
 from nemo_trd.megatron.optimizer import make_optimizer
 from nemo_trd.megatron.process_groups import process_groups
+from nemo_trd.megatron.reports import Report, read_figures, read_labels, read_sums
 from nemo_trd.megatron.schedule import is_last_stage, run_model, run_schedule
 from nemo_trd.models.family import shared_vocab_size
 from nemo_trd.models.served import is_only_served, read_served
@@ -62,7 +64,7 @@ class Student:
         load_hf_weights(self.models, self.hf, source.path, self.groups)
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            check_for_nan_in_grad=True,
+            check_for_nan_in_grad=False,  # nemo_trd.megatron.finite does, when the passes are done
             use_distributed_optimizer=config.optimizer.distributed,
             overlap_grad_reduce=config.optimizer.overlap_grad_reduce,
         )
@@ -168,20 +170,17 @@ class Student:
         *,
         forward_only: bool,
     ) -> StepResult:
-        reports = run_schedule(
+        reports = run_schedule(  # in here nothing is read back from the device
             self.chunks,
-            self._forward_step(partial(self._divergence, watch=frozenset(watch))),
+            self._forward_step(self._divergence),
             list(zip(plan[self.groups.dp.rank()], teacher_states, strict=True)),
             self.groups,
             forward_only=forward_only,
             shape=micro_batches.common_shape(plan),
         )
-        sums, watched = self._merge(reports)
-        metrics = {name: total / sums["tokens"] for name, total in sums.items()}
-        metrics["loss"] = metrics["divergence"]
-        metrics["label_tokens"] = sums["tokens"]
-        del metrics["tokens"]
-        return StepResult(metrics, watched)
+        finite.check([r.findings for r in reports], () if forward_only else self.chunks)
+        share = [(read_sums(reports), read_figures(reports, watch))] if reports else []
+        return _merged(self._everyone(share))
 
     @torch.no_grad()
     def teacher_top_k(
@@ -217,7 +216,8 @@ class Student:
         )
         for chunk in self.chunks:
             chunk.train()
-        return {name: nll for report in self._everyone(reports) for name, nll in report.items()}
+        shares = self._everyone([read_labels(reports)])
+        return {name: nll for share in shares for name, nll in share.items()}
 
     def export_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor under its Hugging Face name, whole, on every rank, one at a time."""
@@ -232,53 +232,33 @@ class Student:
         return forward_step
 
     def _divergence(
-        self,
-        micro_batch: Microbatch,
-        teacher_states: Tensor | TopK,
-        hidden: Tensor,
-        *,
-        watch: frozenset[str],
-    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        self, micro_batch: Microbatch, teacher_states: Tensor | TopK, hidden: Tensor
+    ) -> tuple[Tensor, Tensor, Report]:
         weight = self.models[-1].output_weight()
-        result = self._head.divergence(hidden, weight, micro_batch, teacher_states)
-        tokens = torch.tensor(len(micro_batch.labels), dtype=torch.int, device=device())
-        sums = {name: float(value) for name, value in result.metrics.items()}
-        figures = torch.stack([result.token_divergence, *result.token_nll]).cpu() if watch else None
-        watched = {
-            t.name: LabelFigures(*figures[:, micro_batch.trajectory_index == i].tolist())
-            for i, t in enumerate(micro_batch.trajectories)
-            if figures is not None and t.name in watch
-        }
-        report = {"sums": {**sums, "tokens": float(tokens)}, "watched": watched}
-        return result.loss_sum, tokens, report
+        result, findings = self._head.divergence(hidden, weight, micro_batch, teacher_states)
+        tokens = torch.full((), result.count, dtype=torch.int, device=device())
+        figures = torch.stack([result.token_divergence, *result.token_nll])
+        return result.loss_sum, tokens, Report(micro_batch, result.metrics, findings, figures)
 
     def _nll(
         self, micro_batch: Microbatch, _: None, hidden: Tensor, non_loss_data: bool
-    ) -> dict[str, list[float]]:
+    ) -> tuple[Microbatch, Tensor]:
         weight = self.models[-1].output_weight()
-        nll = self._head.token_nll(hidden, weight, micro_batch, self.hf.vocab_size)
-        return {
-            t.name: nll.cpu()[micro_batch.trajectory_index == i].tolist()
-            for i, t in enumerate(micro_batch.trajectories)
-        }
+        return micro_batch, self._head.token_nll(hidden, weight, micro_batch, self.hf.vocab_size)
 
-    def _everyone(self, reports: Sequence[Any]) -> list[Any]:
-        """The reports of all micro-batches of all data parallel ranks, on every rank."""
-        has_them = is_last_stage(self.groups) and self.groups.tp.rank() == 0
-        shares: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(shares, list(reports) if has_them else [])
-        return [report for share in shares for report in share]
+    def _everyone(self, share: list[Any]) -> list[Any]:
+        """What the data parallel ranks have read of their last stages, on every rank."""
+        has_it = is_last_stage(self.groups) and self.groups.tp.rank() == 0
+        return merge_shares(share if has_it else [])
 
-    def _merge(
-        self, reports: Sequence[dict[str, Any]]
-    ) -> tuple[dict[str, float], dict[str, LabelFigures]]:
-        sums: dict[str, float] = {}
-        watched: dict[str, LabelFigures] = {}
-        for report in self._everyone(reports):
-            for name, value in report["sums"].items():
-                sums[name] = sums.get(name, 0.0) + value
-            watched |= report["watched"]
-        return sums, watched
+
+def _merged(shares: Sequence[tuple[dict[str, float], dict[str, LabelFigures]]]) -> StepResult:
+    """Result of a step from sums over labels and watched figures of data parallel ranks."""
+    totals = {name: sum(sums[name] for sums, _ in shares) for name in shares[0][0]}
+    tokens = totals.pop("tokens")
+    means = {name: total / tokens for name, total in totals.items()}
+    metrics = {**means, "loss": means["divergence"], "label_tokens": tokens}
+    return StepResult(metrics, {name: f for _, own in shares for name, f in own.items()})
 
 
 def _teacher_hf(config: Config) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nemo_trd.config.schema import Config
 from nemo_trd.data.types import Microbatch
-from nemo_trd.distributed.process import device
+from nemo_trd.distributed.process import device, to_host
 from nemo_trd.megatron.hf_weights import load_hf_weights
 from nemo_trd.megatron.model import HiddenStatesModel, build_model, load_hf_config
 from nemo_trd.megatron.process_groups import process_groups
@@ -79,7 +79,7 @@ class Teacher:
                 destinations=self._destinations[student],
             )
             if state is not None:
-                received[position] = state.cpu() if self._offload_states else state
+                received[position] = to_host(state) if self._offload_states else state
         return [received.get(position) for position in range(len(micro_batches[0]))]
 
     def _owns(self, index: int) -> bool:

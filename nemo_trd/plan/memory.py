@@ -23,7 +23,7 @@ from nemo_trd.plan.activations import (
 from nemo_trd.plan.shapes import key_value_bytes, parameters, stage_parameters
 
 GIB = 2**30
-TOP_K_TENSORS = 7  # workspace of any divergence on the teacher's top k
+TOP_K_TENSORS = 5  # workspace of any divergence on the teacher's top k
 
 
 @dataclass(frozen=True)
@@ -237,8 +237,7 @@ def loss_workspace_bytes(config: Config, student: Any, lengths: Lengths) -> int:
     chunk = min(config.loss.chunk_size, lengths.labels)
     limited = config.loss.top_k is not None
     tensors = TOP_K_TENSORS if limited else DIVERGENCES[config.loss.divergence].workspace
-    tensors -= 2 if element == 4 and config.loss.temperature == 1 else 0
-    logits = round(chunk * rows * (2 * element + 4 * tensors))
+    logits = round(chunk * rows * 4 * (2 + tensors))  # fp32, whatever the weights
     logits += chunk * hidden * (element + 4) + lengths.labels * 80  # a chunk's rows; statistics
     # Summed in fp32; when the logits are gone it is copied to the weight's dtype.
     weight_gradient = rows * hidden * 4

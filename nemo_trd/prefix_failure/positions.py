@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,6 +18,7 @@ from nemo_trd.algorithm.trajectories import trajectory_length
 from nemo_trd.config.schema import Loss
 from nemo_trd.data.types import ContextBatch
 from nemo_trd.loss.formulas import closed_form
+from nemo_trd.loss.logits import logits_of
 from nemo_trd.prefix_failure.answers import Answer
 from nemo_trd.records.prefix_failure import DIVERGENCES
 
@@ -155,9 +155,7 @@ def _figures(
 
 
 def _log_probs(hidden: Tensor, weight: Tensor, loss: Loss) -> Tensor:
-    logits = F.linear(hidden, weight)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.log_softmax(logits / loss.temperature, -1)
+    return torch.log_softmax(logits_of(hidden, weight).div_(loss.temperature), -1)
 
 
 def _norm(rows: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from packaging.version import Version
+
 from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.schema import Config, Precision
 from nemo_trd.preflight.batch import megatron_layouts
@@ -15,6 +17,7 @@ from nemo_trd.verifiers.sandbox import check_sandbox
 
 # Compute capability from which on TransformerEngine has a recipe.
 FP8_NEEDS = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+MIXED_PRODUCTS = (2, 10)  # the oldest PyTorch whose CUDA adds products of bf16 to fp32
 
 
 def machine_problems(config: Config) -> Iterator[ConfigError]:
@@ -46,6 +49,8 @@ def machine_problems(config: Config) -> Iterator[ConfigError]:
             f"each rank has a GPU of its own and {gpus} are visible",
             "start fewer ranks a machine, or make more GPUs visible (CUDA_VISIBLE_DEVICES)",
         )
+    if gpus and config.precision.dtype == "bf16":
+        yield from _torch_without_mixed_products()
     yield from _transformer_engine_settings(config)
     yield from _fp8_of_another_gpu(config.precision)
     if config.data.verifier == "code":
@@ -64,6 +69,23 @@ def machine_problems(config: Config) -> Iterator[ConfigError]:
                 f"the package {package} is not installed",
                 f"pip install 'nemo_trd[{package}]', or set {field}=null",
             )
+
+
+def _torch_without_mixed_products() -> Iterator[ConfigError]:
+    """Yield the rule that the loss's products of bf16 factors, summed in fp32, are there.
+
+    `torch.mm(..., out_dtype=)` came with PyTorch 2.8; that `torch.addmm` adds to fp32 with 2.10.
+    """
+    import torch
+
+    if Version(torch.__version__).release < MIXED_PRODUCTS:
+        yield rule_broken(
+            "torch",
+            torch.__version__,
+            "the loss of bf16 models on a GPU needs PyTorch "
+            f"{'.'.join(map(str, MIXED_PRODUCTS))} or newer",
+            "install a newer PyTorch or take a newer image, or set precision.dtype=fp32",
+        )
 
 
 def _transformer_engine_settings(config: Config) -> Iterator[ConfigError]:

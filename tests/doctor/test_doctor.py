@@ -89,8 +89,8 @@ def test_missing_package_is_a_fault_with_its_fix_and_exit_code_1(
         ("megatron-core", "0.16.1", True),
         ("megatron-core", "0.18.0+nv26.6", True),
         ("megatron-core", "0.20.0rc1", False),
-        ("torch", "2.9.0a0+1.nv25.11", True),
-        ("torch", "2.8.0", False),
+        ("torch", "2.10.0a0+1.nv25.12", True),
+        ("torch", "2.9.1", False),
     ],
 )
 def test_range_of_a_requirement_holds_for_builds_and_release_candidates_too(

@@ -248,6 +248,29 @@ def test_log_normalisers_are_fp32_whatever_the_weights(tail: str) -> None:
     assert out.metrics["student_nll"].item() == pytest.approx(nll.item(), rel=1e-6)
 
 
+@every_divergence
+@every_tail
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_models_in_bf16_that_are_close_to_each_other_are_told_apart(
+    name: str, tail: str, temperature: float
+) -> None:
+    """Logits of size 4 that differ by 0.03: as much as bf16 would round them by."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(20, 64, generator=g).bfloat16()
+    weight = torch.randn(600, 64, generator=g).div(2).bfloat16()
+    other = (weight + 0.03 / 8 * torch.randn(600, 64, generator=g)).bfloat16()
+    labels = torch.zeros(20, dtype=torch.int64)
+    inputs = Inputs(hidden.clone(), weight.requires_grad_(), hidden, other, labels)
+    inputs.student_hidden.requires_grad_()
+    loss = make_loss(name, tail, temperature=temperature, chunk_size=12)
+    value, d_hidden, d_weight = reference(inputs, loss, vocab=600)
+    out = run(inputs, loss, vocab=600)
+    assert distance(out.token_divergence, value) < 3e-4
+    # The gradients themselves are bf16, 2^-9 at most from any number.
+    assert distance(inputs.student_hidden.grad, d_hidden) < 4e-3
+    assert distance(inputs.student_weight.grad, d_weight) < 4e-3
+
+
 @pytest.mark.parametrize("junk", [1e30, math.inf, math.nan])
 @every_tail
 @every_divergence

@@ -102,7 +102,7 @@ def check_against_dense(loss: Loss, vocab: int, sequence_parallel: bool, tied: b
     else:
         hidden = states.view(s, b, -1)
         hidden = (own(hidden) if sequence_parallel else hidden.clone()).requires_grad_()
-    batch = ContextBatch(tokens.t(), tokens.t(), positions, None)
+    batch = ContextBatch(tokens.t(), tokens.t(), positions, None, len(tokens))
     rows = label_rows(hidden, batch, SimpleNamespace(tp=group), sequence_parallel)
     out = fused_divergence(rows, weight, ht, own(wt), labels, loss, vocab, group)
     (0.5 * out.loss_sum).backward()

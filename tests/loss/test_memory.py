@@ -93,7 +93,7 @@ def test_twice_the_tokens_add_no_more_than_hidden_states_and_their_gradient(
 @every_tail
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_logit_of_a_chunk_takes_28_to_44_bytes(
+def test_a_logit_of_a_chunk_takes_28_to_33_bytes(
     name: str, tail: str, temperature: float, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     """Of student and teacher together, and of all that is computed from it."""
@@ -106,7 +106,8 @@ def test_a_logit_of_a_chunk_takes_28_to_44_bytes(
 
     peak(chunk)
     bytes_per_logit = (peak(2 * chunk) - peak(chunk)) / (chunk * vocab)
-    assert 28 <= bytes_per_logit < 45  # the top k and the statistics are what is beyond 44
+    # The top k and the statistics are what is beyond 33.
+    assert 28 <= bytes_per_logit < 33.1
 
 
 @every_divergence

@@ -512,6 +512,20 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("models")
+def test_bf16_on_a_gpu_needs_a_torch_that_sums_its_products_in_fp32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.__version__", "2.9.1+cu128")
+    check(settings("precision.dtype=bf16"), 1)  # on a CPU any will do
+    monkeypatch.setattr(nemo_trd.preflight.machine, "gpu_count", lambda: 1)
+    message = refusal(settings("precision.dtype=bf16"), 1)
+    assert message.startswith("torch = '2.9.1+cu128'") and "PyTorch 2.10" in message
+    check(settings("precision.dtype=fp32"), 1)
+    monkeypatch.setattr("torch.__version__", "2.10.0a0+nv25.12")
+    check(settings("precision.dtype=bf16"), 1)
+
+
+@pytest.mark.usefixtures("models")
 def test_fp8_with_cuda_and_transformer_engine_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nemo_trd.preflight.machine, "gpu_count", lambda: 1)
     monkeypatch.setattr(nemo_trd.preflight.machine, "importable", lambda package: True)

@@ -1,0 +1,40 @@
+"""Logits in full precision from hidden states and output weights in any."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Bytes that are worked on at once on a CPU, so that they stay in its caches.
+CPU_BLOCK_BYTES = 8 << 20
+
+
+def full_precision(weight: Tensor) -> torch.dtype:
+    """The dtype in which `weight` gives logits: fp32, of float64 weights float64."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def logits_of(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """Logits [n, v] of hidden states [n, H] and output weight [v, H], in `full_precision`.
+
+    They are never rounded to half precision, whose steps are as large as what two models that are
+    close to each other differ by. No gradient.
+
+    Args:
+        out: where they go.
+    """
+    exact = full_precision(weight)
+    hidden = hidden.detach().to(weight.dtype)
+    weight = weight.detach()
+    if out is None:
+        out = hidden.new_empty(len(hidden), len(weight), dtype=exact)
+    if weight.dtype == exact:
+        return torch.mm(hidden, weight.t(), out=out)
+    if weight.is_cuda:
+        return torch.mm(hidden, weight.t(), out_dtype=exact, out=out)
+    # A CPU has no such product. The factors are exact in fp32.
+    hidden = hidden.to(exact)
+    rows = max(1, CPU_BLOCK_BYTES // (weight.shape[1] * exact.itemsize))
+    for columns, part in zip(out.split(rows, -1), weight.split(rows), strict=True):
+        torch.mm(hidden, part.to(exact).t(), out=columns)
+    return out

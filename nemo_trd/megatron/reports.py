@@ -1,0 +1,57 @@
+"""What a pass of the student finds at labels. It stays on the device until the pass is done."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_trd.data.types import LabelFigures, Microbatch
+from nemo_trd.megatron.finite import Findings
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the loss says of one micro-batch, on the device.
+
+    metrics: sums over its n labels, scalars.
+    findings: what is not finite.
+    figures: [3, n], the `LabelFigures` of its labels.
+    """
+
+    micro_batch: Microbatch
+    metrics: dict[str, Tensor]
+    findings: Findings
+    figures: Tensor
+
+
+def read_sums(reports: Sequence[Report]) -> dict[str, float]:
+    """Read the metrics of micro-batches, summed, and their number of labels, `tokens`."""
+    rows = [torch.stack(list(report.metrics.values())) for report in reports]
+    sums = torch.stack(rows).double().sum(0).tolist()
+    tokens = float(sum(len(report.micro_batch.labels) for report in reports))
+    return {**dict(zip(reports[0].metrics, sums, strict=True)), "tokens": tokens}
+
+
+def read_figures(reports: Sequence[Report], watch: Collection[str]) -> dict[str, LabelFigures]:
+    """Read the figures of the trajectories that `watch` names, by name."""
+    watched = [
+        (report.micro_batch, report.figures)
+        for report in reports
+        if any(t.name in watch for t in report.micro_batch.trajectories)
+    ]
+    lists = read_labels(watched)
+    return {name: LabelFigures(*lists[name]) for name in lists if name in watch}
+
+
+def read_labels(values: Sequence[tuple[Microbatch, Tensor]]) -> dict[str, Any]:
+    """Read values [..., n] at the n labels of micro-batches: lists [..., labels] by trajectory."""
+    owners = [t for micro_batch, _ in values for t in micro_batch.trajectories]
+    if not owners:
+        return {}
+    read = torch.cat([value for _, value in values], -1).cpu()
+    parts = read.split([len(t.labels) for t in owners], -1)
+    return {t.name: part.tolist() for t, part in zip(owners, parts, strict=True)}

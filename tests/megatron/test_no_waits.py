@@ -1,0 +1,157 @@
+"""While the passes of a step run the host reads nothing back: on a GPU a read empties its queue.
+
+A CPU shows reads, but not copies for which a host would wait: tests/gpu looks for those.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import launch
+from tiny_models import make_model
+
+import nemo_trd
+
+pytestmark = pytest.mark.distributed
+
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2"}
+PACKAGE = str(Path(nemo_trd.__file__).parent)
+NO_CALLERS = ("/torch/", __file__, f"{PACKAGE}/distributed/", f"{PACKAGE}/megatron/cpu_support.py")
+LENGTHS = (5, 1, 6, 3, 4, 2)  # of the labels
+
+
+def run_without_reads(inputs: str, layout: list[str]) -> None:
+    """On each rank: every pass of student and teacher, for each kind of loss."""
+
+    from nemo_trd.config.load import compose
+    from nemo_trd.data.types import Trajectory
+    from nemo_trd.distributed.process import init_distributed
+    from nemo_trd.megatron import student as student_module
+    from nemo_trd.megatron import teacher as teacher_module
+
+    watch = init_distributed(timeout_minutes=2)
+    seen = reads_within_schedules(student_module, teacher_module)
+    trajectories = [
+        Trajectory(i, 0, "refinement", (i, 7, 9), (i, 8, 9, 11), tuple(range(i, i + n)), 0)
+        for i, n in enumerate(LENGTHS)
+    ]
+    names = [t.name for t in trajectories]
+    settings = ["model=local", "precision.dtype=fp32", "teacher.offload_states=true", *layout]
+    settings += ["train.max_tokens_per_micro_batch=null", "train.micro_batch_size=2"]
+    settings += [f"model.{role}.path={inputs}/{role}" for role in ("student", "teacher")]
+    for loss in (["divergence=jsd", "temperature=1.7"], ["top_k=5", "token_clip=1"], ["top_k=5"]):
+        config = compose([*settings, *(f"loss.{setting}" for setting in loss)])
+        student = student_module.Student(config)
+        teacher = teacher_module.Teacher(config, student.groups)
+        plan = student.pack(trajectories)
+        states: Any = teacher.states(plan)
+        if loss == ["top_k=5"]:  # as servers give it
+            batches = zip(states, plan[0], strict=True)
+            states = [student.teacher_top_k(state, batch.labels, 5) for state, batch in batches]
+        result = student.train_step(plan, states, names)
+        assert [len(result.watched[name].divergence) for name in names] == list(LENGTHS)
+        student.compare(plan, states, names)
+        student.token_nll(trajectories)
+    assert seen.micro_batches == 3 * 4 * 3  # of four passes for each loss
+    assert not seen.reads, "\n".join(["", *sorted(seen.reads)])
+    watch.close()
+
+
+def reads_within_schedules(*modules: Any) -> Any:
+    """Follow `run_schedule` of these modules from the first micro-batch to the last."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reads: set[str] = set()
+            self.micro_batches = 0
+            self.looking = False
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+            name = func.overloadpacket.__name__
+            # `torch.tensor` makes a number on the host, which is then copied to the device.
+            from_host = name == "lift_fresh" and caller().startswith(PACKAGE)
+            if name in READS or from_host or counts_a_mask(name, *args):
+                self.note(name)
+            return func(*args, **(kwargs or {}))
+
+        def note(self, name: str) -> None:
+            if self.looking:
+                self.reads.add(f"{name}: {caller()}")
+
+    seen = Seen()
+    for name in ("tolist", "cpu"):  # no operations
+        original = getattr(torch.Tensor, name)
+        setattr(torch.Tensor, name, noting(seen, name, original))
+    for module in modules:
+        module.run_schedule = followed(module.run_schedule, seen)
+    return seen
+
+
+def counts_a_mask(name: str, *args: Any) -> bool:
+    """Whether an operation indexes by a mask whose true entries it has to count.
+
+    To put one number where a mask is true it need not: that is `masked_fill`.
+    """
+    import torch
+
+    if name.startswith("index_put") or name.startswith("_index_put"):
+        fills = args[2].numel() == 1 and not any(args[3:4])
+        return not fills and counts_a_mask("index", *args[:2])
+    kinds = (torch.bool, torch.uint8)
+    return name == "index" and any(i is not None and i.dtype in kinds for i in args[1])
+
+
+def noting(seen: Any, name: str, original: Any) -> Any:
+    def read(tensor: Any, *args: Any) -> Any:
+        seen.note(name)
+        return original(tensor, *args)
+
+    return read
+
+
+def followed(run_schedule: Callable[..., Any], seen: Any) -> Callable[..., Any]:
+    def run(chunks: Any, forward_step: Any, *args: Any, **options: Any) -> Any:
+        config = chunks[0].config
+        finish = config.finalize_model_grads_func
+
+        def behind_the_last(*args: Any, **kwargs: Any) -> None:
+            seen.looking = False
+            finish(*args, **kwargs)
+
+        def step(*args: Any) -> Any:
+            seen.micro_batches += 1
+            seen.looking = True
+            return forward_step(*args)
+
+        config.finalize_model_grads_func = finish and behind_the_last
+        with seen:
+            result = run_schedule(chunks, step, *args, **options)
+        seen.looking = False
+        config.finalize_model_grads_func = finish
+        return result
+
+    return run
+
+
+def caller() -> str:
+    """The line at work of this package or megatron-core."""
+    stack = traceback.extract_stack()
+    frames = [f for f in stack if not any(part in f.filename for part in NO_CALLERS)]
+    return f"{frames[-1].filename}:{frames[-1].lineno} {frames[-1].line}"
+
+
+def test_nothing_is_read_between_the_first_micro_batch_and_the_last(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
+    for seed, role in enumerate(("student", "teacher")):
+        make_model(tmp_path / role, "qwen3", seed=seed, num_hidden_layers=2, **sizes)
+    layout = [f"parallel.{role}.tensor_model_parallel_size=2" for role in ("student", "teacher")]
+    layout.append("parallel.student.sequence_parallel=true")
+    launch(2, run_without_reads, str(tmp_path), layout)
