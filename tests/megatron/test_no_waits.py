@@ -75,9 +75,10 @@ def reads_within_schedules(*modules: Any) -> Any:
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
             name = func.overloadpacket.__name__
+            if self.looking and (name in READS or counts_a_mask(name, *args)):
+                self.note(name)
             # `torch.tensor` makes a number on the host, which is then copied to the device.
-            from_host = name == "lift_fresh" and caller().startswith(PACKAGE)
-            if name in READS or from_host or counts_a_mask(name, *args):
+            if self.looking and name == "lift_fresh" and caller().startswith(PACKAGE):
                 self.note(name)
             return func(*args, **(kwargs or {}))
 
