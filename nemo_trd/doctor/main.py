@@ -71,6 +71,7 @@ def examine(role: Role, packages_only: bool = False) -> Report:
     versions |= {name: _version(facts["versions"], name) for name in SHOWN}
     versions[PACKAGE] = _installed(PACKAGE)
     versions["CUDA (of torch)"] = facts["torch_cuda"]
+    versions["NCCL (of torch)"] = facts["nccl"]  # must be one in trainer and servers
     gpus = [
         "{name}, {memory_gib} GiB, compute capability {0}.{1}".format(
             *gpu["compute_capability"], **gpu

@@ -26,7 +26,7 @@ def probe(modules: list[str]) -> dict[str, Any]:
         "torch_cuda": None,
         "gpus": [],
         "gpu_files": len(glob("/dev/nvidia[0-9]*")),
-        "nccl": None,
+        "nccl": None,  # its version, where torch has it
         "transformer_engine": importlib.util.find_spec("transformer_engine") is not None,
         "import_errors": {},
     }
@@ -48,7 +48,7 @@ def _torch(torch: Any) -> dict[str, Any]:
     properties = [torch.cuda.get_device_properties(index) for index in devices]
     return {
         "torch_cuda": torch.version.cuda,
-        "nccl": bool(torch.distributed.is_available() and torch.distributed.is_nccl_available()),
+        "nccl": _nccl_version(torch),
         "gpus": [
             {
                 "name": device.name,
@@ -58,6 +58,12 @@ def _torch(torch: Any) -> dict[str, Any]:
             for device in properties
         ],
     }
+
+
+def _nccl_version(torch: Any) -> str | None:
+    if not (torch.distributed.is_available() and torch.distributed.is_nccl_available()):
+        return None
+    return ".".join(map(str, torch.cuda.nccl.version()[:3]))
 
 
 def _try(module: str, errors: dict[str, str]) -> None:

@@ -12,6 +12,7 @@ from pydantic import SecretStr
 
 from nemo_trd.config import schema as config
 from nemo_trd.generation.api import CHECK_SECONDS
+from nemo_trd.generation.nccl import Nccl, NcclError, version_text
 from nemo_trd.generation.transport import Bucket, GlooLink, Link, NcclLink
 
 log = logging.getLogger(__name__)
@@ -65,12 +66,34 @@ class Replica:
         self._post("/shutdown_weight_transfer_engine", {})
         layout = self._call("GET", "/get_world_size", CHECK_SECONDS)
         workers = int(layout["world_size"])  # tensor x pipeline x data parallel
+        if self._settings.backend == "nccl":
+            self._check_nccl()
         timeout = self._within(self._settings.call_timeout_seconds)
         kind = GlooLink if self._settings.backend == "gloo" else NcclLink
         try:
             self._link = kind(self._post, self.url, workers, timeout)
         except Exception as error:
             self._raise("init_weight_transfer_engine", error)
+
+    def _check_nccl(self) -> None:
+        """Raises: ReplicaError, where NCCL differs: joining would fail, or wait for ever."""
+        try:
+            ours = Nccl().version()
+        except NcclError as error:
+            raise ReplicaError(self.url, "nccl_version", error) from error
+        for theirs in self._on_workers("nccl_version"):
+            if theirs["failure"] is not None:
+                raise ReplicaError(self.url, self.phase, theirs["failure"])
+            if theirs["version"] != ours:
+                raise ReplicaError(
+                    self.url,
+                    self.phase,
+                    f"the trainer has NCCL {version_text(ours)}, the server "
+                    f"{version_text(theirs['version'])}: a group needs one version. Fix: start the "
+                    "server with VLLM_NCCL_SO_PATH at a libnccl.so.2 of the trainer's version, "
+                    "take images with the same, or set "
+                    "generation.vllm.weight_sync.backend=gloo",
+                )
 
     def send(self, bucket: Bucket) -> None:
         assert self._link is not None

@@ -3,8 +3,7 @@
 `WeightFiles` writes safetensors that the servers read. `GlooLink` and `NcclLink` connect the
 sender, rank 0 of a group, with all workers of one server, ranks 1 and up: one group a server, so
 that the loss of one disturbs no other. Each bucket is announced by POST /update_weights and then
-broadcast, tensor by tensor. The other ends are in serve/worker/nemo_trd_worker.py and, for NCCL,
-in vLLM itself.
+broadcast, tensor by tensor. The other ends are in serve/worker/nemo_trd_worker.py.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import base64
 import os
 import shutil
 import socket
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import timedelta
@@ -25,6 +23,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
+
+from nemo_trd.generation.nccl import Communicator, Nccl
 
 Bucket = list[tuple[str, Tensor]]
 END_SECONDS = 5.0  # within these one end of a transfer notices that the other has ended
@@ -134,11 +134,6 @@ class GlooLink:
 
     def send(self, bucket: Bucket) -> None:
         """Raises: Exception, as the constructor; the link is of no use then."""
-        info = {
-            "names": [name for name, _ in bucket],
-            "dtypes": [dtype_name(tensor) for _, tensor in bucket],
-            "shapes": [list(tensor.shape) for _, tensor in bucket],
-        }
 
         def broadcast() -> None:
             try:
@@ -150,7 +145,7 @@ class GlooLink:
 
         both(
             self._threads,
-            lambda: self._call("/update_weights", {"update_info": info}),
+            lambda: self._call("/update_weights", {"update_info": announcement(bucket)}),
             broadcast,
             self._timeout,
         )
@@ -161,84 +156,73 @@ class GlooLink:
 
 
 class NcclLink:
-    """Broadcasts of GPU tensors to vLLM's own NCCL engine. Needs no vLLM in this process.
-
-    It has never run: it was written without a GPU at hand, against the source of vLLM 0.32 (the
-    rendezvous by unique id of `nccl_common.py`, meant for trainers without vLLM). A server that
-    stops answering within a broadcast blocks this process's GPU stream; the sync then fails after
-    `timeout`, and both sides must be started again, since neither can abort the communicator. A
-    server of several workers must be started again after any error in vLLM's engine: vLLM leaves
-    the answers of all workers but the first unread, and takes them for those to the next call.
+    """Broadcasts of GPU tensors between GPUs.
 
     Raises:
         Exception: what the server answered, or that it did not join within `timeout` seconds.
     """
 
     def __init__(self, call: Call, url: str, workers: int, timeout: float) -> None:
-        from torch.cuda import nccl
-
         self._call, self._timeout = call, timeout
         self._threads = ThreadPoolExecutor(2, "nccl-link")
-        self._device = torch.device("cuda", torch.cuda.current_device())
-        unique_id = nccl.unique_id()
+        self._device = torch.cuda.current_device()
+        self._group: Communicator | None = None
+        library = Nccl()
+        unique_id = library.unique_id()
         init = {
-            "nccl_unique_id_b64": base64.b64encode(unique_id).decode(),
-            "rank_offset": 1,
+            "nccl_unique_id": base64.b64encode(unique_id).decode(),
             "world_size": 1 + workers,
+            "timeout_seconds": timeout,
         }
 
         def join() -> None:
             with torch.cuda.device(self._device):
-                self._communicator = nccl.init_rank(1 + workers, unique_id, 0)
-                # vLLM's side sums one element as soon as it has joined.
-                one = torch.zeros(1, device=self._device)
-                nccl.all_reduce([one], comms=[self._communicator])
-                self._wait()
+                self._group = Communicator(library, unique_id, 1 + workers, timeout)
 
-        both(
-            self._threads,
-            lambda: call("/init_weight_transfer_engine", {"init_info": init}),
-            join,
-            timeout,
-        )
+        try:
+            both(
+                self._threads,
+                lambda: call("/init_weight_transfer_engine", {"init_info": init}),
+                join,
+                timeout,
+            )
+        except Exception:
+            self.close()
+            raise
 
     def send(self, bucket: Bucket) -> None:
         """Raises: Exception, as the constructor; the link is of no use then."""
-        from torch.cuda import nccl
-
+        assert self._group is not None
+        group = self._group
         # The tensors were made on the stream of the thread that calls the sync.
         torch.cuda.synchronize(self._device)
-        info = {
-            "names": [name for name, _ in bucket],
-            "dtype_names": [dtype_name(tensor) for _, tensor in bucket],
-            "shapes": [list(tensor.shape) for _, tensor in bucket],
-        }
 
         def broadcast() -> None:
             with torch.cuda.device(self._device):
                 for _, tensor in bucket:
-                    nccl.broadcast([tensor], comms=[self._communicator])
-                self._wait()
+                    group.broadcast(tensor)
 
         both(
             self._threads,
-            lambda: self._call("/update_weights", {"update_info": info}),
+            lambda: self._call("/update_weights", {"update_info": announcement(bucket)}),
             broadcast,
             self._timeout,
         )
 
-    def _wait(self) -> None:
-        done = torch.cuda.Event()
-        done.record()
-        deadline = time.monotonic() + self._timeout
-        while not done.query():
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no end of an NCCL call within {self._timeout:g} s")
-            time.sleep(0.001)
-
     def close(self) -> None:
-        self._communicator = None
+        if self._group is not None:
+            self._group.abort()
+        self._group = None
         self._threads.shutdown(wait=False)
+
+
+def announcement(bucket: Bucket) -> dict[str, list[Any]]:
+    """What a server must know of tensors that are about to be broadcast."""
+    return {
+        "names": [name for name, _ in bucket],
+        "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+        "shapes": [list(tensor.shape) for _, tensor in bucket],
+    }
 
 
 def both(
@@ -267,10 +251,6 @@ def both(
         raise TimeoutError(f"no answer within {timeout:g} s")
     if not ours.done():
         raise TimeoutError("the server has answered without taking all tensors")
-
-
-def dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def local_address(url: str) -> str:

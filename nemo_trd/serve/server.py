@@ -204,7 +204,7 @@ class Server:
         arguments += ["--enable-scale-out", "--middleware", "nemo_trd_auth.RequireKey"]
         arguments.append("--disable-uvicorn-access-log")
         if self._weight_backend is not None:
-            arguments += worker_arguments(self._weight_backend)
+            arguments += worker_arguments()
         if is_cpu:
             longest = max(CPU_BATCHED_TOKENS, settings.max_model_len or self._positions())
             arguments += [*CPU_ARGUMENTS, "--max-num-batched-tokens", str(longest)]

@@ -25,7 +25,7 @@ def found(**changes: Any) -> dict[str, Any]:
         "torch_cuda": "13.0",
         "gpus": [H100],
         "gpu_files": 1,
-        "nccl": True,
+        "nccl": "2.29.7",
         "transformer_engine": True,
         "import_errors": {},
     }
@@ -145,7 +145,7 @@ def test_gpus_that_torch_cannot_use_are_a_fault(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     unusable = found(gpus=[], gpu_files=8)
     assert "8 GPUs are in /dev" in next(doctor.gpu_faults(unusable, "train"))
-    without_nccl = next(doctor.gpu_faults(found(nccl=False), "train"))
+    without_nccl = next(doctor.gpu_faults(found(nccl=None), "train"))
     assert "without NCCL" in without_nccl
     assert list(doctor.gpu_faults(found(gpus=[], gpu_files=0), "train")) == []
 

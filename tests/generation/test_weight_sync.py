@@ -53,6 +53,7 @@ class StandIn:
         self.version, self.paused = "default", False
         self.loaded: dict[str, torch.Tensor] = {}
         self.worker_state: dict[str, Any] = {"failure": None, "missing": []}
+        self.nccl_version: dict[str, Any] = {"version": None, "failure": "none here"}
         stand_in = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -100,12 +101,14 @@ class StandIn:
             self.version = body["new_version"]
         if path == "finish_weight_update":
             self.version = body["weight_version"]
-        results = [self.worker_state if path == "weight_update_state" else None]
+        told = {"weight_update_state": self.worker_state, "nccl_version": self.nccl_version}
+        results = [told.get(path)]
         return {
             "results": results,
             "success": True,
             "weight_version": self.version,
             "is_paused": self.paused,
+            "world_size": 1,
         }
 
     def restart(self) -> None:

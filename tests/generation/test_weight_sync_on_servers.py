@@ -1,4 +1,8 @@
-"""Weight sync from Megatron to real vLLM servers: what they answer is what the student says."""
+"""Weight sync from Megatron to real vLLM servers: what they answer is what the student says.
+
+With backend nccl both sides call a stand-in of libnccl (tests/support/fake_nccl.c): NCCL itself
+needs GPUs.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from fake_nccl import compile_fake_nccl, use_fake_nccl
 from launch import launch
 from pydantic import SecretStr
 from tiny_models import make_model
@@ -64,8 +69,17 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fake_nccl(directory: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        library = compile_fake_nccl(directory)
+        use_fake_nccl(monkeypatch, library)
+        monkeypatch.setenv("VLLM_NCCL_SO_PATH", str(library))
+        yield
+
+
 @pytest.fixture(scope="module")
-def servers(directory: Path) -> Iterator[dict[str, Server]]:
+def servers(directory: Path, fake_nccl: None) -> Iterator[dict[str, Server]]:
     """Two replicas of a Qwen3, one of them over two workers, and one Llama."""
     two_workers = SERVER.model_copy(update={"tensor_parallel_size": 2})
     started = {
@@ -189,8 +203,10 @@ def state(url: str) -> tuple[str, bool]:
         return version, client.get("/is_paused").json()["is_paused"]
 
 
-@pytest.mark.parametrize("in_flight", ["finish", "keep"])
-@pytest.mark.parametrize("backend", ["gloo", "file"])
+@pytest.mark.parametrize(
+    ("backend", "in_flight"),
+    [("gloo", "finish"), ("gloo", "keep"), ("file", "finish"), ("file", "keep"), ("nccl", "keep")],
+)
 def test_after_a_sync_both_replicas_answer_with_the_new_weights(
     replicas: list[str], student: Any, make_sync: Any, backend: str, in_flight: str
 ) -> None:
@@ -303,7 +319,7 @@ def test_when_the_export_breaks_off_no_replica_serves_a_mixture(
     assert all(errors(url, model.log_probs(1, PROMPT)) < TOLERANCE for url in replicas)
 
 
-@pytest.mark.parametrize("backend", ["gloo", "file"])
+@pytest.mark.parametrize("backend", ["gloo", "file", "nccl"])
 @pytest.mark.parametrize("damage", ["shape", "missing"])
 def test_replicas_that_refuse_the_tensors_stay_paused_until_they_get_all(
     replicas: list[str], student: Any, make_sync: Any, backend: str, damage: str

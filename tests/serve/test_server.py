@@ -227,7 +227,7 @@ def test_key_goes_by_the_environment_and_gpus_need_no_special_arguments(tmp_path
     server = Server("m", SETTINGS, tmp_path / "log", api_key=SecretStr(KEY), weight_backend="nccl")
     arguments = " ".join(server._arguments(is_cpu=False))
     assert KEY not in arguments and KEY not in repr(vars(server))
-    assert "--enforce-eager" not in arguments and '{"backend": "nccl"}' in arguments
+    assert "--enforce-eager" not in arguments and '{"backend": "nemo_trd"}' in arguments
     environment = server_environment(False, SecretStr(KEY), (4, 5))
     assert environment["VLLM_API_KEY"] == KEY and environment["CUDA_VISIBLE_DEVICES"] == "4,5"
     assert "VLLM_CPU_KVCACHE_SPACE" not in environment

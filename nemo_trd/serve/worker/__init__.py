@@ -12,17 +12,13 @@ from pathlib import Path
 WORKER_DIRECTORY = Path(__file__).parent
 
 
-def worker_arguments(backend: str) -> list[str]:
-    """Arguments of a server whose weights come through `backend`.
-
-    That is nccl, gloo or file. The last two are one to the server.
-    """
-    transfer = "nccl" if backend == "nccl" else "host"
+def worker_arguments() -> list[str]:
+    """Arguments of a server that takes weights, whichever way they come."""
     return [
         "--worker-extension-cls",
         "nemo_trd_worker.WorkerExtension",
         "--weight-transfer-config",
-        json.dumps({"backend": transfer}),
+        json.dumps({"backend": "nemo_trd"}),
     ]
 
 

@@ -1,12 +1,14 @@
 """Imported in every worker process of a vLLM server; see `worker_arguments` in __init__.py.
 
-Registers the weight transfer backend `host`, which needs no GPU, and adds methods to every worker
-that are reached through /collective_rpc. Written for vLLM 0.32. Imports nothing but torch,
-safetensors and vllm.
+Registers the weight transfer backend `nemo_trd`, for files, gloo and NCCL, and adds methods to
+every worker that are reached through /collective_rpc. Written for vLLM 0.32. Imports nothing but
+torch, safetensors and vllm.
 """
 
 from __future__ import annotations
 
+import base64
+import time
 from collections.abc import Set
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -16,6 +18,12 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from vllm.config import set_current_vllm_config
+from vllm.distributed.device_communicators.pynccl_wrapper import (
+    NCCLLibrary,
+    buffer_type,
+    cudaStream_t,
+    ncclDataTypeEnum,
+)
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -28,20 +36,22 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.utils.nccl import unpinned_nccl_env
 
 
 @dataclass
-class HostInitInfo(WeightTransferInitInfo):
+class InitInfo(WeightTransferInitInfo):
     """How to join the trainer, rank 0, in a group with all workers of this server."""
 
-    master_address: str  # of the trainer's store
-    master_port: int
     world_size: int
     timeout_seconds: float  # of one broadcast
+    master_address: str = ""  # of the trainer's store, for a group of gloo
+    master_port: int = 0
+    nccl_unique_id: str = ""  # in base64, for a group of NCCL
 
 
 @dataclass
-class HostUpdateInfo(WeightTransferUpdateInfo):
+class UpdateInfo(WeightTransferUpdateInfo):
     """Tensors to take next: those in files, or those that the trainer is about to broadcast."""
 
     paths: list[str] = field(default_factory=list)  # safetensors, as this machine sees them
@@ -50,29 +60,10 @@ class HostUpdateInfo(WeightTransferUpdateInfo):
     shapes: list[list[int]] = field(default_factory=list)
 
 
-class HostEngine(WeightTransferEngine):
-    """Takes full Hugging Face tensors through host memory, one at a time.
+class GlooGroup:
+    """Takes tensors through host memory."""
 
-    Its errors are kept for `weight_update_state`. Were they raised, vLLM would leave the answers
-    of all workers but the first in their queues, and take them for those to the next call.
-    """
-
-    init_info_cls = HostInitInfo
-    update_info_cls = HostUpdateInfo
-    failure: str | None = None
-    _group: Any = None  # a ProcessGroupGloo when it is connected; files need none
-    _missing: Set[str] = frozenset()
-
-    def init_transfer_engine(self, init_info: HostInitInfo) -> None:
-        self._group = None
-        try:
-            self._group = self._join(init_info)
-        except Exception as error:
-            self.failure = f"{type(error).__name__}: {error}"
-
-    def _join(self, init_info: HostInitInfo) -> Any:
-        parallel = self.parallel_config
-        rank = 1 + parallel.data_parallel_index * parallel.world_size + parallel.rank
+    def __init__(self, init_info: InitInfo, rank: int) -> None:
         timeout = timedelta(seconds=init_info.timeout_seconds)
         store = dist.TCPStore(
             init_info.master_address,
@@ -81,7 +72,74 @@ class HostEngine(WeightTransferEngine):
             is_master=False,
             timeout=timeout,
         )
-        return dist.ProcessGroupGloo(store, rank, init_info.world_size, timeout)
+        self._group: Any = dist.ProcessGroupGloo(store, rank, init_info.world_size, timeout)
+
+    def receive(self, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+        tensor = torch.empty(shape, dtype=dtype)
+        self._group.broadcast(tensor, 0).wait()
+        return tensor
+
+    def close(self) -> None:
+        self._group = None  # closes the connections: the trainer stops sending
+
+
+class NcclGroup:
+    """Takes tensors from GPU to GPU, as bytes, through the libnccl that vLLM uses.
+
+    Joining waits for the trainer without a limit: NCCL gives no handle to abort before.
+    """
+
+    def __init__(self, init_info: InitInfo, rank: int, device: torch.device) -> None:
+        self._device, self._timeout = device, init_info.timeout_seconds
+        self._nccl = NCCLLibrary()
+        unique_id = self._nccl.unique_id_from_bytes(base64.b64decode(init_info.nccl_unique_id))
+        # What vLLM sets of NCCL for its own groups, the trainer does not: it would not fit.
+        with unpinned_nccl_env():
+            self._group = self._nccl.ncclCommInitRank(init_info.world_size, unique_id, rank)
+
+    def receive(self, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+        tensor = torch.empty(shape, dtype=dtype, device=self._device)
+        address = buffer_type(tensor.data_ptr())
+        # A stand-in of NCCL on a CPU has no streams, and is done when it returns.
+        stream = torch.cuda.current_stream() if self._device.type == "cuda" else None
+        handle = cudaStream_t(stream.cuda_stream if stream else 0)
+        place = (address, address, tensor.nbytes, ncclDataTypeEnum.ncclUint8, 0)
+        self._nccl.ncclBroadcast(*place, self._group, handle)
+        deadline = time.monotonic() + self._timeout
+        while stream is not None and not stream.query():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"a broadcast did not end within {self._timeout:g} s")
+            time.sleep(0.0005)
+        return tensor
+
+    def close(self) -> None:
+        self._nccl.ncclCommAbort(self._group)
+
+
+class Engine(WeightTransferEngine):
+    """Takes full Hugging Face tensors, one at a time, and knows which have not come.
+
+    Its errors are kept for `weight_update_state`. Were they raised, vLLM would leave the answers
+    of all workers but the first in their queues, and take them for those to the next call.
+    """
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+    failure: str | None = None
+    _group: GlooGroup | NcclGroup | None = None  # files need none
+    _missing: Set[str] = frozenset()
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        try:
+            self.shutdown()
+            parallel = self.parallel_config
+            rank = 1 + parallel.data_parallel_index * parallel.world_size + parallel.rank
+            if init_info.nccl_unique_id:
+                self._group = NcclGroup(init_info, rank, self.device)
+            else:
+                self._group = GlooGroup(init_info, rank)
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}"
 
     def start_weight_update(self) -> None:
         self.failure = None
@@ -96,9 +154,9 @@ class HostEngine(WeightTransferEngine):
             self.receive_weights(self.parse_update_info(update_info))
         except Exception as error:
             self.failure = f"{type(error).__name__}: {error}"
-            self._group = None  # closes the connections: the trainer stops sending
+            self.shutdown()
 
-    def receive_weights(self, update_info: HostUpdateInfo) -> None:
+    def receive_weights(self, update_info: UpdateInfo) -> None:
         for path in update_info.paths:
             with safe_open(path, framework="pt", device="cpu") as file:
                 for name in file.keys():  # noqa: SIM118
@@ -106,14 +164,9 @@ class HostEngine(WeightTransferEngine):
         for name, dtype, shape in zip(
             update_info.names, update_info.dtypes, update_info.shapes, strict=True
         ):
-            self._load(name, self._receive(shape, getattr(torch, dtype)))
-
-    def _receive(self, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
-        if self._group is None:
-            raise RuntimeError("not connected with the trainer")
-        tensor = torch.empty(shape, dtype=dtype)
-        self._group.broadcast(tensor, 0).wait()
-        return tensor
+            if self._group is None:
+                raise RuntimeError("not connected with the trainer")
+            self._load(name, self._group.receive(shape, getattr(torch, dtype)))
 
     def _load(self, name: str, tensor: torch.Tensor) -> None:
         self._missing -= set(self.model.load_weights([(name, tensor)]))
@@ -129,7 +182,9 @@ class HostEngine(WeightTransferEngine):
         _repack_tied(self.model)
 
     def shutdown(self) -> None:
-        self._group = None
+        group, self._group = self._group, None
+        if group is not None:
+            group.close()
 
 
 def _partly_loaded(model: torch.nn.Module) -> list[str]:
@@ -162,8 +217,8 @@ def _repack_tied(model: torch.nn.Module) -> None:
                 module.quant_method.process_weights_after_loading(module)
 
 
-if "host" not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine("host", HostEngine)
+if "nemo_trd" not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine("nemo_trd", Engine)
 
 
 class WorkerExtension:
@@ -175,9 +230,14 @@ class WorkerExtension:
     def weight_update_state(self) -> dict[str, Any]:
         """The failure on this worker, if any, and the first tensors that have not come."""
         engine = self.weight_transfer_engine
-        if not isinstance(engine, HostEngine):  # vLLM's own: it raises
-            return {"failure": None, "missing": []}
         return {"failure": engine.failure, "missing": engine.missing()[:5]}
+
+    def nccl_version(self) -> dict[str, Any]:
+        """Version code of the NCCL that this worker would use, as 22907, or why there is none."""
+        try:
+            return {"version": NCCLLibrary().ncclGetRawVersion(), "failure": None}
+        except Exception as error:
+            return {"version": None, "failure": f"{type(error).__name__}: {error}"}
 
     def abandon_weight_update(self) -> None:
         """Make a worker ready for a new update, wherever the last one stopped.
