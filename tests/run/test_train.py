@@ -426,3 +426,19 @@ def test_rollouts_that_are_programs_are_judged_by_their_tests(inputs: Path, tmp_
         evaluations.append({name: value for name, value in line.items() if name != "time"})
     assert evaluations[0] == evaluations[1] and 0 < evaluations[0]["avg@3"] < 1
     assert evaluations[0]["undecided_samples"] == 0 and evaluations[0]["problems"] == 7
+
+
+def test_a_signalled_run_in_fp8_resumes_to_the_same_numbers(inputs: Path, tmp_path: Path) -> None:
+    """TransformerEngine's layers on the CPU."""
+    fp8 = ["precision.fp8=hybrid", "precision.teacher_fp8=e4m3"]
+    runs = []
+    for fault in ("", "SIGTERM"):
+        run_dir = tmp_path / (fault or "whole")
+        overrides = settings(inputs, run_dir, *fp8)
+        code, output = run_ranks(1, run_training, overrides, fault, transformer_engine=True)
+        assert code == (0 if not fault else 1), output
+        if fault:
+            assert len(metrics(run_dir)) == STEPS // 2
+            launch(1, run_training, overrides, "", transformer_engine=True)
+        runs.append(metrics(run_dir))
+    assert runs[0] == runs[1]
