@@ -62,12 +62,12 @@ def plan(
     )
     batches = [[make(part) for part in rank] for rank in parts]
     if same_shape:
-        shape = common_shape(batches)
+        shape = _common_shape(batches)
         batches = [[make(part, student_shape=shape) for part in rank] for rank in parts]
     return batches
 
 
-def common_shape(micro_batches: Sequence[Sequence[Microbatch]]) -> tuple[int, int]:
+def _common_shape(micro_batches: Sequence[Sequence[Microbatch]]) -> tuple[int, int]:
     """(rows, length) that holds the student's side of every micro-batch."""
     shapes = [batch.student.tokens.shape for rank in micro_batches for batch in rank]
     return max(s[0] for s in shapes), max(s[1] for s in shapes)

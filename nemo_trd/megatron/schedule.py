@@ -30,40 +30,66 @@ def run_schedule(
     chunks: Sequence[torch.nn.Module],
     forward_step: ForwardStep,
     micro_batches: Sequence[Any],
+    contexts: Sequence[ContextBatch],
     groups: ProcessGroupCollection,
     *,
     forward_only: bool,
     collect: bool = False,
-    shape: tuple[int, int] = (1, 1),
 ) -> list[Any]:
     """Run a pass; return the loss function's report on each micro-batch, on the last stage only.
 
-    Stages send each other the shapes of micro-batches.
-
     Args:
-        chunks: virtual stages of this rank.
+        chunks: virtual stages of this rank; with several, all contexts have one shape.
+        micro_batches: what `forward_step` gets.
+        contexts: what the model sees of each of them.
         collect: whether the loss function is called with `non_loss_data=True`, and its results
             are returned.
-        shape: (rows, length) of all micro-batches; used with several chunks only.
     """
     config = chunks[0].config
+    rows, length = contexts[0].tokens.shape
     arguments: dict[str, Any] = {
         "forward_step_func": forward_step,
         "model": list(chunks),
         "data_iterator": [iter(micro_batches) for _ in chunks],
         "num_microbatches": len(micro_batches),
-        "micro_batch_size": shape[0],  # ignored with variable_seq_lengths
-        "seq_length": shape[1],
+        "micro_batch_size": rows,  # ignored with variable_seq_lengths
+        "seq_length": length,
         "forward_only": forward_only,
         "collect_non_loss_data": collect,
         "pg_collection": groups,
     }
     if groups.pp.size() == 1:
         return forward_backward_no_pipelining(**arguments)
-    arguments["p2p_communicator"] = P2PCommunicator(groups.pp, config)
+    arguments["p2p_communicator"] = _KnownShapes(groups, config, contexts)
     if len(chunks) > 1:
         return forward_backward_pipelining_with_interleaving(**arguments)
     return forward_backward_pipelining_without_interleaving(**arguments)
+
+
+class _KnownShapes(P2PCommunicator):
+    """Sends and receives between stages, which know the shapes from the plan of micro-batches.
+
+    megatron-core would send the shape ahead of each tensor, and wait for it on the host.
+    """
+
+    def __init__(
+        self, groups: ProcessGroupCollection, config: Any, contexts: Sequence[ContextBatch]
+    ) -> None:
+        super().__init__(groups.pp, config)
+        split = groups.tp.size() if config.sequence_parallel else 1
+        sizes = [context.tokens.shape for context in contexts]
+        shapes = [[length // split, rows, config.hidden_size] for rows, length in sizes]
+        # Of hidden states from the stage before, of their gradients from the one behind.
+        self._hidden, self._gradients = iter(shapes), iter(shapes)
+
+    def _communicate_shapes(
+        self, send_next: Any, send_prev: Any, recv_prev: bool, recv_next: bool
+    ) -> tuple[list[int], list[int]]:
+        nothing = [0, 0, 0]
+        return (
+            next(self._hidden) if recv_prev else nothing,
+            next(self._gradients) if recv_next else nothing,
+        )
 
 
 def is_last_stage(groups: ProcessGroupCollection) -> bool:

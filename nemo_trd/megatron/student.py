@@ -170,13 +170,14 @@ class Student:
         *,
         forward_only: bool,
     ) -> StepResult:
+        own = plan[self.groups.dp.rank()]
         reports = run_schedule(  # in here nothing is read back from the device
             self.chunks,
             self._forward_step(self._divergence),
-            list(zip(plan[self.groups.dp.rank()], teacher_states, strict=True)),
+            list(zip(own, teacher_states, strict=True)),
+            [micro_batch.student for micro_batch in own],
             self.groups,
             forward_only=forward_only,
-            shape=micro_batches.common_shape(plan),
         )
         finite.check([r.findings for r in reports], () if forward_only else self.chunks)
         share = [(read_sums(reports), read_figures(reports, watch))] if reports else []
@@ -204,15 +205,15 @@ class Student:
         """
         for chunk in self.chunks:
             chunk.eval()
-        plan = self.pack(trajectories)
+        own = self.pack(trajectories)[self.groups.dp.rank()]
         reports = run_schedule(
             self.chunks,
             self._forward_step(self._nll),
-            [(micro_batch, None) for micro_batch in plan[self.groups.dp.rank()]],
+            [(micro_batch, None) for micro_batch in own],
+            [micro_batch.student for micro_batch in own],
             self.groups,
             forward_only=True,
             collect=True,
-            shape=micro_batches.common_shape(plan),
         )
         for chunk in self.chunks:
             chunk.train()

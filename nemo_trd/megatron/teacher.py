@@ -99,6 +99,7 @@ class Teacher:
             [self._model],
             forward_step,
             micro_batches,
+            [micro_batch.teacher for micro_batch in micro_batches],
             self._groups,
             forward_only=True,
             collect=True,

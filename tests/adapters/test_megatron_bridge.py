@@ -28,7 +28,6 @@ def forward_step_as_ours(inputs: str, layout: list[str]) -> None:
     from megatron.core.models.gpt import GPTModel
 
     from nemo_trd.adapters.megatron_bridge import TRD, next_micro_batches, returning_hidden_states
-    from nemo_trd.algorithm.micro_batches import common_shape
     from nemo_trd.config.load import compose
     from nemo_trd.distributed.process import init_distributed
     from nemo_trd.megatron.schedule import is_last_stage, run_schedule
@@ -73,9 +72,9 @@ def forward_step_as_ours(inputs: str, layout: list[str]) -> None:
         student.chunks,
         partial(trd.forward_step, None),
         list(next_micro_batches_of(trd, next_micro_batches)),
+        [batch.student for batch in plan[0]],
         student.groups,
         forward_only=False,
-        shape=common_shape(plan),
     )
     found = [p.main_grad for model in student.models for p in model.parameters()]
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
