@@ -142,7 +142,7 @@ class Trajectory:
 
 
 @dataclass(frozen=True)
-class LabelFigures:
+class LabelValues:
     """Divergence and NLLs of each label of one trajectory, in nats, before the step's update."""
 
     divergence: list[float]  # before the clip

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemo_trd.data.types import LabelFigures, Microbatch
+from nemo_trd.data.types import LabelValues, Microbatch
 from nemo_trd.megatron.finite import Findings
 
 
@@ -19,13 +19,13 @@ class Report:
 
     metrics: sums over its n labels, scalars.
     findings: what is not finite.
-    figures: [3, n], the `LabelFigures` of its labels.
+    values: [3, n], the `LabelValues` at its labels.
     """
 
     micro_batch: Microbatch
     metrics: dict[str, Tensor]
     findings: Findings
-    figures: Tensor
+    values: Tensor
 
 
 def read_sums(reports: Sequence[Report]) -> dict[str, float]:
@@ -36,15 +36,15 @@ def read_sums(reports: Sequence[Report]) -> dict[str, float]:
     return {**dict(zip(reports[0].metrics, sums, strict=True)), "tokens": tokens}
 
 
-def read_figures(reports: Sequence[Report], watch: Collection[str]) -> dict[str, LabelFigures]:
-    """Read the figures of the trajectories that `watch` names, by name."""
+def read_watched(reports: Sequence[Report], watch: Collection[str]) -> dict[str, LabelValues]:
+    """Read the values at labels of the trajectories that `watch` names, by name."""
     watched = [
-        (report.micro_batch, report.figures)
+        (report.micro_batch, report.values)
         for report in reports
         if any(t.name in watch for t in report.micro_batch.trajectories)
     ]
     lists = read_labels(watched)
-    return {name: LabelFigures(*lists[name]) for name in lists if name in watch}
+    return {name: LabelValues(*lists[name]) for name in lists if name in watch}
 
 
 def read_labels(values: Sequence[tuple[Microbatch, Tensor]]) -> dict[str, Any]:

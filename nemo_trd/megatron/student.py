@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nemo_trd.algorithm import micro_batches
 from nemo_trd.config.schema import Config
-from nemo_trd.data.types import LabelFigures, Microbatch, Trajectory
+from nemo_trd.data.types import LabelValues, Microbatch, Trajectory
 from nemo_trd.distributed.exchange import merge_shares
 from nemo_trd.distributed.process import device
 from nemo_trd.loss.top_k import TopK
@@ -28,7 +28,7 @@ from nemo_trd.megatron.loss_head import LossHead
 from nemo_trd.megatron.model import build_model, has_transformer_engine, load_hf_config
 from nemo_trd.megatron.optimizer import make_optimizer
 from nemo_trd.megatron.process_groups import process_groups
-from nemo_trd.megatron.reports import Report, read_figures, read_labels, read_sums
+from nemo_trd.megatron.reports import Report, read_labels, read_sums, read_watched
 from nemo_trd.megatron.schedule import is_last_stage, run_model, run_schedule
 from nemo_trd.models.family import shared_vocab_size
 from nemo_trd.models.served import is_only_served, read_served
@@ -41,7 +41,7 @@ class StepResult:
     """Result of one step of the student, the same on all ranks."""
 
     metrics: dict[str, float]  # means over the label tokens of the global batch
-    watched: dict[str, LabelFigures]  # by the trajectory's name
+    watched: dict[str, LabelValues]  # by the trajectory's name
 
 
 class Student:
@@ -120,7 +120,7 @@ class Student:
             plan: what `pack` returned.
             teacher_states: the teacher's hidden states [n, h], or its top k, for each of this
                 data parallel rank's micro-batches, on the last stage.
-            watch: names of the trajectories whose figures per label are wanted.
+            watch: names of the trajectories whose values at each label are wanted.
 
         Raises:
             NonFiniteError: naming the trajectory. No weight has changed.
@@ -180,7 +180,7 @@ class Student:
             forward_only=forward_only,
         )
         finite.check([r.findings for r in reports], () if forward_only else self.chunks)
-        share = [(read_sums(reports), read_figures(reports, watch))] if reports else []
+        share = [(read_sums(reports), read_watched(reports, watch))] if reports else []
         return _merged(self._everyone(share))
 
     @torch.no_grad()
@@ -238,8 +238,8 @@ class Student:
         weight = self.models[-1].output_weight()
         result, findings = self._head.divergence(hidden, weight, micro_batch, teacher_states)
         tokens = torch.full((), result.count, dtype=torch.int, device=device())
-        figures = torch.stack([result.token_divergence, *result.token_nll])
-        return result.loss_sum, tokens, Report(micro_batch, result.metrics, findings, figures)
+        values = torch.stack([result.token_divergence, *result.token_nll])
+        return result.loss_sum, tokens, Report(micro_batch, result.metrics, findings, values)
 
     def _nll(
         self, micro_batch: Microbatch, _: None, hidden: Tensor, non_loss_data: bool
@@ -253,13 +253,13 @@ class Student:
         return merge_shares(share if has_it else [])
 
 
-def _merged(shares: Sequence[tuple[dict[str, float], dict[str, LabelFigures]]]) -> StepResult:
-    """Result of a step from sums over labels and watched figures of data parallel ranks."""
+def _merged(shares: Sequence[tuple[dict[str, float], dict[str, LabelValues]]]) -> StepResult:
+    """Result of a step from sums over labels and watched values of data parallel ranks."""
     totals = {name: sum(sums[name] for sums, _ in shares) for name in shares[0][0]}
     tokens = totals.pop("tokens")
     means = {name: total / tokens for name, total in totals.items()}
     metrics = {**means, "loss": means["divergence"], "label_tokens": tokens}
-    return StepResult(metrics, {name: f for _, own in shares for name, f in own.items()})
+    return StepResult(metrics, {name: v for _, own in shares for name, v in own.items()})
 
 
 def _teacher_hf(config: Config) -> Any:

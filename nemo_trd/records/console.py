@@ -12,36 +12,36 @@ from tqdm import tqdm
 
 from nemo_trd.records.last_line import LOG_FORMAT
 
-Figures = Mapping[str, float | int | None]
+Metrics = Mapping[str, float | int | None]
 
 
-def step_line(step: int, num_steps: int, figures: Figures, eta_seconds: float) -> str:
+def step_line(step: int, num_steps: int, metrics: Metrics, eta_seconds: float) -> str:
     """The console line of one step, from the names in metrics.jsonl."""
     width = len(str(num_steps))
     parts = [f"step {step:>{width}}/{num_steps}"]
-    loss = figures.get("loss")
-    parts.append("skipped: nothing to train on" if "loss" not in figures else f"loss {_g(loss)}")
-    if "label_tokens" in figures:
-        parts.append(f"{figures['label_tokens'] or 0:,.0f} tokens")
-    if "accepted" in figures:
+    loss = metrics.get("loss")
+    parts.append("skipped: nothing to train on" if "loss" not in metrics else f"loss {_g(loss)}")
+    if "label_tokens" in metrics:
+        parts.append(f"{metrics['label_tokens'] or 0:,.0f} tokens")
+    if "accepted" in metrics:
         failed = sum(
             value or 0
-            for name, value in figures.items()
+            for name, value in metrics.items()
             if name.startswith("rejected_") and name != "rejected_subset"
         )
-        parts.append(f"refinements {figures['accepted']:.0f} accepted {failed:.0f} failed")
-    if "grad_norm" in figures:
-        parts.append(f"grad norm {_g(figures['grad_norm'])}")
-    if "lr" in figures:
-        parts.append(f"lr {_g(figures['lr'], 3)}")
-    if figures.get("staleness"):
-        parts.append(f"staleness {_g(figures['staleness'], 2)}")
-    if "logprob_difference" in figures:
-        parts.append(f"log-probs off by {_g(figures['logprob_difference'], 2)}")
-    parts.append(f"{figures['tokens_per_second'] or 0:,.0f} tok/s")
+        parts.append(f"refinements {metrics['accepted']:.0f} accepted {failed:.0f} failed")
+    if "grad_norm" in metrics:
+        parts.append(f"grad norm {_g(metrics['grad_norm'])}")
+    if "lr" in metrics:
+        parts.append(f"lr {_g(metrics['lr'], 3)}")
+    if metrics.get("staleness"):
+        parts.append(f"staleness {_g(metrics['staleness'], 2)}")
+    if "logprob_difference" in metrics:
+        parts.append(f"log-probs off by {_g(metrics['logprob_difference'], 2)}")
+    parts.append(f"{metrics['tokens_per_second'] or 0:,.0f} tok/s")
     phases = [
         f"{name.removeprefix('seconds/')} {value:.1f}"
-        for name, value in figures.items()
+        for name, value in metrics.items()
         if name.startswith("seconds/") and value is not None
     ]
     parts.append(f"seconds: {' '.join(phases)}")

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from nemo_trd.config.schema import Config
-from nemo_trd.records.console import Figures, attach_handlers, detach_handlers, step_line
+from nemo_trd.records.console import Metrics, attach_handlers, detach_handlers, step_line
 from nemo_trd.records.samples import Decode, Sample, sample_record, samples_page
 from nemo_trd.records.step_lines import StepLines, write_atomically
 from nemo_trd.records.trackers import Tracker, open_trackers, public_settings
@@ -67,7 +67,7 @@ class RunLogger:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(succeeded=kind is None)
 
-    def step(self, step: int, metrics: Figures, seconds: Mapping[str, float]) -> None:
+    def step(self, step: int, metrics: Metrics, seconds: Mapping[str, float]) -> None:
         """Record one step.
 
         Args:
@@ -147,7 +147,7 @@ class RunLogger:
         detach_handlers(self._handlers)
         self._trackers, self._handlers = [], []
 
-    def _track(self, step: int, figures: Figures) -> None:
+    def _track(self, step: int, figures: Metrics) -> None:
         values = {name: float(value) for name, value in figures.items() if value is not None}
         for tracker in self._trackers:
             _guarded(tracker, partial(tracker.log, step, values))

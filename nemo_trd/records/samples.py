@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nemo_trd.data.types import Completion, LabelFigures, Refinement, Rollout, Trajectory
+from nemo_trd.data.types import Completion, LabelValues, Refinement, Rollout, Trajectory
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -25,7 +25,7 @@ class Sample:
     rollout: Rollout
     refinement: Refinement | None  # None without refinement: `algorithm.trajectory: rollout`
     trajectory: Trajectory | None  # None when nothing was trained on
-    figures: LabelFigures | None  # of the trajectory's labels
+    values: LabelValues | None  # at the trajectory's labels
 
 
 def samples_page(step: int, samples: Sequence[Sample], decode_token: Callable[[int], str]) -> str:
@@ -51,8 +51,8 @@ def _section(sample: Sample, decode_token: Callable[[int], str]) -> str:
     parts.append(f"**Rollout** ({facts})\n\n{fenced(rollout.text)}")
     if sample.refinement is not None:
         parts.append(_refinement(sample.refinement, _shown_shortened(sample, "refinement")))
-    if sample.trajectory is not None and sample.figures is not None:
-        parts.append(_divergence(sample.trajectory, sample.figures.divergence, decode_token))
+    if sample.trajectory is not None and sample.values is not None:
+        parts.append(_divergence(sample.trajectory, sample.values.divergence, decode_token))
     return "\n\n".join(parts)
 
 
@@ -148,7 +148,7 @@ def sample_record(step: int, sample: Sample, decode: Decode) -> dict[str, Any]:
             **(_completion(refinement.completion, decode) if refinement.completion else {}),
         },
         "trained_on": None if trajectory is None else trajectory.source,
-        "labels": None if sample.figures is None else _rounded(asdict(sample.figures)),
+        "labels": None if sample.values is None else _rounded(asdict(sample.values)),
     }
 
 
@@ -162,8 +162,8 @@ def _completion(completion: Completion, decode: Decode) -> dict[str, Any]:
     }
 
 
-def _rounded(figures: dict[str, Sequence[float]]) -> dict[str, list[float]]:
-    return {name: [round(value, 6) for value in values] for name, values in figures.items()}
+def _rounded(values: dict[str, Sequence[float]]) -> dict[str, list[float]]:
+    return {name: [round(value, 6) for value in row] for name, row in values.items()}
 
 
 def token_texts(token_ids: Sequence[int], decode: Decode) -> list[str]:

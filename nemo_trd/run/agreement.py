@@ -71,7 +71,7 @@ def check_student_servers(
     rollouts = [Rollout(prompt, 0, answer, "", None) for prompt, answer in answers]
     measured = differences(rollouts, student_nll)
     check(measured, config.precision.dtype, tokenizer)
-    log.info("servers and trainer agree: %s", figures(measured))
+    log.info("servers and trainer agree: %s", metrics(measured))
 
 
 def differences(rollouts: Sequence[Rollout], student_nll: StudentNll) -> list[Difference]:
@@ -97,7 +97,7 @@ def differences(rollouts: Sequence[Rollout], student_nll: StudentNll) -> list[Di
     return sorted(unsorted, key=lambda difference: difference.size, reverse=True)
 
 
-def figures(compared: Sequence[Difference]) -> dict[str, float]:
+def metrics(compared: Sequence[Difference]) -> dict[str, float]:
     """Metrics of a step: mean and largest difference, in nats."""
     if not compared:
         return {}
@@ -113,7 +113,7 @@ def check(compared: Sequence[Difference], dtype: str, tokenizer: Any) -> None:
     Raises:
         Disagreement: the mean difference exceeds the tolerance of `dtype`; with the tokens.
     """
-    mean, limit = figures(compared).get("logprob_difference", 0.0), TOLERANCE[dtype]
+    mean, limit = metrics(compared).get("logprob_difference", 0.0), TOLERANCE[dtype]
     if mean <= limit:
         return
     lines = [

@@ -105,7 +105,7 @@ class Journal:
             ),
             **mean_change(merge_shares([change(*p) for p in own_share(rewritten(refinements))])),
             **rollout_nll(rollouts),
-            **agreement.figures(self._differences(rollouts)),
+            **agreement.metrics(self._differences(rollouts)),
         }
 
     def _differences(self, rollouts: Sequence[Rollout]) -> list[agreement.Difference]:
@@ -186,15 +186,15 @@ def _samples(
     trajectories: Sequence[Trajectory],
     result: StepResult | None,
 ) -> list[Sample]:
-    """Join each rollout with its refinement, its trajectory, and the figures of its labels."""
+    """Join each rollout with its refinement, its trajectory, and the values at its labels."""
     trained = {(t.prompt_index, t.sample_index): t for t in trajectories}
     samples = []
     for refinement in refinements:
         rollout = refinement.request.rollout
         trajectory = trained.get((rollout.prompt.index, rollout.sample_index))
-        figures = None
+        values = None
         if trajectory is not None and result is not None:
-            figures = result.watched.get(trajectory.name)
+            values = result.watched.get(trajectory.name)
         shown = None if refinement.rejection == "subset" else refinement
-        samples.append(Sample(rollout, shown, trajectory, figures))
+        samples.append(Sample(rollout, shown, trajectory, values))
     return samples

@@ -22,7 +22,7 @@ from nemo_trd.config.load import compose
 from nemo_trd.config.schema import Config
 from nemo_trd.data.types import (
     Completion,
-    LabelFigures,
+    LabelValues,
     Prompt,
     Refinement,
     RefinementPrompt,
@@ -389,7 +389,7 @@ def sample(
     if rejected:
         return Sample(rollout, refinement, None, None)
     divergence = [0.1, 0.0, 2.5, 0.0, 0.3, 0.2, 0.4]
-    figures = LabelFigures(divergence, [1.0] * len(labels), [0.5] * len(labels))
+    figures = LabelValues(divergence, [1.0] * len(labels), [0.5] * len(labels))
     return Sample(rollout, refinement, trajectory, figures)
 
 

@@ -29,7 +29,7 @@ def test_differences_come_largest_first_with_place_and_both_values() -> None:
         (0, 70, -1.0, -1.1),
         (2, 72, -3.0, -3.0),
     ]
-    assert agreement.figures(found) == pytest.approx(
+    assert agreement.metrics(found) == pytest.approx(
         {"logprob_difference": 0.2, "logprob_difference_max": 0.5}
     )
 
@@ -37,7 +37,7 @@ def test_differences_come_largest_first_with_place_and_both_values() -> None:
 def test_rollouts_without_log_probabilities_are_not_compared() -> None:
     silent = Rollout(Prompt(0, "x", (5,)), 0, Completion(TOKENS, "length", 0), "", None)
     assert agreement.differences([silent], trainer()) == []
-    assert agreement.figures([]) == {}
+    assert agreement.metrics([]) == {}
 
 
 @pytest.mark.parametrize(
