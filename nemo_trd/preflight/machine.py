@@ -44,6 +44,9 @@ def machine_problems(config: Config) -> Iterator[ConfigError]:
             "start fewer ranks a machine, or make more GPUs visible (CUDA_VISIBLE_DEVICES)",
         )
     yield from _transformer_engine_settings(config)
+    yield from _attention_variables()
+    if gpus:
+        yield from _servers_on_all_gpus(config)
     if config.data.verifier == "code":
         try:
             check_sandbox("data.verifier", config.sandbox)
@@ -59,6 +62,36 @@ def machine_problems(config: Config) -> Iterator[ConfigError]:
                 tracker.model_dump(),
                 f"the package {package} is not installed",
                 f"pip install 'nemo_trd[{package}]', or set {field}=null",
+            )
+
+
+def _attention_variables() -> Iterator[ConfigError]:
+    """Yield variables of TransformerEngine at which megatron-core's models end in an assertion."""
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        value = os.environ.get(name)
+        if value not in (None, "1"):
+            yield rule_broken(
+                name,
+                value,
+                "megatron-core lets TransformerEngine choose among its kernels for attention, and "
+                "allows no other value than 1",
+                f"unset {name}",
+            )
+
+
+def _servers_on_all_gpus(config: Config) -> Iterator[ConfigError]:
+    """Yield the pools of the run's own servers that would take the GPUs of the ranks."""
+    vllm = config.generation.vllm
+    if config.generation.backend != "vllm" or vllm is None:
+        return
+    for role, pool in (("student", vllm.student), ("teacher", vllm.teacher)):
+        if pool.replicas and not pool.devices:
+            yield rule_broken(
+                f"generation.vllm.{role}.devices",
+                pool.devices,
+                "the run starts these servers beside its ranks, and without a list they take "
+                "memory of the ranks' GPUs",
+                "name GPUs that no rank uses, or the ranks' own if they are to be shared",
             )
 
 
