@@ -354,7 +354,7 @@ def check_pool(field: str, pool: ServedPool) -> None:
             f"{field}.devices",
             pool.devices,
             f"replicas x {field}.server.tensor_parallel_size = {gpus} GPUs are needed, each once",
-            "give that many, or [] for all visible ones",
+            "give that many",
         )
     if bool(pool.urls) == bool(pool.replicas):
         raise rule_broken(

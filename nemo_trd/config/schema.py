@@ -328,7 +328,9 @@ class VllmPool(Section):
 
     urls: list[str]  # http://HOST:PORT of servers that run already
     replicas: NonNegativeInt  # servers that the run starts, on the host of its first rank
-    devices: list[NonNegativeInt]  # GPUs of those, tensor_parallel_size each; empty: all visible
+    devices: list[
+        NonNegativeInt
+    ]  # GPUs of those, tensor_parallel_size each; needed where there are GPUs
 
 
 class VllmServer(Section):

@@ -42,7 +42,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One sequence to continue. Equal requests give equal completions, in whatever batch."""
+    """One sequence to continue. Equal requests draw with equal random numbers.
+
+    They give equal completions where logits are equal. On a GPU a batch of another size sums in
+    another order: logits differ by rounding, and a draw that is as close may fall otherwise.
+    """
 
     prompt_token_ids: TokenIds
     seed: int

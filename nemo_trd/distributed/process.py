@@ -22,6 +22,15 @@ from nemo_trd.records.last_line import Cause, end_process, leave, say_last
 
 FAILURE_KEY, RECORDED_KEY = "nemo_trd/failure", "nemo_trd/failure_recorded"
 POLL_SECONDS = 0.5
+# For CUDA and torch, which read them when they first touch a GPU; what the caller has set holds.
+TRAINING_ENVIRONMENT = {
+    # One queue to the GPU: kernels start in the order in which they were launched. megatron-core
+    # and TransformerEngine launch the communication of tensor parallel ranks before the matrix
+    # product that it overlaps with, and rely on it to start first.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    # Every micro-batch has another length: blocks of fixed size would leave holes that none fits.
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+}
 IsOurs = Callable[[str, int], bool]
 RECORD_SECONDS = 5.0  # in which rank 0 writes down the cause; else the rank that failed does
 
@@ -67,6 +76,13 @@ def world_from_environment() -> tuple[int, int, int]:
     return 0, 1, 0
 
 
+def set_training_environment() -> None:
+    """Set `TRAINING_ENVIRONMENT`, where neither the variable nor its other name is set."""
+    for name, value in TRAINING_ENVIRONMENT.items():
+        if name.replace("_CUDA_ALLOC_", "_ALLOC_") not in os.environ:  # of torch 2.9 and newer
+            os.environ.setdefault(name, value)
+
+
 def init_distributed(
     timeout_minutes: float, log_file: Path | None = None, is_ours: IsOurs | None = None
 ) -> FailureWatch:
@@ -81,6 +97,7 @@ def init_distributed(
         ConfigError: several ranks without MASTER_ADDR and MASTER_PORT.
         torch.distributed.DistError: they do not meet.
     """
+    set_training_environment()
     rank, world, local_rank = world_from_environment()
     if world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise ConfigError(

@@ -49,6 +49,10 @@ class Teacher:
         self._destinations = last_stage_ranks(student_groups)
         if self._offload_weights:
             self._model.to("cpu")
+        # `_hand_over` sends between some ranks of the world's group. NCCL makes a group's
+        # communicator at its first use, with all ranks of it: were that a batch of sends in which
+        # only some take part, these would wait for the others for ever.
+        dist.all_reduce(torch.zeros(1, device=device()))
 
     @torch.no_grad()
     def states(self, micro_batches: Sequence[Sequence[Microbatch]]) -> list[Tensor | None]:

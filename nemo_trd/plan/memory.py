@@ -90,6 +90,7 @@ def training_memory(config: Config, student: Any, teacher: Any) -> list[GpuMemor
         phases |= {
             "student": _student_phase(config, student, teacher, student_stage, lengths),
             "export": {"export buffers": _export_bytes(config, student)},
+            **save_phase(config, student, student_stage),
             **generation,
         }
         if not config.teacher.offload_weights:
@@ -255,6 +256,20 @@ def _export_bytes(config: Config, student: Any) -> int:
         student.intermediate_size,
     )
     return 3 * largest * student.hidden_size * element
+
+
+def save_phase(config: Config, student: Any, stage: int) -> dict[str, dict[str, int]]:
+    """What megatron-core gathers over the data parallel ranks to save a distributed optimizer.
+
+    `DistributedOptimizer.get_parameter_state_dp_zero` brings main weights, means and variances one
+    after the other to every rank's GPU: this rank's share, and all shares. In a pipeline it may be
+    less at a time.
+    """
+    if not config.optimizer.distributed:
+        return {}
+    count = stage_parameters(student, config.parallel.student)[stage].total
+    share = -(-count // replicas(config, config.parallel.student))
+    return {"checkpoint": {"gathered optimizer state": 4 * (count + share)}}
 
 
 def _generation_phases(config: Config, student: Any, teacher: Any) -> dict[str, dict[str, int]]:

@@ -36,12 +36,14 @@ PARTS = (  # in the order in which they are shown
     "KV cache",
     "logits",
     "export buffers",
+    "gathered optimizer state",
     "reserved",
 )
 PHASES = {
     "teacher": "teacher pass",
     "student": "student step",
     "export": "weight export",
+    "checkpoint": "checkpoint",
     "rollout": "rollouts",
     "refinement": "refinements",
 }

@@ -52,7 +52,13 @@ def machine_problems(config: Config) -> Iterator[ConfigError]:
     if gpus and config.precision.dtype == "bf16":
         yield from _torch_without_mixed_products()
     yield from _transformer_engine_settings(config)
+<<<<<<< HEAD
     yield from _fp8_of_another_gpu(config.precision)
+=======
+    yield from _attention_variables()
+    if gpus:
+        yield from _servers_on_all_gpus(config)
+>>>>>>> nccl
     if config.data.verifier == "code":
         try:
             check_sandbox("data.verifier", config.sandbox)
@@ -71,6 +77,7 @@ def machine_problems(config: Config) -> Iterator[ConfigError]:
             )
 
 
+<<<<<<< HEAD
 def _torch_without_mixed_products() -> Iterator[ConfigError]:
     """Yield the rule that the loss's products of bf16 factors, summed in fp32, are there.
 
@@ -86,6 +93,36 @@ def _torch_without_mixed_products() -> Iterator[ConfigError]:
             f"{'.'.join(map(str, MIXED_PRODUCTS))} or newer",
             "install a newer PyTorch or take a newer image, or set precision.dtype=fp32",
         )
+=======
+def _attention_variables() -> Iterator[ConfigError]:
+    """Yield variables of TransformerEngine at which megatron-core's models end in an assertion."""
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        value = os.environ.get(name)
+        if value not in (None, "1"):
+            yield rule_broken(
+                name,
+                value,
+                "megatron-core lets TransformerEngine choose among its kernels for attention, and "
+                "allows no other value than 1",
+                f"unset {name}",
+            )
+
+
+def _servers_on_all_gpus(config: Config) -> Iterator[ConfigError]:
+    """Yield the pools of the run's own servers that would take the GPUs of the ranks."""
+    vllm = config.generation.vllm
+    if config.generation.backend != "vllm" or vllm is None:
+        return
+    for role, pool in (("student", vllm.student), ("teacher", vllm.teacher)):
+        if pool.replicas and not pool.devices:
+            yield rule_broken(
+                f"generation.vllm.{role}.devices",
+                pool.devices,
+                "the run starts these servers beside its ranks, and without a list they take "
+                "memory of the ranks' GPUs",
+                "name GPUs that no rank uses, or the ranks' own if they are to be shared",
+            )
+>>>>>>> nccl
 
 
 def _transformer_engine_settings(config: Config) -> Iterator[ConfigError]:

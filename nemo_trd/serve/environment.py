@@ -21,10 +21,11 @@ CPU_ENVIRONMENT = {  # unless the caller's environment says otherwise
     "OMP_NUM_THREADS": "1",
     "TORCH_COMPILE_DISABLE": "1",
 }
-# Of the trainer's rank, its rendezvous and its Python: they would mislead a server.
+# Of the trainer's rank, its rendezvous, its Python, its use of CUDA: they would mislead a server.
 NOT_INHERITED = (
     *("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
     *("LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    *("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"),
 )
 _PROBE = """
 import importlib.metadata, json

@@ -220,11 +220,12 @@ server_ended() {
 train() {
     [[ -z $asked_to_stop ]] || leave "before training began"
     : > "$LOGS/training.err"
-    # A signal before the trainer listens is lost instead of ending it, and sent again.
+    # A signal before the trainer listens is lost instead of ending it, and sent again. The ranks of a
+    # node share its cores, as under torchrun.
     # shellcheck disable=SC2086,SC2016 # options, to be split into words; "$@" is the inner shell's
     srun --job-name=training --overlap --nodes="$TRAINING_NODES" --ntasks-per-node="$GPUS_PER_NODE" --relative=0 \
         --cpu-bind=none --kill-on-bad-exit=0 --wait=0 --output="$LOGS/training-%4t.log" "${in_training[@]}" \
-        ${TRAINING_SRUN_ARGS:-} bash -c 'trap "" USR1 TERM; exec "$@"' _ \
+        ${TRAINING_SRUN_ARGS:-} bash -c 'trap "" USR1 TERM; export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; exec "$@"' _ \
         "$(python_of "$CONTAINER_IMAGE")" -m nemo_trd.train "${settings[@]}" \
         2> "$LOGS/training.err" < /dev/null &
     PIDS[training]=$!

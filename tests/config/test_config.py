@@ -302,7 +302,7 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
             "generation.vllm.teacher.devices=[0,1,1]",
             "generation.vllm.teacher.replicas=3",
         ],
-        ("generation.vllm.teacher.devices = [0, 1, 1]", "= 3 GPUs", "all visible ones"),
+        ("generation.vllm.teacher.devices = [0, 1, 1]", "= 3 GPUs", "give that many"),
     ),
     "no server": (
         ["generation=vllm", "generation.vllm.teacher.replicas=0"],

@@ -526,6 +526,26 @@ def test_bf16_on_a_gpu_needs_a_torch_that_sums_its_products_in_fp32(
 
 
 @pytest.mark.usefixtures("models")
+def test_own_servers_beside_ranks_must_name_their_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nemo_trd.preflight.machine, "gpu_count", lambda: 4)
+    message = refusal(settings("generation=vllm", "generation.vllm.teacher.devices=[3]"))
+    assert message.startswith("generation.vllm.student.devices = []: ") and "\n" not in message
+    named = [
+        f"generation.vllm.{role}.devices=[{n}]" for role, n in (("student", 2), ("teacher", 3))
+    ]
+    check(settings("generation=vllm", *named), 1)
+
+
+@pytest.mark.usefixtures("models")
+def test_attention_kernels_switched_off_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVTE_FUSED_ATTN", "1")
+    check(settings(), 1)
+    monkeypatch.setenv("NVTE_FLASH_ATTN", "0")
+    message = refusal(settings())
+    assert message.startswith("NVTE_FLASH_ATTN = '0': ") and "Fix: unset NVTE_FLASH_ATTN" in message
+
+
+@pytest.mark.usefixtures("models")
 def test_fp8_with_cuda_and_transformer_engine_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nemo_trd.preflight.machine, "gpu_count", lambda: 1)
     monkeypatch.setattr(nemo_trd.preflight.machine, "importable", lambda package: True)

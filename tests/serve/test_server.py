@@ -21,11 +21,12 @@ from pydantic import SecretStr
 from nemo_trd.config.errors import ConfigError
 from nemo_trd.config.load import compose
 from nemo_trd.config.schema import VllmServer
+from nemo_trd.distributed.process import TRAINING_ENVIRONMENT
 from nemo_trd.serve import guard
 from nemo_trd.serve.api_key import read_api_key
 from nemo_trd.serve.environment import find_vllm, server_environment
 from nemo_trd.serve.main import main
-from nemo_trd.serve.server import Server, ServerError, servers_of
+from nemo_trd.serve.server import CPU_ARGUMENTS, Server, ServerError, servers_of
 from nemo_trd.serve.worker.nemo_trd_auth import RequireKey
 
 KEY = "a-secret-key-of-a-test"
@@ -227,7 +228,9 @@ def test_key_goes_by_the_environment_and_gpus_need_no_special_arguments(tmp_path
     server = Server("m", SETTINGS, tmp_path / "log", api_key=SecretStr(KEY), weight_backend="nccl")
     arguments = " ".join(server._arguments(is_cpu=False))
     assert KEY not in arguments and KEY not in repr(vars(server))
-    assert "--enforce-eager" not in arguments and '{"backend": "nemo_trd"}' in arguments
+    # Chunked prefill and CUDA graphs are vLLM's defaults on GPUs.
+    assert not any(flag in arguments for flag in (*CPU_ARGUMENTS, "--max-num-batched-tokens"))
+    assert '{"backend": "nemo_trd"}' in arguments
     environment = server_environment(False, SecretStr(KEY), (4, 5))
     assert environment["VLLM_API_KEY"] == KEY and environment["CUDA_VISIBLE_DEVICES"] == "4,5"
     assert "VLLM_CPU_KVCACHE_SPACE" not in environment
@@ -236,10 +239,11 @@ def test_key_goes_by_the_environment_and_gpus_need_no_special_arguments(tmp_path
 def test_server_does_not_take_itself_for_a_rank_of_the_trainer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in ("RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "PYTHONHOME", "VLLM_API_KEY"):
+    trainers = {"RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "PYTHONHOME", *TRAINING_ENVIRONMENT}
+    for name in (*trainers, "VLLM_API_KEY"):
         monkeypatch.setenv(name, "1")
     environment = server_environment(True, None, ())
-    assert not {"RANK", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "PYTHONHOME"} & environment.keys()
+    assert not trainers & environment.keys()
     assert "VLLM_API_KEY" not in environment
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
 
