@@ -52,13 +52,10 @@ def machine_problems(config: Config) -> Iterator[ConfigError]:
     if gpus and config.precision.dtype == "bf16":
         yield from _torch_without_mixed_products()
     yield from _transformer_engine_settings(config)
-<<<<<<< HEAD
     yield from _fp8_of_another_gpu(config.precision)
-=======
     yield from _attention_variables()
     if gpus:
         yield from _servers_on_all_gpus(config)
->>>>>>> nccl
     if config.data.verifier == "code":
         try:
             check_sandbox("data.verifier", config.sandbox)
@@ -77,7 +74,6 @@ def machine_problems(config: Config) -> Iterator[ConfigError]:
             )
 
 
-<<<<<<< HEAD
 def _torch_without_mixed_products() -> Iterator[ConfigError]:
     """Yield the rule that the loss's products of bf16 factors, summed in fp32, are there.
 
@@ -93,7 +89,8 @@ def _torch_without_mixed_products() -> Iterator[ConfigError]:
             f"{'.'.join(map(str, MIXED_PRODUCTS))} or newer",
             "install a newer PyTorch or take a newer image, or set precision.dtype=fp32",
         )
-=======
+
+
 def _attention_variables() -> Iterator[ConfigError]:
     """Yield variables of TransformerEngine at which megatron-core's models end in an assertion."""
     for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
@@ -122,7 +119,6 @@ def _servers_on_all_gpus(config: Config) -> Iterator[ConfigError]:
                 "memory of the ranks' GPUs",
                 "name GPUs that no rank uses, or the ranks' own if they are to be shared",
             )
->>>>>>> nccl
 
 
 def _transformer_engine_settings(config: Config) -> Iterator[ConfigError]:
