@@ -29,6 +29,15 @@ RUN --mount=type=bind,target=/src \
     && python3 /src/containers/install_absent.py /src/containers \
     && python3 -m nemo_trd.doctor --packages-only
 
+# Programs that answer a problem are run where the trainer is, in bubblewrap. Its version is the one of
+# the base's distribution.
+# hadolint ignore=DL3008
+RUN if python3 -c 'from nemo_trd.doctor.main import role_here as r; exit(r() == "server")' \
+    && ! command -v bwrap; then \
+        apt-get update && apt-get install -y --no-install-recommends bubblewrap \
+        && rm -rf /var/lib/apt/lists/*; \
+    fi
+
 # A container may run as any user, with a home that does not exist or cannot be written. Caches of
 # compiled code are not in /tmp, which Pyxis takes from the host: other users could write them.
 ENV HF_HOME=/var/cache/nemo_trd/huggingface \

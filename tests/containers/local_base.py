@@ -19,7 +19,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-TOOLS = ("bash", "sh", "env", "id", "install", "cat", "ls", "mkdir", "rm", "uname")
+TOOLS = ("bash", "sh", "env", "id", "install", "cat", "ls", "mkdir", "rm", "uname", "bwrap")
 SITE_PACKAGES = f"opt/venv/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
 UNUSED = {"..", "__pycache__", "include", "tests"}
 # Instead of an index to ask, the image has wheels inside.
