@@ -62,6 +62,7 @@ def run_cases(directory: str, cases: dict[str, list[str]], results: str) -> None
     for name, overrides in cases.items():
         config = compose(["model=local", *models, *settings, *overrides])
         student = Student(config)
+        assert student.models[0].config.apply_rope_fusion  # unfused it waits for the device
         teacher = Teacher(config, student.groups)
         transformer_engine_torch.matrix_products.clear()
         seen[name] = {"losses": [], "micro_batches": 0}

@@ -34,10 +34,9 @@ def install() -> None:
     Raises:
         FileNotFoundError: the package has not been installed.
     """
-    packages = Path(os.environ.get("NEMO_TRD_TE_PYTHON", PACKAGES))
-    if not (packages / "transformer_engine").is_dir():
-        raise FileNotFoundError(f"no TransformerEngine in {packages}: run `make env`")
-    sys.path[:0] = [str(HERE), str(packages)]
+    if not (PACKAGES / "transformer_engine").is_dir():
+        raise FileNotFoundError(f"no TransformerEngine in {PACKAGES}: run `make env`")
+    sys.path[:0] = [str(HERE), str(PACKAGES)]
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # it does not look for its shared libraries
     os.environ["NVTE_TORCH_COMPILE"] = "0"
     _import_transformer_engine()
