@@ -88,8 +88,10 @@ class SlurmCluster:
     def __init__(self, directory: Path, nodes: int, spank_plugin: Path | None = None) -> None:
         self.root = directory
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
-        taken = _ip("-4", "addr")
-        self.subnet = next(n for n in range(7, 250) if f"10.213.{n}." not in taken)
+        taken = _ip("addr")
+        self.subnet = next(
+            n for n in range(7, 250) if f"10.213.{n}." not in taken and f" trd{n}" not in taken
+        )
         self._net = f"10.213.{self.subnet}"
         self._tag = f"trd{self.subnet}"  # of bridge and namespaces: at most 15 letters
         self._plugin = spank_plugin
