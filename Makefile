@@ -10,9 +10,6 @@ VENV_VLLM := .venv-vllm
 VENV_ALIGNER := .venv-aligner
 PY := $(VENV)/bin/python
 PY_MCORE019 := $(VENV_MCORE019)/bin/python
-# Byte code is made of modules when they are imported, not of all that are installed. pip takes the
-# value for that of the option's opposite: 0 is "do not compile".
-export PIP_NO_COMPILE := 0
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check $(if $(CI),--quiet) -c constraints.txt
 
 # An environment is complete when its stamp exists, and the stamp is named after what the
