@@ -175,10 +175,14 @@ def test_without_a_free_port_a_job_ends(jobs: Jobs, tmp_path: Path) -> None:
 
 @pytest.fixture
 def with_pyxis(
-    cluster: SlurmCluster, fake_pyxis: Path, tmp_path: Path, inputs: Path
+    cluster: SlurmCluster,
+    fake_pyxis: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    inputs: Path,
 ) -> Iterator[Jobs]:
     """A cluster of its own, whose srun knows the options of Pyxis."""
-    with SlurmCluster(tmp_path / "pyxis", nodes=2, spank_plugin=fake_pyxis) as running:
+    root = tmp_path_factory.mktemp("pyxis") / "root"  # short: slurmstepd has a socket below it
+    with SlurmCluster(root, nodes=2, spank_plugin=fake_pyxis) as running:
         yield Jobs(running, inputs)
 
 
