@@ -35,7 +35,7 @@ SYSTEM_PACKAGES := slurmctld slurmd slurm-client munge iproute2 shellcheck gcc l
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 PYTEST_ARGS := --durations=15
-# Files run side by side; tests/conftest.py has their order, and which of them share a worker.
+# Files run side by side, but for those of Slurm and of servers: they have limits on every wait.
 SIDE_BY_SIDE := -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 # What depends on megatron-core and must pass with both of its versions.
 MCORE_TESTS := $(addprefix tests/megatron/, test_checkpoint.py test_fp8.py test_gradients.py \
@@ -52,7 +52,8 @@ quickstart: env  ## install, then one whole TRD run on a toy task (ARGS="key=val
 	$(PY) -m nemo_trd.quickstart $(ARGS)
 
 test: environments lint  ## lint, then all tests that need no GPU and are not slow, with both megatron-core versions
-	$(PY) -m pytest $(PYTEST_ARGS) $(SIDE_BY_SIDE) -m "not slow and not gpu"
+	$(PY) -m pytest $(PYTEST_ARGS) $(SIDE_BY_SIDE) -m "not slow and not gpu and not vllm and not slurm"
+	$(PY) -m pytest $(PYTEST_ARGS) -m "not slow and not gpu and (vllm or slurm)"
 	$(MAKE) --no-print-directory test-mcore019
 	$(MAKE) --no-print-directory test-adapters
 

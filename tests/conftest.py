@@ -20,12 +20,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 collect_ignore = [] if importlib.util.find_spec("nemo_aligner") else ["adapters/aligner"]
 
 
-# `make test` runs files side by side: those that mostly wait for processes to start come first.
-FIRST = ("slurm", "vllm", "distributed")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=_place)
+    # The longest first, for files that run side by side to end together.
+    items.sort(key=lambda item: item.get_closest_marker("distributed") is None)
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_tests:
         return
@@ -34,25 +31,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-def _place(item: pytest.Item) -> int:
-    return next((i for i, mark in enumerate(FIRST) if item.get_closest_marker(mark)), len(FIRST))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Files to workers, those that share a Slurm or servers to one worker."""
-    from xdist.scheduler import LoadFileScheduling
-
-    class Scheduling(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            if file.endswith("_on_servers.py"):
-                return "servers"
-            return "slurm" if file.startswith("tests/slurm/") else file
-
-    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
