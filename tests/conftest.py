@@ -26,14 +26,14 @@ FIRST = ("slurm", "vllm", "distributed")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_place)
-    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    gpu_tests = {item: mark for item in items if (mark := item.get_closest_marker("gpu"))}
     if not gpu_tests:
         return
-    import torch
+    from devices import EMULATED, missing_devices
 
-    if not torch.cuda.is_available():
-        for item in gpu_tests:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    for item, mark in gpu_tests.items():
+        if (missing := missing_devices()) and not (EMULATED and mark.kwargs.get("emulated")):
+            item.add_marker(pytest.mark.skip(reason=missing))
 
 
 def _place(item: pytest.Item) -> int:
