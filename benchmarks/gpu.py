@@ -43,12 +43,12 @@ from transformers import PreTrainedTokenizerFast
 
 from nemo_trd.config.errors import ConfigError
 from nemo_trd.config.load import compose
-from nemo_trd.config.schema import ModelSource
-from nemo_trd.doctor.main import run_probe
-from nemo_trd.models.family import expected_tensors
+from nemo_trd.distributed.parent import end_with_parent
+from nemo_trd.doctor import probe
+from nemo_trd.models.family import expected_tensors, family_of
 from nemo_trd.plan.advice import capacity, peak
 from nemo_trd.plan.memory import training_memory
-from nemo_trd.plan.shapes import SHIPPED, as_namespace, read_model
+from nemo_trd.plan.shapes import SHIPPED, as_namespace
 from nemo_trd.preflight.machine import missing_for_transformer_engine
 from nemo_trd.serve.environment import find_vllm
 
@@ -174,14 +174,10 @@ class Machine:
 
 
 def this_machine(gpus: int | None) -> Machine:
-    """What `nemo_trd.doctor` sees here.
-
-    Raises:
-        RuntimeError: packages that cannot be imported.
-    """
-    facts, faults = run_probe(sys.executable, "train")
-    if faults:
-        raise RuntimeError("; ".join(faults))
+    """What `nemo_trd.doctor` sees here, in a process of its own: this one holds no GPU."""
+    command = [sys.executable, "-P", "-W", "ignore", str(probe.__file__)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    facts = json.loads(printed.stdout.splitlines()[-1])
     cards = facts["gpus"]
     layers = missing_layers()
     old = cards and cards[0]["compute_capability"] < FP8_CAPABILITY
@@ -221,8 +217,9 @@ def fitting_model(shape: str, overrides: list[str], directory: Path) -> Path:
 def write_model(directory: Path, settings: dict[str, Any]) -> None:
     """A Hugging Face directory with random weights in bf16, and a tokenizer of one-word tokens."""
     directory.mkdir(parents=True)
+    hf = as_namespace(settings, directory, directory.name)
+    settings["architectures"] = [family_of(hf).architecture]  # else vLLM does not generate with it
     (directory / "config.json").write_text(json.dumps(settings))
-    hf = read_model(ModelSource(path=str(directory)), "model")[0].hf
     # Drawing each of billions of numbers would take minutes: a prime number of them, repeated.
     pool = (torch.randn(16_777_213, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     tensors = {}
@@ -258,6 +255,7 @@ def run_case(case: Case, number: int, output: Path) -> Any:
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONPATH": path},
             start_new_session=True,
+            preexec_fn=end_with_parent,
         )
         try:
             code = process.wait(case.seconds)
