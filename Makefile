@@ -41,6 +41,8 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # pages go.
 GPU_PYTHON ?=
 GPU_OUTPUT ?= runs/gpu
+BUNDLE_PYTHON ?= 3.12
+BUNDLE_OUTPUT ?= build/gpu-bundle
 
 PYTEST_ARGS := --durations=15
 # Files run side by side; tests/conftest.py has their order, and which of them share a worker.
@@ -50,7 +52,7 @@ MCORE_TESTS := $(addprefix tests/megatron/, test_checkpoint.py test_fp8.py test_
 	test_hf_weights.py test_hf_weights_parallel.py test_model.py test_no_waits.py \
 	test_non_finite.py test_parallel_layouts.py) tests/run/test_resume.py
 
-.PHONY: help quickstart test test-fast test-slow test-gpu gpu test-mcore019 test-adapters lint format system-packages environments env \
+.PHONY: help quickstart test test-fast test-slow test-gpu gpu gpu-bundle test-mcore019 test-adapters lint format system-packages environments env \
 	env-mcore019 vllm-env aligner-env lock clean
 
 help:  ## list the targets
@@ -91,6 +93,9 @@ gpu: $(if $(GPU_PYTHON),,env)  ## the first hour on GPUs: tests, benchmark, two 
 	$$python -m pytest $(PYTEST_ARGS) -m gpu tests/gpu --junitxml=$(GPU_OUTPUT)/tests.xml || failed=1; \
 	$$python benchmarks/gpu.py --output $(GPU_OUTPUT) --tests $(GPU_OUTPUT)/tests.xml $(ARGS) || failed=1; \
 	exit $$failed
+
+gpu-bundle: env  ## wheels for a GPU machine without a network, in parts (BUNDLE_PYTHON=3.12)
+	$(PY) containers/gpu_bundle.py pack $(BUNDLE_OUTPUT) --python $(BUNDLE_PYTHON)
 
 lint: env  ## ruff, mypy, hadolint
 	$(PY) -m ruff check .

@@ -145,9 +145,10 @@ def training_settings(sizes: Sizes, machine: Machine, tp: int) -> list[str]:
 
 def generation_cases(sizes: Sizes, machine: Machine, directory: Path) -> list[Case]:
     """One server by itself and with files as the way of weights, one with drafts, one over NCCL."""
-    missing = None
+    missing = slow = None
     try:
-        find_vllm(None)
+        _, is_cpu = find_vllm(None)
+        slow = "drafts are measured with a vLLM for GPUs" if is_cpu else None
     except ConfigError as error:
         missing = str(error)
     model = directory / sizes.shapes[0]
@@ -157,7 +158,7 @@ def generation_cases(sizes: Sizes, machine: Machine, directory: Path) -> list[Ca
     two = missing or (None if machine.gpus > 1 else "trainer and server need a GPU each")
     cases = [
         Case("generation", "plain, weights through files", [*command, "--sync", "file"], missing),
-        Case("generation", "drafts of n-grams", [*command, "--drafts"], missing),
+        Case("generation", "drafts of n-grams", [*command, "--drafts"], missing or slow),
         Case("generation", "weights over NCCL", [*command, "--sync", "nccl"], two),
     ]
     return [dataclasses.replace(case, seconds=420.0) for case in cases]

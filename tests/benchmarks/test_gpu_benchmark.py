@@ -125,7 +125,6 @@ def test_make_gpu_tests_and_measures_on_emulated_kernels(tmp_path: Path) -> None
         bf16, fp8 = (training[f"{shape} {kind}"]["losses"] for kind in ("bf16", "fp8"))
         assert bf16 != fp8 and bf16 == pytest.approx(fp8, rel=0.3)
     assert training["toy-teacher bf16"]["layout"] == "TP 2"
-    generation = found["figures"]["generation"]
-    assert all(row["tokens_per_second"] > 0 for row in generation.values())
-    assert generation["plain, weights through files"]["sync_seconds"] > 0
+    (server,) = found["figures"]["generation"].values()
+    assert server["tokens_per_second"] > 0 and server["sync_seconds"] > 0
     assert (tmp_path / "out" / "gpu.md").read_text().startswith("# This machine")
