@@ -34,6 +34,13 @@ SYSTEM_PACKAGES := slurmctld slurmd slurm-client munge iproute2 shellcheck gcc l
 	buildah bubblewrap chromium fonts-dejavu-core graphviz
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
+# Of `make gpu`: a Python that has everything, such as a container's own, instead of .venv; where its
+# pages go.
+GPU_PYTHON ?=
+GPU_OUTPUT ?= runs/gpu
+BUNDLE_PYTHON ?= 3.12
+BUNDLE_OUTPUT ?= build/gpu-bundle
+
 PYTEST_ARGS := --durations=15
 # Files run side by side, but for those of Slurm and of servers: they have limits on every wait.
 SIDE_BY_SIDE := -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
@@ -42,7 +49,7 @@ MCORE_TESTS := $(addprefix tests/megatron/, test_checkpoint.py test_fp8.py test_
 	test_hf_weights.py test_hf_weights_parallel.py test_model.py test_no_waits.py \
 	test_non_finite.py test_parallel_layouts.py) tests/run/test_resume.py
 
-.PHONY: help quickstart test test-fast test-slow test-gpu test-mcore019 test-adapters lint format system-packages environments env \
+.PHONY: help quickstart test test-fast test-slow test-gpu gpu gpu-bundle test-mcore019 test-adapters lint format system-packages environments env \
 	env-mcore019 vllm-env aligner-env lock clean
 
 help:  ## list the targets
@@ -75,6 +82,18 @@ test-slow: env vllm-env system-packages  ## tests longer than a minute each
 
 test-gpu: env  ## tests for a machine with a CUDA device
 	$(PY) -m pytest $(PYTEST_ARGS) -m gpu
+
+gpu: $(if $(GPU_PYTHON),,env)  ## the first hour on GPUs: tests, benchmark, two pages (GPU_PYTHON=python3 in a container)
+	mkdir -p $(GPU_OUTPUT)
+	rm -f $(GPU_OUTPUT)/tests.xml
+	export PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"; failed=0; \
+	python=$(or $(GPU_PYTHON),$(PY)); \
+	$$python -m pytest $(PYTEST_ARGS) -m gpu tests/gpu --junitxml=$(GPU_OUTPUT)/tests.xml || failed=1; \
+	$$python benchmarks/gpu.py --output $(GPU_OUTPUT) --tests $(GPU_OUTPUT)/tests.xml $(ARGS) || failed=1; \
+	exit $$failed
+
+gpu-bundle: env  ## wheels for a GPU machine without a network, in parts (BUNDLE_PYTHON=3.12)
+	$(PY) containers/gpu_bundle.py pack $(BUNDLE_OUTPUT) --python $(BUNDLE_PYTHON)
 
 lint: env  ## ruff, mypy, hadolint
 	$(PY) -m ruff check .

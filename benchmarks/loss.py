@@ -235,7 +235,7 @@ def table(rows: list[dict[str, object]]) -> str:
             lines.append(f"| {row['name']} | not run: {row['failed']} | | | | |")
             continue
         peak, seconds = (
-            f"{row[key]:.2f} | " + (f"{row[key] / base[key]:.2f}" if base else "")  # type: ignore
+            f"{row[key]:.2f} | " + (f"{row[key] / base[key]:.2f}" if base and base[key] else "")  # type: ignore
             for key in ("peak_gb", "seconds")
         )
         lines.append(f"| {row['name']} | {peak} | {seconds} | {row['grad_error']:.1e} |")

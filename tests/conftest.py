@@ -23,14 +23,14 @@ collect_ignore = [] if importlib.util.find_spec("nemo_aligner") else ["adapters/
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The longest first, for files that run side by side to end together.
     items.sort(key=lambda item: item.get_closest_marker("distributed") is None)
-    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    gpu_tests = {item: mark for item in items if (mark := item.get_closest_marker("gpu"))}
     if not gpu_tests:
         return
-    import torch
+    from devices import EMULATED, missing_devices
 
-    if not torch.cuda.is_available():
-        for item in gpu_tests:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    for item, mark in gpu_tests.items():
+        if (missing := missing_devices()) and not (EMULATED and mark.kwargs.get("emulated")):
+            item.add_marker(pytest.mark.skip(reason=missing))
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import launch
+from devices import on_devices
 from tiny_models import make_model
 
 pytestmark = pytest.mark.gpu
@@ -72,5 +72,5 @@ def test_recipe_of_bridge_trains_with_trd(tmp_path: Path) -> None:
         make_model(tmp_path / role, "qwen3", seed=seed, tokenizer=True, **sizes)
     rows = [f'{{"question": "{n}+1?", "answer": "so #### {n + 1}"}}\n' for n in range(12)]
     (tmp_path / "data.jsonl").write_text("".join(rows))
-    launch(1, train_with_bridge, str(tmp_path), timeout=600)
+    on_devices(1, train_with_bridge, str(tmp_path), timeout=600)
     assert len(json.loads((tmp_path / "losses.json").read_text())) == STEPS
