@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scripts import load_script
 
 from nemo_trd.config.load import compose
 
@@ -18,11 +18,7 @@ ON_POLICY = {"rollout": 2.0, "refinement": 1.0, "teacher": 1.0, "student": 4.0, 
 
 @pytest.fixture(scope="module")
 def benchmark() -> Any:
-    spec = importlib.util.spec_from_file_location("overlap_benchmark", FILE)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(FILE)
 
 
 def test_the_ideal_is_the_longer_side_over_both_and_only_the_ratio_has_the_rest_of_a_step(

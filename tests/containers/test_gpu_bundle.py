@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
+from scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def load(file: Path) -> Any:
-    spec = importlib.util.spec_from_file_location("gpu_bundle", file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_parts_hold_the_wheels_and_only_absent_packages_are_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packing, commands = load(ROOT / "containers" / "gpu_bundle.py"), []
+    packing, commands = load_script(ROOT / "containers" / "gpu_bundle.py"), []
     packing.PART_BYTES = 3000
     wheels = {"absent_package-1-py3-none-any.whl": b"a" * 5000, "pytest-1-py3-none-any.whl": b"b"}
 
@@ -45,7 +36,7 @@ def test_parts_hold_the_wheels_and_only_absent_packages_are_installed(
     assert len(parts) > 2 and all(part.stat().st_size <= 3000 for part in parts)
     assert "python3.12 gpu_bundle.py install" in (tmp_path / "bundle" / "README").read_text()
 
-    there = load(tmp_path / "bundle" / "gpu_bundle.py")
+    there = load_script(tmp_path / "bundle" / "gpu_bundle.py")
 
     def install(command: list[str], check: bool) -> None:
         (wheel,) = [Path(word) for word in command if word.endswith(".whl")]
