@@ -5,14 +5,19 @@ Every rank asks for its own share, decodes and verifies it; then all ranks hold 
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from nemo_trd.algorithm.acceptance import read_refinements, read_rollout
-from nemo_trd.algorithm.refinement import refinement_prompts
+from nemo_trd.algorithm.acceptance import read_refinement, read_rollout
+from nemo_trd.algorithm.refinement import refinement_prompt
 from nemo_trd.config.schema import Config, Sampling
 from nemo_trd.data.types import (
     Completion,
@@ -20,14 +25,31 @@ from nemo_trd.data.types import (
     Prompt,
     Refinement,
     RefinementPrompt,
-    Rollout,
+    TokenIds,
 )
 from nemo_trd.distributed.exchange import fail_together, merge_shares, own_share
+from nemo_trd.generation.pending import run_loop
 from nemo_trd.generation.protocol import Generator, request_seed
-from nemo_trd.verifiers.select import judge_all, verifier
+from nemo_trd.run.pool_times import Asked, Span, sampling_seconds
+from nemo_trd.verifiers.select import THREADS, judge_all, verifier
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The samples of a step, and the seconds that they took: see `sampling_seconds`."""
+
+    refinements: list[Refinement]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    refinement: Refinement
+    rollout: Span  # when y_o was under way
+    rewrite: Span | None  # when y_r was, if it was asked for
 
 
 class Sampler:
@@ -50,54 +72,84 @@ class Sampler:
         # Samples may be drawn while the main thread exchanges something else.
         self._group = dist.new_group(backend="gloo")
 
-    def rollouts(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
-        """y_o ~ pi_theta(. | x): `train.rollouts_per_prompt` for each prompt."""
-        config = self._config
-        samples = own_share(numbered_samples(prompts, config.train.rollouts_per_prompt))
-        requests = [
-            GenerationRequest(
-                prompt.token_ids,
-                request_seed(config.run.seed, "rollout", step, prompt.index, sample),
-                affinity=prompt.index,
-            )
-            for prompt, sample in samples
-        ]
+    def sample(self, prompts: Sequence[Prompt], step: int) -> Drawn:
+        """Draw y_o ~ pi_theta(. | x), `train.rollouts_per_prompt` for each prompt, and rewrites.
 
-        def share() -> list[Rollout]:
-            completions = self._student.generate(requests, config.generation.rollout, "rollouts")
-            return judge_all(
-                lambda drawn: read_rollout(*drawn, self._student_tokenizer, self._verify),
-                [(*sample, drawn) for sample, drawn in zip(samples, completions, strict=True)],
-            )
+        They are y_r ~ pi_T(. | x, y_o), in OPSD pi_T(. | x, y*, y_o); rejected ones say why. On
+        servers each y_o is judged and rewritten as soon as it has ended, whatever else is
+        under way; in this process all rollouts come first. The samples are the same.
+        """
+        own = own_share(numbered_samples(prompts, self._config.train.rollouts_per_prompt))
+        begin = perf_counter()
+        samples = self._merge(lambda: run_loop(self._draw(own, step, begin)))
+        seconds = sampling_seconds(
+            [sample.rollout for sample in samples],
+            [sample.rewrite for sample in samples if sample.rewrite],
+            perf_counter() - begin,
+        )
+        return Drawn([sample.refinement for sample in samples], seconds)
 
-        return self._merge(share)
+    async def _draw(
+        self, samples: Sequence[tuple[Prompt, int]], step: int, begin: float
+    ) -> list[_Sample]:
+        """Draw this rank's share of `sample`."""
+        generation = self._config.generation
+        student, teacher = Asked(len(samples), begin), Asked(len(samples), begin)
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="verdicts") as threads:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(
+                        self._refined(number, sample, step, student, teacher, threads)
+                    )
+                    for number, sample in enumerate(samples)
+                ]
+                group.create_task(
+                    self._student.stream(
+                        student.requests, generation.rollout, "rollouts", student.done
+                    )
+                )
+                group.create_task(
+                    self._teacher.stream(
+                        teacher.requests, generation.refinement, "refinements", teacher.done
+                    )
+                )
+        return [task.result() for task in tasks]
 
-    def refinements(self, rollouts: Sequence[Rollout], step: int) -> list[Refinement]:
-        """y_r ~ pi_T(. | x, y_o), in OPSD pi_T(. | x, y*, y_o); rejected ones say why."""
-        config = self._config
-        contexts = refinement_prompts(own_share(rollouts), config, self._teacher_tokenizer)
-        requests = [
-            GenerationRequest(
-                prompt.token_ids,
-                self._refinement_seed(prompt, step),
-                affinity=prompt.rollout.prompt.index,
-            )
-            for prompt in contexts
-            if prompt.token_ids is not None
-        ]
+    async def _refined(
+        self,
+        number: int,
+        sample: tuple[Prompt, int],
+        step: int,
+        student: Asked,
+        teacher: Asked,
+        threads: Executor,
+    ) -> _Sample:
+        """Take one sample its whole way: y_o, the verdict on it, c_T, y_r, the verdict on that."""
+        in_thread = partial(asyncio.get_running_loop().run_in_executor, threads)
+        y_o, rollout = await student.ask(number, self._request("rollout", *sample, step))
+        context = await in_thread(self._refinement_prompt, *sample, y_o)
+        if context.token_ids is None:
+            teacher.leave_out(number)
+            y_r, rewrite = None, None
+        else:
+            request = self._request("refinement", *sample, step, context.token_ids)
+            y_r, rewrite = await teacher.ask(number, request)
+        read = (context, y_r, self._teacher_tokenizer, self._verify)
+        return _Sample(await in_thread(read_refinement, *read), rollout, rewrite)
 
-        def share() -> list[Refinement]:
-            sampling = config.generation.refinement
-            completions = self._teacher.generate(requests, sampling, "refinements")
-            return read_refinements(
-                contexts, completions, config, self._teacher_tokenizer, self._verify
-            )
+    def _refinement_prompt(
+        self, prompt: Prompt, sample: int, completion: Completion
+    ) -> RefinementPrompt:
+        """Judge a rollout, and put it before the teacher: (x, y_o), in OPSD (x, y*, y_o)."""
+        rollout = read_rollout(prompt, sample, completion, self._student_tokenizer, self._verify)
+        return refinement_prompt(rollout, self._config, self._teacher_tokenizer)
 
-        return self._merge(share)
-
-    def _refinement_seed(self, request: RefinementPrompt, step: int) -> int:
-        prompt, sample = request.rollout.prompt, request.rollout.sample_index
-        return request_seed(self._config.run.seed, "refinement", step, prompt.index, sample)
+    def _request(
+        self, kind: str, prompt: Prompt, sample: int, step: int, context: TokenIds | None = None
+    ) -> GenerationRequest:
+        """Request for a sample, after x unless there is another context."""
+        seed = request_seed(self._config.run.seed, kind, step, prompt.index, sample)
+        return GenerationRequest(context or prompt.token_ids, seed, affinity=prompt.index)
 
     def complete(
         self, requests: Sequence[GenerationRequest], sampling: Sampling, description: str
