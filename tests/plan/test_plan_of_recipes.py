@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +69,9 @@ def check_model(config: Any, role: str, hf: Any) -> None:
     for rank in range(world):
         with rank_of(rank, world):
             groups = process_groups(layout)
-            place = (groups.pp.rank(), groups.tp.rank(), groups.dp.rank())
+            place = (groups.pp.rank(), groups.tp.rank(), groups.cp.rank(), groups.dp.rank())
             places.append(place)
-            if place[2] > 0:  # holds what its replica of rank 0 holds
+            if groups.dp_cp.rank() > 0:  # holds what another holds
                 continue
             models = build_model(hf, layout, groups, config.precision)
             held = sum(p.numel() for model in models for p in model.parameters())
@@ -83,8 +84,8 @@ def check_model(config: Any, role: str, hf: Any) -> None:
     expected = expected_tensors(hf)
     assert holders.keys() == expected.keys()
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    dp = world // layout.model_parallel_size
-    assert sorted(places) == [(p, t, d) for p in range(pp) for t in range(tp) for d in range(dp)]
+    cp, dp = layout.context_parallel_size, world // layout.model_parallel_size
+    assert sorted(places) == list(product(range(pp), range(tp), range(cp), range(dp)))
     for name, whole in expected.items():
         stages = sorted({stage for stage, _ in holders[name]})
         twice = hf.tie_word_embeddings and pp > 1 and whole.layer is None and len(whole.shape) == 2
@@ -170,7 +171,8 @@ def check_routes(recipe: str, overrides: list[str]) -> None:
 
         with rank_of(world - 1, world), mock.patch("torch.distributed.all_gather_object", answer):
             last_stages[role] = last_stage_ranks(process_groups(layout))
-        assert {len(ranks) for ranks in last_stages[role]} == {layout.tensor_model_parallel_size}
+        sizes = layout.tensor_model_parallel_size * layout.context_parallel_size
+        assert {len(ranks) for ranks in last_stages[role]} == {sizes}
     for sources in last_stages["teacher"]:
         for destinations in last_stages["student"]:
             sent = routes(sources, destinations)
