@@ -38,7 +38,7 @@ from nemo_trd.distributed.exchange import raise_together
 from nemo_trd.distributed.process import device
 from nemo_trd.megatron.finite import Findings, NonFiniteError, first_bad_value
 from nemo_trd.megatron.loss_head import LossHead
-from nemo_trd.megatron.model import HiddenStatesModel, has_transformer_engine, load_hf_config
+from nemo_trd.megatron.model import HiddenStatesModel, load_hf_config
 from nemo_trd.megatron.schedule import is_last_stage, run_model
 from nemo_trd.megatron.teacher import Teacher
 from nemo_trd.models.family import shared_vocab_size
@@ -189,7 +189,6 @@ class TRD:
             config,
             trajectories,
             data_parallel_size=self._groups.dp.size(),
-            packed=has_transformer_engine(),
             count=num_micro_batches,  # as many as Bridge will ask for
         )
         states = self._teacher.states(plan)

@@ -36,7 +36,7 @@ class Findings:
 
     first_position: where this rank's part of the sequence begins.
     numbers: float64 [7]. Of the student's hidden states: number of positions that are not finite,
-        the first of them in [s, b], a value there. Of the labels' divergences: their number, the
+        the first of them in [t], a value there. Of the labels' divergences: their number, the
         first, its value, and 1 where the teacher's state at it is not finite either.
     """
 
@@ -56,7 +56,7 @@ def look(
     """Look for values that are not finite in a micro-batch, without waiting for the device.
 
     Args:
-        hidden: [s, b, h], the student's final hidden states from `first_position` on. All positions
+        hidden: [t, 1, h], the student's final hidden states from `first_position` on. All positions
             count: those without labels have a share in the gradient too.
         token_divergence: [n], one a label.
         teacher_states: [n, h] hidden states of the teacher, or [n, k] log-probabilities of its
@@ -114,17 +114,13 @@ def first_bad_value(findings: Sequence[Findings]) -> str | None:
 
 
 def _position(found: Findings, place: int) -> str:
-    """Name the trajectory and token of a place in [s, b]."""
-    student = found.micro_batch.student
-    packed = student.cu_seqlens is not None
-    position, row = divmod(place, 1 if packed else len(student.tokens))
-    position += found.first_position
-    if student.cu_seqlens is not None:
-        borders = student.cu_seqlens.tolist()
-        row = bisect.bisect_right(borders, position) - 1
-        position -= borders[row]
+    """Name the trajectory and token of a place in this rank's part of the pack."""
+    borders = found.micro_batch.student.cu_seqlens.tolist()
+    position = place + found.first_position
+    segment = bisect.bisect_right(borders, position) - 1
+    position -= borders[segment]
     owners = found.micro_batch.trajectories
-    name = owners[row].name if row < len(owners) else "padding"
+    name = owners[segment].name if segment < len(owners) else "a filler"
     return f"{name}: the student's hidden state at token {position}"
 
 

@@ -25,7 +25,7 @@ from nemo_trd.megatron import finite
 from nemo_trd.megatron.hf_weights import export_hf_weights, load_hf_weights
 from nemo_trd.megatron.learning_rate import scheduler
 from nemo_trd.megatron.loss_head import LossHead
-from nemo_trd.megatron.model import build_model, has_transformer_engine, load_hf_config
+from nemo_trd.megatron.model import build_model, load_hf_config
 from nemo_trd.megatron.optimizer import make_optimizer
 from nemo_trd.megatron.process_groups import process_groups
 from nemo_trd.megatron.reports import Report, read_labels, read_sums, read_watched
@@ -98,14 +98,13 @@ class Student:
 
     def pack(self, trajectories: Sequence[Trajectory]) -> list[list[Microbatch]]:
         """Micro-batches of every data parallel rank: `plan[rank][position]`."""
-        interleaved = len(self.models) > 1  # this schedule wants one shape for all
+        interleaved = len(self.models) > 1  # this schedule wants one length for all
         return micro_batches.plan(
             self._config,
             trajectories,
             data_parallel_size=self.groups.dp.size(),
-            packed=has_transformer_engine(),
             multiple=self.groups.pp.size() if interleaved else 1,
-            same_shape=interleaved,
+            same_length=interleaved,
         )
 
     def train_step(
