@@ -465,8 +465,7 @@ class Train(Section):
     rollouts_per_prompt: PositiveInt  # y_o of one x; each is refined by itself
     # trajectories of one; exactly one of this and the next is set
     micro_batch_size: PositiveInt | None
-    # Tokens that one micro-batch makes a model compute, padding included; of a trajectory the
-    # longer of its two sequences counts.
+    # Tokens of one micro-batch; of a trajectory the longer of its two sequences counts.
     max_tokens_per_micro_batch: PositiveInt | None
     # Activations that the backward pass computes again. selective: of attention. full: of each
     # layer.

@@ -14,7 +14,7 @@ from nemo_trd.config.lengths import longest_answer, longest_contexts, longest_tr
 from nemo_trd.config.schema import Config, Layout
 from nemo_trd.loss.divergences import DIVERGENCES
 from nemo_trd.models.dtypes import ELEMENT_BYTES
-from nemo_trd.models.family import padded_vocab_size, sequence_alignment
+from nemo_trd.models.family import PackAlignment, pack_alignment, padded_vocab_size
 from nemo_trd.plan.activations import (
     layer_activation_bytes,
     micro_batches_in_flight,
@@ -102,7 +102,7 @@ def training_memory(config: Config, student: Any, teacher: Any) -> list[GpuMemor
 
 
 def longest_lengths(config: Config) -> Lengths:
-    """The longest micro-batch: full, or of the longest sequences; padded as the layouts need."""
+    """The longest micro-batch: full, or of the longest sequences; aligned as the layouts need."""
     train, parallel = config.train, config.parallel
     answer = longest_answer(config)
     if train.micro_batch_size is not None:
@@ -113,14 +113,15 @@ def longest_lengths(config: Config) -> Lengths:
         assert train.max_tokens_per_micro_batch is not None
         student_tokens = teacher_tokens = train.max_tokens_per_micro_batch
         labels = min(student_tokens, train.trajectories_per_step * answer)
-    student_multiple, teacher_multiple = alignments(config)
-    student_tokens = _round_up(student_tokens, student_multiple)
+    student, teacher = alignments(config)
+    student_context, teacher_context = (context for _, context in longest_contexts(config))
+    student_tokens = _round_up(student_tokens, student.pack)
     return Lengths(
         student_tokens,
-        _round_up(teacher_tokens, teacher_multiple),
+        _round_up(teacher_tokens, teacher.pack),
         min(labels, own_tokens(student_tokens, parallel.student)),
-        _step_labels(config, parallel.student, student_multiple, longest_contexts(config)[0][1]),
-        _step_labels(config, parallel.teacher, teacher_multiple, longest_contexts(config)[1][1]),
+        _step_labels(config, parallel.student, student.segment, student_context),
+        _step_labels(config, parallel.teacher, teacher.segment, teacher_context),
     )
 
 
@@ -140,12 +141,12 @@ def _step_labels(config: Config, layout: Layout, multiple: int, context: int) ->
     return trajectories_per_rank(config, layout) * most
 
 
-def alignments(config: Config) -> tuple[int, int]:
-    """Numbers of tokens to whose multiples sequences of student and teacher are padded."""
+def alignments(config: Config) -> tuple[PackAlignment, PackAlignment]:
+    """Alignments of the packs of student and teacher."""
     parallel, precision = config.parallel, config.precision
     return (
-        sequence_alignment(parallel.student, precision.fp8, precision.fp8_recipe),
-        sequence_alignment(parallel.teacher, precision.teacher_fp8, precision.fp8_recipe),
+        pack_alignment(parallel.student, precision.fp8, precision.fp8_recipe),
+        pack_alignment(parallel.teacher, precision.teacher_fp8, precision.fp8_recipe),
     )
 
 

@@ -90,14 +90,14 @@ def _setup(plan: Plan) -> str:
             + (f" + FP8 {fp8}" if fp8 else "")
         )
     lengths = longest_lengths(config)
-    student_multiple, teacher_multiple = alignments(config)
+    student, teacher = alignments(config)
     lines += [
         f"  nodes    {cluster.training_nodes} training, {cluster.student_server_nodes} student "
         f"servers, {cluster.teacher_server_nodes} teacher servers, {cluster.gpus_per_node} GPUs of "
         f"{cluster.gpu_memory_gib:g} GiB each",
         f"  step     {config.train.trajectories_per_step} trajectories; micro-batches of up to "
-        f"{max(lengths.student_tokens, lengths.teacher_tokens):,} tokens, lengths padded to "
-        f"multiples of {student_multiple} (teacher {teacher_multiple}); recompute "
+        f"{max(lengths.student_tokens, lengths.teacher_tokens):,} tokens, filled up to "
+        f"multiples of {student.pack} (teacher {teacher.pack}); recompute "
         f"{config.train.recompute}",
     ]
     return "\n".join(lines)

@@ -184,9 +184,11 @@ def test_full_recompute_keeps_what_autograd_keeps_of_a_real_model(
 def saved_bytes(architecture: str, layers: int, dtype: str, groups: Any) -> int:
     """Of the tensors, parameters left out, that a forward pass saves for its backward pass."""
     import torch
+    from model_checks import packed
     from tiny_models import CONFIGS
 
     from nemo_trd.megatron.model import build_model
+    from nemo_trd.megatron.schedule import run_model
 
     settings = {k: v for k, v in TINY.items() if k != "model_type"} | {"num_hidden_layers": layers}
     (model,) = build_model(
@@ -206,11 +208,7 @@ def saved_bytes(architecture: str, layers: int, dtype: str, groups: Any) -> int:
 
     tokens = torch.zeros(2, 64, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(
-            input_ids=tokens,
-            position_ids=torch.arange(64).expand(2, 64),
-            attention_mask=None,
-        )
+        run_model(model, packed(tokens))
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 

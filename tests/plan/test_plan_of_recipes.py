@@ -20,6 +20,7 @@ pytestmark = pytest.mark.distributed
 
 RECIPES = {  # experiment -> what makes it larger than it ships
     "trd_70b": ["cluster.training_nodes=8"],  # TP 8, PP 4: 64 ranks, two replicas
+    "trd_70b_32k": [],  # TP 8, CP 2, PP 4: 64 ranks that divide each sequence
     # The student's data parallel ranks meet a teacher of two stages.
     "trd_8b": ["cluster.training_nodes=2", "parallel.teacher.pipeline_model_parallel_size=2"],
     "paper_qwen3_8b": [],
@@ -163,7 +164,7 @@ def check_routes(recipe: str, overrides: list[str]) -> None:
         for rank in range(world):
             with rank_of(rank, world):
                 groups = process_groups(layout)
-                everyone.append((groups.dp.rank(), is_last_stage(groups)))
+                everyone.append((groups.dp.rank(), groups.cp.rank(), is_last_stage(groups)))
 
         def answer(answers: list[Any], own: Any, everyone: Any = everyone) -> None:
             assert own == everyone[-1]
@@ -171,12 +172,20 @@ def check_routes(recipe: str, overrides: list[str]) -> None:
 
         with rank_of(world - 1, world), mock.patch("torch.distributed.all_gather_object", answer):
             last_stages[role] = last_stage_ranks(process_groups(layout))
-        sizes = layout.tensor_model_parallel_size * layout.context_parallel_size
-        assert {len(ranks) for ranks in last_stages[role]} == {sizes}
+        sizes = {(len(parts), *map(len, parts)) for parts in last_stages[role]}
+        cp = layout.context_parallel_size
+        assert sizes == {(cp, *[layout.tensor_model_parallel_size] * cp)}
     for sources in last_stages["teacher"]:
         for destinations in last_stages["student"]:
-            sent = routes(sources, destinations)
-            assert {source for source, _ in sent} <= set(sources)
-            assert sorted([d for _, d in sent] + [d for d in destinations if d in sources]) == (
-                sorted(destinations)
+            given = routes(sources, destinations)
+            assert all(source in sources[part] for (part, source), _ in given)
+            # Each rank gets each part of the teacher once; what it has itself, from itself.
+            assert sorted((part, wanted, rank) for (part, _), (wanted, rank) in given) == sorted(
+                (part, wanted, rank)
+                for part in range(len(sources))
+                for wanted, ranks in enumerate(destinations)
+                for rank in ranks
+            )
+            assert all(
+                source == rank or rank not in sources[part] for (part, source), (_, rank) in given
             )
