@@ -67,7 +67,7 @@ def _rows(run: Run, trajectories: list[Trajectory], top_k: int) -> list[dict[str
     micro_batches, states = teach(run, trajectories)
     for batch, state in zip(micro_batches[student.groups.dp.rank()], states, strict=True):
         if state is not None and batch.trajectories:
-            own |= _rows_of(batch, student.teacher_top_k(state, batch.labels, top_k))
+            own |= _rows_of(batch, student.teacher_top_k(state, batch, top_k))
     everyone: list[dict[str, dict[str, Any]]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everyone, own if is_last_stage(student.groups) else {})
     rows = {name: row for share in everyone for name, row in share.items()}

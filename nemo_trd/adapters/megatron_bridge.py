@@ -36,9 +36,10 @@ from nemo_trd.data.prompts import prompts_of_step
 from nemo_trd.data.types import Microbatch, Prompt
 from nemo_trd.distributed.exchange import raise_together
 from nemo_trd.distributed.process import device
+from nemo_trd.megatron.context_parallel import own_part
 from nemo_trd.megatron.finite import Findings, NonFiniteError, first_bad_value
 from nemo_trd.megatron.loss_head import LossHead
-from nemo_trd.megatron.model import HiddenStatesModel, has_transformer_engine, load_hf_config
+from nemo_trd.megatron.model import HiddenStatesModel, load_hf_config
 from nemo_trd.megatron.schedule import is_last_stage, run_model
 from nemo_trd.megatron.teacher import Teacher
 from nemo_trd.models.family import shared_vocab_size
@@ -189,11 +190,10 @@ class TRD:
             config,
             trajectories,
             data_parallel_size=self._groups.dp.size(),
-            packed=has_transformer_engine(),
             count=num_micro_batches,  # as many as Bridge will ask for
         )
         states = self._teacher.states(plan)
-        own = plan[self._groups.dp.rank()]
+        own = [own_part(batch, self._groups.cp) for batch in plan[self._groups.dp.rank()]]
         self.micro_batches = deque(zip(own, states, strict=True))
         return refinement_counts(refinements, trajectories)
 
@@ -246,7 +246,8 @@ def trd_recipe(config: Any, trd: TRD) -> Any:
             return next_micro_batches(lambda: trd.micro_batches), None, None
 
     settings, layout = trd.config, trd.config.parallel.student
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+    sizes = ("tensor_model", "pipeline_model", "context")
+    for name in (f"{size}_parallel_size" for size in sizes):
         if getattr(config.model, name) != getattr(layout, name):
             raise rule_broken(
                 f"parallel.student.{name}",

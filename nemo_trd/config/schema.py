@@ -112,8 +112,7 @@ class Layout(Section):
     pipeline_model_parallel_size: PositiveInt  # stages, each with a part of the layers
     # parts of a stage in the interleaved schedule, student only; null: 1F1B
     virtual_pipeline_model_parallel_size: PositiveInt | None = None
-    # ranks over which a sequence is split; only 1 can be trained
-    context_parallel_size: PositiveInt = 1
+    context_parallel_size: PositiveInt = 1  # ranks over which each sequence is split
     # split what lies between tensor parallel layers over the same ranks
     sequence_parallel: bool = False
     batch_p2p_comm: bool = False  # sends and receives of stages in one call
@@ -466,8 +465,7 @@ class Train(Section):
     rollouts_per_prompt: PositiveInt  # y_o of one x; each is refined by itself
     # trajectories of one; exactly one of this and the next is set
     micro_batch_size: PositiveInt | None
-    # Tokens that one micro-batch makes a model compute, padding included; of a trajectory the
-    # longer of its two sequences counts.
+    # Tokens of one micro-batch; of a trajectory the longer of its two sequences counts.
     max_tokens_per_micro_batch: PositiveInt | None
     # Activations that the backward pass computes again. selective: of attention. full: of each
     # layer.
@@ -517,6 +515,8 @@ class Assumptions(Section):
     fp8_mfu: Share  # the same in FP8
     memory_bandwidth_tb: PositiveFloat  # TB/s of one GPU
     memory_utilization: Share  # share of the bandwidth that decoding reaches
+    nvlink_gb: PositiveFloat  # GB/s from one GPU to another of its node
+    network_gb: PositiveFloat  # GB/s from one GPU to one of another node
     mean_length: Share  # mean length of prompts and answers over the longest allowed
     student_tokens_per_second: PositiveFloat | None  # measured, of one GPU; null: estimated
     teacher_tokens_per_second: PositiveFloat | None  # the same of the teacher

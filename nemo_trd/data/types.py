@@ -156,18 +156,20 @@ class LabelValues:
 
 @dataclass
 class ContextBatch:
-    """The sequences of one micro-batch as one model sees them.
+    """The sequences of one micro-batch as one model sees them, packed (THD).
 
-    Padded layout: `tokens` is [b, s], one sequence per row, right-padded.
-    Packed layout (THD): `tokens` is [1, t], sequences one after the other, each padded to the
-    alignment; `cu_seqlens` [b + 1] are their borders.
+    They are segments of one row, one after the other; where that is to be longer, a last segment
+    without labels fills it up.
     """
 
-    tokens: torch.Tensor  # int64
-    position_ids: torch.Tensor  # int64, the shape of tokens
-    label_positions: torch.Tensor  # int64 [n]: index into tokens.flatten() that predicts label i
-    cu_seqlens: torch.Tensor | None  # int32 [b + 1] when packed
-    longest: int  # tokens of the longest sequence, with its padding
+    tokens: torch.Tensor  # int64 [1, t]
+    position_ids: torch.Tensor  # int64 [1, t], from 0 in each segment
+    label_positions: torch.Tensor  # int64 [n]: index into the row of what predicts label i
+    lengths: tuple[int, ...]  # tokens of each of the s segments
+    cu_seqlens: torch.Tensor  # int32 [s + 1]: their borders
+    # int64 [t]: places of the tokens in the pack, for the part of it that a context parallel rank
+    # holds (`megatron.context_parallel`); lengths and borders are those of the pack. None: all.
+    places: torch.Tensor | None = None
 
 
 @dataclass
@@ -178,4 +180,5 @@ class Microbatch:
     teacher: ContextBatch
     labels: torch.Tensor  # int64 [n], n = 0 for a filler that keeps ranks in lock-step
     trajectory_index: torch.Tensor  # int64 [n]: which entry of `trajectories` a label belongs to
+    label_index: torch.Tensor  # int64 [n]: which label of that trajectory it is
     trajectories: tuple[Trajectory, ...]

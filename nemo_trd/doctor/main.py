@@ -212,8 +212,6 @@ def features(facts: dict[str, Any], role: Role) -> dict[str, str]:
         return available
     missing = None if facts["transformer_engine"] else "no TransformerEngine"
     missing = missing if gpus else "no GPU"
-    padded = f"no: {missing}; micro-batches are padded"
-    available["sequence packing"] = padded if missing else "yes"
     if not missing and capability is not None and capability < FP8_CAPABILITY:
         missing = "a GPU without FP8 units"
     refused = f"no: {missing}; precision.fp8 and precision.teacher_fp8 must be null"

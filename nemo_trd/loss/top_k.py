@@ -26,7 +26,7 @@ class TopK:
     log_probs: Tensor  # fp32 [n, k]
     label_log_probs: Tensor  # fp32 [n]
 
-    def __getitem__(self, rows: slice) -> TopK:
+    def __getitem__(self, rows: slice | Tensor) -> TopK:
         return TopK(self.ids[rows], self.log_probs[rows], self.label_log_probs[rows])
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> TopK:

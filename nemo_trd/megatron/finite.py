@@ -36,7 +36,7 @@ class Findings:
 
     first_position: where this rank's part of the sequence begins.
     numbers: float64 [7]. Of the student's hidden states: number of positions that are not finite,
-        the first of them in [s, b], a value there. Of the labels' divergences: their number, the
+        the first of them in [t], a value there. Of the labels' divergences: their number, the
         first, its value, and 1 where the teacher's state at it is not finite either.
     """
 
@@ -56,7 +56,7 @@ def look(
     """Look for values that are not finite in a micro-batch, without waiting for the device.
 
     Args:
-        hidden: [s, b, h], the student's final hidden states from `first_position` on. All positions
+        hidden: [t, 1, h], the student's final hidden states from `first_position` on. All positions
             count: those without labels have a share in the gradient too.
         token_divergence: [n], one a label.
         teacher_states: [n, h] hidden states of the teacher, or [n, k] log-probabilities of its
@@ -114,24 +114,21 @@ def first_bad_value(findings: Sequence[Findings]) -> str | None:
 
 
 def _position(found: Findings, place: int) -> str:
-    """Name the trajectory and token of a place in [s, b]."""
+    """Name the trajectory and token of a place in this rank's part of the pack."""
     student = found.micro_batch.student
-    packed = student.cu_seqlens is not None
-    position, row = divmod(place, 1 if packed else len(student.tokens))
-    position += found.first_position
-    if student.cu_seqlens is not None:
-        borders = student.cu_seqlens.tolist()
-        row = bisect.bisect_right(borders, position) - 1
-        position -= borders[row]
+    borders, position = student.cu_seqlens.tolist(), place + found.first_position
+    if student.places is not None:
+        position = int(student.places[position])
+    segment = bisect.bisect_right(borders, position) - 1
+    position -= borders[segment]
     owners = found.micro_batch.trajectories
-    name = owners[row].name if row < len(owners) else "padding"
+    name = owners[segment].name if segment < len(owners) else "a filler"
     return f"{name}: the student's hidden state at token {position}"
 
 
 def _label(micro_batch: Microbatch, label: int) -> str:
-    owners = micro_batch.trajectory_index.tolist()
-    name = micro_batch.trajectories[owners[label]].name
-    return f"{name}: the divergence of label {label - owners.index(owners[label])}"
+    owner, number = int(micro_batch.trajectory_index[label]), int(micro_batch.label_index[label])
+    return f"{micro_batch.trajectories[owner].name}: the divergence of label {number}"
 
 
 def _first_bad_gradient(chunks: Sequence[Any]) -> str | None:

@@ -30,6 +30,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nemo_trd.config.schema import Layout, Precision
+from nemo_trd.megatron.attention import RotaryAngles, SegmentAttention
 from nemo_trd.models.directory import check_model_type
 from nemo_trd.models.dtypes import torch_dtype
 from nemo_trd.models.family import family_of, head_dim, padded_vocab_size, rope_parameters
@@ -91,8 +92,6 @@ def transformer_config(
     fused = has_transformer_engine()
     if fp8 is not None:
         check_transformer_engine("fp8", fp8)
-    if layout.context_parallel_size > 1:
-        check_transformer_engine("context_parallel_size", layout.context_parallel_size)
     dtype = torch_dtype(precision.dtype)
     family = family_of(hf)
     pipelined = layout.pipeline_model_parallel_size > 1
@@ -152,7 +151,7 @@ def _keep(weight: torch.Tensor) -> torch.Tensor:
 class HiddenStatesModel(GPTModel):
     """A GPT whose last stage stops before the output layer.
 
-    It returns the hidden states after the final norm, [s, b, h], or this rank's [s / tp, b, h]
+    It returns the hidden states after the final norm, [t, 1, h], or this rank's [t / tp, 1, h]
     with sequence parallelism. The other stages return what the next one takes, as ever.
     """
 
@@ -236,7 +235,11 @@ def build_model(
             pg_collection=groups,
             vp_stage=vp_stage if virtual else None,
         )
-        model.rotary_pos_emb.inv_freq = inverse_frequencies(hf).to(torch.cuda.current_device())
+        frequencies = inverse_frequencies(hf).to(torch.cuda.current_device())
+        if config.transformer_impl == "local":
+            model.rotary_pos_emb = RotaryAngles(frequencies)
+        else:
+            model.rotary_pos_emb.inv_freq = frequencies
         models.append(model)
     return models
 
@@ -248,8 +251,9 @@ def _layer_spec(
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = SegmentAttention
     if config.qk_layernorm:
-        attention = layer.submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     count = get_num_layers_to_build(config, vp_stage, stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)

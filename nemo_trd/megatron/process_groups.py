@@ -51,8 +51,7 @@ def _process_groups(world: dist.ProcessGroup, tp: int, cp: int, pp: int) -> Proc
     groups.ep = _own_group([r] for r in range(dist.get_world_size()))
     groups.expt_tp = groups.tp_ep = groups.tp
     groups.tp_ep_pp = groups.mp
-    groups.expt_dp = groups.intra_expt_dp = groups.dp
-    groups.intra_dp_cp = groups.dp_cp
+    groups.expt_dp = groups.intra_expt_dp = groups.intra_dp_cp = groups.dp_cp
     groups.intra_dist_opt = _own_group([list(range(dist.get_world_size()))])
     return groups
 

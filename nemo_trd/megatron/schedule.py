@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import (
     forward_backward_no_pipelining,
@@ -18,10 +17,12 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from nemo_trd.data.types import ContextBatch
 from nemo_trd.distributed.process import to_device
+from nemo_trd.megatron.attention import segments
 
 ForwardStep = Callable[..., tuple[Tensor, Callable[..., Any]]]
 
@@ -39,21 +40,20 @@ def run_schedule(
     """Run a pass; return the loss function's report on each micro-batch, on the last stage only.
 
     Args:
-        chunks: virtual stages of this rank; with several, all contexts have one shape.
+        chunks: virtual stages of this rank; with several, all contexts have one length.
         micro_batches: what `forward_step` gets.
-        contexts: what the model sees of each of them.
+        contexts: what this rank's model computes of each of them.
         collect: whether the loss function is called with `non_loss_data=True`, and its results
             are returned.
     """
     config = chunks[0].config
-    rows, length = contexts[0].tokens.shape
     arguments: dict[str, Any] = {
         "forward_step_func": forward_step,
         "model": list(chunks),
         "data_iterator": [iter(micro_batches) for _ in chunks],
         "num_microbatches": len(micro_batches),
-        "micro_batch_size": rows,  # ignored with variable_seq_lengths
-        "seq_length": length,
+        "micro_batch_size": 1,
+        "seq_length": sum(contexts[0].lengths),  # ignored with variable_seq_lengths
         "forward_only": forward_only,
         "collect_non_loss_data": collect,
         "pg_collection": groups,
@@ -77,8 +77,7 @@ class _KnownShapes(P2PCommunicator):
     ) -> None:
         super().__init__(groups.pp, config)
         split = groups.tp.size() if config.sequence_parallel else 1
-        sizes = [context.tokens.shape for context in contexts]
-        shapes = [[length // split, rows, config.hidden_size] for rows, length in sizes]
+        shapes = [[len(c.tokens[0]) // split, 1, config.hidden_size] for c in contexts]
         # Of hidden states from the stage before, of their gradients from the one behind.
         self._hidden, self._gradients = iter(shapes), iter(shapes)
 
@@ -98,22 +97,17 @@ def is_last_stage(groups: ProcessGroupCollection) -> bool:
 
 
 def run_model(model: torch.nn.Module, batch: ContextBatch) -> Tensor:
-    """Hidden states [s, b, h] of one micro-batch, or the input of the next stage."""
-    packed = None
-    if batch.cu_seqlens is not None:
-        borders, longest = to_device(batch.cu_seqlens), batch.longest
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=borders,
-            cu_seqlens_kv=borders,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        )
+    """Hidden states [t, 1, h] of one micro-batch, or the input of the next stage.
+
+    Args:
+        batch: the part of a pack that this rank computes.
+    """
+    groups = get_attr_wrapped_model(model, "pg_collection")
     return model(
         input_ids=to_device(batch.tokens),
         position_ids=to_device(batch.position_ids),
         attention_mask=None,
-        packed_seq_params=packed,
+        packed_seq_params=segments(batch, model.config, groups.cp),
     )
 
 
@@ -129,6 +123,6 @@ def label_rows(
         hidden = gather_from_sequence_parallel_region(
             hidden, tensor_parallel_output_grad=True, group=groups.tp
         )
-    rows = hidden.transpose(0, 1).flatten(0, 1)[to_device(batch.label_positions)]
+    rows = hidden[:, 0][to_device(batch.label_positions)]
     # On the rows, not on `hidden`: megatron's sum over ranks is lost on strided gradients.
     return rows if sequence_parallel else copy_to_tensor_model_parallel_region(rows, groups.tp)

@@ -22,10 +22,11 @@ from nemo_trd.distributed.exchange import merge_shares
 from nemo_trd.distributed.process import device
 from nemo_trd.loss.top_k import TopK
 from nemo_trd.megatron import finite
+from nemo_trd.megatron.context_parallel import at_all_labels, own_part
 from nemo_trd.megatron.hf_weights import export_hf_weights, load_hf_weights
 from nemo_trd.megatron.learning_rate import scheduler
 from nemo_trd.megatron.loss_head import LossHead
-from nemo_trd.megatron.model import build_model, has_transformer_engine, load_hf_config
+from nemo_trd.megatron.model import build_model, load_hf_config
 from nemo_trd.megatron.optimizer import make_optimizer
 from nemo_trd.megatron.process_groups import process_groups
 from nemo_trd.megatron.reports import Report, read_labels, read_sums, read_watched
@@ -98,14 +99,13 @@ class Student:
 
     def pack(self, trajectories: Sequence[Trajectory]) -> list[list[Microbatch]]:
         """Micro-batches of every data parallel rank: `plan[rank][position]`."""
-        interleaved = len(self.models) > 1  # this schedule wants one shape for all
+        interleaved = len(self.models) > 1  # this schedule wants one length for all
         return micro_batches.plan(
             self._config,
             trajectories,
             data_parallel_size=self.groups.dp.size(),
-            packed=has_transformer_engine(),
             multiple=self.groups.pp.size() if interleaved else 1,
-            same_shape=interleaved,
+            same_length=interleaved,
         )
 
     def train_step(
@@ -118,8 +118,8 @@ class Student:
 
         Args:
             plan: what `pack` returned.
-            teacher_states: the teacher's hidden states [n, h], or its top k, for each of this
-                data parallel rank's micro-batches, on the last stage.
+            teacher_states: the teacher's hidden states [n, h], or its top k, at this rank's labels
+                of each of its data parallel rank's micro-batches, on the last stage.
             watch: names of the trajectories whose values at each label are wanted.
 
         Raises:
@@ -170,7 +170,7 @@ class Student:
         *,
         forward_only: bool,
     ) -> StepResult:
-        own = plan[self.groups.dp.rank()]
+        own = self._own(plan)
         reports = run_schedule(  # in here nothing is read back from the device
             self.chunks,
             self._forward_step(self._divergence),
@@ -180,21 +180,33 @@ class Student:
             forward_only=forward_only,
         )
         finite.check([r.findings for r in reports], () if forward_only else self.chunks)
-        share = [(read_sums(reports), read_watched(reports, watch))] if reports else []
+        watched = read_watched(reports, watch, self.groups.cp)
+        share = [(read_sums(reports), watched)] if reports else []
         return _merged(self._everyone(share))
 
     @torch.no_grad()
     def teacher_top_k(
-        self, teacher_states: Tensor | TopK, labels: Tensor, k: int, *, padded: bool = False
+        self,
+        teacher_states: Tensor | TopK,
+        micro_batch: Microbatch,
+        k: int,
+        *,
+        padded: bool = False,
     ) -> TopK:
-        """The teacher's k most likely ids at the labels [n] of one micro-batch.
+        """The teacher's k most likely ids at the n labels of one micro-batch.
 
-        On the last stage, with what the teacher gave there: its hidden states [n, h], or already
-        its top k. With `padded`, of its distribution over the ids without a token too, as a server
-        computes it. Collective over tensor parallel ranks.
+        On the last stage, with what the teacher gave there: its hidden states [m, h] at this rank's
+        labels, or already its top k. With `padded`, of its distribution over the ids without a
+        token too, as a server computes it. Collective over tensor and context parallel ranks.
         """
         vocab_size = self._columns if padded else self.vocab_size
-        return self._head.teacher_top_k(teacher_states, labels, k, vocab_size)
+        part = own_part(micro_batch, self.groups.cp)
+        top = self._head.teacher_top_k(teacher_states, part.labels, k, vocab_size)
+        ids, log_probs, of_labels = (
+            at_all_labels(values.t() if values.dim() == 2 else values, part, self.groups.cp)
+            for values in (top.ids, top.log_probs, top.label_log_probs)
+        )
+        return TopK(ids.t(), log_probs.t(), of_labels)
 
     @torch.no_grad()
     def token_nll(self, trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
@@ -205,7 +217,7 @@ class Student:
         """
         for chunk in self.chunks:
             chunk.eval()
-        own = self.pack(trajectories)[self.groups.dp.rank()]
+        own = self._own(self.pack(trajectories))
         reports = run_schedule(
             self.chunks,
             self._forward_step(self._nll),
@@ -217,12 +229,18 @@ class Student:
         )
         for chunk in self.chunks:
             chunk.train()
-        shares = self._everyone([read_labels(reports)])
+        shares = self._everyone([read_labels(reports, self.groups.cp)])
         return {name: nll for share in shares for name, nll in share.items()}
 
     def export_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor under its Hugging Face name, whole, on every rank, one at a time."""
         return export_hf_weights(self.models, self.hf, self.groups)
+
+    def _own(self, plan: Sequence[Sequence[Microbatch]]) -> list[Microbatch]:
+        """What this rank computes: its data parallel rank's micro-batches, its part of each."""
+        return [
+            own_part(micro_batch, self.groups.cp) for micro_batch in plan[self.groups.dp.rank()]
+        ]
 
     def _forward_step(self, loss: Any) -> Any:
         def forward_step(iterator, model):  # noqa: ANN001, ANN202  (megatron's signature)
@@ -248,13 +266,13 @@ class Student:
         return micro_batch, self._head.token_nll(hidden, weight, micro_batch, self.hf.vocab_size)
 
     def _everyone(self, share: list[Any]) -> list[Any]:
-        """What the data parallel ranks have read of their last stages, on every rank."""
+        """What data and context parallel ranks have read of their last stages, on every rank."""
         has_it = is_last_stage(self.groups) and self.groups.tp.rank() == 0
         return merge_shares(share if has_it else [])
 
 
 def _merged(shares: Sequence[tuple[dict[str, float], dict[str, LabelValues]]]) -> StepResult:
-    """Result of a step from sums over labels and watched values of data parallel ranks."""
+    """Result of a step from sums over labels and watched values of ranks that share its loss."""
     totals = {name: sum(sums[name] for sums, _ in shares) for name in shares[0][0]}
     tokens = totals.pop("tokens")
     means = {name: total / tokens for name, total in totals.items()}

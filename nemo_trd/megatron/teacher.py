@@ -16,12 +16,15 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from nemo_trd.config.schema import Config
-from nemo_trd.data.types import Microbatch
-from nemo_trd.distributed.process import device, to_host
+from nemo_trd.data.types import ContextBatch, Microbatch
+from nemo_trd.distributed.process import device, to_device, to_host
+from nemo_trd.megatron.context_parallel import label_holders, own_context
 from nemo_trd.megatron.hf_weights import load_hf_weights
 from nemo_trd.megatron.model import HiddenStatesModel, build_model, load_hf_config
 from nemo_trd.megatron.process_groups import process_groups
 from nemo_trd.megatron.schedule import is_last_stage, label_rows, run_model, run_schedule
+
+RanksOfParts = list[list[int]]  # for each context parallel rank: ranks that hold its part
 
 
 class Teacher:
@@ -56,9 +59,10 @@ class Teacher:
 
     @torch.no_grad()
     def states(self, micro_batches: Sequence[Sequence[Microbatch]]) -> list[Tensor | None]:
-        """Final hidden states [n, h] at the labels of each of this rank's own micro-batches.
+        """Final hidden states [n, h] at this rank's labels of each of its own micro-batches.
 
-        They are where the student's loss is computed: on its last stage. Elsewhere: None.
+        They are where the student's loss is computed: on its last stage, on the context parallel
+        rank that predicts the label. Elsewhere: None.
         """
         teachers = self._groups.dp.size()
         students = len(micro_batches)
@@ -78,7 +82,7 @@ class Teacher:
         for index, (student, position) in enumerate(flat):
             state = self._hand_over(
                 states[index // teachers] if states and self._owns(index) else None,
-                len(micro_batches[student][position].labels),
+                micro_batches[student][position],
                 sources=self._sources[index % teachers],
                 destinations=self._destinations[student],
             )
@@ -90,66 +94,100 @@ class Teacher:
         return index % self._groups.dp.size() == self._groups.dp.rank()
 
     def _forward(self, micro_batches: Sequence[Microbatch]) -> list[Tensor]:
-        def rows(micro_batch: Microbatch, hidden: Tensor, non_loss_data: bool) -> Tensor:
-            return label_rows(
-                hidden, micro_batch.teacher, self._groups, self._layout.sequence_parallel
-            )
+        cp = self._groups.cp
+        packs = [own_context(batch.teacher, cp.size(), cp.rank()) for batch in micro_batches]
+
+        def rows(pack: ContextBatch, hidden: Tensor, non_loss_data: bool) -> Tensor:
+            return label_rows(hidden, pack, self._groups, self._layout.sequence_parallel)
 
         def forward_step(iterator, model):  # noqa: ANN001, ANN202  (megatron's signature)
-            micro_batch = next(iterator)
-            return run_model(model, micro_batch.teacher), partial(rows, micro_batch)
+            pack = next(iterator)
+            return run_model(model, pack), partial(rows, pack)
 
         return run_schedule(
             [self._model],
             forward_step,
-            micro_batches,
-            [micro_batch.teacher for micro_batch in micro_batches],
+            packs,
+            packs,
             self._groups,
             forward_only=True,
             collect=True,
         )
 
     def _hand_over(
-        self, state: Tensor | None, count: int, sources: list[int], destinations: list[int]
+        self,
+        state: Tensor | None,
+        micro_batch: Microbatch,
+        sources: RanksOfParts,
+        destinations: RanksOfParts,
     ) -> Tensor | None:
-        """Bring one micro-batch's states to every rank that computes a part of its loss."""
+        """Bring one micro-batch's states to the ranks that compute the loss at their labels."""
         me = dist.get_rank()
-        operations = []
-        result = state if me in destinations else None
-        for source, destination in routes(sources, destinations):
-            if me == source:
-                assert state is not None
-                operations.append(dist.P2POp(dist.isend, state.contiguous(), destination))
-            elif me == destination:
-                result = torch.empty(
-                    count, self._hidden_size, dtype=self._model.config.params_dtype, device=device()
-                )
-                operations.append(dist.P2POp(dist.irecv, result, source))
+        theirs, rows = label_holders([micro_batch.teacher], len(sources))
+        ours, places = label_holders([micro_batch.student], len(destinations))
+        operations, pieces = [], []
+        for (part, source), (wanted, destination) in routes(sources, destinations):
+            labels = ((theirs == part) & (ours == wanted)).nonzero()[:, 0]
+            if me not in (source, destination) or not len(labels):
+                continue
+            piece = self._empty(len(labels)) if me != source else _rows(state, rows[labels])
+            if source != destination:
+                send = dist.isend if me == source else dist.irecv
+                operations.append(dist.P2POp(send, piece, destination if me == source else source))
+            if me == destination:
+                pieces.append((places[labels], piece))
         if operations:
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
-        return result
+        if not any(me in ranks for ranks in destinations):
+            return None
+        return self._joined(pieces)
+
+    def _joined(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """States of this rank's labels from what it has of each source: (their places, states)."""
+        if len(pieces) == 1:
+            return pieces[0][1]
+        joined = self._empty(sum(len(piece) for _, piece in pieces))
+        for places, piece in pieces:
+            joined[to_device(places)] = piece
+        return joined
+
+    def _empty(self, count: int) -> Tensor:
+        dtype = self._model.config.params_dtype
+        return torch.empty(count, self._hidden_size, dtype=dtype, device=device())
 
 
-def routes(sources: Sequence[int], destinations: Sequence[int]) -> list[tuple[int, int]]:
-    """Who sends the states of one micro-batch to whom: (source, destination).
+def _rows(state: Tensor | None, rows: Tensor) -> Tensor:
+    """Some rows of the states, in order; all of them are not copied."""
+    assert state is not None
+    return state.contiguous() if len(rows) == len(state) else state[to_device(rows)]
 
-    Every tensor parallel rank of the teacher's last stage has them whole; each serves some of the
-    destinations. A rank that is both keeps its own.
+
+def routes(
+    sources: RanksOfParts, destinations: RanksOfParts
+) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Who gives states of one micro-batch to whom: pairs of (context parallel rank, rank).
+
+    Every tensor parallel rank of the teacher's last stage has those of its part whole; each serves
+    some of the destinations. A rank that is both takes its own.
     """
+    wanted = [(part, rank) for part, ranks in enumerate(destinations) for rank in ranks]
     return [
-        (sources[number % len(sources)], destination)
-        for number, destination in enumerate(destinations)
-        if destination not in sources
+        ((part, rank if rank in ranks else ranks[number % len(ranks)]), (own_part, rank))
+        for number, (own_part, rank) in enumerate(wanted)
+        for part, ranks in enumerate(sources)
     ]
 
 
-def last_stage_ranks(groups: ProcessGroupCollection) -> list[list[int]]:
+def last_stage_ranks(groups: ProcessGroupCollection) -> list[RanksOfParts]:
     """For each data parallel rank of a model: the ranks of its last stage. Collective."""
-    mine = (groups.dp.rank(), is_last_stage(groups))
-    everyone: list[tuple[int, bool]] = [mine] * dist.get_world_size()
+    mine = (groups.dp.rank(), groups.cp.rank(), is_last_stage(groups))
+    everyone: list[tuple[int, int, bool]] = [mine] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return [
-        [rank for rank, (replica, last) in enumerate(everyone) if last and replica == wanted]
-        for wanted in range(groups.dp.size())
+        [
+            [rank for rank, holds in enumerate(everyone) if holds == (replica, part, True)]
+            for part in range(groups.cp.size())
+        ]
+        for replica in range(groups.dp.size())
     ]

@@ -6,6 +6,7 @@ A dense family that computes as Llama does, up to the switches of `Family`, take
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -189,19 +190,33 @@ def fp8_multiple(recipe: str) -> int:
     return 32 if recipe == "mxfp8" else 16
 
 
-def sequence_alignment(layout: Layout, fp8: str | None, recipe: str) -> int:
-    """Number of tokens of which the length of a sequence must be a multiple.
+@dataclass(frozen=True)
+class PackAlignment:
+    """Numbers of tokens of which lengths must be multiples."""
+
+    segment: int = 1  # of each sequence in a pack
+    pack: int = 1  # of all together; a multiple of `segment`
+
+
+UNALIGNED = PackAlignment()
+
+
+def pack_alignment(layout: Layout, fp8: str | None, recipe: str) -> PackAlignment:
+    """Alignment of what a model in this layout computes.
+
+    Context parallelism cuts each sequence into two parts a rank. Sequence parallelism splits a
+    rank's part of the pack over tensor parallel ranks, and FP8 multiplies what a rank then has.
 
     Args:
         fp8: format of this model, or None.
         recipe: `precision.fp8_recipe`.
     """
-    alignment = 1 if fp8 is None else fp8_multiple(recipe)
+    cp = layout.context_parallel_size
+    segment = 2 * cp if cp > 1 else 1
+    of_a_rank = 1 if fp8 is None else fp8_multiple(recipe)
     if layout.sequence_parallel:
-        alignment *= layout.tensor_model_parallel_size
-    if layout.context_parallel_size > 1:
-        alignment *= 2 * layout.context_parallel_size
-    return alignment
+        of_a_rank *= layout.tensor_model_parallel_size
+    return PackAlignment(segment, math.lcm(segment, cp * of_a_rank))
 
 
 def shared_vocab_size(student_hf: Any, teacher_hf: Any) -> int:

@@ -29,7 +29,8 @@ def layer_activation_bytes(
     With gated=False, dropout=True, fused_attention=False, equal numbers of heads and a MLP of
     4 h this is Korthikanti et al.'s s b h (34 + 5 a s / h), their equation 2, and with tensor and
     sequence parallelism equation 4. "selective" drops what grows with the square of the length,
-    "full" all but the layer's input; fused attention never stores scores.
+    "full" all but the layer's input; fused attention never stores scores. Context parallel ranks
+    divide the tokens.
 
     Args:
         tokens: number of tokens of the micro-batch, s b.
@@ -38,6 +39,7 @@ def layer_activation_bytes(
     """
     tp = layout.tensor_model_parallel_size
     outside = tp if layout.sequence_parallel else 1
+    tokens = own_tokens(tokens, layout)
     hidden = hf.hidden_size
     if recompute == "full":
         return tokens * hidden * element // outside
@@ -59,9 +61,24 @@ def layer_activation_bytes(
 
 
 def working_set_bytes(hf: Any, tokens: int, layout: Layout, element: int) -> int:
-    """Bytes of a layer at work that are not kept: gathered input, output, MLP."""
-    mlp = 3 * hf.intermediate_size // layout.tensor_model_parallel_size
-    return tokens * (2 * hf.hidden_size + mlp) * element
+    """Bytes of a layer at work that are not kept: gathered input, output, MLP.
+
+    With context parallelism also keys and values of the whole micro-batch, and the attention's
+    output against each other rank's part of them: TransformerEngine holds all until its ring is
+    closed (AttnFuncWithCPAndKVP2P).
+    """
+    tp, cp = layout.tensor_model_parallel_size, layout.context_parallel_size
+    own = own_tokens(tokens, layout)
+    working = own * (2 * hf.hidden_size + 3 * hf.intermediate_size // tp) * element
+    if cp > 1:
+        heads = 2 * hf.num_key_value_heads + hf.num_attention_heads
+        working += cp * own * heads * head_dim(hf) // tp * element
+    return working
+
+
+def own_tokens(tokens: int, layout: Layout) -> int:
+    """Tokens that one context parallel rank holds of a micro-batch of `tokens`."""
+    return -(-tokens // layout.context_parallel_size)
 
 
 def micro_batches_in_flight(layout: Layout, stage: int) -> float:

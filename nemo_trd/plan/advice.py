@@ -12,6 +12,11 @@ from nemo_trd.models.rules import check_layout
 from nemo_trd.plan.memory import GIB, GpuMemory, replicas, training_memory
 from nemo_trd.preflight.batch import batch_problems
 
+SIZES = (  # of a layout, in the order in which they are enlarged
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+)
 LEAST_GAIN = 0.01  # share of memory; a further change saves more, or nodes would be added forever
 
 
@@ -67,7 +72,7 @@ def advise(config: Config, student: Any, teacher: Any) -> Advice | None:
 
 
 def on_fewer_gpus(config: Config) -> Config | None:
-    """Halve pipeline, then tensor parallelism of both layouts until they divide the GPUs.
+    """Halve context, pipeline, then tensor parallelism of both layouts until they divide the GPUs.
 
     None where nothing has to change, or where it does not help.
     """
@@ -75,7 +80,7 @@ def on_fewer_gpus(config: Config) -> Config | None:
     has_teacher = config.teacher.scoring == "megatron"
     for role in ("student", "teacher") if has_teacher else ("student",):
         layout: Layout = getattr(config.parallel, role)
-        for key in ("pipeline_model_parallel_size", "tensor_model_parallel_size"):
+        for key in reversed(SIZES):
             while world % layout.model_parallel_size and getattr(layout, key) % 2 == 0:
                 layout = layout.model_copy(update={key: getattr(layout, key) // 2})
         if world % layout.model_parallel_size:
@@ -112,13 +117,13 @@ def changes(config: Config, student: Any, teacher: Any) -> Iterator[tuple[str, C
 
 
 def _larger_layouts(config: Config, student: Any, teacher: Any) -> Iterator[tuple[str, Config]]:
-    """Double the tensor parallel ranks in a node, or the pipeline stages, on the same GPUs."""
+    """Double one size of a layout on the same GPUs; tensor parallel ranks stay in a node."""
     roles = [("student", student)]
     if config.teacher.scoring == "megatron":
         roles.append(("teacher", teacher))
     for role, hf in roles:
         layout: Layout = getattr(config.parallel, role)
-        for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size"):
+        for key in SIZES:
             size = 2 * getattr(layout, key)
             if key.startswith("tensor") and size > config.cluster.gpus_per_node:
                 continue

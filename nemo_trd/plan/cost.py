@@ -15,6 +15,7 @@ from nemo_trd.config.lengths import longest_answer, longest_trajectory
 from nemo_trd.config.schema import Cluster, Config, Layout
 from nemo_trd.models.dtypes import ELEMENT_BYTES
 from nemo_trd.models.family import head_dim
+from nemo_trd.plan.context_parallel import rings
 from nemo_trd.plan.memory import GIB, generations, trajectories_per_rank
 from nemo_trd.plan.shapes import key_value_bytes, parameters
 
@@ -104,36 +105,40 @@ class StepTime:
 
 def step_time(config: Config, student: Any, teacher: Any) -> StepTime:
     """Estimate a step under `cluster.assumptions`, without weight sync and checkpoints."""
-    flops, parallel, precision = (
-        step_flops(config, student, teacher),
-        config.parallel,
-        config.precision,
-    )
+    flops, parallel = step_flops(config, student, teacher), config.parallel
     world = config.cluster.world_size
-    rate = _training_rate(config, precision.fp8 is not None)
-    teacher_rate = _training_rate(config, precision.teacher_fp8 is not None)
+    rate, teacher_rate = (training_rate(config, fp8) for fp8 in _in_fp8(config))
+    ring = rings(config, student, teacher, training_rate(config, False))
     # The loss is computed by the last stages alone, in bf16; the other stages wait for them.
     last_stage = world / parallel.student.pipeline_model_parallel_size
-    loss = flops.loss / (last_stage * _training_rate(config, False))
+    loss = flops.loss / (last_stage * training_rate(config, False))
     seconds = {
         role: generation_seconds(config, role, hf, context, completion)
         for role, hf, context, completion in generations(config, student, teacher)
     }
-    teacher_time = flops.teacher / (world * teacher_rate) * bubble(config, parallel.teacher)
-    if config.teacher.scoring == "server":
+    if config.teacher.scoring == "megatron":
+        teacher_time = flops.teacher / (world * teacher_rate) + ring["teacher"].waiting
+        teacher_time *= bubble(config, parallel.teacher)
+    else:
         teacher_servers = servers(config, "refinement", teacher)
         gpus = teacher_servers.count * teacher_servers.tp
-        teacher_time = flops.teacher / (gpus * _training_rate(config, False)) if gpus else math.inf
+        teacher_time = flops.teacher / (gpus * training_rate(config, False)) if gpus else math.inf
+    student_time = flops.student / (world * rate) + ring["student"].waiting + loss
     return StepTime(
         rollout=seconds["rollout"],
         refinement=seconds.get("refinement", 0.0),
         teacher=teacher_time,
-        student=(flops.student / (world * rate) + loss) * bubble(config, parallel.student),
+        student=student_time * bubble(config, parallel.student),
         overlap=config.generation.max_staleness > 0,
     )
 
 
-def _training_rate(config: Config, fp8: bool) -> float:
+def _in_fp8(config: Config) -> tuple[bool, bool]:
+    """Whether student and teacher multiply in FP8."""
+    return config.precision.fp8 is not None, config.precision.teacher_fp8 is not None
+
+
+def training_rate(config: Config, fp8: bool) -> float:
     """FLOP/s of one GPU."""
     assumptions = config.cluster.assumptions
     if fp8:
@@ -239,7 +244,7 @@ def generation_seconds(config: Config, role: str, hf: Any, context: int, complet
     )
     length = mean * context
     prefill = count * forward_flops(hf, length, (length + 1) / 2, logits=1)
-    return bytes_read / bandwidth + prefill / (gpus * _training_rate(config, False))
+    return bytes_read / bandwidth + prefill / (gpus * training_rate(config, False))
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_trd.config.lengths import longest_answer, longest_trajectory
+from nemo_trd.config.lengths import longest_answer, longest_contexts, longest_trajectory
 from nemo_trd.config.schema import Config, Layout
 from nemo_trd.loss.divergences import DIVERGENCES
 from nemo_trd.models.dtypes import ELEMENT_BYTES
-from nemo_trd.models.family import padded_vocab_size, sequence_alignment
+from nemo_trd.models.family import PackAlignment, pack_alignment, padded_vocab_size
 from nemo_trd.plan.activations import (
     layer_activation_bytes,
     micro_batches_in_flight,
+    own_tokens,
     working_set_bytes,
 )
 from nemo_trd.plan.shapes import key_value_bytes, parameters, stage_parameters
@@ -54,13 +55,13 @@ class GpuMemory:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Largest numbers of tokens of one micro-batch and of one step."""
+    """Largest numbers of tokens of one micro-batch, and of labels on one rank."""
 
     student_tokens: int  # of a micro-batch
     teacher_tokens: int
-    labels: int  # of a micro-batch
-    student_rank_labels: int  # of all micro-batches of a student's data parallel rank
-    teacher_rank_labels: int
+    labels: int  # of a micro-batch, on a rank of the student
+    student_rank_labels: int  # of all micro-batches, on a rank of the student
+    teacher_rank_labels: int  # likewise of the teacher
 
 
 def training_memory(config: Config, student: Any, teacher: Any) -> list[GpuMemory]:
@@ -101,7 +102,7 @@ def training_memory(config: Config, student: Any, teacher: Any) -> list[GpuMemor
 
 
 def longest_lengths(config: Config) -> Lengths:
-    """The longest micro-batch: full, or of the longest sequences; padded as the layouts need."""
+    """The longest micro-batch: full, or of the longest sequences; aligned as the layouts need."""
     train, parallel = config.train, config.parallel
     answer = longest_answer(config)
     if train.micro_batch_size is not None:
@@ -112,22 +113,40 @@ def longest_lengths(config: Config) -> Lengths:
         assert train.max_tokens_per_micro_batch is not None
         student_tokens = teacher_tokens = train.max_tokens_per_micro_batch
         labels = min(student_tokens, train.trajectories_per_step * answer)
-    student_multiple, teacher_multiple = alignments(config)
+    student, teacher = alignments(config)
+    student_context, teacher_context = (context for _, context in longest_contexts(config))
+    student_tokens = _round_up(student_tokens, student.pack)
     return Lengths(
-        _round_up(student_tokens, student_multiple),
-        _round_up(teacher_tokens, teacher_multiple),
-        labels,
-        trajectories_per_rank(config, parallel.student) * answer,
-        trajectories_per_rank(config, parallel.teacher) * answer,
+        student_tokens,
+        _round_up(teacher_tokens, teacher.pack),
+        min(labels, own_tokens(student_tokens, parallel.student)),
+        _step_labels(config, parallel.student, student.segment, student_context),
+        _step_labels(config, parallel.teacher, teacher.segment, teacher_context),
     )
 
 
-def alignments(config: Config) -> tuple[int, int]:
-    """Numbers of tokens to whose multiples sequences of student and teacher are padded."""
+def _step_labels(config: Config, layout: Layout, multiple: int, context: int) -> int:
+    """Labels of a step on the context parallel rank of a model that holds most of them.
+
+    Of 2 CP equal parts of a sequence rank r holds those at r from its beginning and from its end.
+    """
+    cp, answer = layout.context_parallel_size, longest_answer(config)
+    part = _round_up(context + answer, multiple) // (2 * cp)
+
+    def labels(number: int) -> int:
+        begin, end = max(context, number * part), min(context + answer, (number + 1) * part)
+        return max(0, end - begin)
+
+    most = max(labels(r) + labels(2 * cp - 1 - r) for r in range(cp)) if cp > 1 else answer
+    return trajectories_per_rank(config, layout) * most
+
+
+def alignments(config: Config) -> tuple[PackAlignment, PackAlignment]:
+    """Alignments of the packs of student and teacher."""
     parallel, precision = config.parallel, config.precision
     return (
-        sequence_alignment(parallel.student, precision.fp8, precision.fp8_recipe),
-        sequence_alignment(parallel.teacher, precision.teacher_fp8, precision.fp8_recipe),
+        pack_alignment(parallel.student, precision.fp8, precision.fp8_recipe),
+        pack_alignment(parallel.teacher, precision.teacher_fp8, precision.fp8_recipe),
     )
 
 
@@ -141,6 +160,11 @@ def replicas(config: Config, layout: Layout) -> int:
     return max(1, config.cluster.world_size // layout.model_parallel_size)
 
 
+def same_weights(config: Config, layout: Layout) -> int:
+    """Return the number of ranks that hold the same weights: data x context parallel size."""
+    return replicas(config, layout) * layout.context_parallel_size
+
+
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
@@ -148,13 +172,12 @@ def _round_up(number: int, multiple: int) -> int:
 def model_state_bytes(config: Config, student: Any, stage: int) -> dict[str, int]:
     """Bytes of weights, fp32 gradients, fp32 main weights and Adam's two moments on one rank.
 
-    The distributed optimizer shares the last two among the data parallel ranks, up to padding.
+    The distributed optimizer shares the last two among the ranks with the same weights: those of
+    data and context parallelism, up to padding.
     """
     layout, precision = config.parallel.student, config.precision
     count = stage_parameters(student, layout)[stage].total
-    shards = 1
-    if config.optimizer.distributed:
-        shards = replicas(config, layout)
+    shards = same_weights(config, layout) if config.optimizer.distributed else 1
     main = 4 if precision.dtype == "bf16" else 0  # fp32 weights are their own main weights
     return {
         "weights": count * ELEMENT_BYTES[precision.dtype],
@@ -243,7 +266,8 @@ def loss_workspace_bytes(config: Config, student: Any, lengths: Lengths) -> int:
     # Summed in fp32; when the logits are gone it is copied to the weight's dtype.
     weight_gradient = rows * hidden * 4
     copy = rows * hidden * element if element < 4 else 0
-    gathered = 2 * lengths.student_tokens * hidden * element  # hidden states and their gradient
+    tokens = own_tokens(lengths.student_tokens, layout)
+    gathered = 2 * tokens * hidden * element  # hidden states and their gradient
     label_rows = 2 * lengths.labels * hidden * element
     return weight_gradient + max(logits, copy) + gathered + label_rows
 
@@ -259,7 +283,7 @@ def _export_bytes(config: Config, student: Any) -> int:
 
 
 def save_phase(config: Config, student: Any, stage: int) -> dict[str, dict[str, int]]:
-    """What megatron-core gathers over the data parallel ranks to save a distributed optimizer.
+    """What megatron-core gathers over ranks with the same weights to save a distributed optimizer.
 
     `DistributedOptimizer.get_parameter_state_dp_zero` brings main weights, means and variances one
     after the other to every rank's GPU: this rank's share, and all shares. In a pipeline it may be
@@ -268,7 +292,7 @@ def save_phase(config: Config, student: Any, stage: int) -> dict[str, dict[str, 
     if not config.optimizer.distributed:
         return {}
     count = stage_parameters(student, config.parallel.student)[stage].total
-    share = -(-count // replicas(config, config.parallel.student))
+    share = -(-count // same_weights(config, config.parallel.student))
     return {"checkpoint": {"gathered optimizer state": 4 * (count + share)}}
 
 

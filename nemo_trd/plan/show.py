@@ -6,7 +6,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from nemo_trd.plan.advice import capacity, peak
-from nemo_trd.plan.cost import Split, concurrent_sequences, micro_batches, servers
+from nemo_trd.plan.context_parallel import rings
+from nemo_trd.plan.cost import Split, concurrent_sequences, micro_batches, servers, training_rate
 from nemo_trd.plan.memory import (
     GIB,
     GpuMemory,
@@ -82,20 +83,21 @@ def _setup(plan: Plan) -> str:
         fp8 = config.precision.fp8 if role == "student" else config.precision.teacher_fp8
         lines.append(
             f"{heading}TP {layout.tensor_model_parallel_size}  "
-            f"PP {layout.pipeline_model_parallel_size}"
+            + (f"CP {cp}  " if (cp := layout.context_parallel_size) > 1 else "")
+            + f"PP {layout.pipeline_model_parallel_size}"
             + (f"  VPP {v}" if (v := layout.virtual_pipeline_model_parallel_size) else "")
             + f"  DP {replicas(config, layout)}  {config.precision.dtype}"
             + (f" + FP8 {fp8}" if fp8 else "")
         )
     lengths = longest_lengths(config)
-    student_multiple, teacher_multiple = alignments(config)
+    student, teacher = alignments(config)
     lines += [
         f"  nodes    {cluster.training_nodes} training, {cluster.student_server_nodes} student "
         f"servers, {cluster.teacher_server_nodes} teacher servers, {cluster.gpus_per_node} GPUs of "
         f"{cluster.gpu_memory_gib:g} GiB each",
         f"  step     {config.train.trajectories_per_step} trajectories; micro-batches of up to "
-        f"{max(lengths.student_tokens, lengths.teacher_tokens):,} tokens, lengths padded to "
-        f"multiples of {student_multiple} (teacher {teacher_multiple}); recompute "
+        f"{max(lengths.student_tokens, lengths.teacher_tokens):,} tokens, filled up to "
+        f"multiples of {student.pack} (teacher {teacher.pack}); recompute "
         f"{config.train.recompute}",
     ]
     return "\n".join(lines)
@@ -136,7 +138,7 @@ def _verdict(plan: Plan) -> str:
             f"The layouts do not divide {plan.config.cluster.world_size} GPUs. Computed instead: "
             + ", ".join(
                 f"parallel.{role} TP {layout.tensor_model_parallel_size} "
-                f"PP {layout.pipeline_model_parallel_size}"
+                f"CP {layout.context_parallel_size} PP {layout.pipeline_model_parallel_size}"
                 for role, layout in (
                     ("student", plan.fallback.parallel.student),
                     ("teacher", plan.fallback.parallel.teacher),
@@ -193,6 +195,7 @@ def _time(plan: Plan) -> str:
         f"{_seconds(time.total)}, as they "
         + ("overlap" if time.overlap else "take turns (generation.max_staleness=0)"),
     ]
+    lines += _exchange(plan)
     if plan.fastest is not None and plan.evenest is not None:
         lines.append(f"  fastest split of these nodes: {_split(plan.fastest)}")
         if plan.evenest != plan.fastest:
@@ -210,6 +213,18 @@ def _time(plan: Plan) -> str:
         if measured is not None:
             lines.append(f"  Measured: {measured:g} tokens/s a GPU of the {role}'s servers")
     return "\n".join(lines)
+
+
+def _exchange(plan: Plan) -> list[str]:
+    """Lines about context parallelism, one for each model that has it."""
+    assert plan.student is not None and plan.teacher is not None
+    rate = training_rate(plan.config, False)
+    return [
+        f"  {role:<10} passes keys and values on for {_seconds(ring.exchange)}, while it attends "
+        f"to them for {_seconds(ring.attention)}"
+        for role, ring in rings(plan.config, plan.student.hf, plan.teacher.hf, rate).items()
+        if ring.exchange
+    ]
 
 
 def _evening(plan: Plan) -> str:

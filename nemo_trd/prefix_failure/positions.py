@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from nemo_trd.algorithm.micro_batches import make_micro_batch
 from nemo_trd.algorithm.trajectories import trajectory_length
 from nemo_trd.config.schema import Loss
-from nemo_trd.data.types import ContextBatch
+from nemo_trd.data.types import TokenIds
 from nemo_trd.loss.formulas import closed_form
 from nemo_trd.loss.logits import logits_of
 from nemo_trd.prefix_failure.answers import Answer
@@ -69,9 +69,10 @@ def measure(
     total = sum(len(answer.trajectory.labels) for answer in answers)
     with tqdm(total=total, unit="tok", desc="positions", disable=not progress) as bar:
         for batch in _batches(answers, max_tokens):
-            micro_batch = make_micro_batch([answers[i].trajectory for i in batch])
-            hidden_s = _hidden(student, micro_batch.student)
-            hidden_t = _hidden(teacher, micro_batch.teacher)
+            trajectories = [answers[i].trajectory for i in batch]
+            hidden_s = _hidden(student, [(t.student_context, t.labels) for t in trajectories])
+            hidden_t = _hidden(teacher, [(t.teacher_context, t.labels) for t in trajectories])
+            label_ids = torch.tensor([token for t in trajectories for token in t.labels])
             weight_s, weight_t = (
                 model.get_output_embeddings().weight[:vocab_size] for model in (student, teacher)
             )
@@ -81,7 +82,7 @@ def measure(
                 chunk = slice(start, start + loss.chunk_size)
                 log_s = _log_probs(hidden_s[chunk], weight_s, loss)
                 log_t = _log_probs(hidden_t[chunk], weight_t, loss)
-                labels = micro_batch.labels[chunk]
+                labels = label_ids[chunk]
                 rows.append(_figures(log_s, log_t, labels, choices[chunk], weight_s, loss))
                 bar.update(len(labels))
             lengths = [len(answers[i].trajectory.labels) for i in batch]
@@ -108,12 +109,19 @@ def _batches(answers: Sequence[Answer], max_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _hidden(model: Any, context: ContextBatch) -> Tensor:
-    """[labels, H]: final hidden states that predict the labels. Right padding changes nothing."""
-    states = model.base_model(input_ids=context.tokens.to(model.device), use_cache=False)
-    hidden = states.last_hidden_state
-    chosen = hidden.flatten(0, 1)[context.label_positions.to(hidden.device)]
-    return chosen.to(model.get_output_embeddings().weight.device)
+def _hidden(model: Any, sequences: Sequence[tuple[TokenIds, TokenIds]]) -> Tensor:
+    """[labels, H]: final hidden states that predict the labels of (context, labels) pairs.
+
+    A sequence is a row, and padding to its right changes nothing.
+    """
+    rows = [torch.tensor((*context, *labels[:-1])) for context, labels in sequences]
+    tokens = pad_sequence(rows, batch_first=True).to(model.device)
+    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    chosen = [
+        row[len(context) - 1 :][: len(labels)]
+        for row, (context, labels) in zip(hidden, sequences, strict=True)
+    ]
+    return torch.cat(chosen).to(model.get_output_embeddings().weight.device)
 
 
 def _choice_ids(answer: Answer) -> Tensor:

@@ -10,7 +10,6 @@ from packaging.version import Version
 
 from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.schema import Config, Precision
-from nemo_trd.preflight.batch import megatron_layouts
 from nemo_trd.records.checkpoint_dir import wanted_checkpoints
 from nemo_trd.verifiers.sandbox import check_sandbox
 
@@ -122,14 +121,11 @@ def _servers_on_all_gpus(config: Config) -> Iterator[ConfigError]:
 
 
 def _transformer_engine_settings(config: Config) -> Iterator[ConfigError]:
-    """Yield the settings that only TransformerEngine honours and this machine or code does not."""
-    values: dict[str, object] = {
+    """Yield the settings that only TransformerEngine honours, on a machine without it."""
+    values = {
         "precision.fp8": config.precision.fp8,
         "precision.teacher_fp8": config.precision.teacher_fp8,
     }
-    for role, layout in megatron_layouts(config):
-        size = layout.context_parallel_size
-        values[f"parallel.{role}.context_parallel_size"] = size if size > 1 else None
     for field, value in values.items():
         if value is None:
             continue
@@ -137,8 +133,6 @@ def _transformer_engine_settings(config: Config) -> Iterator[ConfigError]:
             check_transformer_engine(field, value)
         except ConfigError as error:
             yield error
-        if field.endswith("context_parallel_size") and importable("transformer_engine"):
-            yield rule_broken(field, value, "sequences are not split over ranks", f"set {field}=1")
 
 
 def _fp8_of_another_gpu(precision: Precision) -> Iterator[ConfigError]:
@@ -162,20 +156,16 @@ def check_transformer_engine(field: str, value: object) -> None:
 
     megatron-core would ignore fp8 in silence.
 
-    Args:
-        field: switched off by 1 if it is a size, else by null.
-
     Raises:
         ConfigError
     """
     missing = " and no ".join(missing_for_transformer_engine())
     if missing:
-        off = 1 if field.endswith("size") else "null"
         raise rule_broken(
             field,
             value,
             f"it needs TransformerEngine on a CUDA device, and there is no {missing}",
-            f"run where both are, or set {field}={off}",
+            f"run where both are, or set {field}=null",
         )
 
 

@@ -14,6 +14,7 @@ from nemo_trd.distributed.exchange import fail_together, merge_shares, own_share
 from nemo_trd.generation.api import TokenScores
 from nemo_trd.generation.vllm import VllmGenerator
 from nemo_trd.loss.top_k import TopK
+from nemo_trd.megatron.context_parallel import label_holders
 from nemo_trd.megatron.schedule import is_last_stage
 
 
@@ -39,6 +40,7 @@ class ServerTeacher:
         # layer, or that only the teacher's tokenizer knows.
         self._spare = min(scorer.vocabulary.columns - vocab_size, 16 + self._top_k // 4)
         self._dp_rank = student_groups.dp.rank()
+        self._cp = student_groups.cp
         self._computes_loss = is_last_stage(student_groups)
         # On the host: what is exchanged never needs a device.
         dp_ranks = merge_shares([self._dp_rank])
@@ -55,7 +57,7 @@ class ServerTeacher:
         fail_together(lambda: self._score(sequences, "check of scores"))
 
     def states(self, micro_batches: Sequence[Sequence[Microbatch]]) -> list[TopK | None]:
-        """The teacher's top k at the labels of each of this rank's own micro-batches.
+        """The teacher's top k at this rank's labels of each of its own micro-batches.
 
         They are where the student's loss is computed: on its last stage. Elsewhere: None.
 
@@ -71,7 +73,9 @@ class ServerTeacher:
         states: list[TopK | None] = []
         remaining = iter(scores)
         for micro_batch in own:
-            states.append(self._join([next(remaining) for _ in micro_batch.trajectories]))
+            known = self._join([next(remaining) for _ in micro_batch.trajectories])
+            holders, _ = label_holders([micro_batch.student], self._cp.size())
+            states.append(known[holders == self._cp.rank()])
         return states
 
     def _ask(self, trajectories: Sequence[Trajectory]) -> list[TokenScores]:

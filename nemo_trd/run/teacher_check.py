@@ -123,7 +123,7 @@ def _of_megatron(trajectory: Trajectory, student: Student, teacher: Teacher) -> 
     log_probs: list[list[float]] = []
     for micro_batch, states in zip(own, teacher.states(plan), strict=True):
         if states is not None and len(micro_batch.labels):
-            known = student.teacher_top_k(states, micro_batch.labels, 1, padded=True)
+            known = student.teacher_top_k(states, micro_batch, 1, padded=True)
             log_probs.append(known.label_log_probs.tolist())
     return merge_shares(log_probs)[0]
 

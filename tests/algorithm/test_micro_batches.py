@@ -14,7 +14,7 @@ from nemo_trd.algorithm.trajectories import trajectory_length
 from nemo_trd.config.load import compose
 from nemo_trd.config.schema import Layout
 from nemo_trd.data.types import Trajectory
-from nemo_trd.models.family import sequence_alignment
+from nemo_trd.models.family import UNALIGNED, PackAlignment, pack_alignment
 
 
 def trajectory(index: int, student: int, teacher: int, labels: int) -> Trajectory:
@@ -34,13 +34,10 @@ def train_section(*overrides: str):
     return compose([f"train.{override}" for override in overrides]).train
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("alignment", [1, 4])
-def test_each_label_is_predicted_by_the_position_before_it(packed: bool, alignment: int) -> None:
+@pytest.mark.parametrize("alignment", [UNALIGNED, PackAlignment(1, 64), PackAlignment(4, 16)])
+def test_each_label_is_predicted_by_the_position_before_it(alignment: PackAlignment) -> None:
     trajectories = [trajectory(0, 3, 5, 4), trajectory(1, 7, 2, 1), trajectory(2, 1, 1, 6)]
-    batch = make_micro_batch(
-        trajectories, student_alignment=alignment, teacher_alignment=alignment, packed=packed
-    )
+    batch = make_micro_batch(trajectories, student=alignment, teacher=alignment)
     labels = [label for t in trajectories for label in t.labels]
     assert batch.labels.tolist() == labels
     for side, contexts in (
@@ -58,7 +55,8 @@ def test_each_label_is_predicted_by_the_position_before_it(packed: bool, alignme
                 start = at - positions[at]
                 seen = tokens[start : at + 1]
                 assert seen == sequence[: len(context) + i]  # exactly what comes before label i
-        assert side.tokens.shape[1] % alignment == 0
+        assert side.tokens.numel() == sum(side.lengths) and not sum(side.lengths) % alignment.pack
+        assert all(length % alignment.segment == 0 for length in side.lengths)
 
 
 def test_the_terminating_eos_is_a_label_and_one_token_answers_have_one() -> None:
@@ -69,32 +67,33 @@ def test_the_terminating_eos_is_a_label_and_one_token_answers_have_one() -> None
 
 
 def test_a_filler_has_no_labels_and_one_sequence() -> None:
-    batch = make_micro_batch([], student_alignment=4)
+    batch = make_micro_batch([], student=PackAlignment(1, 4))
     assert batch.labels.numel() == batch.student.label_positions.numel() == 0
     assert batch.student.tokens.shape == (1, 4)
     assert batch.teacher.tokens.shape == (1, 1)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_given_shape_is_filled_up_and_moves_no_label(packed: bool) -> None:
+@pytest.mark.parametrize(
+    ("alignment", "length", "lengths"),
+    [
+        (UNALIGNED, 0, (6, 2)),
+        (UNALIGNED, 20, (6, 2, 12)),
+        (PackAlignment(1, 16), 0, (6, 2, 8)),  # no sequence is longer for it
+        (PackAlignment(1, 16), 20, (6, 2, 24)),
+        (PackAlignment(4, 4), 0, (8, 4)),
+    ],
+)
+def test_a_pack_is_filled_up_by_a_segment_and_no_label_moves(
+    alignment: PackAlignment, length: int, lengths: tuple[int, ...]
+) -> None:
     trajectories = [trajectory(0, 3, 3, 4), trajectory(1, 1, 1, 2)]
-    shape = (1, 20) if packed else (4, 9)
-    plain = make_micro_batch(trajectories, packed=packed).student
-    filled = make_micro_batch(trajectories, packed=packed, student_shape=shape).student
-    assert filled.tokens.shape == shape
-    predictors = [side.tokens.flatten()[side.label_positions].tolist() for side in (plain, filled)]
+    plain = make_micro_batch(trajectories).student
+    filled = make_micro_batch(trajectories, student=alignment, student_length=length).student
+    assert filled.lengths == lengths
+    assert filled.cu_seqlens.tolist() == [0, *itertools.accumulate(lengths)]
+    assert filled.cu_seqlens.dtype == torch.int32
+    predictors = [side.tokens[0, side.label_positions].tolist() for side in (plain, filled)]
     assert predictors[0] == predictors[1]
-    if packed:
-        assert filled.cu_seqlens is not None and filled.cu_seqlens.tolist() == [0, 6, 8, 20]
-
-
-def test_packed_borders_enclose_each_padded_sequence() -> None:
-    batch = make_micro_batch(
-        [trajectory(0, 3, 3, 4), trajectory(1, 1, 1, 2)], student_alignment=4, packed=True
-    )
-    assert batch.student.cu_seqlens is not None
-    assert batch.student.cu_seqlens.tolist() == [0, 8, 12]
-    assert batch.student.cu_seqlens.dtype == torch.int32
 
 
 @given(
@@ -103,17 +102,14 @@ def test_packed_borders_enclose_each_padded_sequence() -> None:
     ),
     ranks=st.integers(1, 4),
     multiple=st.integers(1, 3),
-    packed=st.booleans(),
     by_tokens=st.booleans(),
 )
 def test_a_plan_holds_every_trajectory_once_within_its_limits(
-    lengths, ranks: int, multiple: int, packed: bool, by_tokens: bool
+    lengths, ranks: int, multiple: int, by_tokens: bool
 ) -> None:
     train = BY_TOKENS if by_tokens else BY_SIZE
     trajectories = [trajectory(i, *sizes) for i, sizes in enumerate(lengths)]
-    plan = partition(
-        trajectories, train, data_parallel_size=ranks, multiple=multiple, packed=packed
-    )
+    plan = partition(trajectories, train, data_parallel_size=ranks, multiple=multiple)
     assert len(plan) == ranks
     counts = {len(batches) for batches in plan}
     assert len(counts) == 1 and counts.pop() % multiple == 0
@@ -123,8 +119,7 @@ def test_a_plan_holds_every_trajectory_once_within_its_limits(
     for batch in batches:
         sizes = [trajectory_length(t) for t in batch]
         if by_tokens:
-            cost = sum(sizes) if packed else max(sizes, default=0) * len(sizes)
-            assert cost <= 64
+            assert sum(sizes) <= 64
         else:
             assert len(batch) <= 3
 
@@ -148,9 +143,12 @@ def test_a_plan_does_not_depend_on_the_order_of_trajectories() -> None:
 
 def test_alignment_covers_sequence_parallelism_context_parallelism_and_fp8() -> None:
     plain = Layout(tensor_model_parallel_size=4, pipeline_model_parallel_size=1)
-    assert sequence_alignment(plain, None, "tensorwise") == 1
-    assert sequence_alignment(plain, "hybrid", "tensorwise") == 16
-    assert sequence_alignment(plain, "hybrid", "mxfp8") == 32
-    split = plain.model_copy(update={"sequence_parallel": True, "context_parallel_size": 2})
-    assert sequence_alignment(split, None, "mxfp8") == 16
-    assert sequence_alignment(split, "e4m3", "delayed") == 256
+    assert pack_alignment(plain, None, "tensorwise") == PackAlignment(1, 1)
+    assert pack_alignment(plain, "hybrid", "tensorwise") == PackAlignment(1, 16)
+    assert pack_alignment(plain, "hybrid", "mxfp8") == PackAlignment(1, 32)
+    split = plain.model_copy(update={"sequence_parallel": True})
+    assert pack_alignment(split, None, "mxfp8") == PackAlignment(1, 4)
+    assert pack_alignment(split, "e4m3", "delayed") == PackAlignment(1, 64)
+    cut = split.model_copy(update={"context_parallel_size": 3})
+    assert pack_alignment(cut, None, "mxfp8") == PackAlignment(6, 12)
+    assert pack_alignment(cut, "e4m3", "delayed") == PackAlignment(6, 192)

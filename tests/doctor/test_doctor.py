@@ -124,11 +124,10 @@ def test_server_needs_few_packages_and_vllm_0_32(
     assert [fault.split()[0] for fault in faults("server")] == ["omegaconf"]
 
 
-def test_without_transformer_engine_fp8_and_packing_are_missing_and_a_run_still_works() -> None:
+def test_without_transformer_engine_fp8_is_missing_and_a_run_still_works() -> None:
     lacking = found(transformer_engine=False)
     available = doctor.features(lacking, "train")
     assert available["FP8"].startswith("no: no TransformerEngine")
-    assert available["sequence packing"].startswith("no: no TransformerEngine")
     assert (available["bf16"], available["NCCL"]) == ("yes", "yes")
     assert list(doctor.gpu_faults(lacking, "train")) == []
 

@@ -48,8 +48,8 @@ def run_cases(directory: str, cases: dict[str, list[str]], results: str) -> None
         model.missing_for_transformer_engine = (lambda: ["wish"]) if local else find_missing
         student, teacher, config = made(directory, overrides)
         seen[name] = {"losses": steps(student, teacher, config, range(3))}
-        packed = student.pack(trajectories(config, 0))[0][0].student.cu_seqlens is not None
-        seen[name] |= {"packed": packed, "device": device().type}
+        seen[name] |= {"layers": student.models[0].config.transformer_impl}
+        seen[name] |= {"device": device().type}
     if dist.get_rank() == 0:
         Path(results).write_text(json.dumps(seen))
     watch.close()
@@ -90,7 +90,7 @@ def expected(models: Path) -> list[float]:
     """Losses of the steps in fp32 on the CPU."""
     on_cpu(run_cases, str(models), {LOCAL: FP32}, str(models / "cpu.json"))
     seen = json.loads((models / "cpu.json").read_text())[LOCAL]
-    assert seen["device"] == "cpu" and not seen["packed"]
+    assert seen["device"] == "cpu" and seen["layers"] == "local"
     return seen["losses"]
 
 
@@ -103,7 +103,7 @@ def check(
     for name in cases:
         print(f"{name}: {seen[name]['losses']}, fp32 on the CPU {expected}")
         assert seen[name]["losses"] == pytest.approx(expected, rel=DISTANCES[kind]), name
-        assert seen[name]["packed"] == (LOCAL not in name)
+        assert seen[name]["layers"] == ("local" if LOCAL in name else "transformer_engine")
     return seen
 
 
@@ -115,7 +115,7 @@ def test_steps_with_the_local_layers_are_those_of_the_cpu(
 
 
 @needs_transformer_engine
-def test_packed_steps_in_bf16_and_fp8_are_near_those_of_the_cpu(
+def test_steps_in_bf16_and_fp8_are_near_those_of_the_cpu(
     models: Path, expected: list[float]
 ) -> None:
     bf16 = check(1, models, {"bf16": []}, "bf16", expected)["bf16"]

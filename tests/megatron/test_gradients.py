@@ -30,15 +30,29 @@ RECIPES = {
 TP2 = ["parallel.student.tensor_model_parallel_size=2"]
 PP2 = ["parallel.student.pipeline_model_parallel_size=2"]
 SP = ["parallel.student.sequence_parallel=true"]
+CP2 = ["parallel.student.context_parallel_size=2"]
 TEACHER_TP2 = ["parallel.teacher.tensor_model_parallel_size=2"]
+TEACHER_CP2 = ["parallel.teacher.context_parallel_size=2"]
 SMALL_BATCHES = ["train.max_tokens_per_micro_batch=40"]
 LAYOUTS = {
     1: {"one batch": [], "small batches": SMALL_BATCHES},
-    2: {"tp2": [*TP2, *SMALL_BATCHES], "tp2 sp": [*TP2, *SP], "pp2": [*PP2, *TEACHER_TP2]},
+    2: {
+        "tp2": [*TP2, *SMALL_BATCHES],
+        "tp2 sp": [*TP2, *SP],
+        "pp2": [*PP2, *TEACHER_TP2],
+        "cp2": [*CP2, *TEACHER_CP2, *SMALL_BATCHES],
+        "cp2, teacher dp2": CP2,
+        "dp2, teacher cp2": TEACHER_CP2,
+    },
     4: {
         "tp4 sp": ["parallel.student.tensor_model_parallel_size=4", *SP],
         "tp2 pp2 sp": [*TP2, *PP2, *SP, *TEACHER_TP2, *SMALL_BATCHES],
         "tp2 dp2": TP2,
+        # Sequences of 2 and 5 tokens in 8 parts; one answer is a single token.
+        "cp4": ["parallel.student.context_parallel_size=4", *TEACHER_CP2],
+        "cp2 tp2 sp": [*CP2, *TP2, *SP, *TEACHER_TP2, *TEACHER_CP2],
+        "cp2 pp2": [*CP2, *PP2, *TEACHER_TP2, *SMALL_BATCHES],
+        "cp2 dp2": [*CP2, *SMALL_BATCHES],
     },
 }
 

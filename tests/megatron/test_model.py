@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_checks import BF16, FP32, logits, reference_logits
+from model_checks import BF16, FP32, logits, packed, reference_logits
 from tiny_models import CONFIGS, LLAMA3_ROPE, make_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -22,6 +22,7 @@ from nemo_trd.megatron.model import (
     load_hf_config,
     transformer_config,
 )
+from nemo_trd.megatron.schedule import run_model
 from nemo_trd.models.family import FAMILIES, padded_vocab_size, rope_parameters
 from nemo_trd.models.rules import check_layout, check_supported
 
@@ -72,7 +73,7 @@ def test_gradients_are_those_of_transformers(tmp_path: Path, one_rank: Any, reco
     directory = make_model(tmp_path, "llama", num_hidden_layers=2)
     (model,) = load(directory, one_rank, recompute=recompute)
     tokens = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(0))
-    hidden = model(tokens, torch.arange(20).expand_as(tokens), None)
+    hidden = run_model(model, packed(tokens))
     (hidden @ model.output_weight().T)[..., :300].square().sum().backward()
     reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     reference(tokens).logits.square().sum().backward()
@@ -83,17 +84,6 @@ def test_gradients_are_those_of_transformers(tmp_path: Path, one_rank: Any, reco
     ):
         actual = model.get_submodule(name).weight.grad[: expected.weight.shape[0]]
         torch.testing.assert_close(actual, expected.weight.grad, rtol=1e-4, atol=1e-3)
-
-
-def test_padding_on_the_right_does_not_change_what_comes_before(
-    tmp_path: Path, one_rank: Any
-) -> None:
-    models = load(make_model(tmp_path, "qwen3"), one_rank)
-    tokens = torch.randint(0, 300, (1, 30), generator=torch.Generator().manual_seed(0))
-    padded = torch.nn.functional.pad(tokens, (0, 10))
-    torch.testing.assert_close(
-        logits(models, padded, 300, one_rank)[:, :30], logits(models, tokens, 300, one_rank)
-    )
 
 
 def test_bf16_models_compute_in_bf16_close_to_fp32(tmp_path: Path, one_rank: Any) -> None:

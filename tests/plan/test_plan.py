@@ -18,6 +18,7 @@ from nemo_trd.loss.divergences import DIVERGENCES
 from nemo_trd.models.family import FAMILIES
 from nemo_trd.plan.activations import layer_activation_bytes, micro_batches_in_flight
 from nemo_trd.plan.advice import advise, peak
+from nemo_trd.plan.context_parallel import rings
 from nemo_trd.plan.cost import bubble, forward_flops, step_flops, step_time, with_nodes
 from nemo_trd.plan.main import main
 from nemo_trd.plan.memory import GIB, largest_part, training_memory
@@ -31,7 +32,14 @@ from nemo_trd.plan.shapes import (
     stage_parameters,
 )
 
-RECIPES = ("trd_70b", "trd_8b", "paper_qwen3_1p7b", "paper_qwen3_4b", "paper_qwen3_8b")
+RECIPES = (
+    "trd_70b",
+    "trd_70b_32k",
+    "trd_8b",
+    "paper_qwen3_1p7b",
+    "paper_qwen3_4b",
+    "paper_qwen3_8b",
+)
 TINY = {
     "model_type": "llama",
     "vocab_size": 300,
@@ -58,9 +66,12 @@ def gpt(layers: int, hidden: int, heads: int, vocabulary: int = 51_200) -> Simpl
     )
 
 
-def split(tp: int = 1, pp: int = 1, virtual: int | None = None, sp: bool = False) -> Layout:
+def split(
+    tp: int = 1, pp: int = 1, virtual: int | None = None, sp: bool = False, cp: int = 1
+) -> Layout:
     return Layout(
         tensor_model_parallel_size=tp,
+        context_parallel_size=cp,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=virtual,
         sequence_parallel=sp,
@@ -173,9 +184,11 @@ def test_full_recompute_keeps_what_autograd_keeps_of_a_real_model(
 def saved_bytes(architecture: str, layers: int, dtype: str, groups: Any) -> int:
     """Of the tensors, parameters left out, that a forward pass saves for its backward pass."""
     import torch
+    from model_checks import packed
     from tiny_models import CONFIGS
 
     from nemo_trd.megatron.model import build_model
+    from nemo_trd.megatron.schedule import run_model
 
     settings = {k: v for k, v in TINY.items() if k != "model_type"} | {"num_hidden_layers": layers}
     (model,) = build_model(
@@ -195,11 +208,7 @@ def saved_bytes(architecture: str, layers: int, dtype: str, groups: Any) -> int:
 
     tokens = torch.zeros(2, 64, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(
-            input_ids=tokens,
-            position_ids=torch.arange(64).expand(2, 64),
-            attention_mask=None,
-        )
+        run_model(model, packed(tokens))
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
@@ -353,6 +362,26 @@ def test_a_second_replica_halves_optimizer_and_hidden_states() -> None:
         assert two.phases["student"][part] == one.phases["student"][part]
 
 
+def test_context_parallel_ranks_share_tokens_optimizer_and_labels() -> None:
+    layouts = [f"parallel={name}" for name in ("tp8_pp4", "tp8_cp2_pp4")]
+    common = ("experiment=trd_70b_32k", "cluster.training_nodes=8", "train.prompts_per_step=64")
+    apart, together = (peak(planned(*common, layout).memory) for layout in layouts)
+    for part in ("weights", "gradients", "optimizer"):  # two replicas share an optimizer too
+        assert apart.phases["student"][part] == together.phases["student"][part]
+    # Of 33,792 tokens in 4 parts rank 1 holds the two in the middle, which are labels; of the
+    # teacher's 73,728 rank 0 holds the last part, and rank 1 fewer labels.
+    assert together.phases["student"]["hidden states"] == 64 * 2 * 8448 * 8192 * 2
+    assert together.phases["teacher"]["hidden states"] == 64 * 18_432 * 8192 * 2
+    for recompute in ("none", "full"):
+        whole, half = (
+            layer_activation_bytes(
+                gpt(80, 8192, 64), 8192, 8192, split(8, sp=True, cp=cp), 2, recompute=recompute
+            )
+            for cp in (1, 2)
+        )
+        assert half == whole / 2
+
+
 def test_saving_a_distributed_optimizer_takes_all_of_one_state_and_a_share() -> None:
     one, two = (
         peak(planned("experiment=trd_70b", f"cluster.training_nodes={n}").memory) for n in (4, 8)
@@ -445,7 +474,11 @@ def test_recipe_with_half_its_nodes_names_what_does_not_fit(recipe: str) -> None
     assert sum(half) <= total
     plan = make_plan(with_nodes(config, *half))
     assert plan.exit_code == 2
-    if recipe == "trd_70b":
+    if recipe == "trd_70b_32k":
+        assert plan.fallback is not None
+        assert plan.fallback.parallel.student.context_parallel_size == 1
+        assert not plan.fits
+    elif recipe == "trd_70b":
         assert plan.fallback is not None
         assert plan.fallback.parallel.student.pipeline_model_parallel_size == 2
         assert not plan.fits
@@ -471,6 +504,10 @@ def test_layout_reasons_of_the_recipes_hold() -> None:
         return [f"parallel.{r}.tensor_model_parallel_size={size}" for r in ("student", "teacher")]
 
     assert total("experiment=trd_70b", "train.recompute=none") > 79.1
+    for precision, apart, together in (("bf16", 66, 60), ("fp8", 72, 66)):
+        recipe = ("experiment=trd_70b_32k", f"precision={precision}")
+        assert total(*recipe, "parallel=tp8_pp4") == pytest.approx(apart, abs=0.5)
+        assert total(*recipe) == pytest.approx(together, abs=0.5)
     assert total("experiment=paper_qwen3_8b", *tp(4)) > 79.1
     assert total("experiment=paper_qwen3_8b", *tp(4), "train.recompute=full") < 79.1
     assert total("experiment=paper_qwen3_4b", *tp(2)) > 79.1
@@ -551,6 +588,29 @@ def test_bubble_is_the_published_one() -> None:
     assert bubble(config, config.parallel.student) == pytest.approx(1 + 3 / 64)
     interleaved = split(tp=8, pp=4, virtual=4)
     assert bubble(config, interleaved) == pytest.approx(1 + 3 / (4 * 64))
+
+
+def test_keys_and_values_go_around_between_nodes_or_inside_one() -> None:
+    config = compose(["experiment=trd_70b_32k"])
+    student, teacher = shapes(config)
+    rate = 0.35 * 989e12
+    between = rings(config, student, teacher, rate)
+    # Of 64 trajectories of half the length: two tensors of 8 x 128 in bf16 in 80 layers, over the
+    # 8 tensor parallel ranks of a stage; once, in recomputation, and twice in the backward pass.
+    sent = 64 * 0.5 * 33_792 / 2 * 4 * 8 * 128 * 80 / 4 / 8 * 4
+    assert between["student"].exchange == pytest.approx(sent / 50e9)
+    assert between["student"].waiting == 0  # attention takes longer
+    inside = compose(["experiment=trd_70b_32k", "cluster.gpus_per_node=16"])
+    faster = rings(with_nodes(inside, 4, 1, 1), student, teacher, rate)
+    assert faster["student"].exchange == pytest.approx(sent / 450e9)
+    slow = compose(["experiment=trd_70b_32k", "cluster.assumptions.network_gb=0.5"])
+    waiting = rings(slow, student, teacher, rate)["student"].waiting
+    assert waiting > 0
+    bubble_factor = bubble(config, config.parallel.student)
+    times = [step_time(c, student, teacher).student for c in (config, slow)]
+    assert times[1] - times[0] == pytest.approx(waiting * bubble_factor)
+    alone = compose(["experiment=trd_70b"])
+    assert rings(alone, *shapes(alone), rate)["teacher"].exchange == 0
 
 
 def test_best_splits_are_the_best_of_all() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.distributed
 
 RECIPES = {  # experiment -> what makes it larger than it ships
     "trd_70b": ["cluster.training_nodes=8"],  # TP 8, PP 4: 64 ranks, two replicas
+    "trd_70b_32k": [],  # TP 8, CP 2, PP 4: 64 ranks that divide each sequence
     # The student's data parallel ranks meet a teacher of two stages.
     "trd_8b": ["cluster.training_nodes=2", "parallel.teacher.pipeline_model_parallel_size=2"],
     "paper_qwen3_8b": [],
@@ -68,9 +70,9 @@ def check_model(config: Any, role: str, hf: Any) -> None:
     for rank in range(world):
         with rank_of(rank, world):
             groups = process_groups(layout)
-            place = (groups.pp.rank(), groups.tp.rank(), groups.dp.rank())
+            place = (groups.pp.rank(), groups.tp.rank(), groups.cp.rank(), groups.dp.rank())
             places.append(place)
-            if place[2] > 0:  # holds what its replica of rank 0 holds
+            if groups.dp_cp.rank() > 0:  # holds what another holds
                 continue
             models = build_model(hf, layout, groups, config.precision)
             held = sum(p.numel() for model in models for p in model.parameters())
@@ -83,8 +85,8 @@ def check_model(config: Any, role: str, hf: Any) -> None:
     expected = expected_tensors(hf)
     assert holders.keys() == expected.keys()
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    dp = world // layout.model_parallel_size
-    assert sorted(places) == [(p, t, d) for p in range(pp) for t in range(tp) for d in range(dp)]
+    cp, dp = layout.context_parallel_size, world // layout.model_parallel_size
+    assert sorted(places) == list(product(range(pp), range(tp), range(cp), range(dp)))
     for name, whole in expected.items():
         stages = sorted({stage for stage, _ in holders[name]})
         twice = hf.tie_word_embeddings and pp > 1 and whole.layer is None and len(whole.shape) == 2
@@ -162,7 +164,7 @@ def check_routes(recipe: str, overrides: list[str]) -> None:
         for rank in range(world):
             with rank_of(rank, world):
                 groups = process_groups(layout)
-                everyone.append((groups.dp.rank(), is_last_stage(groups)))
+                everyone.append((groups.dp.rank(), groups.cp.rank(), is_last_stage(groups)))
 
         def answer(answers: list[Any], own: Any, everyone: Any = everyone) -> None:
             assert own == everyone[-1]
@@ -170,11 +172,20 @@ def check_routes(recipe: str, overrides: list[str]) -> None:
 
         with rank_of(world - 1, world), mock.patch("torch.distributed.all_gather_object", answer):
             last_stages[role] = last_stage_ranks(process_groups(layout))
-        assert {len(ranks) for ranks in last_stages[role]} == {layout.tensor_model_parallel_size}
+        sizes = {(len(parts), *map(len, parts)) for parts in last_stages[role]}
+        cp = layout.context_parallel_size
+        assert sizes == {(cp, *[layout.tensor_model_parallel_size] * cp)}
     for sources in last_stages["teacher"]:
         for destinations in last_stages["student"]:
-            sent = routes(sources, destinations)
-            assert {source for source, _ in sent} <= set(sources)
-            assert sorted([d for _, d in sent] + [d for d in destinations if d in sources]) == (
-                sorted(destinations)
+            given = routes(sources, destinations)
+            assert all(source in sources[part] for (part, source), _ in given)
+            # Each rank gets each part of the teacher once; what it has itself, from itself.
+            assert sorted((part, wanted, rank) for (part, _), (wanted, rank) in given) == sorted(
+                (part, wanted, rank)
+                for part in range(len(sources))
+                for wanted, ranks in enumerate(destinations)
+                for rank in ranks
+            )
+            assert all(
+                source == rank or rank not in sources[part] for (part, source), (_, rank) in given
             )

@@ -462,9 +462,9 @@ RULES: dict[str, tuple[list[str], int, tuple[str, ...]]] = {
         ("precision.teacher_fp8 = 'e4m3'", "TransformerEngine", "precision.teacher_fp8=null"),
     ),
     "context parallelism": (
-        ["parallel.student.context_parallel_size=2"],
-        2,
-        ("parallel.student.context_parallel_size = 2", "TransformerEngine", "size=1"),
+        ["parallel.teacher.context_parallel_size=2"],
+        3,
+        ("world size = 3", "the teacher takes", "1 x 1 x 2 ranks, which must divide it"),
     ),
     "run directory": (
         ["run.dir=models/student/config.json/x"],
@@ -607,15 +607,6 @@ def test_module_imports_without_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.usefixtures("models")
-def test_context_parallelism_is_refused_with_transformer_engine_too(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(nemo_trd.preflight.machine, "importable", lambda package: True)
-    message = refusal(settings("parallel.student.context_parallel_size=2"), 2)
-    assert "parallel.student.context_parallel_size = 2: sequences are not split" in message
 
 
 @pytest.mark.usefixtures("models")

@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from nemo_trd.config.schema import Precision
+from nemo_trd.data.types import ContextBatch
 from nemo_trd.megatron.model import HiddenStatesModel
+from nemo_trd.megatron.schedule import run_model
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -39,26 +41,35 @@ def logits(
     groups: ProcessGroupCollection,
 ) -> Tensor:
     """Logits [b, s, vocabulary] on every rank, stage after stage without a schedule."""
-    batch, length = tokens.shape
-    config = models[0].config
-    if config.sequence_parallel:
-        length //= groups.tp.size()
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    hidden = torch.empty(length, batch, config.hidden_size, dtype=config.params_dtype)
+    batch, config = packed(tokens), models[0].config
+    length = tokens.numel() // (groups.tp.size() if config.sequence_parallel else 1)
+    hidden = torch.empty(length, 1, config.hidden_size, dtype=config.params_dtype)
     for chunk in models:
         for stage in range(groups.pp.size()):
             if stage == groups.pp.rank():
                 chunk.set_input_tensor(hidden)
-                hidden = chunk(tokens, positions, None).contiguous()
+                hidden = run_model(chunk, batch).contiguous()
             dist.broadcast(hidden, group=groups.pp, group_src=stage)
     if config.sequence_parallel:
         hidden = torch.cat(_gathered(hidden, groups.tp))
-    rows = torch.empty(tokens.shape[1], batch, vocab_size)
+    rows = torch.empty(tokens.numel(), 1, vocab_size)
     if models[-1].post_process:
         shard = hidden @ models[-1].output_weight().T
         rows = torch.cat(_gathered(shard, groups.tp), -1)[..., :vocab_size].float().contiguous()
     dist.broadcast(rows, group=groups.pp, group_src=groups.pp.size() - 1)
-    return rows.transpose(0, 1)
+    return rows.view(*tokens.shape, vocab_size)
+
+
+def packed(tokens: Tensor) -> ContextBatch:
+    """The rows of [b, s] as segments; nothing is a label."""
+    count, length = tokens.shape
+    return ContextBatch(
+        tokens=tokens.reshape(1, -1),
+        position_ids=torch.arange(length).repeat(count)[None],
+        label_positions=torch.empty(0, dtype=torch.long),
+        lengths=(length,) * count,
+        cu_seqlens=torch.arange(0, tokens.numel() + 1, length, dtype=torch.int32),
+    )
 
 
 def _gathered(own: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
