@@ -11,17 +11,22 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from nemo_trd.config.schema import Config
 from nemo_trd.data.types import Microbatch
-from nemo_trd.distributed.process import device, to_host
+from nemo_trd.distributed.process import device
+from nemo_trd.megatron.hand_over import (
+    HandOver,
+    last_stage_ranks,
+    open_communicator,
+    rounds_of,
+)
 from nemo_trd.megatron.hf_weights import load_hf_weights
 from nemo_trd.megatron.model import HiddenStatesModel, build_model, load_hf_config
 from nemo_trd.megatron.process_groups import process_groups
-from nemo_trd.megatron.schedule import is_last_stage, label_rows, run_model, run_schedule
+from nemo_trd.megatron.schedule import label_rows, run_model, run_schedule
 
 
 class Teacher:
@@ -45,14 +50,12 @@ class Teacher:
         )
         load_hf_weights(models, hf, source.path, self._groups)
         self._model.requires_grad_(False).eval()
+        self._dtype = self._model.config.params_dtype
         self._sources = last_stage_ranks(self._groups)
         self._destinations = last_stage_ranks(student_groups)
         if self._offload_weights:
             self._model.to("cpu")
-        # `_hand_over` sends between some ranks of the world's group. NCCL makes a group's
-        # communicator at its first use, with all ranks of it: were that a batch of sends in which
-        # only some take part, these would wait for the others for ever.
-        dist.all_reduce(torch.zeros(1, device=device()))
+        open_communicator()
 
     @torch.no_grad()
     def states(self, micro_batches: Sequence[Sequence[Microbatch]]) -> list[Tensor | None]:
@@ -60,96 +63,47 @@ class Teacher:
 
         They are where the student's loss is computed: on its last stage. Elsewhere: None.
         """
-        teachers = self._groups.dp.size()
-        students = len(micro_batches)
-        flat = [
-            (student, position)
-            for position in range(len(micro_batches[0]))
-            for student in range(students)
-        ]
-        own = [micro_batches[s][p] for s, p in flat[self._groups.dp.rank() :: teachers]]
-        # A pipeline runs in lock-step with itself only: data parallel teachers may differ by one.
+        rounds = rounds_of(micro_batches, self._groups.dp.size())
+        mine = self._groups.dp.rank()
+        own = [micro_batches[s][p] for states in rounds for s, p in states[mine : mine + 1]]
+        hand_over = HandOver(
+            micro_batches,
+            rounds,
+            self._sources,
+            self._destinations,
+            like=torch.empty(0, self._hidden_size, dtype=self._dtype, device=device()),
+            offload=self._offload_states,
+        )
         if self._offload_weights:
             self._model.to(device())
-        states = self._forward(own) if own else []
+        if own:  # a pipeline runs in lock-step with itself only: teachers may differ by one
+            self._forward(own, hand_over)
         if self._offload_weights:
             self._model.to("cpu")
-        received: dict[int, Tensor] = {}
-        for index, (student, position) in enumerate(flat):
-            state = self._hand_over(
-                states[index // teachers] if states and self._owns(index) else None,
-                len(micro_batches[student][position].labels),
-                sources=self._sources[index % teachers],
-                destinations=self._destinations[student],
-            )
-            if state is not None:
-                received[position] = to_host(state) if self._offload_states else state
-        return [received.get(position) for position in range(len(micro_batches[0]))]
+        return hand_over.finish()
 
-    def _owns(self, index: int) -> bool:
-        return index % self._groups.dp.size() == self._groups.dp.rank()
+    def _forward(self, micro_batches: Sequence[Microbatch], hand_over: HandOver) -> None:
+        """Pass this rank's micro-batches forward; hand over what the ones before have given."""
+        behind = self._groups.pp.size() - 1 - self._groups.pp.rank()
 
-    def _forward(self, micro_batches: Sequence[Microbatch]) -> list[Tensor]:
-        def rows(micro_batch: Microbatch, hidden: Tensor, non_loss_data: bool) -> Tensor:
-            return label_rows(
-                hidden, micro_batch.teacher, self._groups, self._layout.sequence_parallel
+        def keep(micro_batch: Microbatch, hidden: Tensor, non_loss_data: bool) -> None:
+            hand_over.computed.append(
+                label_rows(
+                    hidden, micro_batch.teacher, self._groups, self._layout.sequence_parallel
+                )
             )
 
         def forward_step(iterator, model):  # noqa: ANN001, ANN202  (megatron's signature)
-            micro_batch = next(iterator)
-            return run_model(model, micro_batch.teacher), partial(rows, micro_batch)
+            number, micro_batch = next(iterator)
+            hand_over.start(number - behind)
+            return run_model(model, micro_batch.teacher), partial(keep, micro_batch)
 
-        return run_schedule(
+        run_schedule(
             [self._model],
             forward_step,
-            micro_batches,
+            list(enumerate(micro_batches)),
             [micro_batch.teacher for micro_batch in micro_batches],
             self._groups,
             forward_only=True,
             collect=True,
         )
-
-    def _hand_over(
-        self, state: Tensor | None, count: int, sources: list[int], destinations: list[int]
-    ) -> Tensor | None:
-        """Bring one micro-batch's states to every rank that computes a part of its loss."""
-        me = dist.get_rank()
-        operations = []
-        result = state if me in destinations else None
-        for source, destination in routes(sources, destinations):
-            if me == source:
-                assert state is not None
-                operations.append(dist.P2POp(dist.isend, state.contiguous(), destination))
-            elif me == destination:
-                result = torch.empty(
-                    count, self._hidden_size, dtype=self._model.config.params_dtype, device=device()
-                )
-                operations.append(dist.P2POp(dist.irecv, result, source))
-        if operations:
-            for work in dist.batch_isend_irecv(operations):
-                work.wait()
-        return result
-
-
-def routes(sources: Sequence[int], destinations: Sequence[int]) -> list[tuple[int, int]]:
-    """Who sends the states of one micro-batch to whom: (source, destination).
-
-    Every tensor parallel rank of the teacher's last stage has them whole; each serves some of the
-    destinations. A rank that is both keeps its own.
-    """
-    return [
-        (sources[number % len(sources)], destination)
-        for number, destination in enumerate(destinations)
-        if destination not in sources
-    ]
-
-
-def last_stage_ranks(groups: ProcessGroupCollection) -> list[list[int]]:
-    """For each data parallel rank of a model: the ranks of its last stage. Collective."""
-    mine = (groups.dp.rank(), is_last_stage(groups))
-    everyone: list[tuple[int, bool]] = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return [
-        [rank for rank, (replica, last) in enumerate(everyone) if last and replica == wanted]
-        for wanted in range(groups.dp.size())
-    ]

@@ -60,7 +60,6 @@ class Lengths:
     teacher_tokens: int
     labels: int  # of a micro-batch
     student_rank_labels: int  # of all micro-batches of a student's data parallel rank
-    teacher_rank_labels: int
 
 
 def training_memory(config: Config, student: Any, teacher: Any) -> list[GpuMemory]:
@@ -86,7 +85,8 @@ def training_memory(config: Config, student: Any, teacher: Any) -> list[GpuMemor
         resident, phases = {}, {}
         if has_teacher:
             resident = _teacher_weights(config, teacher, teacher_stage)
-            phases["teacher"] = resident | _teacher_phase(config, teacher, teacher_stage, lengths)
+            at_work = _teacher_phase(config, teacher, student_stage, teacher_stage, lengths)
+            phases["teacher"] = resident | at_work
         phases |= {
             "student": _student_phase(config, student, teacher, student_stage, lengths),
             "export": {"export buffers": _export_bytes(config, student)},
@@ -118,7 +118,6 @@ def longest_lengths(config: Config) -> Lengths:
         _round_up(teacher_tokens, teacher_multiple),
         labels,
         trajectories_per_rank(config, parallel.student) * answer,
-        trajectories_per_rank(config, parallel.teacher) * answer,
     )
 
 
@@ -192,13 +191,23 @@ def _teacher_weights(config: Config, teacher: Any, stage: int) -> dict[str, int]
     return {"teacher weights": count.total * ELEMENT_BYTES[config.precision.dtype] + copies}
 
 
-def _teacher_phase(config: Config, teacher: Any, stage: int, lengths: Lengths) -> dict[str, int]:
-    """Forward only: one layer at a time, and on the last stage the states of all micro-batches."""
+def _teacher_phase(
+    config: Config, teacher: Any, student_stage: int, teacher_stage: int, lengths: Lengths
+) -> dict[str, int]:
+    """Forward only: one layer at a time. States are handed over as they are computed.
+
+    Two micro-batches of them are on their way at a time; they gather on the student's last stage.
+    """
     layout, element = config.parallel.teacher, ELEMENT_BYTES[config.precision.dtype]
     working = working_set_bytes(teacher, lengths.teacher_tokens, layout, element)
     phase = {"activations": working}
-    if stage == layout.pipeline_model_parallel_size - 1:
-        phase["hidden states"] = lengths.teacher_rank_labels * teacher.hidden_size * element
+    sends = teacher_stage == layout.pipeline_model_parallel_size - 1
+    keeps = student_stage == config.parallel.student.pipeline_model_parallel_size - 1
+    if sends or keeps:
+        labels = 2 * lengths.labels
+        if keeps and not config.teacher.offload_states:
+            labels += lengths.student_rank_labels
+        phase["hidden states"] = labels * teacher.hidden_size * element
     return phase
 
 
