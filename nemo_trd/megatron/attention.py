@@ -51,7 +51,9 @@ def segments(batch: ContextBatch, config: TransformerConfig) -> PackedSeqParams:
 class SegmentAttention(torch.nn.Module):
     """Core attention of the local layers, causal within each segment.
 
-    Keys and values may have fewer heads than queries: each serves a group of them.
+    Keys and values may have fewer heads than queries: each serves a group of them. One call a
+    segment: a call for all segments of equal length takes longer on a CPU, since their tokens have
+    to be gathered (benchmarks/packing.py has both).
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **unused: Any) -> None:

@@ -7,6 +7,7 @@ different ways, and no teacher logits travel.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from functools import partial
 
@@ -16,7 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from nemo_trd.config.schema import Config
-from nemo_trd.data.types import Microbatch
+from nemo_trd.data.types import ContextBatch, Microbatch
 from nemo_trd.distributed.process import device, to_host
 from nemo_trd.megatron.hf_weights import load_hf_weights
 from nemo_trd.megatron.model import HiddenStatesModel, build_model, load_hf_config
@@ -67,18 +68,22 @@ class Teacher:
             for position in range(len(micro_batches[0]))
             for student in range(students)
         ]
-        own = [micro_batches[s][p] for s, p in flat[self._groups.dp.rank() :: teachers]]
-        # A pipeline runs in lock-step with itself only: data parallel teachers may differ by one.
+        own = flat[self._groups.dp.rank() :: teachers]
+        packs = [pack for s, p in own for pack in micro_batches[s][p].teacher]
+        # A pipeline runs in lock-step with itself only: replicas may have different numbers.
         if self._offload_weights:
             self._model.to(device())
-        states = self._forward(own) if own else []
+        states = deque(self._forward(packs) if packs else [])
         if self._offload_weights:
             self._model.to("cpu")
         received: dict[int, Tensor] = {}
         for index, (student, position) in enumerate(flat):
+            batch, own_state = micro_batches[student][position], None
+            if states and index % teachers == self._groups.dp.rank():
+                own_state = torch.cat([states.popleft() for _ in batch.teacher])
             state = self._hand_over(
-                states[index // teachers] if states and self._owns(index) else None,
-                len(micro_batches[student][position].labels),
+                own_state,
+                len(batch.labels),
                 sources=self._sources[index % teachers],
                 destinations=self._destinations[student],
             )
@@ -86,24 +91,21 @@ class Teacher:
                 received[position] = to_host(state) if self._offload_states else state
         return [received.get(position) for position in range(len(micro_batches[0]))]
 
-    def _owns(self, index: int) -> bool:
-        return index % self._groups.dp.size() == self._groups.dp.rank()
+    def _forward(self, packs: Sequence[ContextBatch]) -> list[Tensor]:
+        """Final hidden states at the labels of each pack, on the last stage; elsewhere nothing."""
 
-    def _forward(self, micro_batches: Sequence[Microbatch]) -> list[Tensor]:
-        def rows(micro_batch: Microbatch, hidden: Tensor, non_loss_data: bool) -> Tensor:
-            return label_rows(
-                hidden, micro_batch.teacher, self._groups, self._layout.sequence_parallel
-            )
+        def rows(pack: ContextBatch, hidden: Tensor, non_loss_data: bool) -> Tensor:
+            return label_rows(hidden, pack, self._groups, self._layout.sequence_parallel)
 
         def forward_step(iterator, model):  # noqa: ANN001, ANN202  (megatron's signature)
-            micro_batch = next(iterator)
-            return run_model(model, micro_batch.teacher), partial(rows, micro_batch)
+            pack = next(iterator)
+            return run_model(model, pack), partial(rows, pack)
 
         return run_schedule(
             [self._model],
             forward_step,
-            micro_batches,
-            [micro_batch.teacher for micro_batch in micro_batches],
+            packs,
+            packs,
             self._groups,
             forward_only=True,
             collect=True,
