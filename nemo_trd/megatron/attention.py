@@ -83,7 +83,9 @@ class SegmentAttention(torch.nn.Module):
     """Core attention of the local layers, causal within each segment.
 
     Keys and values may have fewer heads than queries: each serves a group of them. Context parallel
-    ranks gather the keys and values of whole sequences.
+    ranks gather the keys and values of whole sequences. One call a segment: a call for all segments
+    of equal length takes longer on a CPU, since their tokens have to be gathered
+    (benchmarks/packing.py has both).
     """
 
     def __init__(

@@ -1,19 +1,21 @@
 """Brings the teacher's states to the ranks that compute the loss, while the teacher computes on.
 
-Round k of a step hands over the kth micro-batch of every data parallel teacher. The sends and
-receives of a rank in one round are one batch, and no host waits for them.
+Round k of a step hands over the kth micro-batch of every data parallel teacher; on the teacher's
+side that is one pack of sequences or several. The sends and receives of a rank in one round are one
+batch, and no host waits for them.
 
 Why ranks never wait for each other in a circle: NCCL runs what a rank asks of a communicator in the
 order in which it was asked, and a GPU may run nothing else until the partners in it have come. So
 what ranks ask for, of all communicators together, must be in one order that holds for all of them.
-This one does, at times t = 0, 1, ...:
+Teachers meet in rounds only, so an order of each one's passes and of the rounds is enough. Here it
+is, at times t = 0, 1, ... of a teacher:
 
-  1. each stage p of each teacher passes its micro-batch t - p forward;
+  1. each stage p passes pack t - p forward;
   2. it sends the result to the stage behind, the last stages first;
-  3. round t - (stages - 1) is handed over: what the last stages have just computed.
+  3. the round is handed over of which the last stage has just computed the last pack.
 
-A rank of stage p comes to its ith micro-batch at time i + p, having started the rounds before
-i - (stages - 1 - p); when it has passed its last one it starts the rest. So it does not matter
+A rank of stage p comes to its ith pack at time i + p, having started the rounds that end before
+pack i - (stages - 1 - p); when it has passed its last one it starts the rest. So it does not matter
 which ranks hold which stages of teacher and student.
 """
 
@@ -57,8 +59,8 @@ class HandOver:
     """The states of one step on their way. Every rank makes one.
 
     Attributes:
-        computed: states [n, h] that this rank's teacher has computed, to be handed over in turn;
-            on the teacher's last stage only.
+        computed: states [n, h] of each pack that this rank's teacher has computed, to be handed
+            over in turn; on the teacher's last stage only.
     """
 
     def __init__(
@@ -82,10 +84,9 @@ class HandOver:
             offload: whether they are kept in host memory.
         """
         self.computed: deque[Tensor] = deque()
-        self._rounds, self._like = rounds, like
+        self._plan, self._rounds, self._like = plan, rounds, like
         self._sources, self._destinations = sources, destinations
         self._offload = offload
-        self._positions = range(len(plan[0]))
         # Made before the passes: it takes the host some time.
         self._pieces = [
             [
@@ -114,14 +115,17 @@ class HandOver:
         """
         self.start(len(self._rounds))
         self._end_round()
-        return [self._arrived.get(position) for position in self._positions]
+        return [self._arrived.get(position) for position in range(len(self._plan[0]))]
 
     def _start_round(self, number: int) -> None:
         me, operations = dist.get_rank(), []
         for (student, position), parts, pieces in zip(
             self._rounds[number], self._sources, self._pieces[number], strict=False
         ):
-            own = self.computed.popleft() if _is_in(me, parts) else None
+            own = None
+            if _is_in(me, parts):
+                packs = self._plan[student][position].teacher
+                own = torch.cat([self.computed.popleft() for _ in packs])
             if _is_in(me, self._destinations[student]):
                 self._arriving[position] = []
             for piece in pieces:
@@ -163,7 +167,7 @@ def _is_in(rank: int, parts: RanksOfParts) -> bool:
 def _rows(state: Tensor | None, rows: Tensor) -> Tensor:
     """Some rows of the states, in order; all of them are not copied."""
     assert state is not None
-    return state.contiguous() if len(rows) == len(state) else state[to_device(rows)]
+    return state if len(rows) == len(state) else state[to_device(rows)]
 
 
 def rounds_of(plan: Sequence[Sequence[Microbatch]], teachers: int) -> list[Round]:
@@ -184,7 +188,7 @@ def pieces_of(
     Those alone which this rank gives or takes, in the order in which all ranks know them.
     """
     me = dist.get_rank()
-    theirs, rows = label_holders([micro_batch.teacher], len(sources))
+    theirs, rows = label_holders(micro_batch.teacher, len(sources))
     ours, places = label_holders([micro_batch.student], len(destinations))
     pieces = []
     for (part, source), (wanted, destination) in routes(sources, destinations):

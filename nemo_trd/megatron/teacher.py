@@ -7,8 +7,10 @@ different ways, and no teacher logits travel.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -67,7 +69,7 @@ class Teacher:
         """
         rounds = rounds_of(micro_batches, self._groups.dp.size())
         mine = self._groups.dp.rank()
-        own = [micro_batches[s][p] for states in rounds for s, p in states[mine : mine + 1]]
+        own = [micro_batches[s][p].teacher for states in rounds for s, p in states[mine : mine + 1]]
         hand_over = HandOver(
             micro_batches,
             rounds,
@@ -78,17 +80,20 @@ class Teacher:
         )
         if self._offload_weights:
             self._model.to(device())
-        if own:  # a pipeline runs in lock-step with itself only: teachers may differ by one
+        if own:  # a pipeline runs in lock-step with itself only: replicas may have other numbers
             self._forward(own, hand_over)
         if self._offload_weights:
             self._model.to("cpu")
         return hand_over.finish()
 
-    def _forward(self, micro_batches: Sequence[Microbatch], hand_over: HandOver) -> None:
-        """Pass this rank's micro-batches forward; hand over what the ones before have given."""
-        behind = self._groups.pp.size() - 1 - self._groups.pp.rank()
+    def _forward(
+        self, micro_batches: Sequence[Sequence[ContextBatch]], hand_over: HandOver
+    ) -> None:
+        """Pass the packs of micro-batches forward; hand over what the ones before have given."""
         cp = self._groups.cp
-        packs = [own_context(batch.teacher, cp.size(), cp.rank()) for batch in micro_batches]
+        packs = [own_context(p, cp.size(), cp.rank()) for packs in micro_batches for p in packs]
+        behind = self._groups.pp.size() - 1 - self._groups.pp.rank()
+        computed = list(accumulate(len(packs) for packs in micro_batches))  # packs, by round
 
         def keep(pack: ContextBatch, hidden: Tensor, non_loss_data: bool) -> None:
             rows = label_rows(hidden, pack, self._groups, self._layout.sequence_parallel)
@@ -96,7 +101,7 @@ class Teacher:
 
         def forward_step(iterator, model):  # noqa: ANN001, ANN202  (megatron's signature)
             number, pack = next(iterator)
-            hand_over.start(number - behind)
+            hand_over.start(bisect_right(computed, number - behind))
             return run_model(model, pack), partial(keep, pack)
 
         run_schedule(

@@ -119,7 +119,9 @@ def exchanges_of(rank: int, directory: str, layout: list[str]) -> list[list[Any]
         with unset_fake_temporarily():
             steps = [t for step in range(3) for t in trajectories(config, step)]
             size = groups.dp.size()
-            plan = micro_batches.plan(config, steps, data_parallel_size=size)
+            plan = micro_batches.plan(
+                config, steps, data_parallel_size=size, cost=lambda t: len(t.labels)
+            )
         frozen.states(plan)
     return exchanges.asked
 
