@@ -11,10 +11,12 @@ import pytest
 from launch import launch
 from parallel_layouts import (
     ALL_IN_ONE,
+    CP2,
     DISTRIBUTED,
     ONE_EACH,
     PP2,
     SP,
+    TEACHER_CP2,
     TEACHER_PP2,
     TEACHER_TP2,
     TP2,
@@ -59,6 +61,7 @@ FULL: dict[int, dict[str, list[str]]] = {
         "dp2": [],
         "tp2 sp": TP2 + SP + TEACHER_TP2,
         "pp2 vpp2": PP2 + VPP2,
+        "cp2": CP2 + TEACHER_CP2,
     },
     4: {"tp2 pp2": TP2 + PP2, "pp4": student(pipeline_model_parallel_size=4)},
 }
@@ -76,6 +79,9 @@ PARTIAL = {
         "dp2 distributed": DISTRIBUTED,
         "tp2 one each": TP2 + ONE_EACH,
         "tp2 sp recompute": [*TP2, *SP, "train.recompute=full"],
+        # In the part of one rank there may be no label, and sequences are shorter than 4 tokens.
+        "cp2 one each": CP2 + ONE_EACH + TEACHER_TP2,
+        "dp2, teacher cp2": TEACHER_CP2,
         "offload": [*PP2, "teacher.offload_states=true", "teacher.offload_weights=true"],
     },
     4: {
@@ -91,6 +97,10 @@ PARTIAL = {
         "tp4 sp": [*student(tensor_model_parallel_size=4), *SP, *TEACHER_TP2],
         "pp4 distributed": student(pipeline_model_parallel_size=4) + DISTRIBUTED,
         "dp4 all in one": ALL_IN_ONE,
+        "cp4 one each": student(context_parallel_size=4) + ONE_EACH + TEACHER_CP2,
+        "cp2 tp2 sp": [*CP2, *TP2, *SP, "train.recompute=full"],
+        "cp2 pp2 vpp2": CP2 + PP2 + VPP2 + TEACHER_CP2 + TEACHER_TP2,
+        "cp2 dp2 distributed": CP2 + DISTRIBUTED + TEACHER_CP2,
     },
 }
 

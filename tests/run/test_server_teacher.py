@@ -27,7 +27,8 @@ VOCABULARY, TOP_K = 120, 7
 TP2 = ["parallel.student.tensor_model_parallel_size=2"]
 PP2 = ["parallel.student.pipeline_model_parallel_size=2"]
 SMALL_BATCHES = ["train.max_tokens_per_micro_batch=40"]
-LAYOUTS = [[*TP2, *PP2, *SMALL_BATCHES], [*TP2, *SMALL_BATCHES], PP2]  # the latter two: DP 2
+CP2 = ["parallel.student.context_parallel_size=2"]
+LAYOUTS = [[*TP2, *PP2, *SMALL_BATCHES], [*CP2, *TP2], [*TP2, *SMALL_BATCHES], PP2]  # then DP 2
 SERVED = [
     *("generation=vllm", "teacher.scoring=server", f"loss.top_k={TOP_K}"),
     # No server is asked: a `Scorer` takes their place.

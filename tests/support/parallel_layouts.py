@@ -17,10 +17,12 @@ def teacher(**sizes: int) -> list[str]:
 
 
 TP2 = student(tensor_model_parallel_size=2)
+CP2 = student(context_parallel_size=2)
 PP2 = student(pipeline_model_parallel_size=2)
 SP = student(sequence_parallel=True)
 VPP2 = student(virtual_pipeline_model_parallel_size=2)
 TEACHER_TP2 = teacher(tensor_model_parallel_size=2)
+TEACHER_CP2 = teacher(context_parallel_size=2)
 TEACHER_PP2 = teacher(pipeline_model_parallel_size=2)
 ONE_EACH = ["train.max_tokens_per_micro_batch=null", "train.micro_batch_size=1"]
 ALL_IN_ONE = ["train.max_tokens_per_micro_batch=100000"]
