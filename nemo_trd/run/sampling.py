@@ -30,6 +30,7 @@ from nemo_trd.data.types import (
 from nemo_trd.distributed.exchange import fail_together, merge_shares, own_share
 from nemo_trd.generation.pending import run_loop
 from nemo_trd.generation.protocol import Generator, request_seed
+from nemo_trd.records.under_way import UnderWay
 from nemo_trd.run.pool_times import Asked, Span, sampling_seconds
 from nemo_trd.verifiers.select import THREADS, judge_all, verifier
 
@@ -62,15 +63,20 @@ class Sampler:
         teacher: Generator,
         student_tokenizer: Any,
         teacher_tokenizer: Any,
+        under_way: UnderWay | None = None,
     ) -> None:
+        """Args: under_way: keeps the completions of the step that is being sampled."""
         self._config = config
         self._student = student
         self._teacher = teacher
         self._student_tokenizer = student_tokenizer
         self._teacher_tokenizer = teacher_tokenizer
+        self._under_way = under_way
         self._verify = verifier(config.data.verifier, config.sandbox)
         # Samples may be drawn while the main thread exchanges something else.
         self._group = dist.new_group(backend="gloo")
+        if under_way is not None and dist.get_rank() == 0:  # all ranks have read what there was
+            under_way.drop_other_ranks(dist.get_world_size())
 
     def sample(self, prompts: Sequence[Prompt], step: int) -> Drawn:
         """Draw y_o ~ pi_theta(. | x), `train.rollouts_per_prompt` for each prompt, and rewrites.
@@ -79,6 +85,8 @@ class Sampler:
         servers each y_o is judged and rewritten as soon as it has ended, whatever else is
         under way; in this process all rollouts come first. The samples are the same.
         """
+        if self._under_way is not None:
+            self._under_way.begin(step)
         own = own_share(numbered_samples(prompts, self._config.train.rollouts_per_prompt))
         begin = perf_counter()
         samples = self._merge(lambda: run_loop(self._draw(own, step, begin)))
@@ -94,7 +102,10 @@ class Sampler:
     ) -> list[_Sample]:
         """Draw this rank's share of `sample`."""
         generation = self._config.generation
-        student, teacher = Asked(len(samples), begin), Asked(len(samples), begin)
+        student, teacher = (
+            Asked(generator, len(samples), begin, self._under_way)
+            for generator in (self._student, self._teacher)
+        )
         with ThreadPoolExecutor(THREADS, thread_name_prefix="verdicts") as threads:
             async with asyncio.TaskGroup() as group:
                 tasks = [
