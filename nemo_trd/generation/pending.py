@@ -12,8 +12,8 @@ Result = TypeVar("Result")
 Pending: TypeAlias = "asyncio.Future[GenerationRequest | None]"  # None: there will be no request
 
 
-def known(request: GenerationRequest) -> Pending:
-    """A request that is there already. Needs a running event loop."""
+def known(request: GenerationRequest | None) -> Pending:
+    """What is known already of a request. Needs a running event loop."""
     future: Pending = asyncio.get_running_loop().create_future()
     future.set_result(request)
     return future

@@ -27,6 +27,8 @@ Done = Callable[[int, Completion], None]  # (position of the request, its comple
 class Generator(Protocol):
     """Samples continuations of token sequences."""
 
+    weight_version: int  # of the weights that sample; 0 for a frozen teacher
+
     def generate(
         self,
         requests: Sequence[GenerationRequest],

@@ -8,6 +8,8 @@ from time import perf_counter
 
 from nemo_trd.data.types import Completion, GenerationRequest
 from nemo_trd.generation.pending import Pending
+from nemo_trd.generation.protocol import Generator
+from nemo_trd.records.under_way import UnderWay
 
 Span = tuple[float, float]  # seconds since the sampling of the step began
 
@@ -16,21 +18,32 @@ class Asked:
     """Requests to one generator, made one by one. Needs a running event loop.
 
     Args:
+        generator: whose weights complete them.
         count: number of requests.
         begin: when the sampling of the step began, by time.perf_counter().
+        under_way: where completions are kept, and found if they were there before.
     """
 
-    def __init__(self, count: int, begin: float) -> None:
+    def __init__(
+        self, generator: Generator, count: int, begin: float, under_way: UnderWay | None
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.requests: list[Pending] = [loop.create_future() for _ in range(count)]
         self._completions: list[asyncio.Future[Completion]] = [
             loop.create_future() for _ in range(count)
         ]
+        self._version = generator.weight_version
         self._begin = begin
+        self._under_way = under_way
 
     async def ask(self, position: int, request: GenerationRequest) -> tuple[Completion, Span]:
         """Make a request known. Returns its completion, and when it was under way."""
         first = perf_counter() - self._begin
+        if self._under_way is not None:
+            kept = self._under_way.find(request, self._version)
+            if kept is not None:
+                self.leave_out(position)
+                return kept, (first, first)
         self.requests[position].set_result(request)
         completion = await self._completions[position]
         return completion, (first, perf_counter() - self._begin)
@@ -41,6 +54,9 @@ class Asked:
 
     def done(self, position: int, completion: Completion) -> None:
         """Take the completion of a request from the generator."""
+        request = self.requests[position].result()
+        if self._under_way is not None and request is not None:
+            self._under_way.add(request, completion)
         self._completions[position].set_result(completion)
 
 

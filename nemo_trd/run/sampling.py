@@ -9,7 +9,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 from typing import Any, TypeVar
@@ -24,13 +24,14 @@ from nemo_trd.data.types import (
     GenerationRequest,
     Prompt,
     Refinement,
-    RefinementPrompt,
     TokenIds,
 )
 from nemo_trd.distributed.exchange import fail_together, merge_shares, own_share
 from nemo_trd.generation.pending import run_loop
 from nemo_trd.generation.protocol import Generator, request_seed
+from nemo_trd.records.under_way import UnderWay
 from nemo_trd.run.pool_times import Asked, Span, sampling_seconds
+from nemo_trd.verifiers.judgement import Answer
 from nemo_trd.verifiers.select import THREADS, judge_all, verifier
 
 Item = TypeVar("Item")
@@ -62,15 +63,20 @@ class Sampler:
         teacher: Generator,
         student_tokenizer: Any,
         teacher_tokenizer: Any,
+        under_way: UnderWay | None = None,
     ) -> None:
+        """Args: under_way: keeps the completions of the step that is being sampled."""
         self._config = config
         self._student = student
         self._teacher = teacher
         self._student_tokenizer = student_tokenizer
         self._teacher_tokenizer = teacher_tokenizer
+        self._under_way = under_way
         self._verify = verifier(config.data.verifier, config.sandbox)
         # Samples may be drawn while the main thread exchanges something else.
         self._group = dist.new_group(backend="gloo")
+        if under_way is not None and dist.get_rank() == 0:  # all ranks have read what there was
+            under_way.drop_other_ranks(dist.get_world_size())
 
     def sample(self, prompts: Sequence[Prompt], step: int) -> Drawn:
         """Draw y_o ~ pi_theta(. | x), `train.rollouts_per_prompt` for each prompt, and rewrites.
@@ -79,6 +85,8 @@ class Sampler:
         servers each y_o is judged and rewritten as soon as it has ended, whatever else is
         under way; in this process all rollouts come first. The samples are the same.
         """
+        if self._under_way is not None:
+            self._under_way.begin(step)
         own = own_share(numbered_samples(prompts, self._config.train.rollouts_per_prompt))
         begin = perf_counter()
         samples = self._merge(lambda: run_loop(self._draw(own, step, begin)))
@@ -94,7 +102,10 @@ class Sampler:
     ) -> list[_Sample]:
         """Draw this rank's share of `sample`."""
         generation = self._config.generation
-        student, teacher = Asked(len(samples), begin), Asked(len(samples), begin)
+        student, teacher = (
+            Asked(generator, len(samples), begin, self._under_way)
+            for generator in (self._student, self._teacher)
+        )
         with ThreadPoolExecutor(THREADS, thread_name_prefix="verdicts") as threads:
             async with asyncio.TaskGroup() as group:
                 tasks = [
@@ -125,24 +136,26 @@ class Sampler:
         threads: Executor,
     ) -> _Sample:
         """Take one sample its whole way: y_o, the verdict on it, c_T, y_r, the verdict on that."""
-        in_thread = partial(asyncio.get_running_loop().run_in_executor, threads)
-        y_o, rollout = await student.ask(number, self._request("rollout", *sample, step))
-        context = await in_thread(self._refinement_prompt, *sample, y_o)
+        config, tokenizer = self._config, self._teacher_tokenizer
+        judging = partial(asyncio.get_running_loop().run_in_executor, threads)
+        y_o, rollout_span = await student.ask(number, self._request("rollout", *sample, step))
+        drawn = (*sample, y_o, self._student_tokenizer)
+        judged = judging(read_rollout, *drawn, self._verify)
+        # The teacher waits for the verdict only where that decides whether it rewrites.
+        if config.refinement.subset == "all":
+            rollout = await asyncio.to_thread(read_rollout, *drawn, _no_verdict)
+        else:
+            rollout = await judged
+        context = await asyncio.to_thread(refinement_prompt, rollout, config, tokenizer)
+        y_r, rewrite_span = None, None
         if context.token_ids is None:
             teacher.leave_out(number)
-            y_r, rewrite = None, None
         else:
             request = self._request("refinement", *sample, step, context.token_ids)
-            y_r, rewrite = await teacher.ask(number, request)
-        read = (context, y_r, self._teacher_tokenizer, self._verify)
-        return _Sample(await in_thread(read_refinement, *read), rollout, rewrite)
-
-    def _refinement_prompt(
-        self, prompt: Prompt, sample: int, completion: Completion
-    ) -> RefinementPrompt:
-        """Judge a rollout, and put it before the teacher: (x, y_o), in OPSD (x, y*, y_o)."""
-        rollout = read_rollout(prompt, sample, completion, self._student_tokenizer, self._verify)
-        return refinement_prompt(rollout, self._config, self._teacher_tokenizer)
+            y_r, rewrite_span = await teacher.ask(number, request)
+        context = replace(context, rollout=await judged)
+        refinement = await judging(read_refinement, context, y_r, tokenizer, self._verify)
+        return _Sample(refinement, rollout_span, rewrite_span)
 
     def _request(
         self, kind: str, prompt: Prompt, sample: int, step: int, context: TokenIds | None = None
@@ -170,6 +183,10 @@ class Sampler:
             GenerationFailed: on all ranks, when it is raised on some.
         """
         return merge_shares(fail_together(make_share, self._group), self._group)
+
+
+def _no_verdict(text: str, answer: Answer) -> None:
+    """Stand in for a verifier where the verdict is still to come."""
 
 
 def numbered_samples(prompts: Sequence[Prompt], per_prompt: int) -> list[tuple[Prompt, int]]:

@@ -21,8 +21,9 @@ from nemo_trd.algorithm.acceptance import read_refinements, read_rollout
 from nemo_trd.algorithm.refinement import refinement_prompts
 from nemo_trd.config.load import compose
 from nemo_trd.config.schema import Config
-from nemo_trd.data.types import Completion, Prompt, Refinement
+from nemo_trd.data.types import Completion, GenerationRequest, Prompt, Refinement
 from nemo_trd.generation.protocol import GenerationFailed, request_seed
+from nemo_trd.records.under_way import UnderWay
 from nemo_trd.run import sampling
 from nemo_trd.run.pool_times import busy_seconds, sampling_seconds
 
@@ -65,9 +66,14 @@ def in_two_phases(config: Config) -> list[Refinement]:
 
 
 def sampler(
-    config: Config, students: list[str], teachers: list[str], judge: Any = verify
+    config: Config,
+    students: list[str],
+    teachers: list[str],
+    judge: Any = verify,
+    under_way: UnderWay | None = None,
 ) -> sampling.Sampler:
-    made = sampling.Sampler(config, generator(*students), generator(*teachers), *[TOKENIZER] * 2)
+    generators = generator(*students), generator(*teachers)
+    made = sampling.Sampler(config, *generators, TOKENIZER, TOKENIZER, under_way)
     made._verify = judge
     return made
 
@@ -99,10 +105,17 @@ class Waiting:
 def test_rewrites_begin_while_rollouts_and_verdicts_are_under_way(
     subset: str, one_rank: Any
 ) -> None:
-    """The last rollout ends, and the first verdict comes, after rewrites of the others."""
+    """The last rollout ends, and the first verdicts come, after rewrites of the others.
+
+    Without a subset the rewrites of what these verdicts are about come before them, too.
+    """
     config = configured(f"refinement.subset={subset}")
     expected = in_two_phases(config)
-    others = sum(r.completion is not None for r in expected if r.request.rollout.prompt.index)
+    others = sum(
+        r.completion is not None
+        for r in expected
+        if subset == "all" or r.request.rollout.prompt.index
+    )
     with FakeVllm() as student, FakeVllm() as teacher:
         last, first = Waiting(teacher, 1), Waiting(teacher, others)
         student.fault = lambda number: (last() if number == COUNT - 1 else None) or "ok"
@@ -115,7 +128,7 @@ def test_rewrites_begin_while_rollouts_and_verdicts_are_under_way(
         drawn = sampler(config, [student.url], [teacher.url], judge).sample(PROMPTS, STEP)
     assert drawn.refinements == expected
     assert last.in_time == [True] and all(first.in_time)
-    assert 0 < others < COUNT and (subset == "wrong") == any(
+    assert 0 < others <= COUNT and (subset == "wrong") == any(
         r.rejection == "subset" for r in expected
     )
     seconds = drawn.seconds
@@ -156,6 +169,43 @@ def test_a_teacher_that_nothing_is_asked_of_need_not_be_there(one_rank: Any) -> 
         drawn = sampler(config, [student.url], ["http://127.0.0.1:1"]).sample(PROMPTS, STEP)
     assert drawn.refinements == in_two_phases(config)
     assert drawn.seconds["teacher_pool"] == 0
+
+
+def test_what_was_generated_when_a_run_died_is_not_generated_again(
+    one_rank: Any, tmp_path: Path
+) -> None:
+    """Its samples are those of a run that did not die; other weights or settings find none."""
+    config, record = configured(), tmp_path / "under_way"
+
+    def kept(rank: int = 0, digest: str = "a") -> UnderWay:
+        return UnderWay(record, rank, digest)
+
+    with (
+        FakeVllm() as student,
+        FakeVllm(lambda number: "ok" if number < 5 else "400") as teacher,
+        pytest.raises(GenerationFailed, match="status 400"),
+    ):
+        dies = sampler(config, [student.url], [teacher.url], under_way=kept(rank=1))
+        dies.sample(PROMPTS, STEP)
+    (file,) = record.iterdir()
+    lines = file.read_text().splitlines(keepends=True)
+    assert len(lines) > 5
+    file.write_text("".join(lines) + lines[0][:40])  # it was killed while it wrote
+    seed = request_seed(config.run.seed, "rollout", STEP, 0, 0)
+    request = GenerationRequest(PROMPTS[0].token_ids, seed)
+    assert kept().find(request, weight_version=0) is not None
+    assert kept().find(request, weight_version=1) is None
+    assert kept(digest="b").find(request, weight_version=0) is None
+
+    with FakeVllm() as student, FakeVllm() as teacher:
+        again = sampler(config, [student.url], [teacher.url], under_way=kept())
+        assert again.sample(PROMPTS, STEP).refinements == in_two_phases(config)
+        assert student.asked + teacher.asked == 2 * COUNT - len(lines)
+        assert [file.name for file in record.iterdir()] == ["rank_0.jsonl"]  # there is one rank now
+        again.sample(PROMPTS, STEP + 1)
+        assert len(next(record.iterdir()).read_text().splitlines()) == 2 * COUNT
+    kept().end()
+    assert not record.exists()
 
 
 def test_seconds_of_a_pool_count_overlapping_requests_once() -> None:

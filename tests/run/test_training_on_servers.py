@@ -28,10 +28,19 @@ def run_training(overrides: list[str], fault: str) -> None:
     import torch.distributed as dist
 
     from nemo_trd.config.load import compose
+    from nemo_trd.generation.pending import known
+    from nemo_trd.generation.vllm import VllmGenerator
     from nemo_trd.records.run_logger import RunLogger
     from nemo_trd.train import launch
 
-    record = RunLogger.step
+    record, stream = RunLogger.step, VllmGenerator.stream
+
+    async def after_the_last(self: Any, requests: Any, *rest: Any) -> None:
+        asked = [await request for request in requests]
+        await stream(self, [known(request) for request in asked], *rest)
+
+    if fault == "two phases":
+        VllmGenerator.stream = after_the_last  # type: ignore[method-assign]
 
     def then_it_happens(self: Any, step: int, *rest: Any) -> None:
         record(self, step, *rest)
@@ -105,6 +114,25 @@ def test_samples_of_the_next_step_are_one_update_old_and_waiting_is_shown(stale_
         assert {"seconds/wait_for_samples", "seconds/wait_for_training"} <= set(step)
     samples = (stale_run / "samples" / f"step_{STEPS:06d}.md").read_text()
     assert f"weight version {STEPS - 2}" in samples
+
+
+def test_a_run_in_two_phases_has_the_same_samples_and_losses(
+    served_models: Path, urls: dict[str, str], stale_run: Path, tmp_path: Path
+) -> None:
+    run = settings(served_models, urls, tmp_path / "run", "generation.max_staleness=1")
+    launch(1, run_training, run, "two phases", environment=ENVIRONMENT)
+    assert [line["loss"] for line in metrics(tmp_path / "run")] == [
+        line["loss"] for line in metrics(stale_run)
+    ]
+    assert sampled(tmp_path / "run") == sampled(stale_run)
+
+
+def sampled(run_dir: Path) -> list[Any]:
+    """Token ids of all rollouts and rewrites that a run has recorded, in their order."""
+    files = sorted((run_dir / "samples").glob("*.jsonl"))
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert len(lines) >= STEPS
+    return [[line[y]["token_ids"] for y in ("rollout", "refinement")] for line in lines]
 
 
 def test_evaluation_during_training_uses_the_students_servers(stale_run: Path) -> None:
