@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 
 import oracles
 import pytest
+from scripts import load_script
 
 from nemo_trd.loss.divergences import DIVERGENCES
 
@@ -22,11 +22,7 @@ NEEDED = {"modelopt": oracles.MODELOPT, "trl": oracles.TRL, "liger": "liger_kern
 
 @pytest.fixture(scope="module")
 def benchmark() -> Any:
-    spec = importlib.util.spec_from_file_location("loss_benchmark", FILE)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(FILE)
 
 
 def measured(benchmark: Any, strategy: str, **settings: Any) -> dict[str, Any]:
