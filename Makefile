@@ -2,6 +2,9 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
+# Tests start many processes: they read byte code, also where the machine says not to write any.
+export PYTHONDONTWRITEBYTECODE :=
+
 PYTHON ?= python3.11
 ARGS ?=
 VENV := .venv
