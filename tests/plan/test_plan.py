@@ -10,9 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from composed_once import compose
 
 from nemo_trd.config.errors import ConfigError
-from nemo_trd.config.load import compose
 from nemo_trd.config.schema import Config, Layout, ModelSource
 from nemo_trd.loss.divergences import DIVERGENCES
 from nemo_trd.models.family import FAMILIES

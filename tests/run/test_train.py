@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shutil
@@ -11,9 +10,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from launch import launch, run_ranks
+from launch import launch, processes_of, run_ranks
 from tiny_models import make_model
 from training_run import STEPS, run_training, settings
 from transformers_oracle import mean_kl
@@ -199,7 +197,7 @@ def test_a_run_killed_while_it_saves_resumes_from_the_save_before(
     moment: str, inputs: Path, whole_run: Path, tmp_path: Path
 ) -> None:
     run = settings(inputs, tmp_path / "run", *SAVE_AT_HALF)
-    marked = {"TEST_DIRECTORY": str(tmp_path)}
+    marked = {"TEST_MARK": str(tmp_path)}
     code, output = run_ranks(
         *(1, run_training, run, f"killed {moment}"), environment=marked, launcher="torchrun"
     )
@@ -220,17 +218,7 @@ def test_a_run_killed_while_it_saves_resumes_from_the_save_before(
     assert metrics(tmp_path / "run") == metrics(whole_run)
     assert weights(tmp_path / "run" / "export") == weights(whole_run / "export")
     assert not (checkpoints / "step_00000004.partial").exists()
-    assert leftovers(tmp_path) == []
-
-
-def leftovers(directory: Path) -> list[list[str]]:
-    """Command lines of processes that were started with this directory as their mark."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("TEST_DIRECTORY") == str(directory):
-                found.append(process.cmdline())
-    return found
+    assert [process.cmdline() for process in processes_of(str(tmp_path))] == []
 
 
 def weights(directory: Path) -> dict[str, bytes]:
