@@ -34,33 +34,40 @@ def _process_groups(world: dist.ProcessGroup, tp: int, cp: int, pp: int) -> Proc
     def rank(t: int, c: int, d: int, p: int) -> int:
         return t + len(ts) * (c + len(cs) * (d + len(ds) * p))
 
+    def own(members: Iterable[list[int]]) -> dist.ProcessGroup | None:
+        """Group of those `members` to which this rank belongs, if any."""
+        groups = [_group(world, tuple(ranks)) for ranks in members]
+        return next((group for group in groups if isinstance(group, dist.ProcessGroup)), None)
+
     groups = ProcessGroupCollection()
-    groups.tp = _own_group([rank(t, c, d, p) for t in ts] for p in ps for d in ds for c in cs)
-    groups.cp = _own_group([rank(t, c, d, p) for c in cs] for p in ps for d in ds for t in ts)
-    groups.dp = _own_group([rank(t, c, d, p) for d in ds] for p in ps for c in cs for t in ts)
-    groups.pp = _own_group([rank(t, c, d, p) for p in ps] for d in ds for c in cs for t in ts)
-    groups.dp_cp = _own_group([rank(t, c, d, p) for d in ds for c in cs] for p in ps for t in ts)
-    groups.tp_cp = _own_group([rank(t, c, d, p) for c in cs for t in ts] for p in ps for d in ds)
-    groups.mp = _own_group([rank(t, c, d, p) for p in ps for t in ts] for d in ds for c in cs)
-    groups.tp_dp_cp = _own_group([rank(t, c, d, p) for d in ds for c in cs for t in ts] for p in ps)
+    groups.tp = own([rank(t, c, d, p) for t in ts] for p in ps for d in ds for c in cs)
+    groups.cp = own([rank(t, c, d, p) for c in cs] for p in ps for d in ds for t in ts)
+    groups.dp = own([rank(t, c, d, p) for d in ds] for p in ps for c in cs for t in ts)
+    groups.pp = own([rank(t, c, d, p) for p in ps] for d in ds for c in cs for t in ts)
+    groups.dp_cp = own([rank(t, c, d, p) for d in ds for c in cs] for p in ps for t in ts)
+    groups.tp_cp = own([rank(t, c, d, p) for c in cs for t in ts] for p in ps for d in ds)
+    groups.mp = own([rank(t, c, d, p) for p in ps for t in ts] for d in ds for c in cs)
+    groups.tp_dp_cp = own([rank(t, c, d, p) for d in ds for c in cs for t in ts] for p in ps)
     # Tied embeddings exist on the first and the last stage; their gradients are summed there.
     ends = sorted({ps[0], ps[-1]})
-    groups.embd = _own_group([rank(t, c, d, p) for p in ends] for d in ds for c in cs for t in ts)
-    groups.pos_embd = _own_group([rank(t, c, d, 0)] for d in ds for c in cs for t in ts)
+    groups.embd = own([rank(t, c, d, p) for p in ends] for d in ds for c in cs for t in ts)
+    groups.pos_embd = own([rank(t, c, d, 0)] for d in ds for c in cs for t in ts)
     # megatron-core asks for these too. There are no experts, and one optimizer instance.
-    groups.ep = _own_group([r] for r in range(dist.get_world_size()))
+    groups.ep = own([r] for r in range(dist.get_world_size()))
     groups.expt_tp = groups.tp_ep = groups.tp
     groups.tp_ep_pp = groups.mp
     groups.expt_dp = groups.intra_expt_dp = groups.intra_dp_cp = groups.dp_cp
-    groups.intra_dist_opt = _own_group([list(range(dist.get_world_size()))])
+    groups.intra_dist_opt = world
     return groups
 
 
-def _own_group(members: Iterable[list[int]]) -> dist.ProcessGroup | None:
-    """Create a group for each of `members`; return the one that this rank belongs to, if any."""
-    own = None
-    for ranks in members:
-        group = dist.new_group(ranks)
-        if dist.get_rank() in ranks:
-            own = group
-    return own
+@cache
+def _group(world: dist.ProcessGroup, ranks: tuple[int, ...]) -> object:
+    """Group of `ranks`, no `ProcessGroup` elsewhere. One for all purposes: each connects anew.
+
+    Every rank calls this for the same ranks in the same order.
+    """
+    if len(ranks) == dist.get_world_size(world):
+        return world
+    # A rank makes a group of itself without the others.
+    return dist.new_group(list(ranks), use_local_synchronization=len(ranks) == 1)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_trd.config.lengths import longest_answer, longest_contexts, longest_trajectory
+from nemo_trd.config.lengths import longest_answer, longest_trajectory
 from nemo_trd.config.schema import Config, Layout
 from nemo_trd.loss.divergences import DIVERGENCES
 from nemo_trd.models.dtypes import ELEMENT_BYTES
@@ -60,8 +60,8 @@ class Lengths:
     student_tokens: int  # of a micro-batch
     teacher_tokens: int
     labels: int  # of a micro-batch, on a rank of the student
+    teacher_labels: int  # of a micro-batch, on a rank of the teacher
     student_rank_labels: int  # of all micro-batches, on a rank of the student
-    teacher_rank_labels: int  # likewise of the teacher
 
 
 def training_memory(config: Config, student: Any, teacher: Any) -> list[GpuMemory]:
@@ -87,7 +87,8 @@ def training_memory(config: Config, student: Any, teacher: Any) -> list[GpuMemor
         resident, phases = {}, {}
         if has_teacher:
             resident = _teacher_weights(config, teacher, teacher_stage)
-            phases["teacher"] = resident | _teacher_phase(config, teacher, teacher_stage, lengths)
+            at_work = _teacher_phase(config, teacher, student_stage, teacher_stage, lengths)
+            phases["teacher"] = resident | at_work
         phases |= {
             "student": _student_phase(config, student, teacher, student_stage, lengths),
             "export": {"export buffers": _export_bytes(config, student)},
@@ -114,22 +115,23 @@ def longest_lengths(config: Config) -> Lengths:
         student_tokens = teacher_tokens = train.max_tokens_per_micro_batch
         labels = min(student_tokens, train.trajectories_per_step * answer)
     student, teacher = alignments(config)
-    student_context, teacher_context = (context for _, context in longest_contexts(config))
     student_tokens = _round_up(student_tokens, student.pack)
+    teacher_tokens = _round_up(teacher_tokens, teacher.pack)
     return Lengths(
         student_tokens,
-        _round_up(teacher_tokens, teacher.pack),
+        teacher_tokens,
         min(labels, own_tokens(student_tokens, parallel.student)),
-        _step_labels(config, parallel.student, student.segment, student_context),
-        _step_labels(config, parallel.teacher, teacher.segment, teacher_context),
+        min(labels, own_tokens(teacher_tokens, parallel.teacher)),
+        _step_labels(config, student.segment),
     )
 
 
-def _step_labels(config: Config, layout: Layout, multiple: int, context: int) -> int:
-    """Labels of a step on the context parallel rank of a model that holds most of them.
+def _step_labels(config: Config, multiple: int) -> int:
+    """Labels of a step on the context parallel rank of the student that holds most of them.
 
     Of 2 CP equal parts of a sequence rank r holds those at r from its beginning and from its end.
     """
+    layout, context = config.parallel.student, config.data.max_prompt_tokens
     cp, answer = layout.context_parallel_size, longest_answer(config)
     part = _round_up(context + answer, multiple) // (2 * cp)
 
@@ -215,13 +217,23 @@ def _teacher_weights(config: Config, teacher: Any, stage: int) -> dict[str, int]
     return {"teacher weights": count.total * ELEMENT_BYTES[config.precision.dtype] + copies}
 
 
-def _teacher_phase(config: Config, teacher: Any, stage: int, lengths: Lengths) -> dict[str, int]:
-    """Forward only: one layer at a time, and on the last stage the states of all micro-batches."""
+def _teacher_phase(
+    config: Config, teacher: Any, student_stage: int, teacher_stage: int, lengths: Lengths
+) -> dict[str, int]:
+    """Forward only: one layer at a time. States are handed over as they are computed.
+
+    Two micro-batches of them are on their way at a time; they gather on the student's last stage.
+    """
     layout, element = config.parallel.teacher, ELEMENT_BYTES[config.precision.dtype]
     working = working_set_bytes(teacher, lengths.teacher_tokens, layout, element)
     phase = {"activations": working}
-    if stage == layout.pipeline_model_parallel_size - 1:
-        phase["hidden states"] = lengths.teacher_rank_labels * teacher.hidden_size * element
+    sends = teacher_stage == layout.pipeline_model_parallel_size - 1
+    keeps = student_stage == config.parallel.student.pipeline_model_parallel_size - 1
+    if sends or keeps:
+        labels = 2 * max(sends * lengths.teacher_labels, keeps * lengths.labels)
+        if keeps and not config.teacher.offload_states:
+            labels += lengths.student_rank_labels
+        phase["hidden states"] = labels * teacher.hidden_size * element
     return phase
 
 

@@ -13,6 +13,7 @@ from model_checks import BF16, FP32
 from tiny_models import make_model
 
 from nemo_trd.config.schema import Layout, Precision
+from nemo_trd.megatron import torch_adam
 from nemo_trd.megatron.hf_weights import load_hf_weights
 from nemo_trd.megatron.model import build_model, load_hf_config
 
@@ -98,6 +99,21 @@ def test_megatron_optimizers_learn_and_resume_exactly(
     resumed.model.load_state_dict(state["model"])
     resumed.optimizer.load_state_dict(state["optimizer"])
     assert [resumed.step() for _ in range(3)] == losses[3:]
+
+
+def test_where_there_is_cuda_the_states_of_torchs_adam_are_saved_likewise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    patched = DistributedOptimizer.load_state_dict
+    for name in ("_set_main_param_and_optimizer_states", "load_state_dict", "sharded_state_dict"):
+        monkeypatch.setattr(DistributedOptimizer, name, getattr(DistributedOptimizer, name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch_adam, "_installed", False)
+    torch_adam.install()
+    assert patched.__module__ == torch_adam.__name__  # at import, and now again
+    assert DistributedOptimizer.load_state_dict is not patched
 
 
 def test_transformers_and_torch_are_as_they_were(tmp_path: Path) -> None:

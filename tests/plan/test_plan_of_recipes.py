@@ -151,9 +151,9 @@ def check_routes(recipe: str, overrides: list[str]) -> None:
     from fake_world import rank_of
 
     from nemo_trd.config.load import compose
+    from nemo_trd.megatron.hand_over import last_stage_ranks, routes
     from nemo_trd.megatron.process_groups import process_groups
     from nemo_trd.megatron.schedule import is_last_stage
-    from nemo_trd.megatron.teacher import last_stage_ranks, routes
 
     config = compose([f"experiment={recipe}", *overrides])
     world = config.cluster.world_size

@@ -19,10 +19,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 @contextmanager
 def rank_of(rank: int, world_size: int) -> Iterator[None]:
-    """Be one rank of `world_size` whose tensors are fake."""
+    """Be one rank of `world_size` whose tensors are fake; those from before may be mixed in."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        with mock.patch("torch.distributed.all_gather_object", _all_say_the_same), FakeTensorMode():
+        with (
+            mock.patch("torch.distributed.all_gather_object", _all_say_the_same),
+            FakeTensorMode(allow_non_fake_inputs=True),
+        ):
             yield
     finally:
         dist.destroy_process_group()

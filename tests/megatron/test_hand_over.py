@@ -1,0 +1,176 @@
+"""The teacher's states are handed over beside its passes, and no order of exchanges can block."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import launch
+from parallel_layouts import (
+    ONE_EACH,
+    PP2,
+    TEACHER_CP2,
+    TEACHER_PP2,
+    TEACHER_TP2,
+    TP2,
+    student,
+    teacher,
+    trajectories,
+)
+from tiny_models import make_model
+
+pytestmark = pytest.mark.distributed
+
+WORLD, PROMPTS = 8, 21
+LAYOUTS = {
+    "teacher tp2, student pp4": [*student(pipeline_model_parallel_size=4), *TEACHER_TP2],
+    "teacher pp4, student tp2": [*TP2, *teacher(pipeline_model_parallel_size=4)],
+    "teacher tp2 pp2, student pp2": [*PP2, *TEACHER_TP2, *TEACHER_PP2],
+    "teacher cp2 pp2, student cp4": [*student(context_parallel_size=4), *TEACHER_CP2, *TEACHER_PP2],
+}
+
+
+def test_hand_over_beside_the_passes_in_an_order_in_which_no_rank_waits_for_ever(
+    tmp_path: Path,
+) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 120, "hidden_size": 32, "intermediate_size": 48}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
+    for role in ("student", "teacher"):
+        make_model(tmp_path / role, "qwen3", num_hidden_layers=4, **sizes)
+    launch(1, check_layouts, str(tmp_path), timeout=300)
+
+
+def check_layouts(directory: str) -> None:
+    for name, layout in LAYOUTS.items():
+        ranks = [exchanges_of(rank, directory, layout) for rank in range(WORLD)]
+        everyone = tuple(range(WORLD))
+        senders = 0
+        for rank, asked in enumerate(ranks):
+            # NCCL makes a communicator at its first use, for which all members must come.
+            first = next(batch for batch in asked if batch[0][1] == everyone)
+            assert first[0][0] == "allreduce_", name
+            last_pass = max(i for i, batch in enumerate(asked) if batch[0][0] == "pass")
+            sending = [i for i, batch in enumerate(asked) if sends(batch, rank)]
+            senders += bool(sending)
+            assert sum(i > last_pass for i in sending) <= 1, name  # of the last micro-batch
+        assert senders, name
+        check_no_circle(ranks, name)
+
+
+def sends(batch: list[Any], rank: int) -> bool:
+    """Whether a rank sends states in a batch: in the group of all ranks."""
+    return any(kind == f"to one of {WORLD}" and pair[0] == rank for kind, pair, _ in batch)
+
+
+def check_no_circle(ranks: list[list[list[Any]]], name: str) -> None:
+    """Let each rank run one batch after the other, as far as the partners in it have come."""
+    left = [list(asked) for asked in ranks]
+    done: set[Any] = set()
+    while any(left):
+        running = Counter(key for asked in left if asked for key in asked[0])
+        done |= {key for key, members in running.items() if members == len(key[1])}
+        ready = [asked for asked in left if asked and done.issuperset(asked[0])]
+        assert ready, f"{name}: all wait: {[asked[:1] for asked in left]}"
+        for asked in ready:
+            del asked[0]
+
+
+def exchanges_of(rank: int, directory: str, layout: list[str]) -> list[list[Any]]:
+    """What a rank asks of its communicators in one pass of the teacher, batch by batch, in order.
+
+    Each exchange by kind, members, and its number among those: its partners name it alike.
+    """
+    from unittest import mock
+
+    import torch.distributed as dist
+    from fake_world import rank_of
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    from nemo_trd.algorithm import micro_batches
+    from nemo_trd.config.load import compose
+    from nemo_trd.megatron import teacher as module
+    from nemo_trd.megatron.process_groups import process_groups
+
+    paths = [f"model.{role}.path={directory}/{role}" for role in ("student", "teacher")]
+    config = compose(["model=local", *paths, "precision.dtype=fp32", *ONE_EACH, *layout])
+    exchanges = Exchanges()
+    run_model = module.run_model
+
+    def noted_pass(*args: Any) -> Any:
+        exchanges.note("pass", (rank,))
+        return run_model(*args)
+
+    with (
+        rank_of(rank, WORLD),
+        mock.patch.object(module, "load_hf_weights"),
+        mock.patch.object(module, "last_stage_ranks", last_stage_ranks),
+        mock.patch.object(module, "run_model", noted_pass),
+        mock.patch.object(dist, "batch_isend_irecv", exchanges.one_batch(dist.batch_isend_irecv)),
+        exchanges.followed(),
+    ):
+        groups = process_groups(config.parallel.student)
+        frozen = module.Teacher(config, groups)
+        with unset_fake_temporarily():
+            steps = [t for step in range(3) for t in trajectories(config, step)]
+            size = groups.dp.size()
+            plan = micro_batches.plan(config, steps, data_parallel_size=size)
+        frozen.states(plan)
+    return exchanges.asked
+
+
+def last_stage_ranks(groups: Any) -> list[list[list[int]]]:
+    """As the function of this name finds out by asking all ranks."""
+    tp, cp, dp = groups.tp.size(), groups.cp.size(), groups.dp.size()
+    ranks = iter(range(WORLD - tp * cp * dp, WORLD))
+    return [[[next(ranks) for _ in range(tp)] for _ in range(cp)] for _ in range(dp)]
+
+
+class Exchanges:
+    """Notes what a rank asks of its communicators."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[tuple[str, tuple[int, ...], int]]] = []
+        self._numbers: Counter[tuple[str, tuple[int, ...]]] = Counter()
+        self._in_batch = False
+
+    def note(self, kind: str, members: tuple[int, ...]) -> None:
+        number = self._numbers[kind, members]
+        self._numbers[kind, members] += 1
+        if not self._in_batch:
+            self.asked.append([])
+        self.asked[-1].append((kind, members, number))
+
+    def one_batch(self, original: Any) -> Any:
+        def batch(operations: Any) -> Any:
+            self.asked.append([])
+            self._in_batch = True
+            works = original(operations)
+            self._in_batch = False
+            return works
+
+        return batch
+
+    def followed(self) -> Any:
+        """Mode in which each operation on a process group is noted."""
+        import torch.distributed as dist
+        from torch import ScriptObject
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        exchanges = self
+
+        class Followed(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+                if func.namespace == "c10d":
+                    kind = func.overloadpacket.__name__
+                    group = next(a for a in args if isinstance(a, ScriptObject))
+                    members = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(group)))
+                    if kind in ("send", "recv_"):
+                        peer, me = members[args[2]], dist.get_rank()
+                        pair = (me, peer) if kind == "send" else (peer, me)
+                        kind, members = f"to one of {len(members)}", pair
+                    exchanges.note(kind, members)
+                return func(*args, **(kwargs or {}))
+
+        return Followed()
