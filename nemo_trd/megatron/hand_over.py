@@ -36,23 +36,17 @@ from nemo_trd.megatron.context_parallel import label_holders
 from nemo_trd.megatron.schedule import is_last_stage
 
 Round = list[tuple[int, int]]  # for each teacher: student and position in its plan
-RanksOfParts = list[list[int]]  # for each context parallel rank: ranks that hold its part
+RanksOfParts = list[list[int]]  # for each context parallel rank: ranks that have its part
 
 
 @dataclass(frozen=True)
 class Piece:
-    """States of one micro-batch that one rank gives another, or itself."""
+    """States of some labels of a micro-batch that go from one rank to another, or stay."""
 
     source: int
     destination: int
-    rows: Tensor  # int64 [m], numbers of their labels among those of the source
-    places: Tensor  # int64 [m], numbers of their labels among those of the destination
-
-    def exchange(self, me: int, state: Tensor) -> dist.P2POp:
-        """This rank's side of it, with the tensor to send or to fill."""
-        if me == self.source:
-            return dist.P2POp(dist.isend, state, self.destination)
-        return dist.P2POp(dist.irecv, state, self.source)
+    rows: Tensor  # int64 [m], on the host: numbers of these labels among the source's
+    places: Tensor  # and among the destination's
 
 
 class HandOver:
@@ -84,28 +78,27 @@ class HandOver:
             offload: whether they are kept in host memory.
         """
         self.computed: deque[Tensor] = deque()
-        self._plan, self._rounds, self._like = plan, rounds, like
+        self._plan, self._rounds = plan, rounds
+        self._like, self._offload = like, offload
         self._sources, self._destinations = sources, destinations
-        self._offload = offload
-        # Made before the passes: it takes the host some time.
-        self._pieces = [
-            [
-                pieces_of(plan[student][position], parts, destinations[student])
-                for (student, position), parts in zip(states, sources, strict=False)
-            ]
+        # Found beforehand: within the passes nothing is read, on the host either.
+        self._pieces = {
+            (student, position): _pieces_of_rank(plan[student][position], of_teacher, wanted)
             for states in rounds
-        ]
+            for (student, position), of_teacher in zip(states, sources, strict=False)
+            for wanted in [destinations[student]]
+        }
         self._started = 0
         self._works: list[dist.Work] = []  # of the round under way, with the tensors in it
         self._sent: list[Tensor] = []
-        self._arriving: dict[int, list[tuple[Tensor, Tensor]]] = {}  # (places, states) of pieces
+        self._arriving: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._arrived: dict[int, Tensor] = {}
 
     def start(self, count: int) -> None:
         """Start the first `count` rounds, those that have not been started. Two at most overlap."""
-        while self._started < min(count, len(self._rounds)):
+        for states in self._rounds[self._started : max(0, count)]:
             self._end_round()
-            self._start_round(self._started)
+            self._start_round(states)
             self._started += 1
 
     def finish(self) -> list[Tensor | None]:
@@ -117,25 +110,26 @@ class HandOver:
         self._end_round()
         return [self._arrived.get(position) for position in range(len(self._plan[0]))]
 
-    def _start_round(self, number: int) -> None:
+    def _start_round(self, states: Round) -> None:
         me, operations = dist.get_rank(), []
-        for (student, position), parts, pieces in zip(
-            self._rounds[number], self._sources, self._pieces[number], strict=False
-        ):
-            own = None
-            if _is_in(me, parts):
+        for (student, position), sources in zip(states, self._sources, strict=False):
+            own, arriving = None, []
+            if _is_among(me, sources):
                 packs = self._plan[student][position].teacher
                 own = torch.cat([self.computed.popleft() for _ in packs])
-            if _is_in(me, self._destinations[student]):
-                self._arriving[position] = []
-            for piece in pieces:
-                state = _rows(own, piece.rows) if me == piece.source else self._empty(piece.rows)
-                if piece.source != piece.destination:
-                    operations.append(piece.exchange(me, state))
-                if me == piece.destination:
-                    self._arriving[position].append((piece.places, state))
+            for piece in self._pieces[student, position]:
+                if me == piece.source:
+                    assert own is not None
+                    state = _rows(own, piece.rows)
                 else:
+                    state = self._like.new_empty(len(piece.places), self._like.shape[1])
+                if me == piece.destination:
+                    arriving.append((piece.places, state))
+                if piece.source != piece.destination:
+                    operations.append(_exchange(piece, state))
                     self._sent.append(state)
+            if _is_among(me, self._destinations[student]):
+                self._arriving[position] = arriving
         if operations:
             self._works = dist.batch_isend_irecv(operations)
 
@@ -148,26 +142,49 @@ class HandOver:
         self._works, self._sent, self._arriving = [], [], {}
 
     def _joined(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """States of this rank's labels of one micro-batch."""
+        """States of all of this rank's labels from what it has of each source: (places, states)."""
         if len(pieces) == 1:
             return pieces[0][1]
-        joined = self._like.new_empty(sum(len(state) for _, state in pieces), self._like.shape[1])
+        count = sum(len(state) for _, state in pieces)
+        joined = self._like.new_empty(count, self._like.shape[1])
         for places, state in pieces:
-            joined[to_device(places)] = state
+            joined.index_copy_(0, to_device(places), state)
         return joined
 
-    def _empty(self, rows: Tensor) -> Tensor:
-        return self._like.new_empty(len(rows), self._like.shape[1])
+
+def _exchange(piece: Piece, state: Tensor) -> dist.P2POp:
+    """This rank's half of an exchange."""
+    if dist.get_rank() == piece.source:
+        return dist.P2POp(dist.isend, state, piece.destination)
+    return dist.P2POp(dist.irecv, state, piece.source)
 
 
-def _is_in(rank: int, parts: RanksOfParts) -> bool:
+def _rows(states: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of states, in their order; all of them are not copied."""
+    if len(rows) == len(states):
+        return states
+    return states.index_select(0, to_device(rows))
+
+
+def _is_among(rank: int, parts: RanksOfParts) -> bool:
     return any(rank in ranks for ranks in parts)
 
 
-def _rows(state: Tensor | None, rows: Tensor) -> Tensor:
-    """Some rows of the states, in order; all of them are not copied."""
-    assert state is not None
-    return state if len(rows) == len(state) else state[to_device(rows)]
+def _pieces_of_rank(
+    batch: Microbatch, sources: RanksOfParts, destinations: RanksOfParts
+) -> list[Piece]:
+    """Pieces of one micro-batch that this rank sends, gets or keeps: each has labels."""
+    me = dist.get_rank()
+    if not _is_among(me, sources) and not _is_among(me, destinations):
+        return []
+    theirs, rows = label_holders(batch.teacher, len(sources))
+    ours, places = label_holders([batch.student], len(destinations))
+    pieces = []
+    for (part, source), (wanted, destination) in routes(sources, destinations):
+        if me in (source, destination):
+            labels = ((theirs == part) & (ours == wanted)).nonzero()[:, 0]
+            pieces.append(Piece(source, destination, rows[labels], places[labels]))
+    return [piece for piece in pieces if len(piece.rows)]
 
 
 def rounds_of(plan: Sequence[Sequence[Microbatch]], teachers: int) -> list[Round]:
@@ -180,26 +197,6 @@ def rounds_of(plan: Sequence[Sequence[Microbatch]], teachers: int) -> list[Round
     return [order[first : first + teachers] for first in range(0, len(order), teachers)]
 
 
-def pieces_of(
-    micro_batch: Microbatch, sources: RanksOfParts, destinations: RanksOfParts
-) -> list[Piece]:
-    """Pieces in which the states of one micro-batch go from the teacher to the student.
-
-    Those alone which this rank gives or takes, in the order in which all ranks know them.
-    """
-    me = dist.get_rank()
-    theirs, rows = label_holders(micro_batch.teacher, len(sources))
-    ours, places = label_holders([micro_batch.student], len(destinations))
-    pieces = []
-    for (part, source), (wanted, destination) in routes(sources, destinations):
-        if me not in (source, destination):
-            continue
-        labels = ((theirs == part) & (ours == wanted)).nonzero()[:, 0]
-        if len(labels):
-            pieces.append(Piece(source, destination, rows[labels], places[labels]))
-    return pieces
-
-
 def routes(
     sources: RanksOfParts, destinations: RanksOfParts
 ) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -210,8 +207,8 @@ def routes(
     """
     wanted = [(part, rank) for part, ranks in enumerate(destinations) for rank in ranks]
     return [
-        ((part, rank if rank in ranks else ranks[number % len(ranks)]), (own_part, rank))
-        for number, (own_part, rank) in enumerate(wanted)
+        ((part, rank if rank in ranks else ranks[number % len(ranks)]), (own, rank))
+        for number, (own, rank) in enumerate(wanted)
         for part, ranks in enumerate(sources)
     ]
 

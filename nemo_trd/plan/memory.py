@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_trd.config.lengths import longest_answer, longest_contexts, longest_trajectory
+from nemo_trd.config.lengths import longest_answer, longest_trajectory
 from nemo_trd.config.schema import Config, Layout
 from nemo_trd.loss.divergences import DIVERGENCES
 from nemo_trd.models.dtypes import ELEMENT_BYTES
@@ -60,6 +60,7 @@ class Lengths:
     student_tokens: int  # of a micro-batch
     teacher_tokens: int
     labels: int  # of a micro-batch, on a rank of the student
+    teacher_labels: int  # of a micro-batch, on a rank of the teacher
     student_rank_labels: int  # of all micro-batches, on a rank of the student
 
 
@@ -114,21 +115,23 @@ def longest_lengths(config: Config) -> Lengths:
         student_tokens = teacher_tokens = train.max_tokens_per_micro_batch
         labels = min(student_tokens, train.trajectories_per_step * answer)
     student, teacher = alignments(config)
-    (_, context), _ = longest_contexts(config)
     student_tokens = _round_up(student_tokens, student.pack)
+    teacher_tokens = _round_up(teacher_tokens, teacher.pack)
     return Lengths(
         student_tokens,
-        _round_up(teacher_tokens, teacher.pack),
+        teacher_tokens,
         min(labels, own_tokens(student_tokens, parallel.student)),
-        _step_labels(config, parallel.student, student.segment, context),
+        min(labels, own_tokens(teacher_tokens, parallel.teacher)),
+        _step_labels(config, student.segment),
     )
 
 
-def _step_labels(config: Config, layout: Layout, multiple: int, context: int) -> int:
-    """Labels of a step on the context parallel rank of a model that holds most of them.
+def _step_labels(config: Config, multiple: int) -> int:
+    """Labels of a step on the context parallel rank of the student that holds most of them.
 
     Of 2 CP equal parts of a sequence rank r holds those at r from its beginning and from its end.
     """
+    layout, context = config.parallel.student, config.data.max_prompt_tokens
     cp, answer = layout.context_parallel_size, longest_answer(config)
     part = _round_up(context + answer, multiple) // (2 * cp)
 
@@ -227,7 +230,7 @@ def _teacher_phase(
     sends = teacher_stage == layout.pipeline_model_parallel_size - 1
     keeps = student_stage == config.parallel.student.pipeline_model_parallel_size - 1
     if sends or keeps:
-        labels = 2 * lengths.labels
+        labels = 2 * max(sends * lengths.teacher_labels, keeps * lengths.labels)
         if keeps and not config.teacher.offload_states:
             labels += lengths.student_rank_labels
         phase["hidden states"] = labels * teacher.hidden_size * element

@@ -11,6 +11,7 @@ from launch import launch
 from parallel_layouts import (
     ONE_EACH,
     PP2,
+    TEACHER_CP2,
     TEACHER_PP2,
     TEACHER_TP2,
     TP2,
@@ -27,6 +28,7 @@ LAYOUTS = {
     "teacher tp2, student pp4": [*student(pipeline_model_parallel_size=4), *TEACHER_TP2],
     "teacher pp4, student tp2": [*TP2, *teacher(pipeline_model_parallel_size=4)],
     "teacher tp2 pp2, student pp2": [*PP2, *TEACHER_TP2, *TEACHER_PP2],
+    "teacher cp2 pp2, student cp4": [*student(context_parallel_size=4), *TEACHER_CP2, *TEACHER_PP2],
 }
 
 
@@ -95,22 +97,22 @@ def exchanges_of(rank: int, directory: str, layout: list[str]) -> list[list[Any]
     paths = [f"model.{role}.path={directory}/{role}" for role in ("student", "teacher")]
     config = compose(["model=local", *paths, "precision.dtype=fp32", *ONE_EACH, *layout])
     exchanges = Exchanges()
-    run_model, pieces_of = module.run_model, hand_over.pieces_of
+    run_model, pieces = module.run_model, hand_over._pieces_of_rank
 
     def noted_pass(*args: Any) -> Any:
         exchanges.note("pass", (rank,))
         return run_model(*args)
 
-    def real_pieces_of(*args: Any) -> Any:
+    def real_pieces(*args: Any) -> Any:
         with unset_fake_temporarily():
-            return pieces_of(*args)
+            return pieces(*args)
 
     with (
         rank_of(rank, WORLD),
         mock.patch.object(module, "load_hf_weights"),
         mock.patch.object(module, "last_stage_ranks", last_stage_ranks),
         mock.patch.object(module, "run_model", noted_pass),
-        mock.patch.object(hand_over, "pieces_of", real_pieces_of),
+        mock.patch.object(hand_over, "_pieces_of_rank", real_pieces),
         mock.patch.object(dist, "batch_isend_irecv", exchanges.one_batch(dist.batch_isend_irecv)),
         exchanges.followed(),
     ):
@@ -128,9 +130,9 @@ def exchanges_of(rank: int, directory: str, layout: list[str]) -> list[list[Any]
 
 def last_stage_ranks(groups: Any) -> list[list[list[int]]]:
     """As the function of this name finds out by asking all ranks."""
-    tp, dp = groups.tp.size(), groups.dp.size()
-    first = WORLD - tp * dp
-    return [[[first + tp * replica + rank for rank in range(tp)]] for replica in range(dp)]
+    tp, cp, dp = groups.tp.size(), groups.cp.size(), groups.dp.size()
+    ranks = iter(range(WORLD - tp * cp * dp, WORLD))
+    return [[[next(ranks) for _ in range(tp)] for _ in range(cp)] for _ in range(dp)]
 
 
 class Exchanges:
