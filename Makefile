@@ -91,8 +91,9 @@ test-adapters: env aligner-env  ## recipes of other packages: NeMo-Aligner in it
 	NEMO_TRD_BRIDGE_SOURCE=$(VENV_ALIGNER)/megatron-bridge \
 		$(PY) -m pytest $(PYTEST_ARGS) tests/adapters/test_megatron_bridge.py -k "not forward_step_has"
 
-test-fast: env system-packages  ## tests of one process, side by side
+test-fast: env system-packages  ## tests of one process, of the package's own rooms
 	$(PY) -m pytest $(PYTEST_ARGS) $(SIDE_BY_SIDE) \
+		--ignore=tests/adapters --ignore=tests/benchmarks --ignore=tests/containers \
 		-m "not slow and not gpu and not distributed and not vllm and not slurm"
 
 test-slow: env vllm-env system-packages  ## tests longer than a minute each
