@@ -48,16 +48,20 @@ class Teacher:
         hf = load_hf_config(source.path, source.trust_remote_code)
         self._hidden_size = hf.hidden_size
         self._model: HiddenStatesModel
-        (self._model,) = models = build_model(
-            hf, self._layout, self._groups, config.precision, fp8=config.precision.teacher_fp8
-        )
+        precision = config.precision
+        with torch.no_grad():  # weights in FP8 would get a second copy for the backward pass
+            (self._model,) = models = build_model(
+                *(hf, self._layout, self._groups, precision),
+                fp8=precision.teacher_fp8,
+                frozen=True,
+            )
         load_hf_weights(models, hf, source.path, self._groups)
         self._model.requires_grad_(False).eval()
         self._dtype = self._model.config.params_dtype
         self._sources = last_stage_ranks(self._groups)
         self._destinations = last_stage_ranks(student_groups)
         if self._offload_weights:
-            self._model.to("cpu")
+            move(self._model, torch.device("cpu"))
         open_communicator()
 
     @torch.no_grad()
@@ -79,11 +83,11 @@ class Teacher:
             offload=self._offload_states,
         )
         if self._offload_weights:
-            self._model.to(device())
+            move(self._model, device())
         if own:  # a pipeline runs in lock-step with itself only: replicas may have other numbers
             self._forward(own, hand_over)
         if self._offload_weights:
-            self._model.to("cpu")
+            move(self._model, torch.device("cpu"))
         return hand_over.finish()
 
     def _forward(
@@ -113,3 +117,14 @@ class Teacher:
             forward_only=True,
             collect=True,
         )
+
+
+def move(model: torch.nn.Module, target: torch.device) -> None:
+    """Move frozen parameters to a device, those in FP8 too.
+
+    `Module.to` would set their data, which TransformerEngine brings back to where they were.
+    """
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            moved = torch.nn.Parameter(parameter.detach().to(target), requires_grad=False)
+            module._parameters[name] = moved

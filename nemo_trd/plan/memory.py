@@ -213,8 +213,9 @@ def _vocabulary_rows(hf: Any, layout: Layout) -> int:
 
 def _teacher_weights(config: Config, teacher: Any, stage: int) -> dict[str, int]:
     count = stage_parameters(teacher, config.parallel.teacher)[stage]
-    copies = count.linear if config.precision.teacher_fp8 is not None else 0
-    return {"teacher weights": count.total * ELEMENT_BYTES[config.precision.dtype] + copies}
+    in_fp8 = count.linear if config.precision.teacher_fp8 is not None else 0
+    element = ELEMENT_BYTES[config.precision.dtype]
+    return {"teacher weights": (count.total - in_fp8) * element + in_fp8}
 
 
 def _teacher_phase(

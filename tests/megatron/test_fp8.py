@@ -35,7 +35,7 @@ RECIPES = {
 LAYOUTS = {
     "tp2 sp": [*TP2, *SP, *TEACHER_PP2],
     "pp2": [*PP2, *TEACHER_TP2, "train.recompute=full"],
-    "dp2": ["optimizer.distributed=true"],
+    "dp2": ["optimizer.distributed=true", "teacher.offload_weights=true"],
 }
 STEPS = 3
 # Of a step's loss in bf16. A matrix in FP8 has three bits of mantissa: single products are off by
@@ -73,11 +73,27 @@ def run_cases(directory: str, cases: dict[str, list[str]], results: str) -> None
             seen[name]["micro_batches"] += len(plan[0])
         products = transformer_engine_torch.matrix_products
         seen[name]["products"] = {" ".join(formats): n for formats, n in products.items()}
+        if config.precision.teacher_fp8 is not None:
+            check_weights(teacher._model, config)
         for first, again in zip(states, teacher.states(plan), strict=True):
             assert first is None or torch.equal(first, again), name
     if dist.get_rank() == 0:
         Path(results).write_text(json.dumps(seen))
     watch.close()
+
+
+def check_weights(model: Any, config: Any) -> None:
+    """A frozen model has its matrices in FP8 alone, as planned: one byte for each number."""
+    from megatron.core.fp8_utils import is_float8tensor
+
+    from nemo_trd.plan.shapes import read_model, stage_parameters
+
+    hf = read_model(config.model.teacher, "model.teacher.path")[0].hf
+    planned = stage_parameters(hf, config.parallel.teacher)[model.pg_collection.pp.rank()]
+    matrices = [p for p in model.parameters() if is_float8tensor(p)]
+    kept = [t for matrix in matrices for t in matrix.get_data_tensors() if t is not None]
+    assert sum(t.nbytes for t in kept) == planned.linear
+    assert not any(getattr(module, "_fp8_workspaces", None) for module in model.modules())
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +218,26 @@ def check_refusals() -> None:
         result.sum().backward()  # the weight's gradient is a sum over 24 tokens
     with pytest.raises(NotImplementedError, match="transformer_engine_torch.gelu: not in the"):
         transformer_engine_torch.gelu(torch.ones(1), None)
+
+
+def check_move() -> None:
+    """On one rank: to a device that a CPU can tell from its own."""
+    import transformer_engine.pytorch as te
+    from megatron.core.fp8_utils import is_float8tensor
+    from transformer_engine.common.recipe import Float8CurrentScaling
+
+    from nemo_trd.megatron.teacher import move
+
+    with torch.no_grad(), te.fp8_model_init(recipe=Float8CurrentScaling()):
+        layer = te.Linear(64, 64, params_dtype=torch.bfloat16)
+    move(layer, torch.device("meta"))
+    assert is_float8tensor(layer.weight) and layer.bias.is_meta
+    kept = [*layer.weight.get_data_tensors(), layer.weight._scale_inv]
+    assert {t.device.type for t in kept if t is not None} == {"meta"}
+
+
+def test_weights_in_fp8_leave_a_device_whole() -> None:
+    launch(1, check_move, transformer_engine=True)
 
 
 def test_the_stand_in_refuses_what_kernels_refuse_and_what_it_does_not_have() -> None:
