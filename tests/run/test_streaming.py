@@ -72,7 +72,8 @@ def sampler(
     judge: Any = verify,
     under_way: UnderWay | None = None,
 ) -> sampling.Sampler:
-    generators = generator(*students), generator(*teachers)
+    patient = {"request_timeout_seconds": 60}  # longer than anything is held up
+    generators = (generator(*urls, client=patient) for urls in (students, teachers))
     made = sampling.Sampler(config, *generators, TOKENIZER, TOKENIZER, under_way)
     made._verify = judge
     return made
