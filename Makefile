@@ -31,9 +31,9 @@ ENV_TE := $(TE_PYTHON)/.complete-$(shell sha256sum $(REQUIREMENTS_TE) | cut -c1-
 ENV_VLLM := $(VENV_VLLM)/.complete-$(shell sha256sum $(REQUIREMENTS_VLLM) | cut -c1-16)
 ENV_ALIGNER := $(VENV_ALIGNER)/.complete-$(shell sha256sum $(REQUIREMENTS_ALIGNER) | cut -c1-16)-$(BRIDGE)
 
-# Debian packages that tests need: a Slurm, a compiler and headers for a plugin of it, containers,
+# Debian packages that tests need: a Slurm, compilers (of a plugin of it, of PyTorch's), containers,
 # the sandbox of generated programs, a browser, what draws the map of the package.
-SYSTEM_PACKAGES := slurmctld slurmd slurm-client munge iproute2 shellcheck gcc libc6-dev libslurm-dev \
+SYSTEM_PACKAGES := slurmctld slurmd slurm-client munge iproute2 shellcheck gcc g++ libc6-dev libslurm-dev \
 	buildah bubblewrap chromium fonts-dejavu-core graphviz
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
