@@ -97,22 +97,26 @@ def exchanges_of(rank: int, directory: str, layout: list[str]) -> list[list[Any]
     paths = [f"model.{role}.path={directory}/{role}" for role in ("student", "teacher")]
     config = compose(["model=local", *paths, "precision.dtype=fp32", *ONE_EACH, *layout])
     exchanges = Exchanges()
-    run_model, pieces = module.run_model, hand_over._pieces_of_rank
+    run_model = module.run_model
 
     def noted_pass(*args: Any) -> Any:
         exchanges.note("pass", (rank,))
         return run_model(*args)
 
-    def real_pieces(*args: Any) -> Any:
-        with unset_fake_temporarily():
-            return pieces(*args)
+    def real(function: Any) -> Any:
+        def on_real_tensors(*args: Any) -> Any:
+            with unset_fake_temporarily():
+                return function(*args)
+
+        return on_real_tensors
 
     with (
         rank_of(rank, WORLD),
         mock.patch.object(module, "load_hf_weights"),
         mock.patch.object(module, "last_stage_ranks", last_stage_ranks),
         mock.patch.object(module, "run_model", noted_pass),
-        mock.patch.object(hand_over, "_pieces_of_rank", real_pieces),
+        mock.patch.object(module, "own_context", real(module.own_context)),
+        mock.patch.object(hand_over, "_pieces_of_rank", real(hand_over._pieces_of_rank)),
         mock.patch.object(dist, "batch_isend_irecv", exchanges.one_batch(dist.batch_isend_irecv)),
         exchanges.followed(),
     ):
