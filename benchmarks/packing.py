@@ -312,9 +312,9 @@ def main() -> None:
     for case in make_cases(args):
         results.append(compare(case, args.repeats))
         print(f"{case['name']} done", file=sys.stderr, flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=2) + "\n")
     print(table(results))
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
