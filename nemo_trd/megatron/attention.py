@@ -8,6 +8,7 @@ know them as numbers of the host, so nothing is read back, and there is no mask 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -51,9 +52,10 @@ def segments(batch: ContextBatch, config: TransformerConfig) -> PackedSeqParams:
 class SegmentAttention(torch.nn.Module):
     """Core attention of the local layers, causal within each segment.
 
-    Keys and values may have fewer heads than queries: each serves a group of them. One call a
-    segment: a call for all segments of equal length takes longer on a CPU, since their tokens have
-    to be gathered (benchmarks/packing.py has both).
+    Keys and values may have fewer heads than queries: each serves a group of them. One call
+    for neighbours of equal length, and micro-batches have the longest first: gathering all equal
+    ones from where they are costs more than their common call saves, unless most are equal
+    (benchmarks/packing.py has that too).
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **unused: Any) -> None:
@@ -70,15 +72,18 @@ class SegmentAttention(torch.nn.Module):
         **unused: Any,
     ) -> Tensor:
         """[t, 1, heads, d] -> [t, 1, heads * d]."""
-        parts = (x[:, 0].split(packed_seq_params.lengths) for x in (query, key, value))
-        return torch.cat([_attend(*part) for part in zip(*parts, strict=True)])[:, None]
+        runs = [(n, len(list(same))) for n, same in groupby(packed_seq_params.lengths)]
+        sizes = [length * count for length, count in runs]
+        parts = zip(*(x[:, 0].split(sizes) for x in (query, key, value)), strict=True)
+        attended = [_attend(*part, length) for part, (length, _) in zip(parts, runs, strict=True)]
+        return torch.cat(attended)[:, None]
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention of one segment: [n, heads, d] -> [n, heads * d]."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+def _attend(query: Tensor, key: Tensor, value: Tensor, length: int) -> Tensor:
+    """Causal attention within segments of one length: [n, heads, d] -> [n, heads * d]."""
+    q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (query, key, value))
     result = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return result[0].transpose(0, 1).flatten(1)
+    return result.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 class RotaryAngles(torch.nn.Module):
