@@ -6,8 +6,8 @@
 Forward and backward of the same model and sequences, without optimizer and loss head (the loss is
 the sum of squares of the hidden states at the labels), three ways:
 
-    packed       what runs train with: sequences one after the other; a call of attention for neighbours of
-                 equal length
+    packed       what runs train with: sequences one after the other; a call of attention for
+                 neighbours of equal length
     by_length    the same pack, attention in one call for all segments of equal length
     padded       a sequence a row, as long as the longest of its micro-batch, and megatron-core's
                  own local attention, which forms all scores of a row; the sequences sorted by

@@ -73,10 +73,10 @@ class SegmentAttention(torch.nn.Module):
     ) -> Tensor:
         """[t, 1, heads, d] -> [t, 1, heads * d]."""
         runs = [(n, len(list(same))) for n, same in groupby(packed_seq_params.lengths)]
-        sizes = [length * count for length, count in runs]
-        parts = zip(*(x[:, 0].split(sizes) for x in (query, key, value)), strict=True)
-        attended = [_attend(*part, length) for part, (length, _) in zip(parts, runs, strict=True)]
-        return torch.cat(attended)[:, None]
+        lengths, sizes = [n for n, _ in runs], [n * count for n, count in runs]
+        q, k, v = (x[:, 0].split(sizes) for x in (query, key, value))
+        parts = zip(q, k, v, lengths, strict=True)
+        return torch.cat([_attend(*part) for part in parts])[:, None]
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, length: int) -> Tensor:
