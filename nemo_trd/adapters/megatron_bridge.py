@@ -29,7 +29,7 @@ from nemo_trd.adapters.needed import needed
 from nemo_trd.algorithm import micro_batches
 from nemo_trd.algorithm.acceptance import refinement_counts
 from nemo_trd.algorithm.refinement import privileged_context
-from nemo_trd.algorithm.trajectories import pair
+from nemo_trd.algorithm.trajectories import pair, sequence_lengths
 from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import Config
 from nemo_trd.data.prompts import prompts_of_step
@@ -190,6 +190,7 @@ class TRD:
             config,
             trajectories,
             data_parallel_size=self._groups.dp.size(),
+            cost=lambda trajectory: sum(sequence_lengths(trajectory)),  # of any architecture
             count=num_micro_batches,  # as many as Bridge will ask for
         )
         states = self._teacher.states(plan)

@@ -1,17 +1,19 @@
-"""From refinements to micro-batches: pair the contexts, fill batches, balance them over ranks.
+"""From trajectories to micro-batches: fill them, share them out over ranks, make tensors.
 
 Pure: every rank calls these with the same trajectories and gets the same plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+import itertools
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate
+from typing import Any
 
 import torch
 
-from nemo_trd.algorithm.trajectories import trajectory_length
+from nemo_trd.algorithm.trajectories import sequence_lengths
 from nemo_trd.config.schema import Config, Train
 from nemo_trd.data.types import (
     ContextBatch,
@@ -20,8 +22,27 @@ from nemo_trd.data.types import (
     Trajectory,
 )
 from nemo_trd.models.family import UNALIGNED, PackAlignment, pack_alignment
+from nemo_trd.models.flops import forward_flops
 
 PAD_TOKEN = 0  # never attended to by a label position, never a label: any valid id will do
+
+Cost = Callable[[Trajectory], float]
+Pair = tuple[TokenIds, TokenIds]  # (context, labels)
+
+
+def trajectory_flops(student: Any, teacher: Any | None) -> Cost:
+    """What a trajectory costs in a step, in FLOPs: attention's grow with the square of lengths.
+
+    Args:
+        student, teacher: Hugging Face configs; no teacher where its states come from elsewhere.
+    """
+
+    def flops(trajectory: Trajectory) -> float:
+        n, m = sequence_lengths(trajectory)
+        trained = 3 * forward_flops(student, n, (n + 1) / 2, logits=len(trajectory.labels))
+        return trained + (forward_flops(teacher, m, (m + 1) / 2, logits=0) if teacher else 0)
+
+    return flops
 
 
 def plan(
@@ -29,6 +50,7 @@ def plan(
     trajectories: Sequence[Trajectory],
     *,
     data_parallel_size: int,
+    cost: Cost,
     multiple: int = 1,
     same_length: bool = False,
     count: int | None = None,
@@ -36,86 +58,107 @@ def plan(
     """Lay out one step: `plan[data parallel rank][micro-batch]`, aligned as both models need.
 
     Args:
+        cost: of a trajectory, in any unit; ranks get equal sums of it.
         multiple: of which every rank's number of micro-batches is one.
         same_length: fill the student's side of all micro-batches up to one length.
         count: number of micro-batches of every rank; those that are missing are fillers.
     """
-    parallel, precision = config.parallel, config.precision
-    parts = partition(
-        trajectories, config.train, data_parallel_size=data_parallel_size, multiple=multiple
-    )
+    parallel, precision, train = config.parallel, config.precision, config.train
+    unit = data_parallel_size * multiple
+    filled = fill(trajectories, train, unit, by_student=same_length)
+    parts = balance(filled, data_parallel_size, cost)
     if count is not None:
         assert all(len(rank) <= count for rank in parts), (count, [len(rank) for rank in parts])
         parts = [rank + [[]] * (count - len(rank)) for rank in parts]
+    student = pack_alignment(parallel.student, precision.fp8, precision.fp8_recipe)
+    lengths = [_student_tokens(part, student.segment) for part in itertools.chain(*parts)]
     make = partial(
         make_micro_batch,
-        student=pack_alignment(parallel.student, precision.fp8, precision.fp8_recipe),
+        student=student,
         teacher=pack_alignment(parallel.teacher, precision.teacher_fp8, precision.fp8_recipe),
+        teacher_tokens=train.max_tokens_per_micro_batch,
+        student_length=max(lengths) if same_length else 0,
     )
-    batches = [[make(part) for part in rank] for rank in parts]
-    if same_length:
-        longest = max(batch.student.tokens.numel() for rank in batches for batch in rank)
-        batches = [[make(part, student_length=longest) for part in rank] for rank in parts]
+    return [[make(part) for part in rank] for rank in parts]
+
+
+def _student_tokens(trajectories: Sequence[Trajectory], multiple: int) -> int:
+    """Tokens of the student's pack, each sequence aligned."""
+    return sum(_round_up(sequence_lengths(t)[0], multiple) for t in trajectories)
+
+
+def fill(
+    trajectories: Sequence[Trajectory], train: Train, unit: int, *, by_student: bool = False
+) -> list[list[Trajectory]]:
+    """Divide the trajectories of one step over micro-batches, a multiple of `unit` in number.
+
+    Each has at most `train.micro_batch_size` of them, or `train.max_tokens_per_micro_batch` tokens
+    of the student; a longer trajectory is alone in its own. Among these limits they are as few as
+    the longer sequences of the trajectories fill, with `by_student` as the student's fill, and
+    have about equally many tokens of the student: the longest first, each to where fewest are.
+    Some are empty where there are too few trajectories. The loss does not depend on the division.
+    """
+    longest_first = sorted(
+        trajectories, key=lambda t: (-sequence_lengths(t)[0], t.prompt_index, t.sample_index)
+    )
+    size, tokens = train.micro_batch_size, train.max_tokens_per_micro_batch
+    if tokens is None:
+        assert size is not None
+        least = -(-len(trajectories) // size)
+    else:
+        of_each = (n if by_student else max(n, m) for n, m in map(sequence_lengths, trajectories))
+        least = -(-sum(of_each) // tokens)
+    count = _round_up(max(1, least), unit)
+    while (batches := _spread(longest_first, count, size, tokens)) is None:
+        count += unit
     return batches
 
 
-def partition(
-    trajectories: Sequence[Trajectory],
-    train: Train,
-    *,
-    data_parallel_size: int,
-    multiple: int = 1,
+def _spread(
+    trajectories: Sequence[Trajectory], count: int, size: int | None, tokens: int | None
+) -> list[list[Trajectory]] | None:
+    """Give each trajectory to the micro-batch with fewest tokens; None where it has no room."""
+    batches: list[list[Trajectory]] = [[] for _ in range(count)]
+    fewest = [(0, number) for number in range(count)]  # a heap
+    for trajectory in trajectories:
+        held, number = heapq.heappop(fewest)
+        held += sequence_lengths(trajectory)[0]
+        batches[number].append(trajectory)
+        if tokens is not None and held > tokens and len(batches[number]) > 1:
+            return None
+        if size is None or len(batches[number]) < size:
+            heapq.heappush(fewest, (held, number))
+    return batches
+
+
+def balance(
+    batches: Sequence[list[Trajectory]], ranks: int, cost: Cost
 ) -> list[list[list[Trajectory]]]:
-    """Divide the trajectories of one step: `parts[data parallel rank][micro-batch]`.
+    """Share micro-batches out: `[rank][position]`, equally many to each, of about equal cost.
 
-    Filled to `train.micro_batch_size` sequences or
-    `train.max_tokens_per_micro_batch` tokens; every rank gets equally many micro-batches, a
-    multiple of `multiple`, of about equal cost. Where there are too few trajectories for that,
-    some micro-batches are empty. The loss does not depend on the division.
+    The most costly first, each to the rank that has least.
     """
-    longest_first = sorted(
-        trajectories, key=lambda t: (-trajectory_length(t), t.prompt_index, t.sample_index)
-    )
-    batches: list[list[Trajectory]] = []
-    for trajectory in longest_first:
-        if batches and _has_room(batches[-1], trajectory, train):
-            batches[-1].append(trajectory)
-        else:
-            batches.append([trajectory])
-    unit = data_parallel_size * multiple
-    count = max(1, -(-len(batches) // unit)) * unit
-    while len(batches) < count:
-        biggest = max(batches, key=lambda b: (len(b) > 1, _cost(b)), default=[])
-        if len(biggest) < 2:
-            batches.append([])
-        else:
-            batches.remove(biggest)
-            batches += [biggest[: len(biggest) // 2], biggest[len(biggest) // 2 :]]
-    return _balance(batches, data_parallel_size)
+    costs = [sum(map(cost, batch)) for batch in batches]
+    shares: list[list[list[Trajectory]]] = [[] for _ in range(ranks)]
+    load = [0.0] * ranks
+    for number in sorted(range(len(batches)), key=lambda number: -costs[number]):
+        open_ranks = [r for r in range(ranks) if len(shares[r]) < len(batches) // ranks]
+        rank = min(open_ranks, key=lambda r: load[r])
+        shares[rank].append(batches[number])
+        load[rank] += costs[number]
+    return shares
 
 
-def _has_room(batch: list[Trajectory], extra: Trajectory, train: Train) -> bool:
-    if train.micro_batch_size is not None:
-        return len(batch) < train.micro_batch_size
-    assert train.max_tokens_per_micro_batch is not None
-    return _cost([*batch, extra]) <= train.max_tokens_per_micro_batch
-
-
-def _cost(batch: Sequence[Trajectory]) -> int:
-    """Tokens that a micro-batch makes the models compute."""
-    return sum(trajectory_length(t) for t in batch)
-
-
-def _balance(batches: list[list[Trajectory]], ranks: int) -> list[list[list[Trajectory]]]:
-    """Longest processing time first, with the same number of micro-batches for every rank."""
-    per_rank = len(batches) // ranks
-    plan: list[list[list[Trajectory]]] = [[] for _ in range(ranks)]
-    load = [0] * ranks
-    for batch in sorted(batches, key=lambda b: -_cost(b)):
-        rank = min((r for r in range(ranks) if len(plan[r]) < per_rank), key=lambda r: load[r])
-        plan[rank].append(batch)
-        load[rank] += _cost(batch)
-    return plan
+def real_token_share(plan: Sequence[Sequence[Microbatch]]) -> dict[str, float]:
+    """Tokens of sequences over the tokens that each model computes; the others are fillers."""
+    batches = [batch for rank in plan for batch in rank]
+    lengths = [sequence_lengths(t) for batch in batches for t in batch.trajectories]
+    computed = {
+        "student": sum(batch.student.tokens.numel() for batch in batches),
+        "teacher": sum(pack.tokens.numel() for batch in batches for pack in batch.teacher),
+    }
+    real = zip(computed.items(), (sum(n) for n in zip(*lengths, strict=True)), strict=True)
+    return {f"{role}_real_token_share": tokens / total for (role, total), tokens in real}
 
 
 def make_micro_batch(
@@ -123,6 +166,7 @@ def make_micro_batch(
     *,
     student: PackAlignment = UNALIGNED,
     teacher: PackAlignment = UNALIGNED,
+    teacher_tokens: int | None = None,
     student_length: int = 0,
 ) -> Microbatch:
     """Build the tensors of one micro-batch; without trajectories a filler without labels.
@@ -130,8 +174,9 @@ def make_micro_batch(
     They stay on the host: every rank holds the plan of all ranks, and runs a part of it.
 
     Args:
-        student, teacher: alignments of the two packs.
-        student_length: tokens to which the student's is filled up.
+        student, teacher: alignments of the two models' packs.
+        teacher_tokens: beyond which the teacher's side is cut into several packs.
+        student_length: tokens to which the student's pack is filled up.
     """
     labels = [token for t in trajectories for token in t.labels]
     owners = [i for i, t in enumerate(trajectories) for _ in t.labels]
@@ -140,7 +185,7 @@ def make_micro_batch(
     teachers = [(t.teacher_context, t.labels) for t in trajectories]
     return Microbatch(
         student=_packed(students, student, student_length),
-        teacher=_packed(teachers, teacher),
+        teacher=tuple(_packed(part, teacher) for part in _cut(teachers, teacher_tokens)),
         labels=torch.tensor(labels, dtype=torch.long),
         trajectory_index=torch.tensor(owners, dtype=torch.long),
         label_index=torch.tensor(numbers, dtype=torch.long),
@@ -148,28 +193,40 @@ def make_micro_batch(
     )
 
 
-def _packed(
-    sequences: Sequence[tuple[TokenIds, TokenIds]], alignment: PackAlignment, length: int = 0
-) -> ContextBatch:
+def _cut(sequences: Sequence[Pair], tokens: int | None) -> list[list[Pair]]:
+    """Parts, in order, of no more than `tokens` tokens, or of one sequence."""
+    parts: list[list[Pair]] = [[]]
+    held = 0
+    for context, labels in sequences:
+        length = len(context) + len(labels) - 1
+        if tokens is not None and parts[-1] and held + length > tokens:
+            parts.append([])
+            held = 0
+        parts[-1].append((context, labels))
+        held += length
+    return parts
+
+
+def _packed(sequences: Sequence[Pair], alignment: PackAlignment, length: int = 0) -> ContextBatch:
     """Pack (context, labels) pairs; label i is predicted at the position before it."""
     # The last label is predicted, never read: its own position would be computed for nothing.
     inputs = [(*context, *labels[:-1]) for context, labels in sequences]
     lengths = [_round_up(len(ids), alignment.segment) for ids in inputs]
-    total = _round_up(max(sum(lengths), length, 1), alignment.pack)
-    if total > sum(lengths):  # a segment of its own: no sequence gets longer by it
-        inputs, lengths = [*inputs, ()], [*lengths, total - sum(lengths)]
-    borders = [0, *accumulate(lengths)]
-    starts = borders[:-1]
-    padded = [[*ids, *[PAD_TOKEN] * (n - len(ids))] for ids, n in zip(inputs, lengths, strict=True)]
-    positions = [
-        start + len(context) - 1 + i
-        for start, (context, labels) in zip(starts, sequences, strict=False)
-        for i in range(len(labels))
-    ]
+    held = sum(lengths)
+    total = _round_up(max(held, length, 1), alignment.pack)
+    if total > held:  # a segment of its own: no sequence gets longer by it
+        lengths.append(total - held)
+    borders = [0, *itertools.accumulate(lengths)]
+    tokens = torch.full((total,), PAD_TOKEN, dtype=torch.long)
+    label_positions = [torch.empty(0, dtype=torch.long)]
+    for start, ids, (context, labels) in zip(borders, inputs, sequences, strict=False):
+        tokens[start : start + len(ids)] = torch.tensor(ids, dtype=torch.long)
+        first = start + len(context) - 1
+        label_positions.append(torch.arange(first, first + len(labels)))
     return ContextBatch(
-        tokens=torch.tensor([[token for ids in padded for token in ids]], dtype=torch.long),
+        tokens=tokens[None],
         position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
-        label_positions=torch.tensor(positions, dtype=torch.long),
+        label_positions=torch.cat(label_positions),
         lengths=tuple(lengths),
         cu_seqlens=torch.tensor(borders, dtype=torch.int32),
     )

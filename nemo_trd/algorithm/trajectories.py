@@ -93,7 +93,11 @@ def rollout_trajectory(rollout: Rollout, teacher_context: TokenIds) -> Trajector
     )
 
 
-def trajectory_length(trajectory: Trajectory) -> int:
-    """Tokens of the longer of the two sequences (student's, teacher's) of a trajectory."""
-    contexts = len(trajectory.student_context), len(trajectory.teacher_context)
-    return max(contexts) + len(trajectory.labels)
+def sequence_lengths(trajectory: Trajectory) -> tuple[int, int]:
+    """Tokens that student and teacher compute of a trajectory.
+
+    The last label is predicted, never read: its own position would be computed for nothing.
+    """
+    predicting = len(trajectory.labels) - 1
+    contexts = trajectory.student_context, trajectory.teacher_context
+    return len(contexts[0]) + predicting, len(contexts[1]) + predicting

@@ -7,15 +7,22 @@ from nemo_trd.config.schema import Config
 
 def longest_trajectory(config: Config) -> int:
     """Length of the longest sequence, context and labels, that either model can meet."""
-    return max(context for _, context in longest_contexts(config)) + longest_answer(config)
+    return sum(tokens for _, tokens in parts_of_longest(config))
+
+
+def parts_of_longest(config: Config) -> list[tuple[str, int]]:
+    """Settings that limit the longest trajectory: (setting, tokens) of its context and answer."""
+    longest = max(longest_contexts(config), key=lambda part: part[1])
+    answers = [("generation.rollout.max_tokens", config.generation.rollout.max_tokens)]
+    if config.algorithm.trajectory == "refinement":
+        refinement = config.generation.refinement.max_tokens
+        answers.append(("generation.refinement.max_tokens", refinement))
+    return [longest, max(answers, key=lambda part: part[1])]
 
 
 def longest_answer(config: Config) -> int:
     """Length of the longest rollout or refinement."""
-    longest = config.generation.rollout.max_tokens
-    if config.algorithm.trajectory == "refinement":
-        longest = max(longest, config.generation.refinement.max_tokens)
-    return longest
+    return parts_of_longest(config)[1][1]
 
 
 def longest_contexts(config: Config) -> list[tuple[str, int]]:

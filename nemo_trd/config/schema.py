@@ -465,7 +465,8 @@ class Train(Section):
     rollouts_per_prompt: PositiveInt  # y_o of one x; each is refined by itself
     # trajectories of one; exactly one of this and the next is set
     micro_batch_size: PositiveInt | None
-    # Tokens of one micro-batch; of a trajectory the longer of its two sequences counts.
+    # Tokens that a model computes at one time. Micro-batches are as many as the longer sequences of
+    # their trajectories fill; what is more on the teacher's side is computed in a second part.
     max_tokens_per_micro_batch: PositiveInt | None
     # Activations that the backward pass computes again. selective: of attention. full: of each
     # layer.

@@ -174,10 +174,14 @@ class ContextBatch:
 
 @dataclass
 class Microbatch:
-    """Trajectories as tensors. Label i of the student is label i of the teacher."""
+    """Trajectories as tensors.
+
+    Label i of the student is label i of the teacher, whose packs have the labels one after the
+    other.
+    """
 
     student: ContextBatch
-    teacher: ContextBatch
+    teacher: tuple[ContextBatch, ...]
     labels: torch.Tensor  # int64 [n], n = 0 for a filler that keeps ranks in lock-step
     trajectory_index: torch.Tensor  # int64 [n]: which entry of `trajectories` a label belongs to
     label_index: torch.Tensor  # int64 [n]: which label of that trajectory it is

@@ -82,8 +82,10 @@ def _local_segments(batch: ContextBatch, size: int, rank: int) -> Segments:
 class SegmentAttention(torch.nn.Module):
     """Core attention of the local layers, causal within each segment.
 
-    Keys and values may have fewer heads than queries: each serves a group of them. Context parallel
-    ranks gather the keys and values of whole sequences.
+    Keys and values may have fewer heads than queries: each serves a group of them. One call a
+    segment: a call for all segments of equal length takes longer on a CPU, since their tokens have
+    to be gathered (benchmarks/packing.py has both).
+    Context parallel ranks gather the keys and values of whole sequences.
     """
 
     def __init__(

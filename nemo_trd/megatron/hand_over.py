@@ -14,7 +14,8 @@ This one does, at times t = 0, 1, ...:
 
 A rank of stage p comes to its ith micro-batch at time i + p, having started the rounds before
 i - (stages - 1 - p); when it has passed its last one it starts the rest. So it does not matter
-which ranks hold which stages of teacher and student.
+which ranks hold which stages of teacher and student. A micro-batch of several packs takes as many
+times, and its round comes after its last; times are each teacher's own, rounds are everyone's.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class HandOver:
     """The states of one step on their way. Every rank makes one.
 
     Attributes:
-        computed: states [n, h] that this rank's teacher has computed, to be handed over in turn;
-            on the teacher's last stage only.
+        computed: states [n, h] that this rank's teacher has computed of each pack, to be handed
+            over in turn; on the teacher's last stage only.
     """
 
     def __init__(
@@ -76,9 +77,8 @@ class HandOver:
             offload: whether they are kept in host memory.
         """
         self.computed: deque[Tensor] = deque()
-        self._rounds, self._like, self._offload = rounds, like, offload
+        self._plan, self._rounds, self._like, self._offload = plan, rounds, like, offload
         self._sources, self._destinations = sources, destinations
-        self._positions = len(plan[0])
         # Found beforehand: within the passes nothing is read, on the host either.
         self._pieces = {
             (student, position): _pieces_of_rank(plan[student][position], of_teacher, wanted)
@@ -106,12 +106,12 @@ class HandOver:
         """
         self.start(len(self._rounds))
         self._end_round()
-        return [self._arrived.get(position) for position in range(self._positions)]
+        return [self._arrived.get(position) for position in range(len(self._plan[0]))]
 
     def _start_round(self, states: Round) -> None:
         me, operations = dist.get_rank(), []
         for (student, position), sources in zip(states, self._sources, strict=False):
-            own = self.computed.popleft() if _is_among(me, sources) else None
+            own = self._next_computed(student, position) if _is_among(me, sources) else None
             arriving = []
             for piece in self._pieces[student, position]:
                 if me == piece.source:
@@ -128,6 +128,11 @@ class HandOver:
                 self._arriving[position] = arriving
         if operations:
             self._works = dist.batch_isend_irecv(operations)
+
+    def _next_computed(self, student: int, position: int) -> Tensor:
+        """States of this rank's part of a micro-batch, of all of the teacher's packs."""
+        states = [self.computed.popleft() for _ in self._plan[student][position].teacher]
+        return states[0] if len(states) == 1 else torch.cat(states)
 
     def _end_round(self) -> None:
         for work in self._works:
@@ -173,7 +178,7 @@ def _pieces_of_rank(
     me = dist.get_rank()
     if not _is_among(me, sources) and not _is_among(me, destinations):
         return []
-    theirs, rows = label_holders([batch.teacher], len(sources))
+    theirs, rows = label_holders(batch.teacher, len(sources))
     ours, places = label_holders([batch.student], len(destinations))
     pieces = []
     for (part, source), (wanted, destination) in routes(sources, destinations):

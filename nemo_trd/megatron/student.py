@@ -80,7 +80,10 @@ class Student:
                 model.config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
         self.optimizer = make_optimizer(config, self.chunks, self.groups)
         self.scheduler = scheduler(config.optimizer, config.train.num_steps, self.optimizer)
-        self._columns = shared_vocab_size(self.hf, _teacher_hf(config))
+        teacher = _teacher_hf(config)
+        self._columns = shared_vocab_size(self.hf, teacher)
+        in_megatron = config.teacher.scoring == "megatron"
+        self._cost = micro_batches.trajectory_flops(self.hf, teacher if in_megatron else None)
         self._head = self._loss_head(config)
 
     @property
@@ -104,6 +107,7 @@ class Student:
             self._config,
             trajectories,
             data_parallel_size=self.groups.dp.size(),
+            cost=self._cost,
             multiple=self.groups.pp.size() if interleaved else 1,
             same_length=interleaved,
         )
@@ -182,7 +186,11 @@ class Student:
         finite.check([r.findings for r in reports], () if forward_only else self.chunks)
         watched = read_watched(reports, watch, self.groups.cp)
         share = [(read_sums(reports), watched)] if reports else []
-        return _merged(self._everyone(share))
+        result = _merged(self._everyone(share))
+        shares = micro_batches.real_token_share(plan)
+        if self._config.teacher.scoring == "server":
+            del shares["teacher_real_token_share"]  # servers pack in ways of their own
+        return replace(result, metrics=result.metrics | shares)
 
     @torch.no_grad()
     def teacher_top_k(

@@ -7,8 +7,10 @@ different ways, and no teacher logits travel.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -86,10 +88,13 @@ class Teacher:
 
     def _forward(self, micro_batches: Sequence[Microbatch], hand_over: HandOver) -> None:
         """Pass this rank's micro-batches forward; hand over what the ones before have given."""
-        behind = self._groups.pp.size() - 1 - self._groups.pp.rank()
-
-        cp = self._groups.cp
-        packs = [own_context(batch.teacher, cp.size(), cp.rank()) for batch in micro_batches]
+        cp, behind = self._groups.cp, self._groups.pp.size() - 1 - self._groups.pp.rank()
+        packs = [
+            own_context(pack, cp.size(), cp.rank())
+            for batch in micro_batches
+            for pack in batch.teacher
+        ]
+        last_packs = list(accumulate(len(batch.teacher) for batch in micro_batches))
 
         def keep(pack: ContextBatch, hidden: Tensor, non_loss_data: bool) -> None:
             split = self._layout.sequence_parallel
@@ -97,7 +102,7 @@ class Teacher:
 
         def forward_step(iterator, model):  # noqa: ANN001, ANN202  (megatron's signature)
             number, pack = next(iterator)
-            hand_over.start(number - behind)
+            hand_over.start(bisect_right(last_packs, number - behind))
             return run_model(model, pack), partial(keep, pack)
 
         run_schedule(

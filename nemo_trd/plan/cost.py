@@ -14,35 +14,12 @@ from typing import Any
 from nemo_trd.config.lengths import longest_answer, longest_trajectory
 from nemo_trd.config.schema import Cluster, Config, Layout
 from nemo_trd.models.dtypes import ELEMENT_BYTES
-from nemo_trd.models.family import head_dim
+from nemo_trd.models.flops import forward_flops
 from nemo_trd.plan.context_parallel import rings
 from nemo_trd.plan.memory import GIB, generations, trajectories_per_rank
 from nemo_trd.plan.shapes import key_value_bytes, parameters
 
 TERA = 1e12
-
-
-def layer_flops(hf: Any, attended: float, *, gated: bool = True) -> float:
-    """FLOPs of one token's forward pass through one layer, with `attended` keys for its query."""
-    queries = hf.num_attention_heads * head_dim(hf)
-    keys = hf.num_key_value_heads * head_dim(hf)
-    matrices = hf.hidden_size * (2 * queries + 2 * keys)
-    matrices += hf.hidden_size * hf.intermediate_size * (3 if gated else 2)
-    return 2 * matrices + 4 * queries * attended
-
-
-def forward_flops(
-    hf: Any, tokens: float, attended: float, logits: float, *, gated: bool = True
-) -> float:
-    """FLOPs of `tokens` through all layers, and of the output layer at `logits` positions.
-
-    Three times this is a training step. For a GPT with a MLP of 4 h it is the published
-    24 B s l h^2 (1 + s / 6h + V / 12h l) when every token attends to all s (Narayanan et al.
-    2021, "Efficient Large-Scale Language Model Training on GPU Clusters", appendix); under a
-    causal mask a token attends to (s + 1) / 2 on average.
-    """
-    layers = tokens * hf.num_hidden_layers * layer_flops(hf, attended, gated=gated)
-    return layers + logits * 2 * hf.hidden_size * hf.vocab_size
 
 
 @dataclass(frozen=True)

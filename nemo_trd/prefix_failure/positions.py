@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from nemo_trd.algorithm.trajectories import trajectory_length
+from nemo_trd.algorithm.trajectories import sequence_lengths
 from nemo_trd.config.schema import Loss
 from nemo_trd.data.types import TokenIds
 from nemo_trd.loss.formulas import closed_form
@@ -98,7 +98,7 @@ def measure(
 
 def _batches(answers: Sequence[Answer], max_tokens: int) -> Iterator[list[int]]:
     """Positions of answers, the longest first, so that little is padded."""
-    lengths = [trajectory_length(answer.trajectory) for answer in answers]
+    lengths = [max(sequence_lengths(answer.trajectory)) for answer in answers]
     batch: list[int] = []
     for i in sorted(range(len(answers)), key=lambda i: -lengths[i]):
         if batch and lengths[batch[0]] * (len(batch) + 1) > max_tokens:

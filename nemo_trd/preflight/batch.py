@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nemo_trd.config.errors import ConfigError, rule_broken
-from nemo_trd.config.lengths import longest_trajectory
+from nemo_trd.config.lengths import longest_trajectory, parts_of_longest
 from nemo_trd.config.schema import Config, Layout
 
 
@@ -49,7 +49,7 @@ def batch_problems(config: Config, world_size: int) -> Iterator[ConfigError]:
         yield rule_broken(
             "train.max_tokens_per_micro_batch",
             budget,
-            f"the longest sequence that these settings allow has {longest} tokens",
-            f"raise it to {longest}, or lower refinement.max_context_tokens or max_tokens of "
-            "generation.rollout and generation.refinement",
+            f"the longest trajectory that these settings allow has {longest} tokens: "
+            + " + ".join(f"{name} = {tokens}" for name, tokens in parts_of_longest(config)),
+            f"raise it to {longest}, or lower one of those",
         )

@@ -44,6 +44,8 @@ def at_a_glance(run: RunRecords) -> dict[str, str]:
         "repaired": repaired,
         "spoiled": spoiled,
         "kept": _percent(mean(run.values("kept_share"))),
+        "real tokens, student": _percent(mean(run.values("student_real_token_share"))),
+        "teacher": _percent(mean(run.values("teacher_real_token_share"))),
         "s / step": f"{mean(seconds):.3g}" if seconds else _UNKNOWN,
     }
 

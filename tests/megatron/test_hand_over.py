@@ -90,6 +90,7 @@ def exchanges_of(rank: int, directory: str, layout: list[str]) -> list[list[Any]
 
     from nemo_trd.algorithm import micro_batches
     from nemo_trd.config.load import compose
+    from nemo_trd.megatron import hand_over
     from nemo_trd.megatron import teacher as module
     from nemo_trd.megatron.process_groups import process_groups
 
@@ -107,6 +108,8 @@ def exchanges_of(rank: int, directory: str, layout: list[str]) -> list[list[Any]
         mock.patch.object(module, "load_hf_weights"),
         mock.patch.object(module, "last_stage_ranks", last_stage_ranks),
         mock.patch.object(module, "run_model", noted_pass),
+        mock.patch.object(module, "own_context", on_the_host(module.own_context)),
+        mock.patch.object(hand_over, "_pieces_of_rank", on_the_host(hand_over._pieces_of_rank)),
         mock.patch.object(dist, "batch_isend_irecv", exchanges.one_batch(dist.batch_isend_irecv)),
         exchanges.followed(),
     ):
@@ -115,9 +118,20 @@ def exchanges_of(rank: int, directory: str, layout: list[str]) -> list[list[Any]
         with unset_fake_temporarily():
             steps = [t for step in range(3) for t in trajectories(config, step)]
             size = groups.dp.size()
-            plan = micro_batches.plan(config, steps, data_parallel_size=size)
+            plan = micro_batches.plan(config, steps, data_parallel_size=size, cost=lambda t: 1)
         frozen.states(plan)
     return exchanges.asked
+
+
+def on_the_host(function: Any) -> Any:
+    """Of the plan, whose tensors are real."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    def call(*args: Any) -> Any:
+        with unset_fake_temporarily():
+            return function(*args)
+
+    return call
 
 
 def last_stage_ranks(groups: Any) -> list[list[list[int]]]:

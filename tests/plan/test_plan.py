@@ -16,10 +16,11 @@ from nemo_trd.config.load import compose
 from nemo_trd.config.schema import Config, Layout, ModelSource
 from nemo_trd.loss.divergences import DIVERGENCES
 from nemo_trd.models.family import FAMILIES
+from nemo_trd.models.flops import forward_flops
 from nemo_trd.plan.activations import layer_activation_bytes, micro_batches_in_flight
 from nemo_trd.plan.advice import advise, peak
 from nemo_trd.plan.context_parallel import rings
-from nemo_trd.plan.cost import bubble, forward_flops, step_flops, step_time, with_nodes
+from nemo_trd.plan.cost import bubble, step_flops, step_time, with_nodes
 from nemo_trd.plan.main import main
 from nemo_trd.plan.memory import GIB, largest_part, training_memory
 from nemo_trd.plan.plan import Plan, make_plan
