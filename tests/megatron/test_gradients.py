@@ -136,16 +136,20 @@ def check_layouts(directory: str, ranks: int, recipes_of: dict[str, list[str]]) 
 
 def check_segments_are_apart(student: Any, batch: Any) -> None:
     """Other tokens in one segment: those of the others come out bit for bit the same."""
+    from nemo_trd.megatron.context_parallel import own_context
     from nemo_trd.megatron.schedule import run_model
 
+    cp = student.groups.cp
     segment = max(range(len(batch.lengths)), key=lambda i: batch.lengths[i])
     changed = slice(*batch.cu_seqlens[segment : segment + 2].tolist())
     other = replace(batch, tokens=batch.tokens.clone())
     other.tokens[0, changed] = other.tokens[0, changed] % (VOCABULARY - 2) + 1
     with torch.no_grad():
-        before, after = (run_model(student.chunks[0], context)[:, 0] for context in (batch, other))
+        parts = [own_context(pack, cp.size(), cp.rank()) for pack in (batch, other)]
+        before, after = (run_model(student.chunks[0], part)[:, 0] for part in parts)
     same = torch.ones(batch.tokens.numel(), dtype=torch.bool)
     same[changed] = False
+    same = same if cp.size() == 1 else same[parts[0].places]
     if student.layout.sequence_parallel:
         same = same.chunk(student.groups.tp.size())[student.groups.tp.rank()]
     assert torch.equal((before == after).all(-1), same)

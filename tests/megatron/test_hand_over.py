@@ -103,20 +103,13 @@ def exchanges_of(rank: int, directory: str, layout: list[str]) -> list[list[Any]
         exchanges.note("pass", (rank,))
         return run_model(*args)
 
-    def real(function: Any) -> Any:
-        def on_real_tensors(*args: Any) -> Any:
-            with unset_fake_temporarily():
-                return function(*args)
-
-        return on_real_tensors
-
     with (
         rank_of(rank, WORLD),
         mock.patch.object(module, "load_hf_weights"),
         mock.patch.object(module, "last_stage_ranks", last_stage_ranks),
         mock.patch.object(module, "run_model", noted_pass),
-        mock.patch.object(module, "own_context", real(module.own_context)),
-        mock.patch.object(hand_over, "_pieces_of_rank", real(hand_over._pieces_of_rank)),
+        mock.patch.object(module, "own_context", on_the_host(module.own_context)),
+        mock.patch.object(hand_over, "_pieces_of_rank", on_the_host(hand_over._pieces_of_rank)),
         mock.patch.object(dist, "batch_isend_irecv", exchanges.one_batch(dist.batch_isend_irecv)),
         exchanges.followed(),
     ):
@@ -125,11 +118,20 @@ def exchanges_of(rank: int, directory: str, layout: list[str]) -> list[list[Any]
         with unset_fake_temporarily():
             steps = [t for step in range(3) for t in trajectories(config, step)]
             size = groups.dp.size()
-            plan = micro_batches.plan(
-                config, steps, data_parallel_size=size, cost=lambda t: len(t.labels)
-            )
+            plan = micro_batches.plan(config, steps, data_parallel_size=size, cost=lambda t: 1)
         frozen.states(plan)
     return exchanges.asked
+
+
+def on_the_host(function: Any) -> Any:
+    """Of the plan, whose tensors are real."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    def call(*args: Any) -> Any:
+        with unset_fake_temporarily():
+            return function(*args)
+
+    return call
 
 
 def last_stage_ranks(groups: Any) -> list[list[list[int]]]:

@@ -16,18 +16,9 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import fp8_formats as formats
-import packed_attention
 import torch
 import torch.nn.functional as F
 from fp8_formats import DType
-from packed_attention import (  # noqa: F401  (TransformerEngine calls these)
-    sequences,
-    thd_grad_correction,
-    thd_out_correction,
-    thd_read_half_tensor,
-    thd_read_second_half_lse,
-    thd_second_half_lse_correction,
-)
 from torch import Tensor
 
 matrix_products: Counter[tuple[str, str]] = Counter()
@@ -342,25 +333,17 @@ def fused_attn_fwd(
     query: Any,
     key: Any,
     value: Any,
-    dtype: Any,
-    padded: Tensor | None,
-    padded_kv: Tensor | None,
     *rest: Any,
 ) -> list[Tensor]:
-    """Attention: [result, log normalisers, random state], as cuDNN gives them.
+    """Causal attention: [result, log normalisers, random state], as cuDNN gives them.
 
-    In fp32 cuDNN has none, and TransformerEngine takes its attention in Python.
+    The normalisers are left empty: nothing but `fused_attn_bwd` reads them. In fp32 cuDNN has none,
+    and TransformerEngine takes its attention in Python.
     """
-    gaps = ((borders, padded), (borders_kv, padded_kv))
-    _check_attention(dropout, layout, mask, (query, key, value), gaps)
-    packs, borders, borders_kv = _packs((query, key, value), layout, borders, borders_kv)
-    result, normalisers = packed_attention.forward(
-        *packs, borders, borders_kv, scale, "CAUSAL" in mask.name
-    )
-    if layout.name.startswith("NVTE_S"):
-        result = _rows(result, query)
-        normalisers = normalisers.unflatten(0, (query.shape[1], -1)).transpose(1, 2)
-    return [result, normalisers, torch.zeros(2, dtype=torch.int64)]
+    _check_attention(dropout, layout, mask, (query, key, value), borders, rest[1])
+    with torch.no_grad():
+        result = _attention(query, key, value, scale, layout, borders)
+    return [result, torch.empty(0), torch.zeros(2, dtype=torch.int64)]
 
 
 def fused_attn_bwd(
@@ -390,54 +373,49 @@ def fused_attn_bwd(
     gradient: Tensor,
     dtype: Any,
     saved: list[Tensor],
-    padded: Tensor | None,
-    padded_kv: Tensor | None,
     *rest: Any,
 ) -> list[Tensor]:
-    """Gradients of query, key and value, and none of a bias."""
-    gaps = ((borders, padded), (borders_kv, padded_kv))
-    _check_attention(dropout, layout, mask, (query, key, value), gaps)
-    inputs = (query, key, value)
-    out, gradient = (x.reshape(query.shape) for x in (out, gradient))
-    packs, borders, borders_kv = _packs((*inputs, out, gradient), layout, borders, borders_kv)
-    normalisers = saved[0]
-    if layout.name.startswith("NVTE_S"):
-        normalisers = normalisers.transpose(1, 2).flatten(0, 1)
-    settings = (borders, borders_kv, scale, "CAUSAL" in mask.name)
-    gradients = packed_attention.backward(*packs[:3], *settings, packs[3], normalisers, packs[4])
-    if layout.name.startswith("NVTE_S"):
-        gradients = [_rows(x, like) for x, like in zip(gradients, inputs, strict=True)]
-    return [*gradients, None]
+    """Gradients of query, key and value: the pass is computed again."""
+    _check_attention(dropout, layout, mask, (query, key, value), borders, rest[0])
+    inputs = [x.detach().requires_grad_() for x in (query, key, value)]
+    with torch.enable_grad():
+        result = _attention(*inputs, scale, layout, borders)
+    return list(torch.autograd.grad(result, inputs, gradient.reshape(result.shape)))
 
 
-def _check_attention(dropout: float, layout: Any, mask: Any, inputs: Any, gaps: Any) -> None:
-    known = layout.name.startswith(("NVTE_S", "NVTE_T")) and not dropout
-    known = known and "BOTTOM_RIGHT" not in mask.name
-    padded = any(edges is not None and not torch.equal(edges, own) for own, edges in gaps)
-    if not known or padded or any(map(formats.is_quantized, inputs)):
+def _check_attention(
+    dropout: float, layout: Any, mask: Any, inputs: Any, borders: Tensor, padded: Tensor | None
+) -> None:
+    causal = (NVTE_Mask_Type.NVTE_CAUSAL_MASK, NVTE_Mask_Type.NVTE_PADDING_CAUSAL_MASK)
+    known = mask in causal and layout.name.startswith(("NVTE_S", "NVTE_T")) and not dropout
+    gaps = padded is not None and not torch.equal(padded, borders)
+    if not known or gaps or any(map(formats.is_quantized, inputs)):
         raise NotImplementedError(f"attention of {layout!r} with {mask!r}: not in the stand-in")
 
 
-def _packs(
-    tensors: Sequence[Tensor], layout: Any, borders: Tensor, borders_kv: Tensor
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """[s, b, heads, d] as packed [b s, heads, d], with borders; what is packed stays so."""
-    if not layout.name.startswith("NVTE_S"):
-        return list(tensors), borders, borders_kv
-    packs = [x.transpose(0, 1).flatten(0, 1) for x in tensors]
-    edges = [torch.arange(0, x.shape[0] * x.shape[1] + 1, x.shape[0]) for x in tensors[:2]]
-    return packs, edges[0], edges[1]
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, layout: Any, borders: Tensor
+) -> Tensor:
+    """Causal attention of [s, b, heads, d], or of [tokens, heads, d] between `borders`."""
 
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [s, ..., heads, d]
+        shared = q.shape[-2] // k.shape[-2]
+        k, v = (x.repeat_interleave(shared, -2) for x in (k, v))
+        scores = torch.einsum("q...d,k...d->...qk", q.float(), k.float()) * scale
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        probabilities = scores.masked_fill(later, float("-inf")).softmax(-1)
+        return torch.einsum("...qk,k...d->q...d", probabilities, v.float()).to(q.dtype)
 
-def _rows(pack: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `_packs`, of one tensor."""
-    return pack.unflatten(0, (like.shape[1], -1)).transpose(0, 1).contiguous()
+    if layout.name.startswith("NVTE_S"):
+        return attend(query, key, value)
+    parts = [slice(start, end) for start, end in _sequences(borders)]
+    return torch.cat([attend(query[part], key[part], value[part]) for part in parts])
 
 
 def convert_thd_to_bshd(tokens: Tensor, borders: Tensor, batch: int, longest: int) -> Tensor:
     """[tokens, ...], one sequence after the other, -> [batch, longest, ...], padded with zeros."""
     padded = tokens.new_zeros(batch, longest, *tokens.shape[1:])
-    for row, (start, end) in enumerate(sequences(borders)):
+    for row, (start, end) in enumerate(_sequences(borders)):
         padded[row, : end - start] = tokens[start:end]
     return padded
 
@@ -445,9 +423,14 @@ def convert_thd_to_bshd(tokens: Tensor, borders: Tensor, batch: int, longest: in
 def convert_bshd_to_thd(padded: Tensor, borders: Tensor, count: int) -> Tensor:
     """The inverse of `convert_thd_to_bshd`."""
     tokens = padded.new_zeros(count, *padded.shape[2:])
-    for row, (start, end) in enumerate(sequences(borders)):
+    for row, (start, end) in enumerate(_sequences(borders)):
         tokens[start:end] = padded[row, : end - start]
     return tokens
+
+
+def _sequences(borders: Tensor) -> list[tuple[int, int]]:
+    edges = borders.tolist()
+    return list(zip(edges[:-1], edges[1:], strict=True))
 
 
 def fused_rope_forward(x: Tensor, frequencies: Tensor, *settings: Any) -> Tensor:
@@ -470,14 +453,13 @@ def _rotate(
     cp_rank: int,
 ) -> Tensor:
     """Rotary position embedding of [s, b, heads, d] or, with borders, [tokens, heads, d]."""
-    if starts is not None or interleaved:
+    if starts is not None or interleaved or cp_size > 1:
         raise NotImplementedError("this rotary position embedding: not in the stand-in")
     angles = frequencies.reshape(frequencies.shape[0], -1)
     if layout == NVTE_QKV_Format.NVTE_THD:
         assert borders is not None
-        lengths = [end - start for start, end in sequences(borders)]
-        angles = torch.cat([_angles(angles[:n], cp_size, cp_rank) for n in lengths])[:, None]
-    elif layout == NVTE_QKV_Format.NVTE_SBHD and cp_size == 1:
+        angles = torch.cat([angles[: end - start] for start, end in _sequences(borders)])[:, None]
+    elif layout == NVTE_QKV_Format.NVTE_SBHD:
         angles = angles[: x.shape[0], None, None]
     else:
         raise NotImplementedError(f"rotary position embedding of {layout}: not in the stand-in")
@@ -486,14 +468,6 @@ def _rotate(
     quarter = torch.cat([-second, first], -1)
     result = turned.float() * angles.cos() + direction * quarter * angles.sin()
     return torch.cat([result.to(x.dtype), rest], -1)
-
-
-def _angles(of_sequence: Tensor, cp_size: int, cp_rank: int) -> Tensor:
-    """Angles of the two of 2 CP parts of a sequence that a context parallel rank holds."""
-    if cp_size == 1:
-        return of_sequence
-    parts = of_sequence.chunk(2 * cp_size)
-    return torch.cat([parts[cp_rank], parts[-1 - cp_rank]])
 
 
 def multi_tensor_adam(
