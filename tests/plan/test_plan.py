@@ -267,7 +267,7 @@ def test_loss_workspace_is_what_the_loss_allocates(
         ]
     )
     shape = SimpleNamespace(vocab_size=vocabulary, hidden_size=hidden)
-    formula = loss_workspace_bytes(config, shape, Lengths(0, 0, rows, rows, rows))
+    formula = loss_workspace_bytes(config, shape, Lengths(0, 0, rows, rows))
     monkeypatch.setattr(losses, "CPU_BLOCK_BYTES", 1 << 40)
     exact = torch.bfloat16 if dtype == "bf16" else torch.float32
     student, weight, teacher, teacher_weight = (
