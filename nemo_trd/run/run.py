@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -99,6 +100,7 @@ class Run:
             digest=config.digest(),
             model=model_identity(self.student.hf),
             settings=public_settings(config),
+            slurm_job=os.environ.get("SLURM_JOB_ID"),
         )
         self._saved_step: int | None = None
         self._last_line: str | None = None  # of the log, where the run ends as it was meant to
