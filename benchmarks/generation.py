@@ -151,7 +151,7 @@ def table(result: Mapping[str, Any]) -> str:
     """Mean seconds of a step's sampling, and the ratios, as Markdown."""
     pairs = result["pairs"]
     lines = ["| mean seconds | two phases | streamed |", "|---|---|---|"]
-    for name in pairs[0]["streamed"]:
+    for name in ("rollout", "refinement"):
         means = (sum(pair[kind][name] for pair in pairs) / len(pairs) for kind in KINDS)
         lines.append(f"| {name} | {' | '.join(f'{mean:.2f}' for mean in means)} |")
     ratio, ideal = result["ratio"], result["ideal_ratio"]

@@ -18,8 +18,8 @@ from nemo_trd.data.types import Completion, GenerationRequest
 class UnderWay:
     """Keeps what is generated for one step, and finds what a run that died in it has kept.
 
-    Kept completions serve the first step that is sampled: later ones have other weights. Those of
-    all ranks are read, so that the next run may have another number of ranks.
+    Kept completions serve until the weights change: those that come may bear the number of weights
+    that were lost. Those of all ranks are read: the next run may have another number of ranks.
 
     Args:
         directory: shared by all ranks.
@@ -31,16 +31,18 @@ class UnderWay:
         self._file = directory / f"rank_{rank}.jsonl"
         self._settings = settings
         self._step: int | None = None
+        self._weight_version: int | None = None
         self._kept: dict[str, Completion] = {}
         for file in sorted(directory.glob("rank_*.jsonl")):
             self._kept |= _read(file)
 
-    def begin(self, step: int) -> None:
-        """Begin with a step: from the second one on, with an empty record."""
+    def begin(self, step: int, weight_version: int) -> None:
+        """Begin with a step of these weights: from the second one on, with an empty record."""
         if self._step not in (None, step):
             self._file.unlink(missing_ok=True)
+        if self._weight_version not in (None, weight_version):
             self._kept = {}
-        self._step = step
+        self._step, self._weight_version = step, weight_version
 
     def find(self, request: GenerationRequest, weight_version: int) -> Completion | None:
         """The completion of an equal request, if these weights have sampled it."""

@@ -86,7 +86,7 @@ class Sampler:
         under way; in this process all rollouts come first. The samples are the same.
         """
         if self._under_way is not None:
-            self._under_way.begin(step)
+            self._under_way.begin(step, self._student.weight_version)
         own = own_share(numbered_samples(prompts, self._config.train.rollouts_per_prompt))
         begin = perf_counter()
         samples = self._merge(lambda: run_loop(self._draw(own, step, begin)))
