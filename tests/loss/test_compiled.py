@@ -52,7 +52,7 @@ def test_a_teacher_known_by_its_top_k_is_one_graph(
 
 @pytest.mark.distributed
 def test_a_sharded_vocabulary_is_one_graph_with_its_exchanges() -> None:
-    assert launch(2, check_sharded).count("agrees") == 2
+    assert launch(2, check_sharded, timeout=400).count("agrees") == 2
 
 
 def check(inputs: Inputs, loss: Loss) -> None:
