@@ -12,21 +12,20 @@ import torch.distributed as dist
 from launch import launch
 from loss_inputs import VOCAB, Inputs, distance, make_inputs, reference, run
 from oracles import DIVERGENCES, make_loss
-from torch._inductor.utils import fresh_cache
 
 from nemo_trd.config.schema import Loss
 from nemo_trd.loss import comparison
 from nemo_trd.loss.fused import divergence_from_top_k, fused_divergence, top_k_of
 
 CHUNK = 4  # of 10 labels: the last chunk has another number of positions
-TRACED = partial(torch.compile, backend="aot_eager")  # all but the making of kernels, which is slow
+TRACED = partial(torch.compile, backend="eager")  # one graph, but no kernels: these take long
 
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every comparison is compiled; a second time, for another number of positions, is refused."""
     monkeypatch.setattr(comparison, "_in_blocks", comparison._compiled)
-    with fresh_cache(), torch._dynamo.config.patch(recompile_limit=1):
+    with torch._dynamo.config.patch(recompile_limit=1):
         yield
     comparison._own_code.cache_clear()
 
@@ -36,10 +35,9 @@ def test_kernels_of_inductor_give_value_and_gradients(name: str, compiled: None)
     check(make_inputs(), make_loss(name, temperature=1.7, token_clip=2.0, chunk_size=CHUNK))
 
 
-@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
-def test_top_k_is_one_graph(tail: str, compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_top_k_is_one_graph(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", TRACED)
-    check(make_inputs(), make_loss("forward_kl", tail, chunk_size=CHUNK))
+    check(make_inputs(), make_loss("forward_kl", "bucket", chunk_size=CHUNK))
 
 
 def test_a_teacher_known_by_its_top_k_is_one_graph(
@@ -54,7 +52,7 @@ def test_a_teacher_known_by_its_top_k_is_one_graph(
 
 @pytest.mark.distributed
 def test_a_sharded_vocabulary_is_one_graph_with_its_exchanges() -> None:
-    assert launch(2, check_sharded).count("agrees") == 2
+    assert launch(2, check_sharded, timeout=400).count("agrees") == 2
 
 
 def check(inputs: Inputs, loss: Loss) -> None:
