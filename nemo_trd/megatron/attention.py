@@ -110,9 +110,9 @@ class SegmentAttention(torch.nn.Module):
         **unused: Any,
     ) -> Tensor:
         """[t, 1, heads, d] -> [t, 1, heads * d]."""
-        pack, parts = packed_seq_params, (x[:, 0] for x in (query, key, value))
+        pack, q, k, v = packed_seq_params, query[:, 0], key[:, 0], value[:, 0]
         attend = _within_segments if pack.places is None else self._over_ranks
-        return attend(*parts, pack)[:, None]
+        return attend(q, k, v, pack)[:, None]
 
     def _over_ranks(self, query: Tensor, key: Tensor, value: Tensor, pack: Segments) -> Tensor:
         """Attention of this rank's two parts of each segment to all that comes before."""
