@@ -213,6 +213,7 @@ def test_recipe_is_amended_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
         model = SimpleNamespace(
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=1,
+            context_parallel_size=1,
             seq_length=4096,
             hooks=hooks,
             register_pre_wrap_hook=hooks.append,
