@@ -58,7 +58,7 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
     The host itself must not read it: it is complete when the device has come so far.
     """
     if not tensor.is_cuda:
-        return tensor.cpu()
+        return tensor
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return copy.copy_(tensor, non_blocking=True)
 
