@@ -2,6 +2,9 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
+# Tests start many processes: they read byte code, also where the machine says not to write any.
+export PYTHONDONTWRITEBYTECODE :=
+
 PYTHON ?= python3.11
 ARGS ?=
 VENV := .venv
@@ -28,9 +31,9 @@ ENV_TE := $(TE_PYTHON)/.complete-$(shell sha256sum $(REQUIREMENTS_TE) | cut -c1-
 ENV_VLLM := $(VENV_VLLM)/.complete-$(shell sha256sum $(REQUIREMENTS_VLLM) | cut -c1-16)
 ENV_ALIGNER := $(VENV_ALIGNER)/.complete-$(shell sha256sum $(REQUIREMENTS_ALIGNER) | cut -c1-16)-$(BRIDGE)
 
-# Debian packages that tests need: a Slurm, a compiler and headers for a plugin of it, containers,
+# Debian packages that tests need: a Slurm, compilers (of a plugin of it, of PyTorch's), containers,
 # the sandbox of generated programs, a browser, what draws the map of the package.
-SYSTEM_PACKAGES := slurmctld slurmd slurm-client munge iproute2 shellcheck gcc libc6-dev libslurm-dev \
+SYSTEM_PACKAGES := slurmctld slurmd slurm-client munge iproute2 shellcheck gcc g++ libc6-dev libslurm-dev \
 	buildah bubblewrap chromium fonts-dejavu-core graphviz
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
@@ -41,16 +44,18 @@ GPU_OUTPUT ?= runs/gpu
 BUNDLE_PYTHON ?= 3.12
 BUNDLE_OUTPUT ?= build/gpu-bundle
 
+ENVIRONMENTS := env vllm-env env-mcore019 aligner-env system-packages
+
 PYTEST_ARGS := --durations=15
-# Files run side by side, but for those of Slurm and of servers: they have limits on every wait.
+# Files run side by side, the longest first: tests/conftest.py has their order.
 SIDE_BY_SIDE := -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 # What depends on megatron-core and must pass with both of its versions.
 MCORE_TESTS := $(addprefix tests/megatron/, test_checkpoint.py test_fp8.py test_gradients.py \
 	test_hf_weights.py test_hf_weights_parallel.py test_model.py test_no_waits.py \
 	test_non_finite.py test_parallel_layouts.py) tests/run/test_resume.py
 
-.PHONY: help quickstart test test-fast test-slow test-gpu gpu gpu-bundle test-mcore019 test-adapters lint format system-packages environments env \
-	env-mcore019 vllm-env aligner-env lock clean
+.PHONY: help quickstart test busy-tests waiting-tests test-here test-slurm test-mcore019 test-adapters test-fast test-slow test-gpu \
+	gpu gpu-bundle lint format system-packages environments env env-mcore019 vllm-env aligner-env lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -58,11 +63,24 @@ help:  ## list the targets
 quickstart: env  ## install, then one whole TRD run on a toy task (ARGS="key=value ..." overrides settings)
 	$(PY) -m nemo_trd.quickstart $(ARGS)
 
-test: environments lint  ## lint, then all tests that need no GPU and are not slow, with both megatron-core versions
-	$(PY) -m pytest $(PYTEST_ARGS) $(SIDE_BY_SIDE) -m "not slow and not gpu and not vllm and not slurm"
-	$(PY) -m pytest $(PYTEST_ARGS) -m "not slow and not gpu and (vllm or slurm)"
+test:  ## lint, then all tests that need no GPU and are not slow, with both megatron-core versions
+	$(MAKE) --no-print-directory --jobs=4 $(ENVIRONMENTS) lint
+	$(MAKE) --no-print-directory --jobs=2 busy-tests waiting-tests
+
+# Two rows side by side. What Slurm's tests do is mostly to wait; their output comes when they end.
+busy-tests:
+	$(MAKE) --no-print-directory test-here
 	$(MAKE) --no-print-directory test-mcore019
-	$(MAKE) --no-print-directory test-adapters
+
+waiting-tests:
+	$(MAKE) --no-print-directory --output-sync=target test-slurm
+	$(MAKE) --no-print-directory --output-sync=target test-adapters
+
+test-here: env vllm-env system-packages  ## of `make test`: all that needs no Slurm and no other environment
+	$(PY) -m pytest $(PYTEST_ARGS) $(SIDE_BY_SIDE) -m "not slow and not gpu and not slurm"
+
+test-slurm: env vllm-env system-packages  ## of `make test`: jobs on a Slurm of several nodes
+	$(PY) -m pytest $(PYTEST_ARGS) -m "slurm and not slow" tests/slurm
 
 test-mcore019: env env-mcore019  ## the tests that depend on megatron-core, with its version 0.19.2
 	$(PY_MCORE019) -m pytest $(PYTEST_ARGS) $(SIDE_BY_SIDE) -m "not slow and not gpu" $(MCORE_TESTS)
@@ -73,8 +91,9 @@ test-adapters: env aligner-env  ## recipes of other packages: NeMo-Aligner in it
 	NEMO_TRD_BRIDGE_SOURCE=$(VENV_ALIGNER)/megatron-bridge \
 		$(PY) -m pytest $(PYTEST_ARGS) tests/adapters/test_megatron_bridge.py -k "not forward_step_has"
 
-test-fast: env system-packages  ## tests of one process, side by side
+test-fast: env system-packages  ## tests of one process, of the package's own rooms
 	$(PY) -m pytest $(PYTEST_ARGS) $(SIDE_BY_SIDE) \
+		--ignore=tests/adapters --ignore=tests/benchmarks --ignore=tests/containers \
 		-m "not slow and not gpu and not distributed and not vllm and not slurm"
 
 test-slow: env vllm-env system-packages  ## tests longer than a minute each
@@ -111,7 +130,7 @@ system-packages:  ## Debian packages that tests need (Slurm, buildah, bubblewrap
 		--no-install-recommends $(SYSTEM_PACKAGES); }
 
 environments:  ## all environments and system packages, side by side
-	$(MAKE) --no-print-directory --jobs=4 env vllm-env env-mcore019 aligner-env system-packages
+	$(MAKE) --no-print-directory --jobs=4 $(ENVIRONMENTS)
 
 env: $(ENV) $(ENV_TE)  ## .venv: all pinned packages and this one, editable
 

@@ -145,20 +145,21 @@ def training_settings(sizes: Sizes, machine: Machine, tp: int) -> list[str]:
 
 def generation_cases(sizes: Sizes, machine: Machine, directory: Path) -> list[Case]:
     """One server by itself and with files as the way of weights, one with drafts, one over NCCL."""
-    missing = slow = None
+    missing = on_gpu = None
     try:
         _, is_cpu = find_vllm(None)
-        slow = "drafts are measured with a vLLM for GPUs" if is_cpu else None
+        on_gpu = "it takes a vLLM for GPUs" if is_cpu else None
     except ConfigError as error:
         missing = str(error)
     model = directory / sizes.shapes[0]
     if not missing and not model.exists():
         fitting_model(sizes.shapes[0], training_settings(sizes, machine, tp=1), directory)
     command = ["gpu_generation.py", "--model", str(model), *sizes.generation.split()]
-    two = missing or (None if machine.gpus > 1 else "trainer and server need a GPU each")
+    on_gpu = missing or on_gpu
+    two = on_gpu or (None if machine.gpus > 1 else "trainer and server need a GPU each")
     cases = [
         Case("generation", "plain, weights through files", [*command, "--sync", "file"], missing),
-        Case("generation", "drafts of n-grams", [*command, "--drafts"], missing or slow),
+        Case("generation", "drafts of n-grams", [*command, "--drafts"], on_gpu),
         Case("generation", "weights over NCCL", [*command, "--sync", "nccl"], two),
     ]
     return [dataclasses.replace(case, seconds=420.0) for case in cases]

@@ -45,11 +45,10 @@ from pydantic import SecretStr
 
 from nemo_trd.config.schema import VllmServer
 from nemo_trd.serve import guard
-from nemo_trd.serve.server import Server, start_all, stop_all
+from nemo_trd.serve.server import Server, stop_all
 
 LIMIT = 1.15  # times the ideal ratio
 HEAD_DIM = 32
-VOCABULARY = 4096
 PROMPT_WORDS = 48
 TEMPLATE_TOKENS = 16  # of a chat template and a refinement prompt, generously
 GENERATE, TRAIN = ("rollout", "refinement"), ("teacher", "student")
@@ -98,7 +97,7 @@ def make_inputs(args: argparse.Namespace, root: Path) -> None:
 
     logging.disable_progress_bar()
     special = ("<pad>", "<unk>", "<|end|>", "<|user|>", "<|assistant|>")
-    words = [f"w{number}" for number in range(VOCABULARY - len(special))]
+    words = [f"w{number}" for number in range(args.vocabulary - len(special))]
     ids = {word: number for number, word in enumerate((*special, *words))}
     core = Tokenizer(WordLevel(ids, unk_token="<unk>"))
     core.pre_tokenizer = WhitespaceSplit()
@@ -113,7 +112,7 @@ def make_inputs(args: argparse.Namespace, root: Path) -> None:
     )
     heads = args.hidden // HEAD_DIM
     config = Qwen3Config(
-        vocab_size=VOCABULARY,
+        vocab_size=args.vocabulary,
         hidden_size=args.hidden,
         intermediate_size=3 * args.hidden,
         num_hidden_layers=args.layers,
@@ -184,8 +183,10 @@ def on_cores(cores: Sequence[int]) -> Iterator[None]:
 
 
 @contextmanager
-def servers(args: argparse.Namespace, root: Path, key: str) -> Iterator[dict[str, str]]:
-    """A server of the student and one of the teacher; their URLs by role."""
+def servers(
+    args: argparse.Namespace, root: Path, key: str, cores: Mapping[str, Sequence[int]]
+) -> Iterator[dict[str, str]]:
+    """A server of the student and one of the teacher, each on its cores; their URLs by role."""
     server = VllmServer(
         python=None,
         dtype="fp32",
@@ -207,8 +208,11 @@ def servers(args: argparse.Namespace, root: Path, key: str) -> Iterator[dict[str
         for role in ("student", "teacher")
     }
     try:
-        with on_cores(args.server_cores):
-            start_all(list(by_role.values()))
+        for role, started in by_role.items():
+            with on_cores(cores[role]):
+                started.start()
+        for started in by_role.values():
+            started.wait_until_healthy()
         yield {role: started.url for role, started in by_role.items()}
     finally:
         stop_all(list(by_role.values()))
@@ -260,7 +264,8 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     )
     make_inputs(args, root)
     repeats: list[dict[str, Any]] = []
-    with servers(args, root, key) as urls:
+    cores = dict.fromkeys(("student", "teacher"), args.server_cores)
+    with servers(args, root, key, cores) as urls:
         for repeat in range(args.repeats):
             load = os.getloadavg()[0]
             by_staleness = {}
@@ -307,6 +312,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--hidden", type=int, default=384, help=f"a multiple of {HEAD_DIM}")
     parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--vocabulary", type=int, default=4096, help="tokens")
     parser.add_argument("--prompts", type=int, default=16, help="per step")
     parser.add_argument("--max-tokens", type=int, default=96, help="of a rollout and of a rewrite")
     parser.add_argument("--steps", type=int, default=5, help="that count, in each run")

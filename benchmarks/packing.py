@@ -6,7 +6,8 @@
 Forward and backward of the same model and sequences, without optimizer and loss head (the loss is
 the sum of squares of the hidden states at the labels), three ways:
 
-    packed       what runs train with: sequences one after the other, attention segment by segment
+    packed       what runs train with: sequences one after the other; a call of attention for
+                 neighbours of equal length
     by_length    the same pack, attention in one call for all segments of equal length
     padded       a sequence a row, as long as the longest of its micro-batch, and megatron-core's
                  own local attention, which forms all scores of a row; the sequences sorted by
@@ -24,10 +25,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -132,7 +133,7 @@ def measure(case: Mapping[str, Any], way: str) -> dict[str, float]:
         for layer in model.decoder.layers:
             layer.self_attention.core_attention = attention_by_length()
     forward = rows_at_labels if way == "padded" else pack_at_labels
-    batches = micro_batches([tuple(pair) for pair in case["lengths"]], case["budget"], way)
+    batches = micro_batches(case["lengths"], case["budget"], way)
     seconds, before, peak = [], peak_bytes(reset=True), 0
     for _ in range(2):
         model.zero_grad()
@@ -230,19 +231,24 @@ def peak_bytes(reset: bool = False) -> int:
 
 
 def measure_apart(case: Mapping[str, Any], way: str) -> dict[str, float]:
-    """`measure` in a process of its own.
+    """`measure` in a process of its own, forked from this one, which has imported everything.
 
     Raises:
-        RuntimeError: it failed; with the end of its output.
+        RuntimeError: it failed; its error is on stderr.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--way", way]
-    done = subprocess.run(
-        command, input=json.dumps(case), capture_output=True, text=True, env=environment
-    )
-    if done.returncode:
-        raise RuntimeError(f"{case['name']}, {way}:\n{done.stderr[-2000:]}")
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    import nemo_trd.megatron.student  # noqa: F401
+
+    processes = multiprocessing.get_context("fork")
+    receiver, sender = processes.Pipe(duplex=False)
+    process = processes.Process(target=lambda: sender.send(measure(case, way)))
+    process.start()
+    sender.close()
+    try:
+        result: dict[str, float] = receiver.recv()
+    except EOFError:
+        raise RuntimeError(f"{case['name']}, {way}: the process ended without a result") from None
+    finally:
+        process.join()
     return result
 
 
@@ -301,18 +307,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=30, help="of SmolLM2-135M")
     parser.add_argument("--long", type=int, default=8192, help="tokens of the long sequence")
     parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.way:
-        print(json.dumps(measure(json.load(sys.stdin), args.way)))
-        return
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # before torch comes
     results = []
     for case in make_cases(args):
         results.append(compare(case, args.repeats))
         print(f"{case['name']} done", file=sys.stderr, flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=2) + "\n")
     print(table(results))
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -76,11 +76,13 @@ def train(run: Run) -> int:
 
 
 def sample(run: Run, prompts: Sequence[Prompt], step: int, timers: Timers) -> list[Refinement]:
-    """Draw the student's answers to the prompts of a step, and the teacher's rewrites of them."""
-    with timers("rollout"):  # y_o ~ pi_theta(. | x)
-        rollouts = run.sampler.rollouts(prompts, step)
-    with timers("refinement"):  # y_r ~ pi_T(. | x, y_o), in OPSD pi_T(. | x, y*, y_o)
-        return run.sampler.refinements(rollouts, step)
+    """Draw the student's answers to the prompts of a step, and the teacher's rewrites of them.
+
+    y_o ~ pi_theta(. | x), and y_r ~ pi_T(. | x, y_o), in OPSD pi_T(. | x, y*, y_o).
+    """
+    drawn = run.sampler.sample(prompts, step)
+    timers.add(drawn.seconds)
+    return drawn.refinements
 
 
 def learn(

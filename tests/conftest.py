@@ -18,11 +18,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 # NeMo-Aligner's tests run in its own environment: `make test-adapters`.
 collect_ignore = [] if importlib.util.find_spec("nemo_aligner") else ["adapters/aligner"]
+LONG = ("vllm", "distributed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The longest first, for files that run side by side to end together.
-    items.sort(key=lambda item: item.get_closest_marker("distributed") is None)
+    items.sort(key=lambda item: [item.get_closest_marker(mark) is None for mark in LONG])
     gpu_tests = {item: mark for item in items if (mark := item.get_closest_marker("gpu"))}
     if not gpu_tests:
         return

@@ -180,7 +180,7 @@ class TRD:
         config = self.config
         size, seed = config.train.prompts_per_step, config.run.seed
         prompts = prompts_of_step(self._prompts, step, size, seed)
-        refinements = self._sampler.refinements(self._sampler.rollouts(prompts, step), step)
+        refinements = self._sampler.sample(prompts, step).refinements
         trajectories = pair(
             refinements,
             config,

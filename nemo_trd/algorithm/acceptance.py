@@ -37,10 +37,7 @@ def read_refinements(
     tokenizer: Any,
     verify: Verifier,
 ) -> list[Refinement]:
-    """Decide which rewrites can be trained on: those that ended by themselves and are not empty.
-
-    Being right is no condition: the verdict is recorded. `refinement.on_failure` decides what
-    happens to a rejected one, in `trajectories.pair`.
+    """Read the rewrite of each prompt; see `read_refinement`.
 
     Args:
         completions: one for each prompt that has token ids, in their order.
@@ -49,12 +46,20 @@ def read_refinements(
     assert num_requests == len(completions), (num_requests, len(completions))
     remaining = iter(completions)
     pairs = [(p, None if p.token_ids is None else next(remaining)) for p in prompts]
-    return judge_all(lambda pair: _read_refinement(*pair, tokenizer, verify), pairs)
+    return judge_all(lambda pair: read_refinement(*pair, tokenizer, verify), pairs)
 
 
-def _read_refinement(
+def read_refinement(
     request: RefinementPrompt, completion: Completion | None, tokenizer: Any, verify: Verifier
 ) -> Refinement:
+    """Decide whether a rewrite can be trained on: it ended by itself and is not empty.
+
+    Being right is no condition: the verdict is recorded. `refinement.on_failure` decides what
+    happens to a rejected one, in `trajectories.pair`.
+
+    Args:
+        completion: None exactly when no rewrite was asked for.
+    """
     if completion is None or request.token_ids is None:
         return Refinement(request, None, "", None, request.rejection)
     text = completion.text(tokenizer)

@@ -52,15 +52,16 @@ def scoring_kwargs(config: Config) -> dict[str, Any]:
 def refinement_prompts(
     rollouts: Sequence[Rollout], config: Config, teacher_tokenizer: Any
 ) -> list[RefinementPrompt]:
-    """Build c_T of every rollout, (x, y_o) or in OPSD (x, y*, y_o), or the reason for none.
+    """Build c_T of every rollout; see `refinement_prompt`."""
+    return [refinement_prompt(rollout, config, teacher_tokenizer) for rollout in rollouts]
+
+
+def refinement_prompt(rollout: Rollout, config: Config, tokenizer: Any) -> RefinementPrompt:
+    """Build c_T of a rollout, (x, y_o) or in OPSD (x, y*, y_o), or the reason for none.
 
     `refinement.subset` wrong and right take the rollouts with that verdict; one without a verdict
     is in neither. With `algorithm.trajectory=rollout` none is in the subset.
     """
-    return [_refinement_prompt(rollout, config, teacher_tokenizer) for rollout in rollouts]
-
-
-def _refinement_prompt(rollout: Rollout, config: Config, tokenizer: Any) -> RefinementPrompt:
     if not _in_subset(rollout, config):
         return RefinementPrompt(rollout, None, "subset")
     if rollout.completion.finish_reason == "abort":

@@ -160,7 +160,9 @@ class Loss(Section):
     # Divides the logits of both models before the softmax. Gradients follow: they are not scaled up
     # by its square.
     temperature: PositiveFloat
-    chunk_size: PositiveInt  # label positions whose logits exist at one time
+    # Label positions whose logits exist at one time. null: on a GPU as many as 4 GiB hold, between
+    # 256 and 2048; on a CPU 256.
+    chunk_size: PositiveInt | None
 
 
 class RefinementTemplates(Section):
@@ -515,7 +517,7 @@ class Assumptions(Section):
     mfu: Share  # share of the peak that training reaches, recomputation included
     fp8_mfu: Share  # the same in FP8
     memory_bandwidth_tb: PositiveFloat  # TB/s of one GPU
-    memory_utilization: Share  # share of the bandwidth that decoding reaches
+    memory_utilization: Share  # share of the bandwidth that decoding and the loss reach
     nvlink_gb: PositiveFloat  # GB/s from one GPU to another of its node
     network_gb: PositiveFloat  # GB/s from one GPU to one of another node
     mean_length: Share  # mean length of prompts and answers over the longest allowed

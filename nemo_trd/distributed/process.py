@@ -55,7 +55,8 @@ def to_device(tensor: torch.Tensor) -> torch.Tensor:
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
     """A copy in pinned host memory for `to_device`, for which the host does not wait either.
 
-    The host itself must not read it: it is complete when the device has come so far.
+    The host itself must not read it: it is complete when the device has come so far. A tensor that
+    is on the host already is returned as it is.
     """
     if not tensor.is_cuda:
         return tensor

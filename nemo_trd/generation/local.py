@@ -22,6 +22,7 @@ from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import LocalGeneration, ModelSource, Sampling
 from nemo_trd.data.types import Completion, GenerationRequest, TokenIds
 from nemo_trd.generation.gumbel import SeededSampler, seed_tensor
+from nemo_trd.generation.pending import Pending
 from nemo_trd.generation.protocol import Done
 from nemo_trd.generation.stop_strings import StopStrings, decoder
 from nemo_trd.models.directory import tensors_with_copies
@@ -99,6 +100,16 @@ class LocalGenerator:
                     for position in chosen:
                         done(position, completions[position])
         return [completions[i] for i in range(len(requests))]
+
+    async def stream(
+        self, requests: Sequence[Pending], sampling: Sampling, description: str, done: Done
+    ) -> None:
+        """Complete all requests once the last one is known: batches go by length."""
+        asked = [await request for request in requests]
+        made = [(position, request) for position, request in enumerate(asked) if request]
+        completions = self.generate([request for _, request in made], sampling, description)
+        for (position, _), completion in zip(made, completions, strict=True):
+            done(position, completion)
 
     @torch.inference_mode()
     def _generate_batch(

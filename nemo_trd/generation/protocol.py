@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from nemo_trd.config.schema import Sampling
 from nemo_trd.data.types import Completion, GenerationRequest
+from nemo_trd.generation.pending import Pending
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,8 @@ Done = Callable[[int, Completion], None]  # (position of the request, its comple
 class Generator(Protocol):
     """Samples continuations of token sequences."""
 
+    weight_version: int  # of the weights that sample; 0 for a frozen teacher
+
     def generate(
         self,
         requests: Sequence[GenerationRequest],
@@ -38,6 +41,16 @@ class Generator(Protocol):
         A completion depends on its request, the sampling and the weights, not on what else is
         asked for at the same time. `description` says in progress bars and errors what is
         generated ("rollouts", "refinements", ...). `done` hears of each as soon as it is there.
+        """
+        ...
+
+    async def stream(
+        self, requests: Sequence[Pending], sampling: Sampling, description: str, done: Done
+    ) -> None:
+        """Complete requests that become known in any order; `done` hears of each completion.
+
+        The completions are those of `generate`. Servers take a request as soon as it is known; a
+        generator that works in batches waits for all of them.
         """
         ...
 

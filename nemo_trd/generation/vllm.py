@@ -5,25 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr
-from tenacity import (
-    AsyncRetrying,
-    RetryError,
-    retry_if_exception_type,
-    stop_after_attempt,
-    wait_random_exponential,
-)
 from tqdm import tqdm
 
 from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import Sampling, VllmClient
 from nemo_trd.data.types import Completion, GenerationRequest, TokenIds
 from nemo_trd.generation.api import (
-    GENERATE,
     AttemptFailed,
     Connection,
     SampledTokens,
@@ -36,8 +27,10 @@ from nemo_trd.generation.api import (
     scoring_body,
     version_number,
 )
-from nemo_trd.generation.pool import Dispatcher, Member
-from nemo_trd.generation.protocol import Done, GenerationFailed
+from nemo_trd.generation.pending import Pending, any_request, known, run_loop
+from nemo_trd.generation.pool import Member
+from nemo_trd.generation.protocol import Done
+from nemo_trd.generation.session import Job, Session, open_session
 from nemo_trd.generation.stop_strings import Decode, StopStrings
 
 if TYPE_CHECKING:
@@ -45,21 +38,6 @@ if TYPE_CHECKING:
 
     from nemo_trd.generation.weight_sync import WeightSync
     from nemo_trd.models.vocabulary import Vocabulary
-
-Result = TypeVar("Result")
-
-
-class RequestFailed(GenerationFailed):
-    """All attempts at one request failed. Names every server that was asked, and its cause."""
-
-
-@dataclass(frozen=True)
-class _Job(Generic[Result]):
-    """One request, and how to read the response: (result, how many tokens it is worth)."""
-
-    body: dict[str, Any]
-    affinity: int | None
-    read: Callable[[Any, str], tuple[Result, int]]
 
 
 class VllmGenerator:
@@ -116,28 +94,70 @@ class VllmGenerator:
             AllReplicasDown: no server was usable for `recovery_timeout_seconds`, or none is and
                 we are `stopping`.
         """
-        for number, request in enumerate(requests):
-            if not request.prompt_token_ids:
-                raise ValueError(f"{description}: the prompt of request {number} is empty")
+        completions: dict[int, Completion] = {}
 
-        def read(content: Any, url: str, position: int) -> tuple[Completion, int]:
+        def keep(position: int, completion: Completion) -> None:
+            completions[position] = completion
+            if done:
+                done(position, completion)
+
+        async def stream() -> None:
+            await self.stream([known(request) for request in requests], sampling, description, keep)
+
+        run_loop(stream())
+        return [completions[position] for position in range(len(requests))]
+
+    async def stream(
+        self,
+        requests: Sequence[Pending],
+        sampling: Sampling,
+        description: str,
+        done: Done,
+    ) -> None:
+        """Complete each request as soon as it is known; see `Generator`. Raises as `generate`.
+
+        No server is asked for anything before there is a request.
+        """
+        if not await any_request(requests):
+            return
+        with self._lock:
+            async with self._open(len(requests), description) as session:
+                there = [request.result() for request in requests if request.done()]
+                self._check([r for r in there if r is not None], sampling, description)
+
+                async def answer(position: int) -> None:
+                    request = await requests[position]
+                    if request is None:
+                        return
+                    self._check([request], sampling, description)
+                    name = f"{description} {position}"
+                    done(position, await session.ask(self._job(name, request, sampling)))
+
+                async with asyncio.TaskGroup() as group:
+                    for position in range(len(requests)):
+                        group.create_task(answer(position))
+
+    def _job(self, name: str, request: GenerationRequest, sampling: Sampling) -> Job[Completion]:
+        def read(content: Any, url: str) -> tuple[Completion, int]:
             sampled = read_completion(content, url, sampling, self._eos_token_ids, self._logprobs)
             self._check_ids(sampled.token_ids, url)
             version = self._accept(sampled.weight_versions, url)
-            prompt = requests[position].prompt_token_ids
+            prompt = request.prompt_token_ids
             completion = self._completion(sampled, version, prompt, sampling, url)
-            if done:
-                done(position, completion)
             return completion, len(sampled.token_ids)
 
-        constraint = self.vocabulary.constraint
-        jobs = []
-        for position, request in enumerate(requests):
-            body = generation_body(request, sampling, self._eos_token_ids, self._logprobs)
-            body["sampling_params"] |= constraint
-            jobs.append(_Job(body, request.affinity, partial(read, position=position)))
+        body = generation_body(request, sampling, self._eos_token_ids, self._logprobs)
+        body["sampling_params"] |= self.vocabulary.constraint
+        return Job(name, body, request.affinity, read)
+
+    def _check(
+        self, requests: Sequence[GenerationRequest], sampling: Sampling, description: str
+    ) -> None:
         lengths = [len(request.prompt_token_ids) for request in requests]
-        return self._run(jobs, lengths, sampling.max_tokens, description)
+        if 0 in lengths:
+            number = lengths.index(0)
+            raise ValueError(f"{description}: the prompt of request {number} is empty")
+        self._check_lengths(lengths, sampling.max_tokens, description)
 
     def _completion(
         self, sampled: SampledTokens, version: int, prompt: TokenIds, sampling: Sampling, url: str
@@ -192,8 +212,21 @@ class VllmGenerator:
                 self._accept(versions, url)
                 return scores, len(scores.label_logprobs)
 
-            jobs.append(_Job(scoring_body(token_ids, top_k + spare), None, read))
-        return self._run(jobs, [len(ids) for ids, _ in sequences], 1, description)
+            name = f"{description} {number}"
+            jobs.append(Job(name, scoring_body(token_ids, top_k + spare), None, read))
+        if not jobs:
+            return []
+        return run_loop(self._score(jobs, max(len(ids) for ids, _ in sequences), description))
+
+    async def _score(
+        self, jobs: Sequence[Job[TokenScores]], longest: int, description: str
+    ) -> list[TokenScores]:
+        with self._lock:
+            async with self._open(len(jobs), description) as session:
+                self._check_lengths([longest], 1, description)
+                async with asyncio.TaskGroup() as group:
+                    scores = [group.create_task(session.ask(job)) for job in jobs]
+            return [task.result() for task in scores]
 
     def _check_ids(self, token_ids: TokenIds, url: str) -> None:
         """Raises AttemptFailed: it holds an id that no server of this model may sample."""
@@ -211,101 +244,12 @@ class VllmGenerator:
         self._sync.load_weights(tensors, version)
         self.weight_version = version
 
-    def _run(
-        self, jobs: list[_Job[Result]], lengths: list[int], max_tokens: int, description: str
-    ) -> list[Result]:
-        if not jobs:
-            return []
-        with self._lock:
-            try:
-                return asyncio.run(self._run_all(jobs, lengths, max_tokens, description))
-            except BaseExceptionGroup as group:
-                # The first failure cancelled the rest; what else failed meanwhile adds nothing.
-                raise group.exceptions[0] from None
-
-    async def _run_all(
-        self, jobs: list[_Job[Result]], lengths: list[int], max_tokens: int, description: str
-    ) -> list[Result]:
-        limit = len(self._members) * (self._settings.max_concurrency + 1)
-        secure = any(member.url.startswith("https:") for member in self._members)
-        connection = Connection(self._api_key, limit, secure)
-        dispatcher = Dispatcher(
-            self._members,
-            self._settings,
-            lambda member: self._probe(connection, member),
-            self._stopping,
-        )
+    def _open(self, total: int, description: str) -> AbstractAsyncContextManager[Session]:
         hide = not self._progress
-        try:
-            await dispatcher.check_all()
-            with tqdm(
-                total=len(jobs), desc=description, unit="seq", leave=False, disable=hide
-            ) as bar:
-                async with asyncio.TaskGroup() as group:
-                    watch = group.create_task(dispatcher.watch())
-                    await self._first_in_service(dispatcher)
-                    self._check_lengths(lengths, max_tokens, description)
-                    shown = _Progress(bar)
-                    tasks = [
-                        group.create_task(
-                            self._finish(job, dispatcher, connection, shown, f"{description} {i}")
-                        )
-                        for i, job in enumerate(jobs)
-                    ]
-                    results = [await task for task in tasks]
-                    watch.cancel()
-                return results
-        finally:
-            dispatcher.close()
-            await connection.close()
-
-    async def _first_in_service(self, dispatcher: Dispatcher) -> None:
-        async with dispatcher.lease(None, ()):
-            pass
-
-    async def _finish(
-        self,
-        job: _Job[Result],
-        dispatcher: Dispatcher,
-        connection: Connection,
-        progress: _Progress,
-        name: str,
-    ) -> Result:
-        """The result of one request, after as many attempts as it takes."""
-        settings = self._settings
-        failures: list[AttemptFailed] = []
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type(AttemptFailed),
-            stop=stop_after_attempt(settings.max_attempts),
-            wait=wait_random_exponential(settings.backoff_seconds, settings.max_backoff_seconds),
+        bar = tqdm(total=total, desc=description, unit="seq", leave=False, disable=hide)
+        return open_session(
+            self._members, self._settings, self._api_key, self._probe, self._stopping, bar
         )
-        try:
-            async for attempt in retrying:
-                with attempt:
-                    avoid = {failure.url for failure in failures}
-                    async with dispatcher.lease(job.affinity, avoid) as member:
-                        try:
-                            content = await connection.call(
-                                "POST",
-                                member.url,
-                                GENERATE,
-                                job.body,
-                                settings.request_timeout_seconds,
-                            )
-                            result, tokens = job.read(content, member.url)
-                        except AttemptFailed as failure:
-                            failures.append(failure)
-                            dispatcher.take_out(member, failure)
-                            raise
-                        member.failures = 0
-                        progress.add(tokens)
-                        return result
-        except RetryError:
-            pass
-        raise RequestFailed(
-            f"{name} failed {len(failures)} times (generation.vllm.client.max_attempts):"
-            + "".join(f"\n  {failure}" for failure in failures)
-        ) from None
 
     async def _probe(self, connection: Connection, member: Member) -> None:
         """Return when the replica can be given work.
@@ -373,20 +317,3 @@ class VllmGenerator:
                 if longest < limit
                 else "shorten the prompts",
             )
-
-
-class _Progress:
-    """Requests done, and tokens per second."""
-
-    def __init__(self, bar: tqdm) -> None:
-        self._bar = bar
-        self._tokens = 0
-
-    def add(self, tokens: int) -> None:
-        self._tokens += tokens
-        if self._bar.disable:
-            return
-        seconds = self._bar.format_dict["elapsed"]
-        if seconds > 0:
-            self._bar.set_postfix_str(f"{self._tokens / seconds:,.0f} tok/s", refresh=False)
-        self._bar.update()

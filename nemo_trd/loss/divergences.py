@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nemo_trd.config.schema import DivergenceName
+from nemo_trd.config.schema import DivergenceName, Loss
 
 
 @dataclass(frozen=True)
@@ -17,15 +17,50 @@ class Divergence:
 
     title: its name for people.
     workspace: number of fp32 tensors [chunk, V/tp] that its closed form holds at one time beside
-        the logits of both models.
+        the logits of both models, where its operators run one by one.
+    moved: bytes for one logit of both models that its kernels read and write on a GPU, with a
+        gradient in bf16 (docs/loss.md).
     """
 
     title: str
     workspace: float
+    moved: int
 
 
 DIVERGENCES: dict[DivergenceName, Divergence] = {
-    "forward_kl": Divergence("forward KL", workspace=5),
-    "reverse_kl": Divergence("reverse KL", workspace=5),
-    "jsd": Divergence("JSD", workspace=6.25),
+    "forward_kl": Divergence("forward KL", workspace=5, moved=18),
+    "reverse_kl": Divergence("reverse KL", workspace=5, moved=30),
+    "jsd": Divergence("JSD", workspace=6.25, moved=30),
 }
+
+TOP_K_WORKSPACE = 5.0  # of any divergence on the teacher's top k
+
+# Label positions of a chunk where loss.chunk_size is null. A CPU works on blocks of them in any
+# case. On a GPU a chunk reads and writes the whole gradient of the output weight, and above 2048
+# positions that no longer counts beside the matrix products.
+CPU_CHUNK = 256
+GPU_CHUNK = range(256, 2048)
+GPU_CHUNK_BYTES = 4 << 30
+
+
+def logit_bytes(loss: Loss) -> float:
+    """Most bytes in use for one logit of both models and what is computed from it.
+
+    That is with operators run one by one; compiled, the comparison holds less (docs/loss.md).
+    """
+    limited = loss.top_k is not None
+    return 4 * (2 + (TOP_K_WORKSPACE if limited else DIVERGENCES[loss.divergence].workspace))
+
+
+def chunk_size(loss: Loss, rows: int, on_gpu: bool) -> int:
+    """Number of label positions whose logits exist at one time.
+
+    Args:
+        rows: of the output weight on one rank.
+    """
+    if loss.chunk_size is not None:
+        return loss.chunk_size
+    if not on_gpu:
+        return CPU_CHUNK
+    fitting = int(GPU_CHUNK_BYTES / (rows * logit_bytes(loss)))
+    return min(GPU_CHUNK.stop, max(GPU_CHUNK.start, fitting))

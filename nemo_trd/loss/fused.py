@@ -9,10 +9,9 @@ O(chunk_size * vocabulary / tp), whatever the number of positions.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,21 +20,11 @@ from torch import Tensor
 
 from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import Loss
-from nemo_trd.loss.formulas import closed_form
-from nemo_trd.loss.logits import CPU_BLOCK_BYTES, full_precision, logits_of
-from nemo_trd.loss.top_k import TopK, most_likely, on_support, on_top_k
-from nemo_trd.loss.vocab_shard import VocabShard, log_softmax, own_shard, pick
-
-METRICS = (
-    "divergence",  # what is trained on: after the clip
-    "student_nll",  # of the labels
-    "teacher_nll",
-    "student_entropy",
-    "teacher_entropy",
-    "top1_agreement",  # positions where both have the same most likely token
-    "clipped",  # positions beyond loss.token_clip
-    "teacher_tail_mass",  # teacher probability outside its top k
-)
+from nemo_trd.loss.comparison import METRICS, comparing
+from nemo_trd.loss.divergences import chunk_size
+from nemo_trd.loss.logits import full_precision, logits_of
+from nemo_trd.loss.top_k import TopK, most_likely
+from nemo_trd.loss.vocab_shard import VocabShard, at_labels, log_softmax, own_shard
 
 TOP_K_IDS = "top-k ids of the teacher's servers"
 
@@ -94,7 +83,8 @@ def fused_divergence(
     shard = own_shard(student_weight.shape[0], vocab_size, group)
     if shard.group is not None:
         assert student_weight.shape[0] == teacher_weight.shape[0], "shards differ"
-    teacher = _Logits(teacher_hidden, teacher_weight[: shard.columns], loss)
+    longest = chunk_size(loss, shard.rows, student_weight.is_cuda)
+    teacher = _Logits(teacher_hidden, teacher_weight[: shard.columns], loss.temperature, longest)
     return _differentiable(student_hidden, student_weight, teacher, labels, loss, vocab_size, shard)
 
 
@@ -170,20 +160,19 @@ class _Logits:
     """A model's tempered logits [n, v] on this shard, a chunk at a time: the next overwrites the
     last.
 
-    hidden: [n, H]; weight: [v, H], no padding.
+    hidden: [n, H]; weight: [v, H], no padding; longest: positions of a chunk.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, loss: Loss) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, temperature: float, longest: int) -> None:
         self._hidden = hidden
         self._weight = weight
-        self._temperature = loss.temperature
-        longest = min(loss.chunk_size, len(hidden))
+        self._temperature = temperature
+        longest = min(longest, len(hidden))
         self._buffer = weight.new_empty(longest, len(weight), dtype=full_precision(weight))
 
     def __getitem__(self, chunk: slice) -> Tensor:
         hidden = self._hidden[chunk]
-        logits = logits_of(hidden, self._weight, out=self._buffer[: len(hidden)])
-        return logits if self._temperature == 1 else logits.div_(self._temperature)
+        return logits_of(hidden, self._weight, self._temperature, self._buffer[: len(hidden)])
 
 
 class _FusedDivergence(torch.autograd.Function):
@@ -208,22 +197,12 @@ class _FusedDivergence(torch.autograd.Function):
 
         # Padding is cut off here, once: no mask, no wasted work, no way for junk to come in.
         weight = student_weight[: shard.columns]
-        student = _Logits(student_hidden, weight, loss)
-        block = loss.chunk_size
-        if not weight.is_cuda:
-            row_bytes = student_weight.shape[0] * exact.itemsize  # the same on all ranks
-            block = max(1, CPU_BLOCK_BYTES // row_bytes)
-        for start in range(0, labels.numel(), loss.chunk_size):
-            chunk = slice(start, start + loss.chunk_size)
-            logits, others = student[chunk], teacher[chunk]
-            # The gradient takes the place of the logits. In half precision, as the products below
-            # need it, it is the first half of each row.
-            gradient = logits.view(weight.dtype)[:, : shard.columns]
-            for i in range(0, len(logits), block):
-                rows = slice(i, i + block)
-                statistics[:, chunk][:, rows], gradient[rows] = _tokens(
-                    logits[rows], others[rows], labels[chunk][rows], loss, shard
-                )
+        longest = chunk_size(loss, shard.rows, weight.is_cuda)
+        student = _Logits(student_hidden, weight, loss.temperature, longest)
+        compared = comparing(loss, shard, weight)
+        for start in range(0, labels.numel(), longest):
+            chunk = slice(start, start + longest)
+            statistics[:, chunk], gradient = compared(student[chunk], teacher[chunk], labels[chunk])
             if d_hidden is not None:
                 d_hidden[chunk] = gradient @ weight
             if d_weight is not None:
@@ -231,6 +210,7 @@ class _FusedDivergence(torch.autograd.Function):
                 _add_outer(d_weight[: shard.columns], gradient, hidden)
         ctx.gradients = d_hidden, d_weight
         ctx.weight_dtype = student_weight.dtype
+        ctx.temperature = loss.temperature
         ctx.mark_non_differentiable(statistics)
         return statistics[0].sum(), statistics
 
@@ -240,6 +220,7 @@ class _FusedDivergence(torch.autograd.Function):
             raise RuntimeError("the gradients of a divergence are handed out once, by backward()")
         d_hidden, d_weight = ctx.gradients
         ctx.gradients = None
+        upstream = upstream / ctx.temperature  # they are in the tempered logits
         if d_hidden is not None:
             d_hidden.mul_(upstream)
         if d_weight is not None:
@@ -255,91 +236,6 @@ def _add_outer(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
         torch.addmm(total, d_logits.t(), hidden, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(d_logits.t().to(total.dtype), hidden.to(total.dtype))
-
-
-def _tokens(
-    z_s: Tensor, teacher: Tensor | TopK, labels: Tensor, loss: Loss, shard: VocabShard
-) -> tuple[Tensor, Tensor]:
-    """Statistics of n positions, and the gradient in the student's raw logits.
-
-    Args:
-        z_s: [n, v], the student's tempered logits on this shard.
-        teacher: the teacher's, or the top k of these positions.
-        labels: [n]
-
-    Returns: [len(METRICS) + 1, n], whose last row is the divergence before the clip; and [n, v].
-    """
-    if isinstance(teacher, TopK):
-        compared = _with_top_k(z_s, teacher, labels, loss, shard)
-    else:
-        compared = _with_logits(z_s, teacher, labels, loss, shard)
-    value, gradient = compared.value, compared.gradient
-    if loss.token_clip is None:
-        clipped_value, clipped = value, torch.zeros_like(value)
-    else:
-        clipped_value, clipped = value.clamp(max=loss.token_clip), value > loss.token_clip
-        gradient.mul_(~clipped[:, None])
-    if loss.temperature != 1:
-        gradient.div_(loss.temperature)
-    both = (*compared.nll, *compared.entropy, compared.agreement)
-    rows = (clipped_value, *both, clipped, compared.tail, value)
-    return torch.stack([row.to(z_s.dtype) for row in rows]), gradient
-
-
-class _Comparison(NamedTuple):
-    """Comparison of both models at n positions; pairs are student and teacher."""
-
-    value: Tensor  # [n]
-    gradient: Tensor  # [n, v] in the student's tempered logits
-    tail: Tensor  # [n], the teacher's probability outside its top k
-    nll: tuple[Tensor, Tensor]
-    entropy: tuple[Tensor, Tensor]
-    agreement: Tensor  # [n], whether both have the same most likely id
-
-
-def _with_logits(
-    z_s: Tensor, z_t: Tensor, labels: Tensor, loss: Loss, shard: VocabShard
-) -> _Comparison:
-    (log_s, log_t), agreement = log_softmax([z_s, z_t], shard)
-    s, t = log_s.exp(), log_t.exp()
-    product = s * log_s
-    entropy_s = -product.sum(-1)
-    entropy_t = -torch.mul(t, log_t, out=product).sum(-1)
-    del product
-    nll_s, nll_t, entropy_s, entropy_t = shard.total(
-        -_label(log_s, labels, shard), -_label(log_t, labels, shard), entropy_s, entropy_t
-    )
-    if loss.top_k is None:
-        value, gradient = closed_form(loss)(log_s, log_t, s, t, shard.total)
-        tail = torch.zeros_like(value)
-    else:
-        del log_s, log_t, s, t
-        value, gradient, tail = on_top_k(z_s, z_t, loss, shard)
-    return _Comparison(value, gradient, tail, (nll_s, nll_t), (entropy_s, entropy_t), agreement)
-
-
-def _with_top_k(
-    z_s: Tensor, teacher: TopK, labels: Tensor, loss: Loss, shard: VocabShard
-) -> _Comparison:
-    """The teacher's entropy is not known, and is zero."""
-    (log_s,), _ = log_softmax([z_s], shard)
-    nll, entropy, at_best = shard.total(
-        -_label(log_s, labels, shard),
-        -(log_s.exp() * log_s).sum(-1),
-        pick(log_s, teacher.ids[:, :1], shard)[:, 0],
-    )
-    best = log_s.amax(-1) if shard.columns else torch.full_like(nll, -math.inf)
-    agreement = at_best == shard.gather(best).amax(0)
-    del log_s
-    top, tail = teacher.log_probs.to(z_s.dtype), teacher.log_tail().to(z_s.dtype)
-    value, gradient, tail_mass = on_support(z_s, teacher.ids, top, tail, loss, shard)
-    unknown, nll_t = torch.zeros_like(nll), -teacher.label_log_probs
-    return _Comparison(value, gradient, tail_mass, (nll, nll_t), (entropy, unknown), agreement)
-
-
-def _label(log_probs: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:
-    """[n]: of each row's label, zero where another rank holds it."""
-    return pick(log_probs, labels[:, None], shard)[:, 0]
 
 
 @torch.no_grad()
@@ -360,9 +256,9 @@ def token_nll(
     nll = hidden.new_empty(labels.numel(), dtype=full_precision(weight))
     for start in range(0, labels.numel(), chunk_size):
         chunk = slice(start, start + chunk_size)
-        logits = logits_of(hidden[chunk], weight)
-        (log_probs,), _ = log_softmax([logits.div_(temperature)], shard)
-        (nll[chunk],) = shard.total(-_label(log_probs, labels[chunk], shard))
+        logits = logits_of(hidden[chunk], weight, temperature)
+        (log_probs,), _ = log_softmax([logits], shard)
+        (nll[chunk],) = shard.total(-at_labels(log_probs, labels[chunk], shard))
     return nll
 
 
@@ -386,6 +282,6 @@ def top_k_of(
     for start in range(0, labels.numel(), chunk_size):
         chunk = slice(start, start + chunk_size)
         (log_probs,), _ = log_softmax([logits_of(hidden[chunk], weight)], shard)
-        (of_labels,) = shard.total(_label(log_probs, labels[chunk], shard))
+        (of_labels,) = shard.total(at_labels(log_probs, labels[chunk], shard))
         parts.append((*most_likely(log_probs, k, shard), of_labels))
     return TopK(*map(torch.cat, zip(*parts, strict=True)))

@@ -14,8 +14,11 @@ def full_precision(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-def logits_of(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """Logits [n, v] of hidden states [n, H] and output weight [v, H], in `full_precision`.
+def logits_of(
+    hidden: Tensor, weight: Tensor, temperature: float = 1.0, out: Tensor | None = None
+) -> Tensor:
+    """Tempered logits [n, v] of hidden states [n, H] and output weight [v, H], in
+    `full_precision`: the matrix product divides by the temperature.
 
     They are never rounded to half precision, whose steps are as large as what two models that are
     close to each other differ by. No gradient.
@@ -28,13 +31,14 @@ def logits_of(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tens
     weight = weight.detach()
     if out is None:
         out = hidden.new_empty(len(hidden), len(weight), dtype=exact)
+    product = {"beta": 0.0, "alpha": 1 / temperature}  # beta 0: what is in `out` has no effect
     if weight.dtype == exact:
-        return torch.mm(hidden, weight.t(), out=out)
+        return torch.addmm(out, hidden, weight.t(), **product, out=out)
     if weight.is_cuda:
-        return torch.mm(hidden, weight.t(), out_dtype=exact, out=out)
+        return torch.addmm(out, hidden, weight.t(), out_dtype=exact, **product, out=out)
     # A CPU has no such product. The factors are exact in fp32.
     hidden = hidden.to(exact)
     rows = max(1, CPU_BLOCK_BYTES // (weight.shape[1] * exact.itemsize))
     for columns, part in zip(out.split(rows, -1), weight.split(rows), strict=True):
-        torch.mm(hidden, part.to(exact).t(), out=columns)
+        torch.addmm(columns, hidden, part.to(exact).t(), **product, out=columns)
     return out

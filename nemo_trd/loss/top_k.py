@@ -29,6 +29,11 @@ class TopK:
     def __getitem__(self, rows: slice | Tensor) -> TopK:
         return TopK(self.ids[rows], self.log_probs[rows], self.label_log_probs[rows])
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All of it."""
+        return self.ids, self.log_probs, self.label_log_probs
+
     def moved(self, move: Callable[[Tensor], Tensor]) -> TopK:
         """The same with every tensor moved to another place."""
         return TopK(move(self.ids), move(self.log_probs), move(self.label_log_probs))

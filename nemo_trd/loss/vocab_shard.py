@@ -15,6 +15,7 @@ class VocabShard:
     """The columns of the vocabulary that this rank holds, and how ranks put theirs together."""
 
     first: int  # id of the first column
+    rows: int  # of the output weight on this rank, as on every other
     columns: int  # real ones: padding lies behind them and is never computed
     group: dist.ProcessGroup | None  # None: this rank holds all columns
 
@@ -26,9 +27,10 @@ class VocabShard:
         """[...] of every rank -> [ranks, ...]"""
         if self.group is None:
             return own[None]
-        parts = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(parts, own.contiguous(), group=self.group)
-        return torch.stack(parts)
+        ranks = dist.get_world_size(self.group)
+        every = own.new_empty(ranks * len(own), *own.shape[1:])
+        dist.all_gather_into_tensor(every, own.contiguous(), group=self.group)
+        return every.view(ranks, *own.shape)
 
     def total(self, *sums: Tensor) -> tuple[Tensor, ...]:
         """Sums over this rank's columns -> sums over the vocabulary."""
@@ -50,7 +52,7 @@ def own_shard(rows: int, vocab_size: int, group: dist.ProcessGroup | None) -> Vo
     first = 0 if group is None else dist.get_rank(group) * rows
     held = rows * (1 if group is None else dist.get_world_size(group))
     assert held >= vocab_size, f"{held} output rows for a vocabulary of {vocab_size}"
-    return VocabShard(first, min(max(vocab_size - first, 0), rows), group)
+    return VocabShard(first, rows, min(max(vocab_size - first, 0), rows), group)
 
 
 def log_softmax(logits: list[Tensor], shard: VocabShard) -> tuple[list[Tensor], Tensor]:
@@ -91,6 +93,11 @@ def pick(values: Tensor, ids: Tensor, shard: VocabShard) -> Tensor:
         return values.new_zeros(ids.shape)
     columns, own = _columns(ids, shard)
     return torch.where(own, values.gather(-1, columns), 0)
+
+
+def at_labels(values: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:
+    """[n]: the value [n, v] at each row's label [n], zero where another rank holds it."""
+    return pick(values, labels[:, None], shard)[:, 0]
 
 
 def add(values: Tensor, ids: Tensor, terms: Tensor, shard: VocabShard) -> Tensor:

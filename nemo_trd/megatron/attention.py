@@ -8,6 +8,7 @@ know them as numbers of the host, so nothing is read back, and there is no mask 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -32,8 +33,8 @@ class Segments(PackedSeqParams):
     """
 
     lengths: tuple[int, ...] = ()  # tokens of each segment, on all context parallel ranks together
-    # For each segment: number of tokens at which this rank asks, and how many first tokens of the
-    # segment the last of them sees; two such pairs with context parallelism.
+    # With context parallelism, for each of this rank's two parts of each segment: number of its
+    # tokens, and how many first tokens of the segment the last of them sees.
     queries: tuple[tuple[tuple[int, int], ...], ...] = ()
     position_ids: Tensor | None = None  # of this rank's tokens, on the device
     # With context parallelism, on the device: places in the pack of rank 0's tokens, rank 1's, ...,
@@ -67,7 +68,6 @@ def _local_segments(batch: ContextBatch, size: int, rank: int) -> Segments:
     pack = Segments(
         qkv_format="sbhd",
         lengths=batch.lengths,
-        queries=tuple(((length, length),) for length in batch.lengths),
         position_ids=to_device(batch.position_ids[0]),
     )
     if size > 1:
@@ -82,10 +82,11 @@ def _local_segments(batch: ContextBatch, size: int, rank: int) -> Segments:
 class SegmentAttention(torch.nn.Module):
     """Core attention of the local layers, causal within each segment.
 
-    Keys and values may have fewer heads than queries: each serves a group of them. One call a
-    segment: a call for all segments of equal length takes longer on a CPU, since their tokens have
-    to be gathered (benchmarks/packing.py has both).
-    Context parallel ranks gather the keys and values of whole sequences.
+    Keys and values may have fewer heads than queries: each serves a group of them. One call
+    for neighbours of equal length, and micro-batches have the longest first: gathering all equal
+    ones from where they are costs more than their common call saves, unless most are equal
+    (benchmarks/packing.py has that too). Context parallel ranks gather the keys and values of whole
+    sequences.
     """
 
     def __init__(
@@ -109,32 +110,45 @@ class SegmentAttention(torch.nn.Module):
         **unused: Any,
     ) -> Tensor:
         """[t, 1, heads, d] -> [t, 1, heads * d]."""
-        pack = packed_seq_params
-        keys, values = (self._whole(x[:, 0], pack).split(pack.lengths) for x in (key, value))
-        queries = iter(query[:, 0].split([n for parts in pack.queries for n, _ in parts]))
+        pack, q, k, v = packed_seq_params, query[:, 0], key[:, 0], value[:, 0]
+        attend = _within_segments if pack.places is None else self._over_ranks
+        return attend(q, k, v, pack)[:, None]
+
+    def _over_ranks(self, query: Tensor, key: Tensor, value: Tensor, pack: Segments) -> Tensor:
+        """Attention of this rank's two parts of each segment to all that comes before."""
+        keys, values = (
+            GatherTokens.apply(x, pack.places, pack.order, self._cp).split(pack.lengths)
+            for x in (key, value)
+        )
+        queries = iter(query.split([n for parts in pack.queries for n, _ in parts]))
         of_parts = [
-            _attend(next(queries), k[:seen], v[:seen])
+            _attend_as_last(next(queries), k[:seen], v[:seen])
             for parts, k, v in zip(pack.queries, keys, values, strict=True)
             for _, seen in parts
         ]
-        return torch.cat(of_parts)[:, None]
-
-    def _whole(self, own: Tensor, pack: Segments) -> Tensor:
-        """This rank's tokens -> all tokens of the pack, in their order."""
-        if pack.places is None:
-            return own
-        return GatherTokens.apply(own, pack.places, pack.order, self._cp)
+        return torch.cat(of_parts)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _within_segments(query: Tensor, key: Tensor, value: Tensor, pack: Segments) -> Tensor:
+    runs = [(n, len(list(same))) for n, same in groupby(pack.lengths)]
+    lengths, sizes = [n for n, _ in runs], [n * count for n, count in runs]
+    q, k, v = (x.split(sizes) for x in (query, key, value))
+    return torch.cat([_attend(*run) for run in zip(q, k, v, lengths, strict=True)])
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, length: int) -> Tensor:
+    """Causal attention within segments of one length: [n, heads, d] -> [n, heads * d]."""
+    q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (query, key, value))
+    result = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return result.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _attend_as_last(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Causal attention of the last tokens of a sequence: [n, heads, d] -> [n, heads * d]."""
     n, seen = len(query), len(key)
-    mask = None
-    if n < seen:
-        mask = torch.ones(n, seen, dtype=torch.bool, device=query.device).tril(seen - n)
+    mask = torch.ones(n, seen, dtype=torch.bool, device=query.device).tril(seen - n)
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-    causal = mask is None
-    result = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+    result = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
     return result[0].transpose(0, 1).flatten(1)
 
 

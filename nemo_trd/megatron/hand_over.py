@@ -1,21 +1,22 @@
 """Brings the teacher's states to the ranks that compute the loss, while the teacher computes on.
 
-Round k of a step hands over the kth micro-batch of every data parallel teacher. The sends and
-receives of a rank in one round are one batch, and no host waits for them.
+Round k of a step hands over the kth micro-batch of every data parallel teacher; on the teacher's
+side that is one pack of sequences or several. The sends and receives of a rank in one round are one
+batch, and no host waits for them.
 
 Why ranks never wait for each other in a circle: NCCL runs what a rank asks of a communicator in the
 order in which it was asked, and a GPU may run nothing else until the partners in it have come. So
 what ranks ask for, of all communicators together, must be in one order that holds for all of them.
-This one does, at times t = 0, 1, ...:
+Teachers meet in rounds only, so an order of each one's passes and of the rounds is enough. Here it
+is, at times t = 0, 1, ... of a teacher:
 
-  1. each stage p of each teacher passes its micro-batch t - p forward;
+  1. each stage p passes pack t - p forward;
   2. it sends the result to the stage behind, the last stages first;
-  3. round t - (stages - 1) is handed over: what the last stages have just computed.
+  3. the round is handed over of which the last stage has just computed the last pack.
 
-A rank of stage p comes to its ith micro-batch at time i + p, having started the rounds before
-i - (stages - 1 - p); when it has passed its last one it starts the rest. So it does not matter
-which ranks hold which stages of teacher and student. A micro-batch of several packs takes as many
-times, and its round comes after its last; times are each teacher's own, rounds are everyone's.
+A rank of stage p comes to its ith pack at time i + p, having started the rounds that end before
+pack i - (stages - 1 - p); when it has passed its last one it starts the rest. So it does not matter
+which ranks hold which stages of teacher and student.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class HandOver:
     """The states of one step on their way. Every rank makes one.
 
     Attributes:
-        computed: states [n, h] that this rank's teacher has computed of each pack, to be handed
+        computed: states [n, h] of each pack that this rank's teacher has computed, to be handed
             over in turn; on the teacher's last stage only.
     """
 
@@ -77,7 +78,8 @@ class HandOver:
             offload: whether they are kept in host memory.
         """
         self.computed: deque[Tensor] = deque()
-        self._plan, self._rounds, self._like, self._offload = plan, rounds, like, offload
+        self._plan, self._rounds = plan, rounds
+        self._like, self._offload = like, offload
         self._sources, self._destinations = sources, destinations
         # Found beforehand: within the passes nothing is read, on the host either.
         self._pieces = {
@@ -111,8 +113,10 @@ class HandOver:
     def _start_round(self, states: Round) -> None:
         me, operations = dist.get_rank(), []
         for (student, position), sources in zip(states, self._sources, strict=False):
-            own = self._next_computed(student, position) if _is_among(me, sources) else None
-            arriving = []
+            own, arriving = None, []
+            if _is_among(me, sources):
+                packs = self._plan[student][position].teacher
+                own = torch.cat([self.computed.popleft() for _ in packs])
             for piece in self._pieces[student, position]:
                 if me == piece.source:
                     assert own is not None
@@ -128,11 +132,6 @@ class HandOver:
                 self._arriving[position] = arriving
         if operations:
             self._works = dist.batch_isend_irecv(operations)
-
-    def _next_computed(self, student: int, position: int) -> Tensor:
-        """States of this rank's part of a micro-batch, of all of the teacher's packs."""
-        states = [self.computed.popleft() for _ in self._plan[student][position].teacher]
-        return states[0] if len(states) == 1 else torch.cat(states)
 
     def _end_round(self) -> None:
         for work in self._works:
@@ -163,7 +162,7 @@ def _exchange(piece: Piece, state: Tensor) -> dist.P2POp:
 def _rows(states: Tensor, rows: Tensor) -> Tensor:
     """Some rows of states, in their order; all of them are not copied."""
     if len(rows) == len(states):
-        return states.contiguous()
+        return states
     return states.index_select(0, to_device(rows))
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors import safe_open
@@ -71,8 +72,11 @@ def load_hf_weights(
     reader = _Reader(path, hf)
     with torch.no_grad():
         for model in models:
-            for part in _parts(model, hf):
-                reader.read_into(part, groups.tp.rank())
+            for parameter, weight, parts in _parameters(model, hf):
+                for part in parts:
+                    reader.read_into(part, groups.tp.rank())
+                if is_float8tensor(parameter):
+                    parameter.copy_(weight)
     if any(model.post_process for model in models):
         reader.check_tied(groups.tp.rank(), groups.tp.size())
 
@@ -200,20 +204,33 @@ class _Reader:
 
 def _parts(model: HiddenStatesModel, hf: PretrainedConfig) -> Iterator[_Part]:
     """Where the tensors that `model` holds lie in its parameters."""
+    for _, _, parts in _parameters(model, hf):
+        yield from parts
+
+
+def _parameters(
+    model: HiddenStatesModel, hf: PretrainedConfig
+) -> Iterator[tuple[Tensor, Tensor, list[_Part]]]:
+    """Each parameter of `model`, its values, and the Hugging Face tensors that lie in these.
+
+    The values are the parameter's own; of one in FP8 they are for it to be rounded from.
+    """
     family, tensors = family_of(hf), expected_tensors(hf)
     outer = family.outer_parameters(tied=bool(hf.tie_word_embeddings))
     inner = family.layer_parameters()
-    for parameter, weight in model.named_parameters():
-        if parameter in outer:
-            name = outer[parameter]
-            yield _Part(name, weight.data, tensors[name])
+    for name, parameter in model.named_parameters():
+        weight = parameter.data
+        if is_float8tensor(weight):
+            weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        if name in outer:
+            yield parameter, weight, [_Part(outer[name], weight, tensors[outer[name]])]
             continue
-        _, _, index, rest = parameter.split(".", 3)  # decoder.layers.N
+        _, _, index, rest = name.split(".", 3)  # decoder.layers.N
         layer = model.decoder.layers[int(index)].layer_number - 1
-        views = _views(rest, weight.data, model.config)
-        for below, view in zip(inner[rest], views, strict=True):
-            name = f"{family.layers}.{layer}.{below}"
-            yield _Part(name, view, tensors[name])
+        names = [f"{family.layers}.{layer}.{below}" for below in inner[rest]]
+        views = _views(rest, weight, model.config)
+        parts = [_Part(n, view, tensors[n]) for n, view in zip(names, views, strict=True)]
+        yield parameter, weight, parts
 
 
 def _views(parameter: str, weight: Tensor, config: TransformerConfig) -> Sequence[Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from nemo_trd.config.schema import Loss, ModelSource
 from nemo_trd.data.types import Microbatch
 from nemo_trd.distributed.process import device, to_device
+from nemo_trd.loss.divergences import chunk_size
 from nemo_trd.loss.fused import (
     TOP_K_IDS,
     DivergenceOutput,
@@ -102,7 +103,7 @@ class LossHead:
             _labels(micro_batch, vocab_size),
             temperature=1.0,
             vocab_size=vocab_size,
-            chunk_size=self.loss.chunk_size,
+            chunk_size=chunk_size(self.loss, len(weight), weight.is_cuda),
             group=self.groups.tp,
         )
 
@@ -117,14 +118,15 @@ class LossHead:
         """
         if isinstance(teacher, TopK):
             return TopK(teacher.ids[:, :k], teacher.log_probs[:, :k], teacher.label_log_probs)
-        assert self.teacher_weight is not None
+        weight = self.teacher_weight
+        assert weight is not None
         return top_k_of(
             to_device(teacher),
-            self.teacher_weight,
+            weight,
             to_device(labels),
             k,
             vocab_size=vocab_size,
-            chunk_size=self.loss.chunk_size,
+            chunk_size=chunk_size(self.loss, len(weight), weight.is_cuda),
             group=self.groups.tp,
         )
 

@@ -77,12 +77,14 @@ def transformer_config(
     precision: Precision,
     recompute: Literal["none", "selective", "full"] = "none",
     fp8: str | None = None,
+    frozen: bool = False,
 ) -> TransformerConfig:
     """Megatron's settings of one model.
 
     Args:
         recompute: which activations the backward pass computes again.
         fp8: format of this model, `precision.fp8` or `precision.teacher_fp8`.
+        frozen: whether no weight ever changes: in FP8 they are then kept in FP8 alone.
 
     Raises:
         ConfigError: an unsupported model, or what needs TransformerEngine without it.
@@ -126,6 +128,7 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         fp8=fp8,
+        fp8_param=frozen and fp8 is not None,
         fp8_recipe=precision.fp8_recipe,
         recompute_granularity=None if recompute == "none" else recompute,
         calculate_per_token_loss=True,  # gradients are sums; the caller divides by one count
@@ -209,14 +212,14 @@ def build_model(
     precision: Precision,
     recompute: Literal["none", "selective", "full"] = "none",
     fp8: str | None = None,
+    frozen: bool = False,
 ) -> list[HiddenStatesModel]:
     """This rank's stages of a model, one for each virtual stage, with weights not yet set.
 
-    Raises:
-        ConfigError: as `transformer_config`.
+    Args and raises: as `transformer_config`.
     """
     _set_megatron_globals()
-    config = transformer_config(hf, layout, precision, recompute, fp8)
+    config = transformer_config(hf, layout, precision, recompute, fp8, frozen)
     tied = bool(hf.tie_word_embeddings)
     virtual = layout.virtual_pipeline_model_parallel_size
     stage, last_stage = groups.pp.rank(), groups.pp.size() - 1

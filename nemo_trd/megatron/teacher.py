@@ -48,16 +48,20 @@ class Teacher:
         hf = load_hf_config(source.path, source.trust_remote_code)
         self._hidden_size = hf.hidden_size
         self._model: HiddenStatesModel
-        (self._model,) = models = build_model(
-            hf, self._layout, self._groups, config.precision, fp8=config.precision.teacher_fp8
-        )
+        precision = config.precision
+        with torch.no_grad():  # weights in FP8 would get a second copy for the backward pass
+            (self._model,) = models = build_model(
+                *(hf, self._layout, self._groups, precision),
+                fp8=precision.teacher_fp8,
+                frozen=True,
+            )
         load_hf_weights(models, hf, source.path, self._groups)
         self._model.requires_grad_(False).eval()
         self._dtype = self._model.config.params_dtype
         self._sources = last_stage_ranks(self._groups)
         self._destinations = last_stage_ranks(student_groups)
         if self._offload_weights:
-            self._model.to("cpu")
+            move(self._model, torch.device("cpu"))
         open_communicator()
 
     @torch.no_grad()
@@ -69,7 +73,7 @@ class Teacher:
         """
         rounds = rounds_of(micro_batches, self._groups.dp.size())
         mine = self._groups.dp.rank()
-        own = [micro_batches[s][p] for states in rounds for s, p in states[mine : mine + 1]]
+        own = [micro_batches[s][p].teacher for states in rounds for s, p in states[mine : mine + 1]]
         hand_over = HandOver(
             micro_batches,
             rounds,
@@ -79,30 +83,29 @@ class Teacher:
             offload=self._offload_states,
         )
         if self._offload_weights:
-            self._model.to(device())
-        if own:  # a pipeline runs in lock-step with itself only: teachers may differ by one
+            move(self._model, device())
+        if own:  # a pipeline runs in lock-step with itself only: replicas may have other numbers
             self._forward(own, hand_over)
         if self._offload_weights:
-            self._model.to("cpu")
+            move(self._model, torch.device("cpu"))
         return hand_over.finish()
 
-    def _forward(self, micro_batches: Sequence[Microbatch], hand_over: HandOver) -> None:
-        """Pass this rank's micro-batches forward; hand over what the ones before have given."""
-        cp, behind = self._groups.cp, self._groups.pp.size() - 1 - self._groups.pp.rank()
-        packs = [
-            own_context(pack, cp.size(), cp.rank())
-            for batch in micro_batches
-            for pack in batch.teacher
-        ]
-        last_packs = list(accumulate(len(batch.teacher) for batch in micro_batches))
+    def _forward(
+        self, micro_batches: Sequence[Sequence[ContextBatch]], hand_over: HandOver
+    ) -> None:
+        """Pass the packs of micro-batches forward; hand over what the ones before have given."""
+        cp = self._groups.cp
+        packs = [own_context(p, cp.size(), cp.rank()) for packs in micro_batches for p in packs]
+        behind = self._groups.pp.size() - 1 - self._groups.pp.rank()
+        computed = list(accumulate(len(packs) for packs in micro_batches))  # packs, by round
 
         def keep(pack: ContextBatch, hidden: Tensor, non_loss_data: bool) -> None:
-            split = self._layout.sequence_parallel
-            hand_over.computed.append(label_rows(hidden, pack, self._groups, split))
+            rows = label_rows(hidden, pack, self._groups, self._layout.sequence_parallel)
+            hand_over.computed.append(rows)
 
         def forward_step(iterator, model):  # noqa: ANN001, ANN202  (megatron's signature)
             number, pack = next(iterator)
-            hand_over.start(bisect_right(last_packs, number - behind))
+            hand_over.start(bisect_right(computed, number - behind))
             return run_model(model, pack), partial(keep, pack)
 
         run_schedule(
@@ -114,3 +117,14 @@ class Teacher:
             forward_only=True,
             collect=True,
         )
+
+
+def move(model: torch.nn.Module, target: torch.device) -> None:
+    """Move frozen parameters to a device, those in FP8 too.
+
+    `Module.to` would set their data, which TransformerEngine brings back to where they were.
+    """
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            moved = torch.nn.Parameter(parameter.detach().to(target), requires_grad=False)
+            module._parameters[name] = moved

@@ -8,8 +8,9 @@ from typing import Any
 
 from nemo_trd.config.errors import ConfigError
 from nemo_trd.config.schema import Config, Layout
+from nemo_trd.loss.divergences import chunk_size
 from nemo_trd.models.rules import check_layout
-from nemo_trd.plan.memory import GIB, GpuMemory, replicas, training_memory
+from nemo_trd.plan.memory import GIB, GpuMemory, replicas, training_memory, vocabulary_rows
 from nemo_trd.preflight.batch import batch_problems
 
 SIZES = (  # of a layout, in the order in which they are enlarged
@@ -108,8 +109,9 @@ def changes(config: Config, student: Any, teacher: Any) -> Iterator[tuple[str, C
         yield "teacher.offload_weights=true", _with(config, "teacher", offload_weights=True)
     if config.train.recompute != "full":
         yield "train.recompute=full", _with(config, "train", recompute="full")
-    if config.loss.chunk_size > 128:
-        half = config.loss.chunk_size // 2
+    rows = vocabulary_rows(student, layout)
+    half = chunk_size(config.loss, rows, on_gpu=True) // 2
+    if half >= 128:
         yield f"loss.chunk_size={half}", _with(config, "loss", chunk_size=half)
     yield from _larger_layouts(config, student, teacher)
     nodes = 2 * config.cluster.training_nodes

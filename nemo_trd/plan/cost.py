@@ -13,10 +13,11 @@ from typing import Any
 
 from nemo_trd.config.lengths import longest_answer, longest_trajectory
 from nemo_trd.config.schema import Cluster, Config, Layout
+from nemo_trd.loss.divergences import DIVERGENCES, chunk_size
 from nemo_trd.models.dtypes import ELEMENT_BYTES
 from nemo_trd.models.flops import forward_flops
 from nemo_trd.plan.context_parallel import rings
-from nemo_trd.plan.memory import GIB, generations, trajectories_per_rank
+from nemo_trd.plan.memory import GIB, generations, trajectories_per_rank, vocabulary_rows
 from nemo_trd.plan.shapes import key_value_bytes, parameters
 
 TERA = 1e12
@@ -86,9 +87,7 @@ def step_time(config: Config, student: Any, teacher: Any) -> StepTime:
     world = config.cluster.world_size
     rate, teacher_rate = (training_rate(config, fp8) for fp8 in _in_fp8(config))
     ring = rings(config, student, teacher, training_rate(config, False))
-    # The loss is computed by the last stages alone, in bf16; the other stages wait for them.
-    last_stage = world / parallel.student.pipeline_model_parallel_size
-    loss = flops.loss / (last_stage * training_rate(config, False))
+    loss = loss_seconds(config, student, teacher)
     seconds = {
         role: generation_seconds(config, role, hf, context, completion)
         for role, hf, context, completion in generations(config, student, teacher)
@@ -113,6 +112,27 @@ def step_time(config: Config, student: Any, teacher: Any) -> StepTime:
 def _in_fp8(config: Config) -> tuple[bool, bool]:
     """Whether student and teacher multiply in FP8."""
     return config.precision.fp8 is not None, config.precision.teacher_fp8 is not None
+
+
+def loss_seconds(config: Config, student: Any, teacher: Any) -> float:
+    """Seconds of the loss of one step, in bf16; the last stages compute it, the others wait.
+
+    Its four matrix products at the training rate, but the one of the weight's gradient no faster
+    than memory, from which each chunk reads the fp32 sum and to which it writes it; and what the
+    comparison of both models moves.
+    """
+    layout, assumptions = config.parallel.student, config.cluster.assumptions
+    gpus = config.cluster.world_size / layout.pipeline_model_parallel_size
+    labels = config.train.trajectories_per_step * assumptions.mean_length * longest_answer(config)
+    vocabulary = min(student.vocab_size, teacher.vocab_size)
+    rate = training_rate(config, False)
+    bandwidth = assumptions.memory_bandwidth_tb * TERA * assumptions.memory_utilization
+    chunk = chunk_size(config.loss, vocabulary_rows(student, layout), on_gpu=True)
+    hidden = student.hidden_size
+    products = 2 * (2 * hidden + teacher.hidden_size) / rate
+    weight_gradient = max(2 * hidden / rate, 8 * hidden / (chunk * bandwidth))
+    compared = DIVERGENCES[config.loss.divergence].moved / bandwidth
+    return labels / gpus * vocabulary * (products + weight_gradient + compared)
 
 
 def training_rate(config: Config, fp8: bool) -> float:

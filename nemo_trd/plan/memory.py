@@ -12,7 +12,7 @@ from typing import Any
 
 from nemo_trd.config.lengths import longest_answer, longest_trajectory
 from nemo_trd.config.schema import Config, Layout
-from nemo_trd.loss.divergences import DIVERGENCES
+from nemo_trd.loss.divergences import chunk_size, logit_bytes
 from nemo_trd.models.dtypes import ELEMENT_BYTES
 from nemo_trd.models.family import PackAlignment, pack_alignment, padded_vocab_size
 from nemo_trd.plan.activations import (
@@ -24,7 +24,6 @@ from nemo_trd.plan.activations import (
 from nemo_trd.plan.shapes import key_value_bytes, parameters, stage_parameters
 
 GIB = 2**30
-TOP_K_TENSORS = 5  # workspace of any divergence on the teacher's top k
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ def _held(config: Config, student: Any, teacher: Any, stage: int) -> dict[str, i
         held["fp8 copies"] = 2 * stage_parameters(student, layout)[stage].linear
     last = stage == layout.pipeline_model_parallel_size - 1
     if last and config.teacher.scoring == "megatron":
-        rows = _vocabulary_rows(student, layout)
+        rows = vocabulary_rows(student, layout)
         held["teacher output weight"] = rows * teacher.hidden_size * element
     if config.generation.backend == "local":
         element = ELEMENT_BYTES[config.generation.local.dtype]
@@ -206,15 +205,16 @@ def _held(config: Config, student: Any, teacher: Any, stage: int) -> dict[str, i
     return held
 
 
-def _vocabulary_rows(hf: Any, layout: Layout) -> int:
+def vocabulary_rows(hf: Any, layout: Layout) -> int:
     tp = layout.tensor_model_parallel_size
     return padded_vocab_size(hf.vocab_size, tp) // tp
 
 
 def _teacher_weights(config: Config, teacher: Any, stage: int) -> dict[str, int]:
     count = stage_parameters(teacher, config.parallel.teacher)[stage]
-    copies = count.linear if config.precision.teacher_fp8 is not None else 0
-    return {"teacher weights": count.total * ELEMENT_BYTES[config.precision.dtype] + copies}
+    in_fp8 = count.linear if config.precision.teacher_fp8 is not None else 0
+    element = ELEMENT_BYTES[config.precision.dtype]
+    return {"teacher weights": (count.total - in_fp8) * element + in_fp8}
 
 
 def _teacher_phase(
@@ -269,11 +269,9 @@ def activation_bytes(config: Config, hf: Any, stage: int, tokens: int) -> int:
 def loss_workspace_bytes(config: Config, student: Any, lengths: Lengths) -> int:
     """Largest number of bytes that `loss.fused` holds, with the label rows that go into it."""
     layout, element = config.parallel.student, ELEMENT_BYTES[config.precision.dtype]
-    rows, hidden = _vocabulary_rows(student, layout), student.hidden_size
-    chunk = min(config.loss.chunk_size, lengths.labels)
-    limited = config.loss.top_k is not None
-    tensors = TOP_K_TENSORS if limited else DIVERGENCES[config.loss.divergence].workspace
-    logits = round(chunk * rows * 4 * (2 + tensors))  # fp32, whatever the weights
+    rows, hidden = vocabulary_rows(student, layout), student.hidden_size
+    chunk = min(chunk_size(config.loss, rows, on_gpu=True), lengths.labels)
+    logits = round(chunk * rows * logit_bytes(config.loss))
     logits += chunk * hidden * (element + 4) + lengths.labels * 80  # a chunk's rows; statistics
     # Summed in fp32; when the logits are gone it is copied to the weight's dtype.
     weight_gradient = rows * hidden * 4

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_trd.algorithm.change import first_difference
-from nemo_trd.algorithm.refinement import privileged_context, refinement_prompts
+from nemo_trd.algorithm.refinement import privileged_context, refinement_prompt
 from nemo_trd.algorithm.trajectories import refinement_trajectory, rollout_trajectory
 from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import Config
@@ -104,7 +104,7 @@ def _add(
     rollout = Rollout(
         prompt, sample["sample_index"], _completion(record), record["text"], record["correct"]
     )
-    (request,) = refinement_prompts([rollout], config, tokenizer)
+    request = refinement_prompt(rollout, config, tokenizer)
     refinement = _refinement(sample["refinement"], request)
     y_o = rollout.completion.token_ids
     error, choices = _located(factors, rollout, refinement, tokenizer, counts)

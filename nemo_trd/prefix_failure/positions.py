@@ -17,6 +17,7 @@ from tqdm import tqdm
 from nemo_trd.algorithm.trajectories import sequence_lengths
 from nemo_trd.config.schema import Loss
 from nemo_trd.data.types import TokenIds
+from nemo_trd.loss.divergences import chunk_size
 from nemo_trd.loss.formulas import closed_form
 from nemo_trd.loss.logits import logits_of
 from nemo_trd.prefix_failure.answers import Answer
@@ -77,9 +78,9 @@ def measure(
                 model.get_output_embeddings().weight[:vocab_size] for model in (student, teacher)
             )
             choices = torch.cat([_choice_ids(answers[i]) for i in batch])
-            rows = []
-            for start in range(0, len(choices), loss.chunk_size):
-                chunk = slice(start, start + loss.chunk_size)
+            rows, longest = [], chunk_size(loss, len(weight_s), weight_s.is_cuda)
+            for start in range(0, len(choices), longest):
+                chunk = slice(start, start + longest)
                 log_s = _log_probs(hidden_s[chunk], weight_s, loss)
                 log_t = _log_probs(hidden_t[chunk], weight_t, loss)
                 labels = label_ids[chunk]
@@ -163,7 +164,7 @@ def _figures(
 
 
 def _log_probs(hidden: Tensor, weight: Tensor, loss: Loss) -> Tensor:
-    return torch.log_softmax(logits_of(hidden, weight).div_(loss.temperature), -1)
+    return torch.log_softmax(logits_of(hidden, weight, loss.temperature), -1)
 
 
 def _norm(rows: Tensor) -> Tensor:

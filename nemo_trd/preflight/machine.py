@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from packaging.version import Version
 
 from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.schema import Config, Precision
-from nemo_trd.records import latest
+from nemo_trd.records.checkpoint_dir import wanted_checkpoints
 from nemo_trd.verifiers.sandbox import check_sandbox
 
 # Compute capability from which on TransformerEngine has a recipe.
@@ -31,7 +30,8 @@ def machine_problems(config: Config) -> Iterator[ConfigError]:
             "choose another directory, or change its permissions",
         )
     resume = config.checkpoint.resume
-    if resume not in ("auto", "never") and not latest.follow(Path(resume)).is_dir():
+    wanted = wanted_checkpoints(config.checkpoint, config.run_dir / "checkpoints")
+    if resume not in ("auto", "never") and not wanted[0].is_dir():
         yield rule_broken(
             "checkpoint.resume",
             resume,

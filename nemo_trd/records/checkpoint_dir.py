@@ -47,6 +47,7 @@ class TrainerState:
     digest: str  # of the settings that change the numbers
     model: dict[str, Any]  # what identifies the student's architecture
     settings: dict[str, Any] = field(default_factory=dict)  # all of the run's, without credentials
+    slurm_job: str | None = None  # that saved it
 
 
 def checkpoint_name(step: int) -> str:
@@ -209,10 +210,26 @@ def find_checkpoint(settings: Checkpoint, root: Path) -> Path | None:
 
 
 def wanted_checkpoints(settings: Checkpoint, root: Path) -> list[Path]:
-    """Checkpoints that `checkpoint.resume` allows, best first."""
-    if settings.resume == "never":
-        return []
-    return candidates(root) if settings.resume == "auto" else [latest.follow(Path(settings.resume))]
+    """Checkpoints that `checkpoint.resume` allows, best first.
+
+    A requeued Slurm job goes on from what it has saved, wherever its first attempt began.
+    """
+    if settings.resume == "auto":
+        return candidates(root)
+    if own := [c for c in candidates(root) if _is_of_an_earlier_attempt(c)]:
+        return own
+    return [] if settings.resume == "never" else [latest.follow(Path(settings.resume))]
+
+
+def _is_of_an_earlier_attempt(checkpoint: Path) -> bool:
+    """Whether the Slurm job of this process saved it before it was requeued."""
+    job, attempt = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    if job is None or attempt == "0":
+        return False
+    try:
+        return read_record(checkpoint).get("slurm_job") == job
+    except (OSError, ValueError):
+        return False
 
 
 def damaged(settings: Checkpoint, root: Path, reasons: Mapping[Path, str]) -> ConfigError:

@@ -7,6 +7,8 @@ RUN_DIR/metrics.jsonl      one line per step, each step once
         config.yaml        the settings, without credentials
         log.txt            what the console showed
         summary.json       the figures of the whole run
+
+Beside them are checkpoints/ and, of a run that is not finished, under_way/ (`under_way.py`).
 """
 
 from __future__ import annotations

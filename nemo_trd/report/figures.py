@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from nemo_trd.records.read import RunRecords, number
-from nemo_trd.report.plots import Line, curves, stacked
-from nemo_trd.report.tables import phase_names, phase_seconds
+from nemo_trd.report.plots import Line, curves, lanes, stacked
+from nemo_trd.report.tables import POOLS, phase_names, phase_seconds, pool_shares
 
 Runs = Sequence[RunRecords]
 
@@ -112,6 +112,9 @@ def likelihood(runs: Runs) -> list[Shown]:
     ]
 
 
+_POOLS = "Share of sampling in which student and teacher had work. Together over 100%: streaming."
+
+
 def time(runs: Runs) -> list[Shown]:
     names = phase_names(runs)
     shown = []
@@ -123,6 +126,11 @@ def time(runs: Runs) -> list[Shown]:
         alt = f"Seconds per step by phase, run {run.name}"
         steps = [record["step"] for record in run.steps]
         shown.append(Shown(run.name, note, stacked(f"time{position}", alt, steps, parts)))
+        shares = {pool.removesuffix("_pool"): pool_shares(run, pool) for pool in POOLS}
+        if any(share == share for lane in shares.values() for share in lane):
+            alt = f"Busy share of the two pools against steps, run {run.name}"
+            drawn = lanes(f"pools{position}", alt, steps, shares)
+            shown.append(Shown(f"Pools of {run.name}", _POOLS, drawn))
     return shown
 
 

@@ -50,6 +50,7 @@ def page(runs: Sequence[RunRecords]) -> str:
         nll=[tables.nll(run) for run in runs],
         time=figures.time(runs),
         phases=tables.phases(runs),
+        pools=tables.pools(runs),
         staleness=figures.staleness(runs),
         ages=[tables.staleness(run) for run in runs],
         prefix_failure=[prefix.section(position, run) for position, run in enumerate(runs)],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -164,9 +164,7 @@ def stacked(
     """
     if not steps or not parts:
         return None
-    bins = np.array_split(np.arange(len(steps)), min(len(steps), _MAX_BARS))
-    left = np.array([steps[part[0]] for part in bins], dtype=float)
-    width = np.array([steps[part[-1]] - steps[part[0]] + 1 for part in bins], dtype=float)
+    bins, left, width = _bars(steps)
     with matplotlib.rc_context(_STYLE):
         figure, axes = _figure()
         bottom = np.zeros(len(bins))
@@ -185,6 +183,38 @@ def stacked(
         axes.set_ylabel("seconds per step")
         _steps_below(axes)
         return _svg(figure, name, alt)
+
+
+def lanes(
+    name: str, alt: str, steps: Sequence[int], shares: Mapping[str, Sequence[float]]
+) -> Markup:
+    """One lane above the other, each filled to its share in each step, as bars of `stacked`."""
+    bins, left, width = _bars(steps)
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure()
+        for position, values in enumerate(shares.values()):
+            filled = np.nan_to_num(np.asarray(values, dtype=float))
+            axes.bar(
+                left - 0.5,
+                [float(np.mean(filled[part])) for part in bins],
+                width * 0.9,
+                -1.2 * position,
+                align="edge",
+                color=f"#0c00{position:02x}",
+            )
+            axes.axhline(1 - 1.2 * position, color=_RULE, linewidth=0.8, linestyle=":")
+        axes.grid(visible=False)
+        axes.set_yticks([0.5 - 1.2 * position for position in range(len(shares))], [*shares])
+        _steps_below(axes)
+        return _svg(figure, name, alt)
+
+
+def _bars(steps: Sequence[int]) -> tuple[list[Any], Any, Any]:
+    """Positions of the steps that share a bar; steps at which bars begin; their widths."""
+    bins = np.array_split(np.arange(len(steps)), min(len(steps), _MAX_BARS))
+    left = np.array([steps[part[0]] for part in bins], dtype=float)
+    width = np.array([steps[part[-1]] - steps[part[0]] + 1 for part in bins], dtype=float)
+    return bins, left, width
 
 
 def _figure() -> tuple[Figure, Axes]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import nan
 from typing import Any, get_args
 
 from nemo_trd.config.dotted import dotted
@@ -17,7 +19,10 @@ _PHASES = (
     *("rollout", "refinement", "wait_for_samples", "teacher", "student", "weight_sync"),
     *("evaluation", "checkpoint"),
 )
-_NO_WORK = {"step", "wait_for_training"}  # the whole; time in which servers wait for training
+POOLS = ("student_pool", "teacher_pool")  # seconds in which they had work, beside each other
+# The whole; time in which servers wait for training.
+_NO_WORK = {"step", "wait_for_training", *POOLS}
+SAMPLING = ("rollout", "refinement")  # phases: until the last rollout has ended, and from then on
 _UNKNOWN = "–"
 
 
@@ -155,6 +160,22 @@ def phases(runs: Sequence[RunRecords]) -> list[tuple[str, str, list[str]]]:
         cells = [_UNKNOWN if value is None else f"{value:.3f}" for value in means]
         rows.append((name, "" if name == "step" else phase_color(position), cells))
     return rows
+
+
+def pool_shares(run: RunRecords, pool: str) -> list[float]:
+    """Share of the sampling of every step in which a pool had work; NaN where it is not known."""
+    whole = [sum(pair) for pair in zip(*map(partial(phase_seconds, run), SAMPLING), strict=True)]
+    busy = run.series(f"seconds/{pool}")[1]
+    return [part / all_of if all_of else nan for part, all_of in zip(busy, whole, strict=True)]
+
+
+def pools(runs: Sequence[RunRecords]) -> list[tuple[str, list[str]]]:
+    """Rows of (pool, mean share of every run); none where no run has recorded any."""
+    rows = []
+    for pool in POOLS:
+        shares = [[share for share in pool_shares(run, pool) if share == share] for run in runs]
+        rows.append((pool, [_percent(mean(values)) for values in shares]))
+    return rows if any(cell != _UNKNOWN for _, cells in rows for cell in cells) else []
 
 
 def staleness(run: RunRecords) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+
+import torch.distributed as dist
 
 from nemo_trd.algorithm.acceptance import refinement_counts, reject_outside_support
 from nemo_trd.config.schema import Config
@@ -23,6 +26,7 @@ from nemo_trd.models.write import save_hf_directory
 from nemo_trd.records.checkpoint_dir import TrainerState, read_samples_ahead
 from nemo_trd.records.timers import Timers
 from nemo_trd.records.trackers import Tracker, public_settings
+from nemo_trd.records.under_way import UnderWay
 from nemo_trd.run import agreement, outcome
 from nemo_trd.run.inputs import Inputs, first_checkpoint_bytes
 from nemo_trd.run.journal import Journal
@@ -77,12 +81,14 @@ class Run:
         self.teacher, self._generators = open_teacher_and_generators(
             config, self.student, stop.signalled
         )
+        self._under_way = UnderWay(root.parent / "under_way", dist.get_rank(), config.digest())
         self.sampler = Sampler(
             config,
             self._generators.student,
             self._generators.teacher,
             inputs.student_tokenizer,
             inputs.teacher_tokenizer,
+            self._under_way,
         )
         needed = first_checkpoint_bytes(config, self.student.hf)
         self._checkpointer = Checkpointer(config.checkpoint, root, self.student, needed)
@@ -94,6 +100,7 @@ class Run:
             digest=config.digest(),
             model=model_identity(self.student.hf),
             settings=public_settings(config),
+            slurm_job=os.environ.get("SLURM_JOB_ID"),
         )
         self._saved_step: int | None = None
         self._last_line: str | None = None  # of the log, where the run ends as it was meant to
@@ -267,6 +274,7 @@ class Run:
         """Save, evaluate, export and sum up. Collective."""
         self.save()
         self._checkpointer.wait()
+        self._under_way.end()
         if self.config.evaluation.at_end:
             self.evaluate()
         export = self.config.run_dir / "export"

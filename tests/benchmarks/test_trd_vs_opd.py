@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import json
 import subprocess
@@ -17,6 +16,7 @@ import pytest
 import torch
 import yaml
 from scipy import stats
+from scripts import load_script
 from transformers import AutoModelForCausalLM
 
 from nemo_trd.config.load import compose
@@ -27,12 +27,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def benchmark() -> Any:
-    spec = importlib.util.spec_from_file_location("trd_vs_opd", BENCHMARKS / "trd_vs_opd.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+    return load_script(BENCHMARKS / "trd_vs_opd.py")
 
 
 @pytest.fixture(scope="module")

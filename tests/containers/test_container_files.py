@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from importlib.metadata import files, requires, version
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from scripts import load_script
 
 import nemo_trd
 
@@ -50,8 +50,5 @@ def test_dockerfile_labels_the_version_of_the_package() -> None:
 
 
 def test_only_absent_packages_are_installed() -> None:
-    spec = importlib.util.spec_from_file_location("absent", CONTAINERS / "install_absent.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(CONTAINERS / "install_absent.py")
     assert module.absent(["numpy==0.1", "no-such-thing==1.0"]) == ["no-such-thing==1.0"]

@@ -47,14 +47,14 @@ from nemo_trd.models.vocabulary import read_vocabulary
 from nemo_trd.serve.guard import descendants
 from nemo_trd.serve.server import Server, ServerError, start_all, stop_all
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(280)]
+pytestmark = pytest.mark.vllm
 
 KEY = "key-of-the-generation-tests"
 GREEDY = Sampling(temperature=0, top_p=1, top_k=0, max_tokens=40)
 SAMPLED = Sampling(temperature=0.8, top_p=0.95, top_k=50, max_tokens=40)
 CLIENT = VllmClient(
     max_concurrency=8,
-    request_timeout_seconds=60,
+    request_timeout_seconds=300,
     max_attempts=5,
     backoff_seconds=0.1,
     max_backoff_seconds=1,
@@ -385,7 +385,7 @@ def signal_when_busy(
 ) -> None:
     """Signal every process of a server once it works on some of our requests."""
     member = next(member for member in pool._members if member.url == server.url)
-    limit = time.monotonic() + 30
+    limit = time.monotonic() + 120
     while member.load < 4 and time.monotonic() < limit:
         time.sleep(0.005)
     time.sleep(0.2)
@@ -440,7 +440,7 @@ def test_killed_replica_costs_no_sample_and_is_used_again_when_it_is_back(
     assert pool.generate(asked, long, "rollouts") == expected
     killer.join()
     assert loads[0] >= 4 and servers[1].exit_status() is not None
-    wait_until_gone(servers[1].pid, 10)
+    wait_until_gone(servers[1].pid, 60)
 
     process, leader = start_by_command_line(models["qwen3"], servers[1].port, tmp_path)
     try:
@@ -453,11 +453,11 @@ def test_killed_replica_costs_no_sample_and_is_used_again_when_it_is_back(
     finally:  # what it started ends with it, although it cannot clean up
         process.kill()
         process.wait()
-    wait_until_gone(leader, 20)
+    wait_until_gone(leader, 60)
     assert KEY not in (tmp_path / "server.log").read_text(errors="replace")
 
     servers[0].stop()
-    wait_until_gone(servers[0].pid, 1)
+    wait_until_gone(servers[0].pid, 10)
     pool._settings = CLIENT.model_copy(update={"recovery_timeout_seconds": 2.0})
     with pytest.raises(AllReplicasDown) as down:
         pool.generate(asked, long, "rollouts")
@@ -483,10 +483,10 @@ def start_by_command_line(model: Path, port: int, directory: Path) -> tuple[subp
         [sys.executable, "-m", "nemo_trd.serve", "--model", str(model)]
         + ["--port", str(port), "--log-file", str(directory / "server.log")]
         + ["--url-file", str(url_file), "--weight-backend", "file", "dtype=fp32"]
-        + ["max_model_len=512", "max_num_seqs=16", "start_timeout_seconds=200"],
+        + ["max_model_len=512", "max_num_seqs=16", "start_timeout_seconds=600"],
         env=os.environ | {"NEMO_TRD_API_KEY": KEY},
     )
-    limit = time.monotonic() + 200
+    limit = time.monotonic() + 600
     while not url_file.exists():
         assert process.poll() is None and time.monotonic() < limit
         time.sleep(0.2)
@@ -497,7 +497,7 @@ def start_by_command_line(model: Path, port: int, directory: Path) -> tuple[subp
 def count_requests(url: str) -> int:
     """How many requests the server has finished, by its own count."""
     headers = {"Authorization": f"Bearer {KEY}"}
-    text = httpx.get(f"{url}/metrics", headers=headers, timeout=10, trust_env=False).text
+    text = httpx.get(f"{url}/metrics", headers=headers, timeout=60, trust_env=False).text
     counts = [line for line in text.splitlines() if line.startswith("vllm:request_success_total")]
     return int(sum(float(line.split()[-1]) for line in counts))
 
@@ -510,6 +510,6 @@ def test_llama_by_command_line_ends_on_sigterm(models: dict[str, Path], tmp_path
         assert_same_greedy_tokens(pool, models["llama"])
     finally:
         process.terminate()
-        status = process.wait(30)
+        status = process.wait(120)
     assert status == 0
     assert session(leader) == []

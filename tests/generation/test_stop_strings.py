@@ -19,8 +19,8 @@ from nemo_trd.config.schema import LocalGeneration, Sampling
 from nemo_trd.data.types import Completion, GenerationRequest, Prompt, RefinementPrompt
 from nemo_trd.generation.api import generation_body
 from nemo_trd.generation.local import LocalGenerator
+from nemo_trd.generation.session import RequestFailed
 from nemo_trd.generation.stop_strings import Cut, StopStrings
-from nemo_trd.generation.vllm import RequestFailed
 
 torch.set_num_threads(1)
 PIECES = ["4", "2", "}\n\n", "\n", "</", "ans", "wer>", " so", "<eos>"]

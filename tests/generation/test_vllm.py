@@ -23,7 +23,7 @@ from nemo_trd.config.errors import ConfigError
 from nemo_trd.data.types import GenerationRequest
 from nemo_trd.generation.api import AttemptFailed, Refused, generation_body, read_scores
 from nemo_trd.generation.pool import AllReplicasDown, Member, choose
-from nemo_trd.generation.vllm import RequestFailed
+from nemo_trd.generation.session import RequestFailed
 from nemo_trd.models.vocabulary import Vocabulary
 
 
@@ -47,7 +47,7 @@ def test_no_requests_need_no_server() -> None:
 
 def test_concurrency_of_each_replica_is_limited_and_used() -> None:
     with FakeVllm() as one, FakeVllm() as two:
-        one.delay = two.delay = 0.02
+        one.delay = two.delay = 0.2  # far more than a busy machine needs to ask
         generator(one, two).generate(requests(40), SAMPLING, "rollouts")
         assert (one.most_working, two.most_working) == (4, 4)
 

@@ -440,6 +440,17 @@ def test_token_nll_is_cross_entropy(n: int) -> None:
     assert not nll.requires_grad
 
 
+def test_chunk_size_follows_device_and_shard_of_the_vocabulary() -> None:
+    loss = make_loss(chunk_size=None)
+    assert divergences.chunk_size(loss, 151_936, on_gpu=False) == 256
+    on_gpu = {
+        rows: divergences.chunk_size(loss, rows, on_gpu=True) for rows in (16_032, 151_936, 10**6)
+    }
+    assert on_gpu == {16_032: 2048, 151_936: 2**32 // (28 * 151_936), 10**6: 256}
+    assert divergences.chunk_size(make_loss("jsd", chunk_size=None), 151_936, on_gpu=True) < 900
+    assert divergences.chunk_size(make_loss(chunk_size=5), 151_936, on_gpu=True) == 5
+
+
 def test_every_divergence_has_a_record_and_both_formulas() -> None:
     names = set(get_args(DivergenceName))
     assert names == divergences.DIVERGENCES.keys() == CLOSED_FORMS.keys() == DEFINITIONS.keys()

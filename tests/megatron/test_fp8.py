@@ -35,7 +35,7 @@ RECIPES = {
 LAYOUTS = {
     "tp2 sp": [*TP2, *SP, *TEACHER_PP2],
     "pp2": [*PP2, *TEACHER_TP2, "train.recompute=full"],
-    "dp2": ["optimizer.distributed=true"],
+    "dp2": ["optimizer.distributed=true", "teacher.offload_weights=true"],
 }
 STEPS = 3
 # Of a step's loss in bf16. A matrix in FP8 has three bits of mantissa: single products are off by
@@ -65,19 +65,36 @@ def run_cases(directory: str, cases: dict[str, list[str]], results: str) -> None
         assert student.models[0].config.apply_rope_fusion  # unfused it waits for the device
         teacher = Teacher(config, student.groups)
         transformer_engine_torch.matrix_products.clear()
-        seen[name] = {"losses": [], "micro_batches": 0}
+        seen[name] = {"losses": [], "student": 0, "teacher": 0}  # these two: packs
         for step in range(STEPS):
             plan = student.pack(trajectories(config, step))
             states = teacher.states(plan)
             seen[name]["losses"].append(student.train_step(plan, states).metrics["loss"])
-            seen[name]["micro_batches"] += len(plan[0])
+            seen[name]["student"] += len(plan[0])
+            seen[name]["teacher"] += sum(len(batch.teacher) for batch in plan[0])
         products = transformer_engine_torch.matrix_products
         seen[name]["products"] = {" ".join(formats): n for formats, n in products.items()}
+        if config.precision.teacher_fp8 is not None:
+            check_weights(teacher._model, config)
         for first, again in zip(states, teacher.states(plan), strict=True):
             assert first is None or torch.equal(first, again), name
     if dist.get_rank() == 0:
         Path(results).write_text(json.dumps(seen))
     watch.close()
+
+
+def check_weights(model: Any, config: Any) -> None:
+    """A frozen model has its matrices in FP8 alone, as planned: one byte for each number."""
+    from megatron.core.fp8_utils import is_float8tensor
+
+    from nemo_trd.plan.shapes import read_model, stage_parameters
+
+    hf = read_model(config.model.teacher, "model.teacher.path")[0].hf
+    planned = stage_parameters(hf, config.parallel.teacher)[model.pg_collection.pp.rank()]
+    matrices = [p for p in model.parameters() if is_float8tensor(p)]
+    kept = [t for matrix in matrices for t in matrix.get_data_tensors() if t is not None]
+    assert sum(t.nbytes for t in kept) == planned.linear
+    assert not any(getattr(module, "_fp8_workspaces", None) for module in model.modules())
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +119,8 @@ def bf16(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
 
 
 def test_without_fp8_no_product_has_it(bf16: dict[str, Any]) -> None:
-    products = 4 * LINEAR * LAYERS * bf16["micro_batches"]
-    assert bf16["products"] == {"bfloat16 bfloat16": products}
+    student, teacher = (LINEAR * LAYERS * bf16[role] for role in ROLES)
+    assert bf16["products"] == {"bfloat16 bfloat16": 3 * student + teacher}
 
 
 @pytest.mark.parametrize("recipes", [["tensorwise", "blockwise", "delayed"], ["mxfp8"]])
@@ -112,12 +129,13 @@ def test_every_product_of_a_layer_has_fp8_and_losses_stay_near_those_of_bf16(
 ) -> None:
     results = run(1, models, {name: RECIPES[name] for name in recipes}, tmp_path)
     for name, seen in results.items():
-        products = LINEAR * LAYERS * seen["micro_batches"]
+        student, teacher = (LINEAR * LAYERS * seen[role] for role in ROLES)
         # Forward passes of student and teacher; the student's gradients of inputs and of weights.
-        expected = {"kFloat8E4M3 kFloat8E4M3": 2 * products}
-        expected["kFloat8E4M3 kFloat8E5M2"] = 2 * products
+        expected = {"kFloat8E4M3 kFloat8E4M3": student + teacher}
+        expected["kFloat8E4M3 kFloat8E5M2"] = 2 * student
         if name == "delayed":  # the teacher is in bf16
-            expected["kFloat8E4M3 kFloat8E4M3"] = expected["bfloat16 bfloat16"] = products
+            expected["kFloat8E4M3 kFloat8E4M3"] = student
+            expected["bfloat16 bfloat16"] = teacher
         assert seen["products"] == expected, name
         near(name, seen, bf16)
 
@@ -202,6 +220,26 @@ def check_refusals() -> None:
         result.sum().backward()  # the weight's gradient is a sum over 24 tokens
     with pytest.raises(NotImplementedError, match="transformer_engine_torch.gelu: not in the"):
         transformer_engine_torch.gelu(torch.ones(1), None)
+
+
+def check_move() -> None:
+    """On one rank: to a device that a CPU can tell from its own."""
+    import transformer_engine.pytorch as te
+    from megatron.core.fp8_utils import is_float8tensor
+    from transformer_engine.common.recipe import Float8CurrentScaling
+
+    from nemo_trd.megatron.teacher import move
+
+    with torch.no_grad(), te.fp8_model_init(recipe=Float8CurrentScaling()):
+        layer = te.Linear(64, 64, params_dtype=torch.bfloat16)
+    move(layer, torch.device("meta"))
+    assert is_float8tensor(layer.weight) and layer.bias.is_meta
+    kept = [*layer.weight.get_data_tensors(), layer.weight._scale_inv]
+    assert {t.device.type for t in kept if t is not None} == {"meta"}
+
+
+def test_weights_in_fp8_leave_a_device_whole() -> None:
+    launch(1, check_move, transformer_engine=True)
 
 
 def test_the_stand_in_refuses_what_kernels_refuse_and_what_it_does_not_have() -> None:

@@ -114,13 +114,15 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def check_layouts(directory: str, ranks: int, recipes_of: dict[str, list[str]]) -> None:
+def check_layouts(
+    directory: str, layouts: dict[str, list[str]], recipes_of: dict[str, list[str]]
+) -> None:
     """On every rank."""
     from nemo_trd.distributed.process import init_distributed
 
     watch = init_distributed(timeout_minutes=2)
     expected = torch.load(Path(directory) / "expected.pt")
-    for (layout, overrides), model in product(LAYOUTS[ranks].items(), recipes_of):
+    for (layout, overrides), model in product(layouts.items(), recipes_of):
         student, states, plan = prepare(directory, model, overrides, fillers=layout == "tp2 dp2")
         if student.groups.pp.size() == 1:
             check_segments_are_apart(student, plan[student.groups.dp.rank()][0].student)
@@ -216,12 +218,18 @@ def compare(
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_gradients_of_all_parameters_are_those_of_dense_logits(ranks: int, directory: Path) -> None:
-    output = launch(ranks, check_layouts, str(directory), ranks, RECIPES_OF, timeout=400)
+    arguments = (str(directory), LAYOUTS[ranks], RECIPES_OF)
+    output = launch(ranks, check_layouts, *arguments, timeout=400)
     assert output.count("all gradients agree") == ranks
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_so_are_those_of_the_layers_of_transformer_engine(ranks: int, directory: Path) -> None:
-    arguments = (str(directory), ranks, {model: r[:1] for model, r in RECIPES_OF.items()})
+    layouts = {  # the stand-in has no exchange of keys and values
+        name: overrides
+        for name, overrides in LAYOUTS[ranks].items()
+        if not any("context_parallel" in override for override in overrides)
+    }
+    arguments = (str(directory), layouts, {model: r[:1] for model, r in RECIPES_OF.items()})
     output = launch(ranks, check_layouts, *arguments, timeout=400, transformer_engine=True)
     assert output.count("all gradients agree") == ranks

@@ -148,6 +148,7 @@ def check_all_routes() -> None:
 def check_routes(recipe: str, overrides: list[str]) -> None:
     from unittest import mock
 
+    import torch.distributed as dist
     from fake_world import rank_of
 
     from nemo_trd.config.load import compose
@@ -165,6 +166,9 @@ def check_routes(recipe: str, overrides: list[str]) -> None:
             with rank_of(rank, world):
                 groups = process_groups(layout)
                 everyone.append((groups.dp.rank(), groups.cp.rank(), is_last_stage(groups)))
+                own = {g for g in vars(groups).values() if isinstance(g, dist.ProcessGroup)}
+                members = {tuple(dist.get_process_group_ranks(group)) for group in own}
+                assert len(members) == len(own)  # none connects the same ranks again
 
         def answer(answers: list[Any], own: Any, everyone: Any = everyone) -> None:
             assert own == everyone[-1]

@@ -29,14 +29,15 @@ from nemo_trd.records.checkpoint_dir import (
 )
 
 
-def save(root: Path, step: int, keep_last: int = 9) -> Path:
+def save(root: Path, step: int, keep_last: int = 9, slurm_job: str | None = None) -> Path:
     """A checkpoint of two files, as a run writes it."""
     partial = root / f"{checkpoint_name(step)}.partial"
     (partial / "rng").mkdir(parents=True)
     (partial / "__0_0.distcp").write_bytes(bytes(range(256)) * 4)
     (partial / "rng" / "rank_0").write_bytes(b"random")
     checksums.leave(partial, 0, ["__0_0.distcp"])
-    return commit(partial, TrainerState(step, step, 0, 7, "digest", {}), keep_last)
+    state = TrainerState(step, step, 0, 7, "digest", {}, slurm_job=slurm_job)
+    return commit(partial, state, keep_last)
 
 
 def settings(resume: str = "auto") -> Checkpoint:
@@ -135,6 +136,23 @@ def test_a_plain_resume_moves_nothing_and_removes_what_a_cut_off_save_left(root:
     [notice] = begin_line(root, find_checkpoint(settings(), root))
     assert "step_00000009.partial" in notice
     assert sorted(names(list(root.iterdir()))) == ["latest", "step_00000003", "step_00000006"]
+
+
+@pytest.mark.parametrize("resume", ["never", "step_00000003"])
+def test_a_requeued_job_goes_on_from_what_it_has_saved(
+    root: Path, resume: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = settings(resume if resume == "never" else str(root / resume))
+    asked = None if resume == "never" else root / resume
+    monkeypatch.setenv("SLURM_JOB_ID", "71")
+    assert find_checkpoint(wanted, root) == asked
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the first attempt saved nothing
+    assert find_checkpoint(wanted, root) == asked
+    begin_line(root, asked)
+    saved = save(root, 4, slurm_job="71")
+    assert find_checkpoint(wanted, root) == saved
+    monkeypatch.setenv("SLURM_JOB_ID", "72")
+    assert find_checkpoint(wanted, root) == asked
 
 
 def test_latest_decides_and_then_the_order_of_saving(root: Path) -> None:

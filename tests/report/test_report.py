@@ -83,6 +83,8 @@ def make_run(path: Path, steps: int = 30, text: str = "x", **settings: Any) -> P
             **{"first_difference": 20.0, "first_difference_share": 0.5, "kept_share": 0.75},
             **{"rollout_tokens": 40.0, "refinement_tokens": 44.0 + step, "unchanged": 0.25},
             **{"seconds/rollout": 1.0, "seconds/student": 0.5, "seconds/step": 2.0},
+            **{"seconds/refinement": 0.25, "seconds/student_pool": 1.0},
+            **({"seconds/teacher_pool": 0.75} if step > 1 else {}),
         }
         for step in range(1, steps + 1)
     ]
@@ -167,6 +169,8 @@ def test_a_run_is_written_into_its_directory(
     assert "0.200 → 0.500" in words and "30 of 30" in words
     assert "75.0%" in words and "33.3%" in words  # 3 of 4 repaired, 1 of 3 spoiled
     assert "rejected, truncated: 30" in words
+    assert re.search(r"student_pool\s*80\.0%\s*teacher_pool\s*60\.0%", words)
+    assert "Busy share of the two pools against steps" in text
     assert text.count("<article") == 10 and "10 of 12 recorded samples" in words
 
 

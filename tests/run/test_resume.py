@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from composed_once import compose
 from tiny_models import make_model
 
-from nemo_trd.config import load as settings_of
 from nemo_trd.config.errors import ConfigError
 from nemo_trd.config.schema import Config
 from nemo_trd.data.prompt_digests import DIGESTS_FILE, digests
@@ -39,16 +37,6 @@ CHANGES = [
     *("optimizer.lr=4e-3", "optimizer.min_lr=1e-3", "optimizer.warmup_fraction=0.25"),
     *("optimizer.weight_decay=0.3", "optimizer.betas=[0.8,0.7]", "optimizer.eps=1e-3"),
 ]
-
-
-@cache
-def composed(*overrides: str) -> Config:
-    return settings_of.compose(list(overrides))
-
-
-def compose(overrides: Sequence[str]) -> Config:
-    """As the command line does, each once: it takes half a second."""
-    return composed(*overrides)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,12 @@
-"""Whole runs of the training entry point on real vLLM servers."""
+"""Whole runs of the training entry point on real vLLM servers, which sample and may score.
+
+The file is long because its tests share servers.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -10,13 +14,17 @@ from typing import Any
 
 import psutil
 import pytest
-from launch import launch, run_ranks
-from servers import ENVIRONMENT, KEY, SHAPE, settings_on
+from launch import launch, processes_of, run_ranks
+from safetensors.torch import load_file
+from servers import ENVIRONMENT, HIDDEN, KEY, SHAPE, VOCABULARY, settings_on
 from tiny_models import make_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.distributed]
 
 STEPS = 4
+PP2 = ["parallel.student.pipeline_model_parallel_size=2"]
+TOP_K, WIDE = 64, 257
+ONE_STEP = ["train.num_steps=1", "checkpoint.export_hf=false"]
 GSM8K = Path(__file__).parents[3] / "shared/data/gsm8k_test.jsonl"
 
 
@@ -24,24 +32,33 @@ def run_training(overrides: list[str], fault: str) -> None:
     """On every rank: the entry point, with one thing that goes wrong after the second step."""
     import sys
 
-    import psutil
     import torch.distributed as dist
 
     from nemo_trd.config.load import compose
+    from nemo_trd.generation.pending import known
+    from nemo_trd.generation.vllm import VllmGenerator
     from nemo_trd.records.run_logger import RunLogger
     from nemo_trd.train import launch
 
-    record = RunLogger.step
+    record, stream = RunLogger.step, VllmGenerator.stream
+
+    async def after_the_last(self: Any, requests: Any, *rest: Any) -> None:
+        asked = [await request for request in requests]
+        await stream(self, [known(request) for request in asked], *rest)
+
+    if fault == "two phases":
+        VllmGenerator.stream = after_the_last  # type: ignore[method-assign]
 
     def then_it_happens(self: Any, step: int, *rest: Any) -> None:
         record(self, step, *rest)
         if step == STEPS // 2 and dist.get_rank() == 0:
             if fault == "stop":
                 psutil.Process().send_signal(15)
-            for child in (
-                psutil.Process().children(recursive=True) if fault == "servers die" else []
-            ):
-                child.kill()
+            if fault == "servers die":
+                started = processes_of(os.environ["TEST_MARK"])
+                assert len(started) >= 2
+                for process in started:
+                    process.kill()
 
     RunLogger.step = then_it_happens  # type: ignore[method-assign]
     exit_code = launch(compose(overrides))
@@ -94,9 +111,6 @@ def test_on_policy_samples_come_from_the_weights_that_are_trained(
     assert "servers and trainer agree" in output and "wait_for_samples" not in steps[-1]
 
 
-PP2 = ["parallel.student.pipeline_model_parallel_size=2"]
-
-
 def test_samples_of_the_next_step_are_one_update_old_and_waiting_is_shown(stale_run: Path) -> None:
     steps = metrics(stale_run)
     assert [step["staleness"] for step in steps] == [0, 1, 1, 1]
@@ -105,6 +119,25 @@ def test_samples_of_the_next_step_are_one_update_old_and_waiting_is_shown(stale_
         assert {"seconds/wait_for_samples", "seconds/wait_for_training"} <= set(step)
     samples = (stale_run / "samples" / f"step_{STEPS:06d}.md").read_text()
     assert f"weight version {STEPS - 2}" in samples
+
+
+def test_a_run_in_two_phases_has_the_same_samples_and_losses(
+    served_models: Path, urls: dict[str, str], stale_run: Path, tmp_path: Path
+) -> None:
+    run = settings(served_models, urls, tmp_path / "run", "generation.max_staleness=1")
+    launch(1, run_training, run, "two phases", environment=ENVIRONMENT)
+    assert [line["loss"] for line in metrics(tmp_path / "run")] == [
+        line["loss"] for line in metrics(stale_run)
+    ]
+    assert sampled(tmp_path / "run") == sampled(stale_run)
+
+
+def sampled(run_dir: Path) -> list[Any]:
+    """Token ids of all rollouts and rewrites that a run has recorded, in their order."""
+    files = sorted((run_dir / "samples").glob("*.jsonl"))
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert len(lines) >= STEPS
+    return [[line[y]["token_ids"] for y in ("rollout", "refinement")] for line in lines]
 
 
 def test_evaluation_during_training_uses_the_students_servers(stale_run: Path) -> None:
@@ -143,33 +176,91 @@ def test_the_key_is_nowhere_to_be_read(stale_run: Path, served_models: Path) -> 
             assert KEY.encode() not in file.read_bytes(), file
 
 
+def first_step(
+    inputs: Path, urls: dict[str, str], run_dir: Path, *overrides: str, ranks: int = 1
+) -> dict[str, float]:
+    """Metrics of one step of a run whose teacher's server is checked, whoever scores."""
+    run = [*settings_on(inputs, urls, run_dir), *ONE_STEP, *overrides]
+    launch(ranks, run_training, run, "", environment=ENVIRONMENT)
+    told = (run_dir / "log.txt").read_text()
+    assert f"{urls['teacher']} serves the teacher: its log-probabilities differ by" in told
+    (step,) = metrics(run_dir)
+    return step
+
+
+def assert_equal_steps(served: dict[str, float], held: dict[str, float]) -> None:
+    for name in ("loss", "grad_norm", "student_nll", "teacher_nll", "teacher_tail_mass"):
+        print(f"{name}: server {served[name]!r}, megatron {held[name]!r}")
+        assert served[name] == pytest.approx(held[name], rel=1e-4), name
+    assert served["label_tokens"] == held["label_tokens"] > 20
+    assert served["loss"] > 0.1
+    assert "teacher_entropy" in held and "teacher_entropy" not in served
+
+
+def test_a_server_scores_as_megatron_does_and_differs_from_the_full_vocabulary_by_its_tail(
+    served_models: Path, urls: dict[str, str], tmp_path: Path
+) -> None:
+    """The loss is on one of two ranks, and on one alone.
+
+    The bucket joins ids, so its KL is never more than that of more ids, or of all. What is
+    missing for a token is T KL(t in the tail || s in the tail), with T its tail mass: at most T
+    times the log of the largest 1 / s there, which is at most log(V - k) + (largest - smallest
+    logit of the student)."""
+    top_k, server = f"loss.top_k={TOP_K}", "teacher.scoring=server"
+    served = first_step(served_models, urls, tmp_path / "served", top_k, server, *PP2, ranks=2)
+    held = first_step(served_models, urls, tmp_path / "held", top_k)
+    assert_equal_steps(served, held)
+
+    wide = first_step(served_models, urls, tmp_path / "wide", f"loss.top_k={WIDE}", server)
+    full = first_step(served_models, urls, tmp_path / "full")
+    for step in (served, wide):
+        assert step["label_tokens"] == full["label_tokens"]
+        assert step["student_nll"] == pytest.approx(full["student_nll"], rel=1e-4)
+    assert served["loss"] < wide["loss"] < full["loss"]
+    weights = load_file(served_models / "student" / "model.safetensors")
+    longest = math.sqrt(HIDDEN) * float(weights["model.norm.weight"].abs().max())
+    spread = 2 * longest * float(weights["lm_head.weight"].norm(dim=-1).max())
+    for step, k in ((served, TOP_K), (wide, WIDE)):
+        bound = step["teacher_tail_mass"] * (math.log(VOCABULARY - k) + spread)
+        print(f"k {k}: {step['loss']} of {full['loss']}, bound of the difference {bound}")
+        assert full["loss"] - step["loss"] <= bound
+    assert bound < full["loss"] / 4
+
+
+def test_in_opsd_the_server_is_the_student_of_step_0(
+    served_models: Path, urls: dict[str, str], tmp_path: Path
+) -> None:
+    """Both models are that of the teacher's server; the student's server is given its weights."""
+    opsd = [
+        *(
+            "algorithm.mode=opsd",
+            "model.teacher=null",
+            f"model.student.path={served_models / 'teacher'}",
+        ),
+        "refinement.templates.opsd='{problem} {reference_solution} {rollout}'",
+        "refinement.templates.privileged_prompt='{problem} {reference_solution}'",
+        *("loss.divergence=reverse_kl", "loss.top_k_tail=renormalize", f"loss.top_k={TOP_K}"),
+    ]
+    served = first_step(served_models, urls, tmp_path / "served", *opsd, "teacher.scoring=server")
+    held = first_step(served_models, urls, tmp_path / "held", *opsd)
+    assert_equal_steps(served, held)
+
+
 def test_a_run_on_its_own_servers_saves_and_ends_when_they_all_die(
     served_models: Path, tmp_path: Path
 ) -> None:
-    before = {process.pid for process in psutil.process_iter()}
     run = settings(served_models, {}, tmp_path / "run", "generation.vllm.server.dtype=fp32")
     run += ["generation.vllm.client.max_attempts=2", "generation.vllm.client.backoff_seconds=0.1"]
-    code, output = run_ranks(
-        1, run_training, run, "servers die", timeout=300, environment=ENVIRONMENT
-    )
+    marked = ENVIRONMENT | {"TEST_MARK": str(tmp_path)}
+    code, output = run_ranks(1, run_training, run, "servers die", environment=marked)
     assert code not in (0, -1)
     assert re.search(r"http://127\.0\.0\.1:\d+.*nemo_trd: \w+: ", output, re.DOTALL)
     checkpoints = tmp_path / "run" / "checkpoints"
     assert (checkpoints / "latest").resolve().name == "step_00000002"
     logs = sorted(file.name for file in (tmp_path / "run" / "servers").iterdir())
     assert logs == ["student-0.log", "teacher-0.log"]
-    gone, alive = psutil.wait_procs(started_since(before), timeout=20)
+    _, alive = psutil.wait_procs(processes_of(str(tmp_path)), timeout=60)
     assert [process.cmdline() for process in alive] == []
-
-
-def started_since(before: set[int]) -> list[psutil.Process]:
-    """Processes of vLLM, or of ours around it, that were not there before."""
-    found = []
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        command = " ".join(process.info["cmdline"] or [])
-        if process.pid not in before and re.search("vllm|VLLM|guard.py", command):
-            found.append(process)
-    return found
 
 
 def test_smollm2_says_the_same_on_vllm_and_on_megatron(tmp_path: Path) -> None:
@@ -190,7 +281,7 @@ def test_smollm2_says_the_same_on_vllm_and_on_megatron(tmp_path: Path) -> None:
         *("generation.vllm.server.max_model_len=1024", "generation.vllm.server.dtype=fp32"),
         *("generation.vllm.teacher.replicas=1", "checkpoint.export_hf=false"),
     ]
-    launch(1, run_training, run, "", timeout=400, environment=ENVIRONMENT)
+    launch(1, run_training, run, "", environment=ENVIRONMENT)
     (step,) = metrics(tmp_path / "run")
     assert step["label_tokens"] > 100
     assert step["logprob_difference_max"] < 1e-4

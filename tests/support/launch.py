@@ -36,7 +36,7 @@ def launch(
     ranks: int,
     function: Callable[..., None],
     *arguments: Any,
-    timeout: float = 120,
+    timeout: float = 400,
     environment: dict[str, str] | None = None,
     transformer_engine: bool = False,
 ) -> str:
@@ -68,7 +68,7 @@ def run_ranks(
     ranks: int,
     function: Callable[..., None],
     *arguments: Any,
-    timeout: float = 120,
+    timeout: float = 400,
     environment: dict[str, str] | None = None,
     launcher: Launcher = "fork",
     transformer_engine: bool = False,
@@ -172,6 +172,19 @@ def end_session(leader: int) -> None:
     for child in started:  # torchrun's ranks
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
+
+
+def processes_of(mark: str) -> list[psutil.Process]:
+    """Processes whose programs were started with TEST_MARK=mark in their environment.
+
+    Ranks that are forked are not among them (`fork_server`); what they start is.
+    """
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("TEST_MARK") == mark:
+                found.append(process)
+    return found
 
 
 def free_port() -> int:

@@ -21,7 +21,7 @@ SERVER = VllmServer(
     max_model_len=512,
     max_num_seqs=16,
     arguments=[],
-    start_timeout_seconds=200,
+    start_timeout_seconds=600,
     stop_timeout_seconds=10,
 )
 
@@ -56,11 +56,10 @@ def served(inputs: Path) -> Iterator[dict[str, str]]:
 
     Their logs stand beside them, as ROLE.log.
     """
-    settings = SERVER.model_copy(update={"start_timeout_seconds": 400})
     servers = {
         role: Server(
             str(inputs / role),
-            settings,
+            SERVER,
             inputs / f"{role}.log",
             api_key=SecretStr(KEY),
             weight_backend=backend,

@@ -3,6 +3,8 @@
 Each node is a network namespace with an address of its own, and a UTS and mount namespace with a
 host name of its own, in which a slurmd runs. What is not real: GPUs, which are null devices, and
 accounting, which is off. Ends only what it started.
+
+Its time limits are long: a machine that does other work is slow, and no node is lost by that.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import psutil
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
 GPUS = 8
+PATIENCE = 400  # seconds, of a wait for what takes seconds on a machine that does nothing else
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"}
 CONF = """\
 ClusterName=nemotrd
@@ -50,15 +53,17 @@ GresTypes=gpu
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
 SlurmdParameters=config_overrides
 ReturnToService=2
-SlurmdTimeout=10
-KillWait=20
+SlurmdTimeout=30
+MessageTimeout=30
+BatchStartTimeout=300
+KillWait=60
 MinJobAge=3600
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 NodeName=DEFAULT Sockets=2 CoresPerSocket=32 RealMemory=1000000 Gres=gpu:{gpus} State=UNKNOWN
 {nodes}
-PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=300
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
@@ -67,7 +72,7 @@ def missing_programs() -> list[str]:
     return [program for program in PROGRAMS if shutil.which(program) is None]
 
 
-def eventually(what: str, holds: Callable[[], bool], seconds: float = 60) -> None:
+def eventually(what: str, holds: Callable[[], bool], seconds: float = PATIENCE) -> None:
     """Wait until it holds.
 
     Raises:
@@ -120,7 +125,7 @@ class SlurmCluster:
         """Cancel jobs, end the daemons, and remove namespaces and bridge."""
         with contextlib.suppress(subprocess.SubprocessError, AssertionError):
             self.run("scancel", "--user=root")
-            eventually("no job left", lambda: not self.run("squeue", "--noheader"), 30)
+            eventually("no job left", lambda: not self.run("squeue", "--noheader"))
         processes = [psutil.Process(pid) for pid in self._daemons()]
         for process in processes:
             process.terminate()
@@ -144,7 +149,7 @@ class SlurmCluster:
             command,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE,
             cwd=self.root,
             env=self.environment | environment,
         )
@@ -164,7 +169,7 @@ class SlurmCluster:
         text = self.run("scontrol", "--oneliner", "show", "job", str(number))
         return dict(re.findall(r"(\S+?)=(\S*)", text))
 
-    def wait(self, number: int, seconds: float = 120) -> dict[str, str]:
+    def wait(self, number: int, seconds: float = PATIENCE) -> dict[str, str]:
         """Wait until the job is over; what is known of it then.
 
         Raises:
@@ -308,5 +313,5 @@ class SlurmCluster:
 
 def _ip(*arguments: str) -> str:
     return subprocess.run(
-        ["ip", *arguments], check=True, capture_output=True, text=True, timeout=20
+        ["ip", *arguments], check=True, capture_output=True, text=True, timeout=PATIENCE
     ).stdout

@@ -8,6 +8,7 @@ from pathlib import Path
 from slurm_cluster import SlurmCluster
 
 CHECKOUT = Path(__file__).parents[2]
+STEPS = 80  # so many that a signal arrives before the last
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Jobs:
             STUDENT_SERVER_NODES=str(student),
             TEACHER_SERVER_NODES=str(teacher),
             OMP_NUM_THREADS="1",
+            STOP_SECONDS="300",
             **environment,
         )
 
@@ -52,6 +54,7 @@ class Jobs:
             *("refinement.max_context_tokens=450", "refinement.on_failure=rollout"),
             *("generation.rollout.max_tokens=12", "generation.refinement.max_tokens=12"),
             *("optimizer.lr=1e-3", "optimizer.distributed=false", "train.recompute=none"),
-            *("train.num_steps=150", "train.prompts_per_step=4", "checkpoint.async_save=false"),
+            *(f"train.num_steps={STEPS}", "train.prompts_per_step=4"),
             *("cluster.student_server_tp=1", "cluster.teacher_server_tp=1"),
+            "checkpoint.async_save=false",
         ]

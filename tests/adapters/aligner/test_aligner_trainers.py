@@ -185,7 +185,7 @@ def by_hand(directory: str, overrides: list[str]) -> None:
         trainer = TRDTrainer(TRDStudent(run))
         refinements, counts, seconds = trainer.generate_rollouts()
         assert len(refinements) == PROMPTS and counts["accepted"] <= PROMPTS
-        assert seconds.keys() == {"rollout", "refinement"}
+        assert seconds.keys() == {"rollout", "refinement", "student_pool", "teacher_pool"}
         losses.append(trainer.run_training(refinements)[0])
         assert trainer.state_dict() == {"step": 1, "consumed_samples": PROMPTS, "epoch": 0}
         assert 0 <= trainer.run_validation()["avg@1"] <= 1
