@@ -171,7 +171,7 @@ def check_layouts(directory: str) -> None:
         dist.all_gather_object(counts, scorer.asked)
         assert sum(counts) == 2 * len(trajectories()), counts  # each once a step, by one rank
         for ours, theirs in zip(found, expected, strict=True):
-            assert set(theirs) - set(ours) == {"teacher_entropy"}
+            assert set(theirs) - set(ours) == {"teacher_entropy", "teacher_real_token_share"}
             for name, value in ours.items():
                 assert value == pytest.approx(theirs[name], rel=1e-5, abs=1e-6), (layout, name)
         assert found[0]["divergence"] > 0.1
