@@ -89,7 +89,7 @@ def check_against_dense(loss: Loss, vocab: int, sequence_parallel: bool, tied: b
     output weight, which gets the gradient of both uses."""
     from nemo_trd.megatron.schedule import label_rows
 
-    s, b = 8, 2
+    s, b = 16, 1
     states, ws, *_ = make_inputs(s * b)
     _, _, ht, wt = make_inputs()
     tokens, positions = torch.arange(s * b).view(s, b) % vocab, torch.arange(TOKENS) + 3
@@ -102,7 +102,8 @@ def check_against_dense(loss: Loss, vocab: int, sequence_parallel: bool, tied: b
     else:
         hidden = states.view(s, b, -1)
         hidden = (own(hidden) if sequence_parallel else hidden.clone()).requires_grad_()
-    batch = ContextBatch(tokens.t(), tokens.t(), positions, None, len(tokens))
+    borders = torch.tensor([0, s], dtype=torch.int32)
+    batch = ContextBatch(tokens.t(), tokens.t(), positions, (s,), borders)
     rows = label_rows(hidden, batch, SimpleNamespace(tp=group), sequence_parallel)
     out = fused_divergence(rows, weight, ht, own(wt), labels, loss, vocab, group)
     (0.5 * out.loss_sum).backward()

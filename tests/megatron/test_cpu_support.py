@@ -14,6 +14,7 @@ from tiny_models import make_model
 
 from nemo_trd.config.schema import Layout, Precision
 from nemo_trd.megatron import torch_adam
+from nemo_trd.megatron.attention import Segments
 from nemo_trd.megatron.hf_weights import load_hf_weights
 from nemo_trd.megatron.model import build_model, load_hf_config
 
@@ -61,9 +62,14 @@ class Training:
     def step(self) -> float:
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
-        hidden = self.wrapped(TOKENS, torch.arange(20).expand_as(TOKENS), None)
-        scores = (hidden @ self.model.output_weight().T)[:-1, :, :300].float()
-        loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), TOKENS.T[1:].flatten())
+        rows, length = TOKENS.shape
+        positions = torch.arange(length).repeat(rows)
+        pack = Segments(qkv_format="sbhd", lengths=(length,) * rows, position_ids=positions)
+        hidden = self.wrapped(TOKENS.view(1, -1), positions[None], None, packed_seq_params=pack)
+        scores = (hidden @ self.model.output_weight().T).view(rows, length, -1)[:, :-1, :300]
+        loss = torch.nn.functional.cross_entropy(
+            scores.flatten(0, 1).float(), TOKENS[:, 1:].flatten()
+        )
         loss.backward()
         self.wrapped.finish_grad_sync()
         updated, norm, _ = self.optimizer.step()

@@ -188,12 +188,18 @@ def test_a_forward_pass_is_that_of_transformers_on_matrices_rounded_to_fp8(
 
 @torch.no_grad()
 def divergence(student: Any, teacher: Any, trajectories: list[Any]) -> float:
-    """KL(teacher || student) per label; sequences of 16, 32, ... tokens, each by itself."""
+    """KL(teacher || student) per label; sequence and filler together have 16, 32, ... tokens."""
 
     def log_probs(model: Any, context: tuple[int, ...], labels: tuple[int, ...]) -> Tensor:
-        ids = torch.tensor([context + labels[:-1]])
-        logits = model(F.pad(ids, (0, -ids.shape[1] % 16))).logits[0, len(context) - 1 :]
-        return logits[: len(labels)].double().log_softmax(-1)
+        length = len(context) + len(labels) - 1
+        ids = F.pad(torch.tensor([context + labels[:-1]]), (0, -length % 16))
+        places = torch.arange(ids.shape[1])
+        of_filler = places >= length
+        apart = (of_filler[:, None] != of_filler) | (places > places[:, None])
+        mask = torch.zeros(apart.shape).masked_fill(apart, torch.finfo().min)[None, None]
+        positions = places - length * of_filler
+        logits = model(ids, attention_mask=mask, position_ids=positions[None]).logits[0]
+        return logits[len(context) - 1 : length].double().log_softmax(-1)
 
     total = 0.0
     for t in trajectories:
