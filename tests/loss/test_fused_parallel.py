@@ -45,7 +45,7 @@ def check_all() -> None:
         loss = make_loss(name, tail, temperature=temperature, chunk_size=chunk_size)
         # 50 of 64 ids are real: with 4 ranks the last shard holds 2 of them. 20: it holds none.
         check_against_dense(loss, (50, 20)[number % 2], sequence_parallel, tied)
-    check_against_dense(make_loss(token_clip=2.0), 50, False, False)
+    check_against_dense(make_loss(token_clip=5.0), 50, False, False)
     for name, tail in product(DIVERGENCES, TAILS):
         check_bf16(make_loss(name, tail, chunk_size=8))
         check_equal_models(make_loss(name, tail))
