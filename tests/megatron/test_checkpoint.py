@@ -228,19 +228,25 @@ def test_resuming_to_and_from_the_layers_of_transformer_engine_agrees(
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
 def test_resuming_in_fp8_is_bitwise(recipe: str, tmp_path: Path) -> None:
     fp8 = ["precision.fp8=hybrid", f"precision.fp8_recipe={recipe}"]
-    whole, broken = (models(tmp_path / name, intermediate_size=64) for name in ("whole", "broken"))
+    whole, broken, other = (
+        models(tmp_path / name, intermediate_size=64) for name in ("whole", "broken", "other")
+    )
     uninterrupted = steps(whole, 1, fp8, 0, 2 * HALF, True)
     assert steps(broken, 1, fp8, 0, HALF, True) == uninterrupted[:HALF]
     assert steps(broken, 1, fp8, HALF, 2 * HALF, True) == uninterrupted[HALF:]
-    if recipe == "delayed":  # another tensor parallel size is not exact: docs/gpu.md
-        return
+    # And in another layout. With TP 2 other sums are rounded to FP8, and two steps on the losses
+    # are 0.2 % off: a run that has this layout from its beginning is the reference. The scales of
+    # delayed scaling come from maxima over all ranks: every rank has those of the whole matrix.
     shutil.rmtree(broken / "checkpoints" / "step_00000004")
     latest.point(broken / "checkpoints", broken / "checkpoints" / "step_00000002")
-    layout = [*PP2, "precision.teacher_fp8=null"]
-    for step, expected in zip(
-        steps(broken, 2, [*fp8, *layout], HALF, 2 * HALF, True), uninterrupted[HALF:], strict=True
-    ):
-        assert step == pytest.approx(expected, rel=1e-3)
+    layout = [*PP2, "precision.teacher_fp8=null"] if recipe == "tensorwise" else TP2
+    resumed = steps(broken, 2, [*fp8, *layout], HALF, 2 * HALF, True)
+    if recipe == "tensorwise":
+        expected, accuracy = uninterrupted, 1e-3
+    else:
+        expected, accuracy = steps(other, 2, [*fp8, *layout], 0, 2 * HALF, True), 1e-5
+    for step, known in zip(resumed, expected[HALF:], strict=True):
+        assert step == pytest.approx(known, rel=accuracy)
 
 
 def test_another_fp8_recipe_goes_on_from_a_checkpoint(
