@@ -21,18 +21,15 @@ Everything that is started ends with this process.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import secrets
-import signal
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from overlap import HEAD_DIM, LIMIT, machine, make_inputs, servers, settings
+from overlap import HEAD_DIM, LIMIT, machine, make_inputs, run, servers, settings
 from pydantic import SecretStr
 
 from nemo_trd.config.load import compose
@@ -187,14 +184,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    with tempfile.TemporaryDirectory(prefix="generation-") as root:
-        result = measure(args, Path(root))
-    where = result["machine"]
-    print(f"{where['cpu']}, {where['cores']} cores; {args.repeats} pairs\n\n{table(result)}")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
-    return int(result["ratio"] > LIMIT * result["ideal_ratio"])
+    return run(args, measure, table, f"{args.repeats} pairs")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -325,16 +325,29 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> int:
-    args = arguments()
+def run(
+    args: argparse.Namespace,
+    measure: Callable[[argparse.Namespace, Path], dict[str, Any]],
+    table: Callable[[Mapping[str, Any]], str],
+    amount: str,
+) -> int:
+    """Measure below a directory that goes again, show the table, write `args.json`.
+
+    Returns the exit code: 1 when the ratio is more than `LIMIT` times the ideal one.
+    """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    with tempfile.TemporaryDirectory(prefix="overlap-") as root:
+    with tempfile.TemporaryDirectory(prefix=f"{Path(sys.argv[0]).stem}-") as root:
         result = measure(args, Path(root))
     where = result["machine"]
-    print(f"{where['cpu']}, {where['cores']} cores; {args.steps} steps\n\n{table(result)}")
+    print(f"{where['cpu']}, {where['cores']} cores; {amount}\n\n{table(result)}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
     return int(result["ratio"] > LIMIT * result["ideal_ratio"])
+
+
+def main() -> int:
+    args = arguments()
+    return run(args, measure, table, f"{args.steps} steps")
 
 
 if __name__ == "__main__":
