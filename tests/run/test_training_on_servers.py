@@ -66,6 +66,16 @@ def run_training(overrides: list[str], fault: str) -> None:
     sys.exit(exit_code)
 
 
+def run_step(overrides: list[str]) -> None:
+    """On every rank: the entry point. What the teacher's server serves is loaded here to compare."""
+    import sys
+
+    from nemo_trd.config.load import compose
+    from nemo_trd.train import launch
+
+    sys.exit(launch(compose(overrides)))
+
+
 def settings(inputs: Path, urls: dict[str, str], run_dir: Path, *overrides: str) -> list[str]:
     steps = [f"train.num_steps={STEPS}", "optimizer.lr=1e-2", "logging.samples_interval=1"]
     return [*settings_on(inputs, urls, run_dir), *steps, *overrides]
@@ -181,7 +191,7 @@ def first_step(
 ) -> dict[str, float]:
     """Metrics of one step of a run whose teacher's server is checked, whoever scores."""
     run = [*settings_on(inputs, urls, run_dir), *ONE_STEP, *overrides]
-    launch(ranks, run_training, run, "", environment=ENVIRONMENT)
+    launch(ranks, run_step, run, environment=ENVIRONMENT)
     told = (run_dir / "log.txt").read_text()
     assert f"{urls['teacher']} serves the teacher: its log-probabilities differ by" in told
     (step,) = metrics(run_dir)
