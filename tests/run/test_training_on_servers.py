@@ -67,7 +67,7 @@ def run_training(overrides: list[str], fault: str) -> None:
 
 
 def run_step(overrides: list[str]) -> None:
-    """On every rank: the entry point. What the teacher's server serves is loaded here to compare."""
+    """On every rank: the entry point. To check the teacher's server its model is loaded too."""
     import sys
 
     from nemo_trd.config.load import compose
