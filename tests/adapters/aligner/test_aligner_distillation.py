@@ -78,6 +78,7 @@ def written_and_read(directory: str, overrides: list[str]) -> None:
     loss on them with the one that our student has on the same trajectories."""
     import torch
     import torch.distributed as dist
+    from model_checks import packed
     from nemo_aligner.data.nlp.builders import (
         build_train_valid_test_knowledge_distillation_datasets as build_datasets,
     )
@@ -87,6 +88,7 @@ def written_and_read(directory: str, overrides: list[str]) -> None:
     from nemo_trd.adapters.aligner_kd import write_kd_jsonl
     from nemo_trd.adapters.nemo_aligner import TRDStudent
     from nemo_trd.config.load import compose
+    from nemo_trd.megatron.schedule import run_model
     from nemo_trd.run.run import Run
     from nemo_trd.train import launch as launch_run
     from nemo_trd.train import sample
@@ -97,7 +99,7 @@ def written_and_read(directory: str, overrides: list[str]) -> None:
         (model,) = run.student.models
         total, count = 0.0, 0
         for row in rows:
-            hidden = model(row["tokens"][None], torch.arange(len(row["tokens"]))[None], None)
+            hidden = run_model(model, packed(row["tokens"][None]))
             logits = (hidden @ model.output_weight().t()).transpose(0, 1).contiguous()
             top, ids = row["topk_logits"][None], row["topk_token_ids"][None]
             loss, *_ = _TopKLogitsCrossEntropy.apply(logits, top, ids, row["labels"][None])
