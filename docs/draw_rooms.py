@@ -43,6 +43,7 @@ FLOORS = [
     {
         "adapters": "other recipes",
         "quickstart": "a whole toy run",
+        "generate": "pairs, drawn once",
         "launch": "ranks of a machine",
         "smollm2": "a real small model",
     },

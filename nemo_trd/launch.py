@@ -107,11 +107,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--nproc", type=int, required=True, metavar="N", help="ranks, one for each GPU"
     )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for nemo_trd.train")
+    parser.add_argument(
+        "--module",
+        default="nemo_trd.train",
+        choices=("nemo_trd.train", "nemo_trd.generate"),
+        help="what each rank runs (default: %(default)s)",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the module")
     options = parser.parse_intermixed_args(arguments)
     if options.nproc < 1:
         parser.error(f"--nproc {options.nproc}: at least 1")
-    return launch(options.nproc, [sys.executable, "-m", "nemo_trd.train", *options.overrides])
+    return launch(options.nproc, [sys.executable, "-m", options.module, *options.overrides])
 
 
 if __name__ == "__main__":

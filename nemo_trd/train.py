@@ -9,11 +9,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
-import torch.distributed as dist
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -25,17 +23,14 @@ from nemo_trd.config.hydra_entry import hydra_entry
 from nemo_trd.config.load import explain_refused_override, validate
 from nemo_trd.config.schema import Config
 from nemo_trd.data.types import Microbatch, Prompt, Refinement, Trajectory
-from nemo_trd.distributed.process import init_distributed, world_from_environment
-from nemo_trd.distributed.stop import StopRequest
 from nemo_trd.loss.top_k import TopK
 from nemo_trd.megatron.student import StepResult
-from nemo_trd.records.last_line import Cause, end_process
+from nemo_trd.records.last_line import end_process
 from nemo_trd.records.timers import Timers
 from nemo_trd.records.trackers import Tracker
 from nemo_trd.run.lookahead import Lookahead
 from nemo_trd.run.run import Run
-from nemo_trd.run.run_lock import is_of
-from nemo_trd.run.session import carry_out, record_end
+from nemo_trd.run.session import carry_out, record_end, with_all_ranks
 
 MicroBatches: TypeAlias = Sequence[Sequence[Microbatch]]  # by data parallel rank and position
 TeacherStates: TypeAlias = Sequence[Tensor | TopK | None]  # of this rank's, on the last stage
@@ -129,28 +124,7 @@ def launch(
         ConfigError: on every rank, before any model is built. It is written to the log of a run
             that has one.
     """
-    rank, _, _ = world_from_environment()
-    log_file = config.run_dir / "log.txt"
-    stop = StopRequest(config.run_dir, rank)
-    try:
-        try:
-            watch = init_distributed(
-                config.parallel.timeout_minutes, log_file, partial(is_of, config.run_dir)
-            )
-        except dist.DistError as error:
-            end_process(f"nemo_trd: the ranks do not meet: {Cause.of(error).line}", 1)
-        try:
-            exit_code = carry_out(config, work, trackers, stop)
-        except ConfigError as error:
-            record_end(str(error), log_file)
-            watch.close()
-            raise
-        except BaseException as error:
-            watch.fail(error)
-        watch.close()
-    finally:
-        stop.close()
-    return exit_code
+    return with_all_ranks(config, lambda stop: carry_out(config, work, trackers, stop))
 
 
 def main(composed: DictConfig) -> None:

@@ -7,7 +7,15 @@ import re
 from urllib.parse import urlsplit
 
 from nemo_trd.config.errors import rule_broken
-from nemo_trd.config.schema import Config, Dataset, Layout, ServedPool, VerifierName, Vllm
+from nemo_trd.config.schema import (
+    Config,
+    Dataset,
+    Layout,
+    ServedPool,
+    StoredPairs,
+    VerifierName,
+    Vllm,
+)
 
 
 def check_consistent(config: Config) -> None:
@@ -19,6 +27,8 @@ def check_consistent(config: Config) -> None:
     _check_models_and_data(config)
     _check_refinement(config)
     _check_training(config)
+    if config.generation.stored is not None:
+        _check_stored(config, config.generation.stored)
     _check_precision(config)
     _check_layouts_and_servers(config)
 
@@ -80,13 +90,12 @@ def _check_training(config: Config) -> None:
             "exactly one of train.micro_batch_size and train.max_tokens_per_micro_batch is set",
             "set the other one to null",
         )
-    evaluation = config.evaluation
-    evaluates = evaluation.at_start or evaluation.at_end or evaluation.interval is not None
-    if evaluates and (config.data.validation is None or config.data.verifier == "none"):
-        missing = "validation" if config.data.validation is None else "verifier"
+    data = config.data
+    if config.evaluation.wanted and (data.validation is None or data.verifier == "none"):
+        missing = "validation" if data.validation is None else "verifier"
         raise rule_broken(
             f"data.{missing}",
-            getattr(config.data, missing),
+            getattr(data, missing),
             "evaluation.at_start, at_end and interval need problems to solve and a verifier",
             f"set data.{missing}, or switch evaluation off (at_start=false, at_end=false, "
             "interval=null)",
@@ -104,6 +113,32 @@ def _check_training(config: Config) -> None:
             config.loss.beta,
             f"loss.divergence={config.loss.divergence} does not use it",
             "remove it, or set loss.divergence=jsd",
+        )
+
+
+def _check_stored(config: Config, stored: StoredPairs) -> None:
+    """Rules for samples that are read: each row of data.train is one pair, of the step-0 models."""
+    drawn = "set generation.stored=null to draw samples"
+    if stored.refinement is None and config.algorithm.trajectory == "refinement":
+        raise rule_broken(
+            "generation.stored.refinement",
+            None,
+            "algorithm.trajectory=refinement trains on rewrites",
+            f"name their column, set algorithm.trajectory=rollout, or {drawn}",
+        )
+    if config.train.rollouts_per_prompt != 1:
+        raise rule_broken(
+            "train.rollouts_per_prompt",
+            config.train.rollouts_per_prompt,
+            "with generation.stored each row of data.train holds one rollout",
+            f"set it to 1 (several rollouts of a problem are several rows), or {drawn}",
+        )
+    if config.generation.max_staleness:
+        raise rule_broken(
+            "generation.max_staleness",
+            config.generation.max_staleness,
+            "with generation.stored nothing is drawn that could be drawn ahead",
+            f"set it to 0, or {drawn}",
         )
 
 

@@ -400,9 +400,19 @@ class Vllm(VllmSettings):
     compared_rollouts: PositiveInt  # so many, at the start and in every step, are scored by both
 
 
+class StoredPairs(Section):
+    """Columns of data.train with what was generated before; see data/stored.py."""
+
+    rollout: Name  # y_o
+    refinement: Name | None  # y_r; a row without one has a null. null: for rollouts alone
+
+
 class Generation(Section):
     # Who draws samples. local: Hugging Face `generate` in the processes that train. vllm: servers.
     backend: Literal["local", "vllm"]
+    # Train on stored samples: `backend` then answers the validation problems only. null: both y_o
+    # and y_r are drawn.
+    stored: StoredPairs | None = None
     # 0: strictly on-policy. 1: the samples of a step are drawn while the step before it trains.
     max_staleness: Annotated[int, Field(ge=0, le=1)]
     rollout: Sampling  # y_o ~ pi_theta(. | x)
@@ -554,6 +564,11 @@ class Evaluation(Section):
     samples_per_problem: PositiveInt  # the k of avg@k and pass@k
     sampling: Sampling  # of the student's answers
 
+    @property
+    def wanted(self) -> bool:
+        """Whether the student is ever evaluated."""
+        return self.at_start or self.at_end or self.interval is not None
+
 
 class Config(Section):
     run: Run  # where the run writes, and its seed
@@ -580,9 +595,19 @@ class Config(Section):
         return self.model.teacher or self.model.student
 
     @property
+    def draws_rewrites(self) -> bool:
+        """Whether the teacher rewrites rollouts during the run."""
+        return self.algorithm.trajectory == "refinement" and self.generation.stored is None
+
+    @property
     def asks_teacher(self) -> bool:
         """Whether the teacher has work outside Megatron: to rewrite, or to score."""
-        return self.algorithm.trajectory == "refinement" or self.teacher.scoring == "server"
+        return self.draws_rewrites or self.teacher.scoring == "server"
+
+    @property
+    def asks_student(self) -> bool:
+        """Whether the student answers anything outside Megatron."""
+        return self.generation.stored is None or self.evaluation.wanted
 
     @property
     def shows_prompt_to_teacher(self) -> bool:
@@ -603,6 +628,8 @@ class Config(Section):
             del settings[section]
         del settings["sandbox"], settings["run"]["dir"], settings["train"]["num_steps"]
         del settings["generation"]["local"], settings["generation"]["vllm"]
+        if self.generation.stored is None:  # as before there was this setting
+            del settings["generation"]["stored"]
         if self.teacher.chat_template_kwargs is not None:  # the rest of the section is only speed
             settings["teacher"] = {"chat_template_kwargs": self.teacher.chat_template_kwargs}
         if self.refinement.chat_template_kwargs is None:  # as before there was this setting

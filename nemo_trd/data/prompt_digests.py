@@ -43,11 +43,18 @@ def digests(prompts: Sequence[Prompt]) -> bytes:
             prompt.index,
             _digest(prompt.problem),
             _digest(prompt.reference_solution),
-            _digest(None if prompt.answer is None else str(prompt.answer)),
+            _digest(_answers(prompt)),
             blake2b(array("q", prompt.token_ids).tobytes(), digest_size=4).digest(),
         )
         for prompt in prompts
     )
+
+
+def _answers(prompt: Prompt) -> str | None:
+    """The answer to a prompt, and the pair that is stored with it, as one text."""
+    if prompt.stored is not None:
+        return f"{prompt.answer} {prompt.stored}"
+    return None if prompt.answer is None else str(prompt.answer)
 
 
 def _digest(text: str | None) -> bytes:

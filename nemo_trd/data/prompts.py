@@ -10,7 +10,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -18,12 +18,13 @@ from typing import Any
 from jinja2 import TemplateError
 
 from nemo_trd.config.errors import rule_broken
-from nemo_trd.config.schema import Dataset, PromptRules, VerifierName
+from nemo_trd.config.schema import Dataset, Generation, PromptRules, VerifierName
 from nemo_trd.data.chat import conversation, render_chat, transcript
 from nemo_trd.data.chat_checks import check_chat_template, left_out
 from nemo_trd.data.control_tokens import Message
 from nemo_trd.data.files import read_rows
 from nemo_trd.data.row import BOXED, BadRow, RowReader, shown
+from nemo_trd.data.stored import read_pair
 from nemo_trd.data.turns import ends_with_user, read_messages
 from nemo_trd.data.types import Prompt
 from nemo_trd.verifiers.judgement import Answer, AnswerList
@@ -47,6 +48,7 @@ def load_prompts(
     rules: PromptRules,
     tokenizer: Any,
     needs_reference: bool = False,
+    stored_for: Generation | None = None,
 ) -> LoadedPrompts:
     """Read and check every row of a dataset and put it through the student's chat template.
 
@@ -58,6 +60,7 @@ def load_prompts(
             the section around it, or with a benchmark's dataset.
         needs_reference: whether somebody reads the reference solutions. A row without one is good
             otherwise, as is one without an answer where there is no verifier.
+        stored_for: settings whose `stored` names columns with a pair of each row; None: no pairs.
 
     Raises:
         ConfigError: a bad row (file and line) or too many of them, a dataset or column that does
@@ -79,6 +82,9 @@ def load_prompts(
         try:
             reader = _reader(where, row, field)
             prompt = _prompt(index, reader, dataset, rules, tokenizer, needs_reference)
+            if stored_for is not None and stored_for.stored is not None:
+                pair = read_pair(reader, stored_for, stored_for.stored, tokenizer)
+                prompt = replace(prompt, stored=pair)
         except BadRow as error:
             if rules.on_bad_row == "error":
                 raise

@@ -68,11 +68,15 @@ class RowReader:
         for name, value in self.row.items():
             steps = list(value) if isinstance(value, dict) else []
             names += [f"{name}.{step}" for step in steps] or [name]
-        setting = "template" if key == "template" else f"columns.{key}"
+        setting = {
+            "template": f"{self.field}.template",
+            "rollout": "generation.stored.rollout",
+            "refinement": "generation.stored.refinement",
+        }.get(key, f"{self.field}.columns.{key}")
         columns = ", ".join(map(repr, names[:20])) + (", ..." if len(names) > 20 else "")
         return BadRow(
             f"missing_{key}",
-            f"{self.where}: no column {column!r}, which {self.field}.{setting} names; there are "
+            f"{self.where}: no column {column!r}, which {setting} names; there are "
             f"{columns or 'none'}",
             "name one of these, or correct the row",
         )

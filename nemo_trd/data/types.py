@@ -23,35 +23,8 @@ Rejection = Literal[
     "aborted",
     "truncated",  # it reached generation.refinement.max_tokens
     "nll_gap",  # beyond refinement.max_student_nll_gap
+    "not_stored",  # generation.stored has no rewrite of this rollout
 ]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One problem of the dataset."""
-
-    index: int  # position in the dataset file, before any filtering: stable across runs
-    problem: str  # the text that refinement templates show to the teacher
-    token_ids: TokenIds  # x: the student's chat template, generation prompt included
-    reference_solution: str | None = None  # y*: worked solution, seen by the teacher in OPSD only
-    answer: Answer | None = None  # final answer, for the verifier
-    # Messages behind `token_ids`, for a teacher with a chat template of its own. None
-    # where only the ids are known: such a teacher sees these.
-    messages: tuple[dict[str, Any], ...] | None = field(default=None, hash=False)
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """One sequence to continue. Equal requests draw with equal random numbers.
-
-    They give equal completions where logits are equal. On a GPU a batch of another size sums in
-    another order: logits differ by rounding, and a draw that is as close may fall otherwise.
-    """
-
-    prompt_token_ids: TokenIds
-    seed: int
-    # Requests of equal affinity share a long prefix (a problem); servers cache it. No other effect.
-    affinity: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -77,6 +50,43 @@ class Completion:
     def text(self, tokenizer: Any) -> str:
         """Decode it without special tokens, up to the stop string that ended it, if any."""
         return tokenizer.decode(self.token_ids, skip_special_tokens=True) + self.tail
+
+
+@dataclass(frozen=True)
+class StoredPair:
+    """y_o and y_r of one prompt, drawn before the run."""
+
+    rollout: Completion
+    refinement: Completion | None  # None: the teacher was not asked
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem of the dataset."""
+
+    index: int  # position in the dataset file, before any filtering: stable across runs
+    problem: str  # the text that refinement templates show to the teacher
+    token_ids: TokenIds  # x: the student's chat template, generation prompt included
+    reference_solution: str | None = None  # y*: worked solution, seen by the teacher in OPSD only
+    answer: Answer | None = None  # final answer, for the verifier
+    # Messages behind `token_ids`, for a teacher with a chat template of its own. None
+    # where only the ids are known: such a teacher sees these.
+    messages: tuple[dict[str, Any], ...] | None = field(default=None, hash=False)
+    stored: StoredPair | None = None  # with generation.stored
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One sequence to continue. Equal requests draw with equal random numbers.
+
+    They give equal completions where logits are equal. On a GPU a batch of another size sums in
+    another order: logits differ by rounding, and a draw that is as close may fall otherwise.
+    """
+
+    prompt_token_ids: TokenIds
+    seed: int
+    # Requests of equal affinity share a long prefix (a problem); servers cache it. No other effect.
+    affinity: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

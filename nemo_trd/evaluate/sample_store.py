@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_trd.config.dotted import dotted
-from nemo_trd.config.errors import ConfigError, rule_broken
+from nemo_trd.config.errors import ConfigError
 from nemo_trd.data.types import FinishReason
-from nemo_trd.records.step_lines import write_atomically
+from nemo_trd.records.settings_file import keep_settings
 
 SETTINGS_FILE, SAMPLES_FILE = "settings.json", "samples.jsonl"
 Key = tuple[str, int, int]  # benchmark, problem, sample
@@ -54,20 +53,8 @@ class SampleStore:
         self._file = output / SAMPLES_FILE
         self._lock = threading.Lock()
         self.samples: dict[Key, Sample] = {}
-        recorded = output / SETTINGS_FILE
-        if recorded.is_file():
-            _check_same(json.loads(recorded.read_text(encoding="utf-8")), settings, recorded)
-            self._read()
-        elif self._file.exists():
-            raise rule_broken(
-                "output",
-                str(output),
-                f"it holds {SAMPLES_FILE} and no {SETTINGS_FILE} that tells how they were made",
-                "give another output",
-            )
-        else:
-            output.mkdir(parents=True, exist_ok=True)
-            write_atomically(recorded, json.dumps(settings, indent=1) + "\n")
+        keep_settings(output / SETTINGS_FILE, settings, self._file)
+        self._read()
 
     def append(self, sample: Sample) -> None:
         line = json.dumps(asdict(sample)) + "\n"
@@ -94,15 +81,3 @@ class SampleStore:
         if whole < len(content):
             with self._file.open("r+b") as file:
                 file.truncate(whole)
-
-
-def _check_same(recorded: Mapping[str, Any], settings: Mapping[str, Any], file: Path) -> None:
-    before, now = dotted(recorded), dotted(json.loads(json.dumps(settings)))
-    for field in [*now, *(field for field in before if field not in now)]:
-        if before.get(field) != now.get(field) or (field in before) != (field in now):
-            raise rule_broken(
-                field,
-                now.get(field),
-                f"{file} says {before.get(field)!r}, and samples of both would be mixed",
-                "set it back, or give another output",
-            )

@@ -98,8 +98,11 @@ def _model(source: ModelSource, name: str, findings: Findings) -> Model | None:
 def _check_nodes(config: Config, findings: Findings) -> None:
     """Check that servers have nodes of their own exactly where servers generate something."""
     cluster, vllm = config.cluster, config.generation.vllm
-    asks = config.asks_teacher
-    for name, role, is_used in (("student", "rollout", True), ("teacher", "refinement", asks)):
+    used = (
+        ("student", "rollout", config.asks_student),
+        ("teacher", "refinement", config.asks_teacher),
+    )
+    for name, role, is_used in used:
         nodes, tp = server_nodes(cluster, role)
         if vllm is not None and is_used and nodes > 0:
             try:

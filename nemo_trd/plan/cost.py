@@ -101,7 +101,7 @@ def step_time(config: Config, student: Any, teacher: Any) -> StepTime:
         teacher_time = flops.teacher / (gpus * training_rate(config, False)) if gpus else math.inf
     student_time = flops.student / (world * rate) + ring["student"].waiting + loss
     return StepTime(
-        rollout=seconds["rollout"],
+        rollout=seconds.get("rollout", 0.0),
         refinement=seconds.get("refinement", 0.0),
         teacher=teacher_time,
         student=student_time * bubble(config, parallel.student),
@@ -276,7 +276,12 @@ def with_nodes(config: Config, training: int, student: int, teacher: int) -> Con
 
 
 def possible_splits(config: Config) -> Iterator[Config]:
-    """Yield every division of the same nodes in which both layouts and every server find room."""
+    """Yield every division of the same nodes in which both layouts and every server find room.
+
+    None where samples are stored: then all nodes may train.
+    """
+    if config.generation.stored is not None:
+        return
     cluster = config.cluster
     total = cluster.training_nodes + cluster.student_server_nodes + cluster.teacher_server_nodes
     has_refinements = config.asks_teacher

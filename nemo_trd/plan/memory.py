@@ -199,7 +199,7 @@ def _held(config: Config, student: Any, teacher: Any, stage: int) -> dict[str, i
         held["teacher output weight"] = rows * teacher.hidden_size * element
     if config.generation.backend == "local":
         element = ELEMENT_BYTES[config.generation.local.dtype]
-        models = [student] + ([teacher] if config.algorithm.trajectory == "refinement" else [])
+        models = [student] * config.asks_student + [teacher] * config.draws_rewrites
         held["generation weights"] = sum(map(parameters, models)) * element
     held["reserved"] = round(config.cluster.reserved_gib * GIB)
     return held
@@ -321,6 +321,8 @@ def _generation_phases(config: Config, student: Any, teacher: Any) -> dict[str, 
 
 def generations(config: Config, student: Any, teacher: Any) -> list[tuple[str, Any, int, int]]:
     """(purpose, shape, longest context, longest answer) of each generation in a step."""
+    if config.generation.stored is not None:
+        return []
     purposes = [
         ("rollout", student, config.data.max_prompt_tokens, config.generation.rollout.max_tokens)
     ]

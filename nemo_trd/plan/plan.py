@@ -80,6 +80,6 @@ def make_plan(config: Config) -> Plan:
         plan.evenest = min(
             splits, key=lambda split: max(split.time.generation, split.time.training)
         )
-    if config.generation.vllm is not None:
+    if config.generation.vllm is not None and config.generation.stored is None:
         plan.evening = evening_servers(config, student.hf, teacher.hf)
     return plan

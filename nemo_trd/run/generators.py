@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any, NoReturn
 
 import torch.distributed as dist
+from torch import Tensor
 
 from nemo_trd.config.schema import Config, Vllm
 from nemo_trd.distributed.exchange import from_first_rank
@@ -20,18 +21,30 @@ from nemo_trd.serve.open import (
     open_servers,
 )
 
-if TYPE_CHECKING:
-    pass
+
+class Unasked:
+    """Generator of a run that asks it for nothing: stored samples, and no evaluation."""
+
+    weight_version = 0
+
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take note of the version, and leave the weights where they are."""
+        self.weight_version = version
+
+    def generate(self, *asked: Any) -> NoReturn:
+        raise AssertionError("nothing is asked where evaluation.wanted is false")
+
+    stream = generate
 
 
 class Generators:
     """`student` and `teacher`, as `generation` says. Collective; `close` ends what was started.
 
-    With `algorithm.trajectory=rollout` no rewrite is ever asked for, and the teacher's is the
-    student's: a second model would idle. Once `stopping`, none of them waits for servers that are
-    out of service.
+    Where no rewrite is ever asked for, the teacher's is the student's: a second model would idle.
+    Where nothing is, no model is loaded and no server started. Once `stopping`, none of them waits
+    for servers that are out of service.
 
-    `on_servers` is false where both generate in this process. `compared_rollouts` is the number of
+    `on_servers`: whether servers answer for the student. `compared_rollouts` is the number of
     rollouts a step whose log-probabilities on the servers are compared with the trainer's; 0
     without servers. `teacher_servers` are those of the teacher that run already; None without any.
     """
@@ -45,8 +58,9 @@ class Generators:
         self.student: Generator
         self.teacher: Generator
         vllm = config.generation.vllm
-        self.on_servers = vllm is not None
+        self.on_servers = vllm is not None and config.asks_student
         self.compared_rollouts = 0 if vllm is None else vllm.compared_rollouts
+        self.student = self.teacher = Unasked()
         if vllm is None:
             self._open_local()
         else:
@@ -63,8 +77,9 @@ class Generators:
             student=config.model.student,
             progress=self._progress,
         )
-        self.student = self.teacher = make(config.model.student)
-        if config.algorithm.trajectory == "refinement":
+        if config.asks_student:
+            self.student = self.teacher = make(config.model.student)
+        if config.draws_rewrites:
             self.teacher = make(config.teacher_source)
 
     def _open_on_servers(self, vllm: Vllm) -> None:
@@ -81,29 +96,31 @@ class Generators:
             progress=self._progress,
             stopping=self._stopping,
         )
-        sync = WeightSync(servers["student"].urls, vllm.weight_sync, servers["student"].api_key)
-        self._stack.callback(sync.close)
-        self.student = self.teacher = make(student, servers["student"], sync=sync, logprobs=True)
+        if "student" in models:
+            of_student = servers["student"]
+            sync = WeightSync(of_student.urls, vllm.weight_sync, of_student.api_key)
+            self._stack.callback(sync.close)
+            self.student = self.teacher = make(student, of_student, sync=sync, logprobs=True)
         if "teacher" not in models:
             return
         self.teacher_on_servers = partial(make, config.teacher_source, servers["teacher"])
         if vllm.teacher.urls:
             self.teacher_servers = servers["teacher"]
-        if config.algorithm.trajectory == "refinement":
+        if config.draws_rewrites:
             self.teacher = self.teacher_on_servers()
 
     def _served_models(self, vllm: Vllm) -> dict[str, ServedModel]:
         """The models whose servers have work, by role."""
         config, logs = self._config, self._config.run_dir / "servers"
-        models = {
-            "student": ServedModel(
+        models = {}
+        if config.asks_student:
+            models["student"] = ServedModel(
                 config.model.student,
                 vllm.student,
                 "generation.vllm.student",
                 logs / "student",
                 vllm.weight_sync.backend,
             )
-        }
         if config.asks_teacher:
             models["teacher"] = ServedModel(
                 config.teacher_source, vllm.teacher, "generation.vllm.teacher", logs / "teacher"

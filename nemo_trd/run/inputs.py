@@ -61,6 +61,7 @@ def load_training_prompts(
         config.data,
         student_tokenizer,
         needs_reference=config.algorithm.mode == "opsd",
+        stored_for=config.generation,
     )
     check_openings(config, student_tokenizer, teacher_tokenizer)
     return fitting_prompts(prompts, config, teacher_tokenizer)

@@ -97,12 +97,12 @@ class Journal:
         rollouts = [refinement.request.rollout for refinement in refinements]
         versions = [rollout.completion.weight_version for rollout in rollouts]
         rewrites = [refinement.completion for refinement in refinements if refinement.completion]
+        drawn = [*(rollout.completion for rollout in rollouts), *rewrites]
+        if self._config.generation.stored is not None:
+            drawn = []
         return {
             "staleness": weight_version - sum(versions) / len(versions),
-            "generated_tokens": sum(
-                len(completion.token_ids)
-                for completion in (*(rollout.completion for rollout in rollouts), *rewrites)
-            ),
+            "generated_tokens": sum(len(completion.token_ids) for completion in drawn),
             **mean_change(merge_shares([change(*p) for p in own_share(rewritten(refinements))])),
             **rollout_nll(rollouts),
             **agreement.metrics(self._differences(rollouts)),

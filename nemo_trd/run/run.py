@@ -34,6 +34,7 @@ from nemo_trd.run.open import open_teacher_and_generators
 from nemo_trd.run.resume import changes_since, check_prompts, model_identity, samples_hold
 from nemo_trd.run.run_lock import RunLock
 from nemo_trd.run.sampling import Sampler
+from nemo_trd.run.stored import StoredSampler
 from nemo_trd.run.teacher_check import check_teacher_servers
 from nemo_trd.verifiers.select import verifier
 
@@ -82,7 +83,8 @@ class Run:
             config, self.student, stop.signalled
         )
         self._under_way = UnderWay(root.parent / "under_way", dist.get_rank(), config.digest())
-        self.sampler = Sampler(
+        sampler = Sampler if config.generation.stored is None else StoredSampler
+        self.sampler = sampler(
             config,
             self._generators.student,
             self._generators.teacher,

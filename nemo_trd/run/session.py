@@ -5,21 +5,56 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 
+from nemo_trd.config.errors import ConfigError
 from nemo_trd.config.schema import Config
 from nemo_trd.distributed.exchange import from_first_rank, raise_together
-from nemo_trd.distributed.process import world_from_environment
+from nemo_trd.distributed.process import init_distributed, world_from_environment
 from nemo_trd.distributed.stop import StopRequest
 from nemo_trd.generation.protocol import GenerationFailed
-from nemo_trd.records.last_line import Cause, append_to_log
+from nemo_trd.records.last_line import Cause, append_to_log, end_process
 from nemo_trd.records.trackers import Tracker
 from nemo_trd.run.inputs import load_inputs
 from nemo_trd.run.outcome import nothing_left
 from nemo_trd.run.run import Run
-from nemo_trd.run.run_lock import at_work
+from nemo_trd.run.run_lock import at_work, is_of
+
+
+def with_all_ranks(config: Config, work: Callable[[StopRequest], int]) -> int:
+    """Join the other ranks and do the work. Returns its exit code.
+
+    An exception on any rank ends the processes of all of them; its cause becomes the last line of
+    stderr and of the run's log.txt.
+
+    Raises:
+        ConfigError: on every rank, if `work` does. It is written to the log of a run that has one.
+    """
+    rank, _, _ = world_from_environment()
+    log_file = config.run_dir / "log.txt"
+    stop = StopRequest(config.run_dir, rank)
+    try:
+        try:
+            watch = init_distributed(
+                config.parallel.timeout_minutes, log_file, partial(is_of, config.run_dir)
+            )
+        except dist.DistError as error:
+            end_process(f"nemo_trd: the ranks do not meet: {Cause.of(error).line}", 1)
+        try:
+            exit_code = work(stop)
+        except ConfigError as error:
+            record_end(str(error), log_file)
+            watch.close()
+            raise
+        except BaseException as error:
+            watch.fail(error)
+        watch.close()
+    finally:
+        stop.close()
+    return exit_code
 
 
 def carry_out(

@@ -15,7 +15,7 @@ import pytest
 CHECKOUT = Path(__file__).parents[2]
 MODULES = (
     *("launch", "quickstart", "smollm2", "plan", "evaluate", "report", "prefix_failure", "doctor"),
-    *("serve", "serve.node", "toy.warm_start"),
+    *("serve", "serve.node", "toy.warm_start", "generate"),
 )
 SCRIPTS = ("overlap.py", "trd_vs_opd.py", "loss.py", "comparison/models.py", "comparison/sft.py")
 
