@@ -30,9 +30,8 @@ def test_no_imports_make_a_circle() -> None:
 
 
 def test_every_room_has_a_floor_and_a_door_plate() -> None:
-    assert sorted([*ROOMS, "train", "launch", "quickstart", "smollm2"]) == sorted(
-        name for floor in FLOORS for name in floor
-    )
+    commands = ("train", "launch", "quickstart", "generate", "smollm2")
+    assert sorted([*ROOMS, *commands]) == sorted(name for floor in FLOORS for name in floor)
     for name in ROOMS:
         plate = ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text())) or ""
         assert 3 <= len(plate.splitlines()) <= 7, f"nemo_trd/{name}/__init__.py: {plate}"
