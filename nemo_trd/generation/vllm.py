@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -13,13 +14,13 @@ from tqdm import tqdm
 
 from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import Sampling, VllmClient
-from nemo_trd.data.types import Completion, GenerationRequest, TokenIds
+from nemo_trd.data.types import Completion, GenerationRequest, TokenIds, TokenScores
 from nemo_trd.generation.api import (
     AttemptFailed,
     Connection,
     SampledTokens,
     StaleWeights,
-    TokenScores,
+    Wanted,
     field_of,
     generation_body,
     read_completion,
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
     from nemo_trd.generation.weight_sync import WeightSync
     from nemo_trd.models.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
 
 
 class VllmGenerator:
@@ -77,6 +80,7 @@ class VllmGenerator:
         self._progress = progress
         self._decode = decode
         self._lock = threading.Lock()  # of the members' loads: one batch at a time
+        self._told_of_json = False
 
     def generate(
         self,
@@ -146,7 +150,8 @@ class VllmGenerator:
             completion = self._completion(sampled, version, prompt, sampling, url)
             return completion, len(sampled.token_ids)
 
-        body = generation_body(request, sampling, self._eos_token_ids, self._logprobs)
+        logprobs = 0 if self._logprobs else None
+        body = generation_body(request, sampling, self._eos_token_ids, logprobs)
         body["sampling_params"] |= self.vocabulary.constraint
         return Job(name, body, request.affinity, read)
 
@@ -182,20 +187,12 @@ class VllmGenerator:
         return Completion(self.vocabulary.ended(ids), sampled.finish_reason, version, logprobs)
 
     def score(
-        self,
-        sequences: Sequence[tuple[TokenIds, int]],
-        top_k: int,
-        description: str,
-        *,
-        vocab_size: int | None = None,
-        spare: int = 0,
+        self, sequences: Sequence[tuple[TokenIds, int]], wanted: Wanted, description: str
     ) -> list[TokenScores]:
         """Log-probabilities of the tokens from `label_start` on, each after all before it.
 
         `sequences` are (token ids, label_start) with label_start of 1 or more; one token of the
-        servers' context must be left. With a `vocab_size`, ids from there on are left out, and
-        the others are given as much more of the probability; `spare` more ids are asked for, so
-        that `top_k` remain. Raises as `generate`.
+        servers' context must be left. Raises as `generate`.
         """
         jobs = []
         for number, (token_ids, label_start) in enumerate(sequences):
@@ -208,12 +205,13 @@ class VllmGenerator:
             def read(
                 content: Any, url: str, ids: TokenIds = token_ids, start: int = label_start
             ) -> tuple[TokenScores, int]:
-                scores, versions = read_scores(content, url, ids, start, top_k, vocab_size)
+                scores, versions = read_scores(content, url, ids, start, wanted)
                 self._accept(versions, url)
+                self._tell_of_json(content, url)
                 return scores, len(scores.label_logprobs)
 
             name = f"{description} {number}"
-            jobs.append(Job(name, scoring_body(token_ids, top_k + spare), None, read))
+            jobs.append(Job(name, scoring_body(token_ids, label_start, wanted), None, read))
         if not jobs:
             return []
         return run_loop(self._score(jobs, max(len(ids) for ids, _ in sequences), description))
@@ -227,6 +225,16 @@ class VllmGenerator:
                 async with asyncio.TaskGroup() as group:
                     scores = [group.create_task(session.ask(job)) for job in jobs]
             return [task.result() for task in scores]
+
+    def _tell_of_json(self, content: Any, url: str) -> None:
+        """Say once that a server sends scores the long way."""
+        if "scores" not in content and not self._told_of_json:
+            self._told_of_json = True
+            log.warning(
+                "%s sends log-probabilities as JSON, several times as many bytes as in binary: it "
+                "was started without nemo_trd_scores.AnswerInArrays (docs/servers.md)",
+                url,
+            )
 
     def _check_ids(self, token_ids: TokenIds, url: str) -> None:
         """Raises AttemptFailed: it holds an id that no server of this model may sample."""

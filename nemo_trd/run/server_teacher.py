@@ -9,9 +9,9 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemo_trd.config.schema import Config
-from nemo_trd.data.types import Microbatch, TokenIds, Trajectory
+from nemo_trd.data.types import Microbatch, TokenIds, TokenScores, Trajectory
 from nemo_trd.distributed.exchange import fail_together, merge_shares, own_share
-from nemo_trd.generation.api import TokenScores
+from nemo_trd.generation.api import Wanted
 from nemo_trd.generation.vllm import VllmGenerator
 from nemo_trd.loss.top_k import TopK
 from nemo_trd.megatron.context_parallel import label_holders
@@ -35,10 +35,10 @@ class ServerTeacher:
         assert config.loss.top_k is not None
         self._scorer = scorer
         self._top_k = config.loss.top_k
-        self._vocab_size = vocab_size
         # Beside the ids that the loss is about, a server may name some that only pad its output
         # layer, or that only the teacher's tokenizer knows.
-        self._spare = min(scorer.vocabulary.columns - vocab_size, 16 + self._top_k // 4)
+        spare = min(scorer.vocabulary.columns - vocab_size, 16 + self._top_k // 4)
+        self._wanted = Wanted(self._top_k, vocab_size, spare)
         self._dp_rank = student_groups.dp.rank()
         self._cp = student_groups.cp
         self._computes_loss = is_last_stage(student_groups)
@@ -85,13 +85,7 @@ class ServerTeacher:
     def _score(
         self, sequences: Sequence[tuple[TokenIds, int]], description: str
     ) -> list[TokenScores]:
-        return self._scorer.score(
-            sequences,
-            self._top_k,
-            description,
-            vocab_size=self._vocab_size,
-            spare=self._spare,
-        )
+        return self._scorer.score(sequences, self._wanted, description)
 
     def _join(self, scores: Sequence[TokenScores]) -> TopK:
         """The states of one micro-batch, in the order of its labels; no rows for a filler."""

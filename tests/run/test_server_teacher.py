@@ -15,7 +15,8 @@ from launch import launch
 from oracles import DIVERGENCES, make_loss
 from tiny_models import make_model
 
-from nemo_trd.data.types import TokenIds, Trajectory
+from nemo_trd.data.types import TokenIds, TokenScores, Trajectory
+from nemo_trd.generation.api import Wanted
 from nemo_trd.loss.formulas import dense_divergence
 from nemo_trd.loss.fused import divergence_from_top_k
 from nemo_trd.loss.top_k import TopK
@@ -101,24 +102,20 @@ class Scorer:
     def score(
         self,
         sequences: Sequence[tuple[TokenIds, int]],
-        top_k: int,
+        wanted: Wanted,
         description: str,
-        *,
-        vocab_size: int,
-        spare: int,
-    ) -> list[Any]:
-        from nemo_trd.generation.api import TokenScores
+    ) -> list[TokenScores]:
         from nemo_trd.generation.protocol import GenerationFailed
 
         if self.broken:
             raise GenerationFailed("http://localhost:1: gone")
-        assert (vocab_size, spare) == (VOCABULARY, 0)
+        assert (wanted.vocab_size, wanted.spare) == (VOCABULARY, 0)
         self.asked += len(sequences)
         scores = []
         for ids, start in sequences:
             logits = self._model(torch.tensor([ids])).logits[0, start - 1 : -1]
             log_probs = logits.log_softmax(-1)
-            top = log_probs.topk(top_k)
+            top = log_probs.topk(wanted.top_k)
             labels = np.array([log_probs[i, token] for i, token in enumerate(ids[start:])])
             scores.append(TokenScores(top.indices.numpy(), top.values.numpy(), labels))
         return scores
@@ -156,7 +153,7 @@ def check_layouts(directory: str) -> None:
         # What its servers are asked for at the start, against the model as transformers has it.
         text = trajectories()[4].labels
         own = _own_log_probabilities(config, text, student, teacher, 0)
-        (scored,) = scorer.score([(text, 1)], 1, "a text", vocab_size=VOCABULARY, spare=0)
+        (scored,) = scorer.score([(text, 1)], Wanted(1, VOCABULARY), "a text")
         np.testing.assert_allclose(own, scored.label_logprobs, atol=1e-4)
         expected = [student.train_step(plan, teacher.states(plan)).metrics for _ in range(2)]
 
