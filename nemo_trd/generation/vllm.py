@@ -47,8 +47,8 @@ class VllmGenerator:
     """Samples on the servers at `urls`, which serve one model. Implements `Generator`.
 
     `sync` brings new weights to the servers; without it they keep those they have loaded
-    themselves, version 0. With `logprobs`, completions carry those of their tokens. `decode` is
-    needed where `Sampling.stop` is used.
+    themselves, version 0. With `logprobs`, completions carry those of their tokens, and with
+    `wanted` scores. `decode` is needed where `Sampling.stop` is used.
 
     A request is idempotent, by its seed: one that fails goes to another replica. A replica that
     fails is asked again when it is healthy, unpaused and has the current weights.
@@ -63,6 +63,7 @@ class VllmGenerator:
         api_key: SecretStr | None = None,
         sync: WeightSync | None = None,
         logprobs: bool = False,
+        wanted: Wanted | None = None,
         progress: bool = False,
         stopping: Callable[[], bool] = lambda: False,
         decode: Decode | None = None,
@@ -77,6 +78,7 @@ class VllmGenerator:
         self._api_key = api_key
         self._sync = sync
         self._logprobs = logprobs
+        self._wanted = wanted
         self._progress = progress
         self._decode = decode
         self._lock = threading.Lock()  # of the members' loads: one batch at a time
@@ -142,16 +144,25 @@ class VllmGenerator:
                         group.create_task(answer(position))
 
     def _job(self, name: str, request: GenerationRequest, sampling: Sampling) -> Job[Completion]:
+        wanted, logprobs = self._wanted, 0 if self._logprobs else None
+        if wanted:  # one more: in JSON the sampled token may take the last one's place
+            logprobs = min(wanted.top_k + wanted.spare + 1, self.vocabulary.columns)
+
         def read(content: Any, url: str) -> tuple[Completion, int]:
-            sampled = read_completion(content, url, sampling, self._eos_token_ids, self._logprobs)
+            sampled = read_completion(
+                content, url, sampling, self._eos_token_ids, self._logprobs, wanted
+            )
+            if wanted:
+                self._tell_of_json(content, url)
             self._check_ids(sampled.token_ids, url)
             version = self._accept(sampled.weight_versions, url)
             prompt = request.prompt_token_ids
             completion = self._completion(sampled, version, prompt, sampling, url)
             return completion, len(sampled.token_ids)
 
-        logprobs = 0 if self._logprobs else None
         body = generation_body(request, sampling, self._eos_token_ids, logprobs)
+        if wanted:
+            body["scores"] = wanted.body()
         body["sampling_params"] |= self.vocabulary.constraint
         return Job(name, body, request.affinity, read)
 
@@ -173,18 +184,24 @@ class VllmGenerator:
         Raises:
             AttemptFailed: it ended with neither an EOS token nor a text of `sampling.stop`.
         """
-        ids, logprobs = sampled.token_ids, sampled.logprobs
+        ids, logprobs, scores = sampled.token_ids, sampled.logprobs, sampled.scores
         ended = sampled.finish_reason == "stop" and ids[-1:] and ids[-1] in self._eos_token_ids
         if sampling.stop:
             assert self._decode is not None, "stop needs a tokenizer: give the generator `decode`"
             stops = StopStrings(sampling.stop, self._decode)
             cut = stops.cut(prompt, ids[:-1] if ended else ids)
             if cut is not None:
-                kept = logprobs and logprobs[: len(cut.token_ids)]
-                return Completion(cut.token_ids, "stop_string", version, kept, cut.tail)
+                count = len(cut.token_ids)
+                kept = logprobs and logprobs[:count], scores and scores.first(count)
+                return Completion(
+                    cut.token_ids, "stop_string", version, kept[0], cut.tail, scores=kept[1]
+                )
             if sampled.finish_reason == "stop" and not ended:
                 raise AttemptFailed(url, f"it ended a completion at none of {sampling.stop}")
-        return Completion(self.vocabulary.ended(ids), sampled.finish_reason, version, logprobs)
+        token_ids = self.vocabulary.ended(ids)
+        if token_ids != ids:
+            scores = None  # of an end that is no label
+        return Completion(token_ids, sampled.finish_reason, version, logprobs, scores=scores)
 
     def score(
         self, sequences: Sequence[tuple[TokenIds, int]], wanted: Wanted, description: str

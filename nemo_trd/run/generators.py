@@ -12,6 +12,7 @@ import torch.distributed as dist
 from nemo_trd.config.schema import Config, Vllm
 from nemo_trd.distributed.exchange import from_first_rank
 from nemo_trd.generation.protocol import Generator
+from nemo_trd.run.generated_scores import GeneratedScores
 from nemo_trd.serve.open import (
     ServedModel,
     Servers,
@@ -21,7 +22,7 @@ from nemo_trd.serve.open import (
 )
 
 if TYPE_CHECKING:
-    pass
+    from nemo_trd.generation.api import Wanted
 
 
 class Generators:
@@ -34,6 +35,8 @@ class Generators:
     `on_servers` is false where both generate in this process. `compared_rollouts` is the number of
     rollouts a step whose log-probabilities on the servers are compared with the trainer's; 0
     without servers. `teacher_servers` are those of the teacher that run already; None without any.
+    `generated_scores` holds what the teacher's servers computed while they wrote, after
+    `score_while_writing`.
     """
 
     def __init__(self, config: Config, stopping: Callable[[], bool]) -> None:
@@ -42,6 +45,7 @@ class Generators:
         self._stack = ExitStack()
         self._progress = config.logging.progress and dist.get_rank() == 0
         self.teacher_servers: Servers | None = None
+        self.generated_scores: GeneratedScores | None = None
         self.student: Generator
         self.teacher: Generator
         vllm = config.generation.vllm
@@ -54,6 +58,11 @@ class Generators:
 
     def close(self) -> None:
         self._stack.close()
+
+    def score_while_writing(self, wanted: Wanted) -> None:
+        """Have the teacher's servers give scores with each rewrite. Collective."""
+        self.teacher = self.teacher_on_servers(wanted=wanted)
+        self.generated_scores = GeneratedScores()
 
     def _open_local(self) -> None:
         config = self._config
