@@ -171,8 +171,10 @@ def _check_precision(config: Config) -> None:
 
 
 def _check_layouts_and_servers(config: Config) -> None:
-    if config.teacher.scoring == "server":
+    if config.scores_on_servers:
         _check_server_scoring(config)
+    if config.teacher.scoring == "generation":
+        _check_scoring_by_generation(config)
     for role in ("student", "teacher"):
         _check_layout(f"parallel.{role}", getattr(config.parallel, role), role)
         if config.generation.vllm is not None:
@@ -220,10 +222,11 @@ def _check_servers_of_roles(config: Config, vllm: Vllm) -> None:
 def _check_server_scoring(config: Config) -> None:
     """Rules for a teacher on servers: its most likely tokens, at temperature 1."""
     generation, loss, megatron = config.generation, config.loss, "or teacher.scoring=megatron"
+    scoring = config.teacher.scoring
     if generation.vllm is None:
         raise rule_broken(
             "teacher.scoring",
-            "server",
+            scoring,
             f"vLLM servers score, and generation.backend={generation.backend} has none",
             f"choose generation=vllm, {megatron}",
         )
@@ -231,14 +234,14 @@ def _check_server_scoring(config: Config) -> None:
         raise rule_broken(
             "loss.top_k",
             None,
-            "with teacher.scoring=server only the teacher's most likely tokens are known",
+            f"with teacher.scoring={scoring} only the teacher's most likely tokens are known",
             f"set how many, for example 64, {megatron}",
         )
     if loss.temperature != 1:
         raise rule_broken(
             "loss.temperature",
             loss.temperature,
-            "with teacher.scoring=server log-probabilities are those at temperature 1",
+            f"with teacher.scoring={scoring} log-probabilities are those at temperature 1",
             f"set it to 1, {megatron}",
         )
     arguments = generation.vllm.teacher.server.arguments
@@ -259,9 +262,41 @@ def _check_server_scoring(config: Config) -> None:
             raise rule_broken(
                 field,
                 value,
-                "with teacher.scoring=server no teacher is held in Megatron",
+                f"with teacher.scoring={scoring} no teacher is held in Megatron",
                 f"set it to {json.dumps(off)}, {megatron}",
             )
+
+
+def _check_scoring_by_generation(config: Config) -> None:
+    """Rules for a teacher that is scored while it writes: it writes y_r, in c_T of the loss."""
+    algorithm, refinement, server = config.algorithm, config.refinement, "or teacher.scoring=server"
+    if not config.draws_rewrites:
+        vanilla = algorithm.trajectory == "rollout"
+        raise rule_broken(
+            "algorithm.trajectory" if vanilla else "generation.stored",
+            algorithm.trajectory if vanilla else "rollout and refinement",
+            "with teacher.scoring=generation labels are scored while the teacher writes them, and "
+            "here it writes nothing",
+            f"set it to {'refinement' if vanilla else 'null'}, {server}",
+        )
+    if algorithm.teacher_context != "refine":
+        raise rule_broken(
+            "algorithm.teacher_context",
+            algorithm.teacher_context,
+            "with teacher.scoring=generation labels are scored in the context in which the teacher "
+            "wrote them, the refinement prompt",
+            f"set it to refine, {server}",
+        )
+    scored, written = config.teacher.chat_template_kwargs, refinement.chat_template_kwargs
+    written = config.data.chat_template_kwargs if written is None else written
+    if scored not in (None, written):
+        raise rule_broken(
+            "teacher.chat_template_kwargs",
+            scored,
+            "with teacher.scoring=generation labels are scored in the context in which the teacher "
+            f"wrote them, and that has {json.dumps(written)}",
+            f"set it to null, {server}",
+        )
 
 
 def _has_reference(dataset: Dataset) -> bool:

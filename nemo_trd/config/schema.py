@@ -135,7 +135,8 @@ class Parallel(Section):
 class Teacher(Section):
     # Where its distribution comes from. megatron: the whole one, from a model held by the ranks
     # that train. server: the loss.top_k most likely tokens, from generation.vllm.teacher.
-    scoring: Literal["megatron", "server"]
+    # generation: the same, computed while these servers write the rewrites; no second pass.
+    scoring: Literal["megatron", "server", "generation"]
     offload_weights: bool  # keep the teacher's weights on the host between steps
     offload_states: bool  # keep its hidden states in pinned host memory until they are needed
     # Arguments of its chat template where it scores. null: those of the refinement prompt for that
@@ -395,7 +396,7 @@ class Vllm(VllmSettings):
     """Generation on vLLM servers."""
 
     student: ServedPool  # they draw rollouts
-    teacher: TeacherPool  # they draw refinements, and score with teacher.scoring=server
+    teacher: TeacherPool  # they draw refinements, and score unless teacher.scoring=megatron
     weight_sync: WeightSync  # of the student, after each update
     compared_rollouts: PositiveInt  # so many, at the start and in every step, are scored by both
 
@@ -602,12 +603,17 @@ class Config(Section):
     @property
     def asks_teacher(self) -> bool:
         """Whether the teacher has work outside Megatron: to rewrite, or to score."""
-        return self.draws_rewrites or self.teacher.scoring == "server"
+        return self.draws_rewrites or self.scores_on_servers
 
     @property
     def asks_student(self) -> bool:
         """Whether the student answers anything outside Megatron."""
         return self.generation.stored is None or self.evaluation.wanted
+
+    @property
+    def scores_on_servers(self) -> bool:
+        """Whether the teacher's distributions come from its servers, and no rank holds it."""
+        return self.teacher.scoring != "megatron"
 
     @property
     def shows_prompt_to_teacher(self) -> bool:

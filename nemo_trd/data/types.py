@@ -1,7 +1,7 @@
 """Types that flow through the loop: prompts, rollouts, refinements, trajectories, micro-batches.
 
 Everything up to `Trajectory` is token ids in plain tuples, so that it can be pickled between
-ranks, written as JSON and compared in tests. Only `Microbatch` holds tensors.
+ranks, written as JSON and compared in tests. `TokenScores` holds arrays, `Microbatch` tensors.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from nemo_trd.verifiers.judgement import Answer
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 TokenIds = tuple[int, ...]
@@ -27,6 +28,24 @@ Rejection = Literal[
 ]
 
 
+@dataclass(frozen=True, eq=False)
+class TokenScores:
+    """Natural log-probabilities that a model gives the n label tokens of one sequence.
+
+    They are those of its distribution at temperature 1, over its whole vocabulary.
+    """
+
+    top_ids: np.ndarray  # int64 [n, k], the k most probable tokens at the place of each label
+    top_logprobs: np.ndarray  # float32 [n, k], descending
+    label_logprobs: np.ndarray  # float32 [n], of the label itself
+
+    def first(self, count: int) -> TokenScores:
+        """Those of the first `count` labels."""
+        return TokenScores(
+            self.top_ids[:count], self.top_logprobs[:count], self.label_logprobs[:count]
+        )
+
+
 @dataclass(frozen=True)
 class Completion:
     """Result of a generator for one request.
@@ -38,7 +57,8 @@ class Completion:
     several did, the oldest.
     `logprobs`, where the generator was asked for them, are natural log-probabilities of the tokens
     under the generator's own model and arithmetic: at temperature 1, over the whole vocabulary,
-    before top-k and top-p, each token given those before it.
+    before top-k and top-p, each token given those before it. `scores`, where they were asked for,
+    are the same of each token and of the most likely ones at its place.
     """
 
     token_ids: TokenIds
@@ -46,6 +66,7 @@ class Completion:
     weight_version: int
     logprobs: tuple[float, ...] | None = None
     tail: str = ""
+    scores: TokenScores | None = field(default=None, compare=False, repr=False)
 
     def text(self, tokenizer: Any) -> str:
         """Decode it without special tokens, up to the stop string that ended it, if any."""

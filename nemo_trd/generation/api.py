@@ -1,27 +1,32 @@
 """Requests to a vLLM server, and the form that its responses must have.
 
 Tokens go in and out as ids through /inference/v1/generate (vLLM 0.32, --enable-scale-out), whose
-responses say which weights sampled which tokens; vLLM's OpenAI endpoints do not.
+responses say which weights sampled which tokens; vLLM's OpenAI endpoints do not. Log-probabilities
+of many ids come as safetensors from servers that were started by `nemo_trd.serve`
+(nemo_trd/serve/worker/nemo_trd_scores.py), in JSON from others.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Annotated, Any, Literal
 
 import httpx
 import numpy as np
-from pydantic import BaseModel, Field, SecretStr, ValidationError
+from pydantic import BaseModel, Field, InstanceOf, SecretStr, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load
 
 from nemo_trd.config.schema import Sampling
-from nemo_trd.data.types import GenerationRequest, TokenIds
+from nemo_trd.data.types import GenerationRequest, TokenIds, TokenScores
 from nemo_trd.generation.protocol import GenerationFailed
 
 GENERATE = "/inference/v1/generate"
+ARRAYS = "application/vnd.nemo-trd.scores"  # as nemo_trd_scores.py has it
 INITIAL_WEIGHTS = "default"  # how vLLM calls the weights that a server has loaded at its start
 CHECK_SECONDS = 10.0  # a server that works answers a question about its state within this time
 CONNECT_SECONDS = 10.0
@@ -63,19 +68,27 @@ class Connection:
     ) -> Any:
         """The JSON that the server answers within `timeout` seconds.
 
+        Log-probabilities that came as arrays are in its field "scores", a `TokenScores`.
+
         Raises:
             AttemptFailed: no answer in time, a status of 500 and above, or no JSON.
             Refused: another status than 200.
         """
+        arrays = body is not None and "scores" in body
+        headers = {"Accept": f"{ARRAYS}, application/json"} if arrays else None
         try:
             async with asyncio.timeout(timeout):
-                response = await self._client.request(method, url + path, json=body)
+                response = await self._client.request(
+                    method, url + path, json=body, headers=headers
+                )
         except TimeoutError:
             raise AttemptFailed(url, f"no answer within {timeout:g} s") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             what = f"{type(error).__name__}: {error}".rstrip(": ")
             raise AttemptFailed(url, self._without_key(what)) from None
         status = response.status_code
+        if status == 200 and response.headers.get("Content-Type") == ARRAYS:
+            return _unpacked(response.content, url)
         text = self._without_key(response.text[:300].strip())
         if status >= 500 or status in RETRIED_STATUS:
             raise AttemptFailed(url, f"status {status}: {text}")
@@ -93,12 +106,21 @@ class Connection:
         await self._client.aclose()
 
 
+Place = Mapping[int, float]  # log-probabilities at the place of a label, by token id
+
+
 class _Span(BaseModel):
     version: str
 
 
+class _TopLogprob(BaseModel):
+    token_id: int
+    logprob: float
+
+
 class _Logprob(BaseModel):
     logprob: float
+    top_logprobs: list[_TopLogprob] = []
 
 
 class _Logprobs(BaseModel):
@@ -119,6 +141,7 @@ class _PromptLogprob(BaseModel):
 class _Response(BaseModel):
     choices: Annotated[list[_Choice], Field(min_length=1, max_length=1)]
     prompt_logprobs: list[dict[int, _PromptLogprob] | None] | None = None
+    scores: InstanceOf[TokenScores] | None = None
 
 
 @dataclass(frozen=True)
@@ -128,25 +151,38 @@ class SampledTokens:
     token_ids: TokenIds
     finish_reason: Literal["stop", "length"]
     logprobs: tuple[float, ...] | None
+    scores: TokenScores | None
     weight_versions: tuple[str, ...]  # distinct ones, in the order of the tokens
 
 
 @dataclass(frozen=True)
-class TokenScores:
-    """Natural log-probabilities that a model gives the n label tokens of one sequence.
+class Wanted:
+    """What is asked for of each label: its `top_k` most likely ids, and their log-probabilities.
 
-    They are those of its distribution at temperature 1, over its whole vocabulary.
+    Ids from `vocab_size` on are left out, and the others are given as much more of the probability;
+    `spare` more ids are asked for, so that `top_k` remain.
     """
 
-    top_ids: np.ndarray  # int64 [n, k], the k most probable tokens at the place of each label
-    top_logprobs: np.ndarray  # float32 [n, k], descending
-    label_logprobs: np.ndarray  # float32 [n], of the label itself
+    top_k: int
+    vocab_size: int | None = None
+    spare: int = 0
+
+    def body(self, start: int = 0) -> dict[str, Any]:
+        """The request's field "scores". Labels of a prompt begin at `start`."""
+        return {"start": start, "top_k": self.top_k, "vocab_size": self.vocab_size}
 
 
 def generation_body(
-    request: GenerationRequest, sampling: Sampling, eos_token_ids: frozenset[int], logprobs: bool
+    request: GenerationRequest,
+    sampling: Sampling,
+    eos_token_ids: frozenset[int],
+    logprobs: int | None,
 ) -> dict[str, Any]:
-    """The request; everything that changes a sample is said, so that no default joins in."""
+    """The request; everything that changes a sample is said, so that no default joins in.
+
+    Args:
+        logprobs: ask for the log-probability of each token, and of so many most likely ones.
+    """
     params: dict[str, Any] = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -164,27 +200,36 @@ def generation_body(
         params |= {"spaces_between_special_tokens": True}  # as `decode` of transformers does
     if sampling.temperature > 0:
         params["seed"] = request.seed
-    if logprobs:
-        params["logprobs"] = 0  # of the sampled token only
+    if logprobs is not None:
+        params["logprobs"] = logprobs
     return {"token_ids": list(request.prompt_token_ids), "sampling_params": params}
 
 
-def scoring_body(token_ids: TokenIds, top_k: int) -> dict[str, Any]:
+def scoring_body(token_ids: TokenIds, label_start: int, wanted: Wanted) -> dict[str, Any]:
     """Asks for log-probabilities of the prompt; one token must be generated with it."""
     params = {
         "temperature": 0,
         "max_tokens": 1,
-        "prompt_logprobs": top_k,
+        "prompt_logprobs": wanted.top_k + wanted.spare,
         "ignore_eos": True,
         "detokenize": False,
     }
-    return {"token_ids": list(token_ids), "sampling_params": params}
+    return {
+        "token_ids": list(token_ids),
+        "sampling_params": params,
+        "scores": wanted.body(label_start),
+    }
 
 
 def read_completion(
-    content: Any, url: str, sampling: Sampling, eos_token_ids: frozenset[int], logprobs: bool
+    content: Any,
+    url: str,
+    sampling: Sampling,
+    eos_token_ids: frozenset[int],
+    logprobs: bool,
+    wanted: Wanted | None = None,
 ) -> SampledTokens:
-    """Check a server's response to `generation_body`.
+    """Check a server's response to `generation_body`, with the scores that are `wanted`.
 
     A completion that a text of `sampling.stop` has ended still has all its tokens, and no EOS.
 
@@ -207,55 +252,101 @@ def read_completion(
             f"it ended with {choice.finish_reason!r} after {len(ids)} of at most "
             f"{sampling.max_tokens} tokens, {'an' if ended else 'no'} EOS token last",
         )
-    sampled = None
-    if logprobs:
+    sampled, scores = None, None
+    if (logprobs or wanted) and response.scores is None:
         if choice.logprobs is None or len(choice.logprobs.content) != len(ids):
             raise AttemptFailed(url, "the answer lacks the log-probabilities of its tokens")
         sampled = tuple(entry.logprob for entry in choice.logprobs.content)
-    return SampledTokens(tuple(ids), choice.finish_reason, sampled, _versions(choice, url))
+    if wanted:
+        scores = response.scores
+        if scores is None:
+            assert choice.logprobs is not None
+            entries = zip(ids, choice.logprobs.content, strict=True)
+            places: list[Place] = [
+                {top.token_id: top.logprob for top in e.top_logprobs} | {i: e.logprob}
+                for i, e in entries
+            ]
+            scores = _scores_of_json(places, ids, wanted, url)
+        _check_scores(scores, len(ids), wanted, url)
+    return SampledTokens(tuple(ids), choice.finish_reason, sampled, scores, _versions(choice, url))
 
 
 def read_scores(
-    content: Any,
-    url: str,
-    token_ids: TokenIds,
-    label_start: int,
-    top_k: int,
-    vocab_size: int | None = None,
+    content: Any, url: str, token_ids: TokenIds, label_start: int, wanted: Wanted
 ) -> tuple[TokenScores, tuple[str, ...]]:
     """Check a server's response to `scoring_body`: (TokenScores, weight versions).
-
-    Without the ids from `vocab_size` on: the log-probabilities are those of the others, given
-    that it is none of these.
 
     Raises:
         AttemptFailed: a label or one of its `top_k` tokens is missing.
     """
     response = _validated(content, url)
-    places = response.prompt_logprobs
-    if places is None or len(places) != len(token_ids):
-        raise AttemptFailed(url, "the answer lacks the log-probabilities of the prompt")
+    labels, scores = token_ids[label_start:], response.scores
+    if scores is None:
+        of_prompt = response.prompt_logprobs
+        if of_prompt is None or len(of_prompt) != len(token_ids):
+            raise AttemptFailed(url, "the answer lacks the log-probabilities of the prompt")
+        places: list[Place] = [
+            {i: entry.logprob for i, entry in (place or {}).items()}
+            for place in of_prompt[label_start:]
+        ]
+        scores = _scores_of_json(places, labels, wanted, url)
+    _check_scores(scores, len(labels), wanted, url)
+    return scores, _versions(response.choices[0], url)
+
+
+def _scores_of_json(
+    places: Sequence[Place], labels: Sequence[int], wanted: Wanted, url: str
+) -> TokenScores:
+    """Scores of labels of which each has its place: log-probabilities by token id.
+
+    Raises:
+        AttemptFailed: a label or one of its `top_k` tokens is missing.
+    """
     top_ids, top_logprobs, label_logprobs = [], [], []
-    for label, place in zip(token_ids[label_start:], places[label_start:], strict=True):
-        real = {i: entry.logprob for i, entry in (place or {}).items() if _is_real(i, vocab_size)}
-        if place is None or label not in real or len(real) < top_k:
+    for label, place in zip(labels, places, strict=True):
+        real = {i: logprob for i, logprob in place.items() if _is_real(i, wanted.vocab_size)}
+        if label not in real or len(real) < wanted.top_k:
             raise AttemptFailed(url, f"the answer lacks log-probabilities around token {label}")
         # Exact for the ids that are in the response; those further down weigh next to nothing.
-        left_out = sum(math.exp(e.logprob) for i, e in place.items() if i not in real)
+        left_out = sum(math.exp(logprob) for i, logprob in place.items() if i not in real)
         rest = math.log1p(-left_out) if left_out < 1 else math.nan
-        best = sorted(real.items(), key=lambda item: (-item[1], item[0]))[:top_k]
+        best = sorted(real.items(), key=lambda item: (-item[1], item[0]))[: wanted.top_k]
         top_ids.append([token for token, _ in best])
         top_logprobs.append([logprob - rest for _, logprob in best])
         label_logprobs.append(real[label] - rest)
-    if not np.isfinite([*chain(*top_logprobs), *label_logprobs]).all():
-        raise AttemptFailed(url, "the answer has log-probabilities that are not finite")
-    shape = (len(label_logprobs), top_k)
-    scores = TokenScores(
+    shape = (len(label_logprobs), wanted.top_k)
+    return TokenScores(
         np.array(top_ids, np.int64).reshape(shape),
         np.array(top_logprobs, np.float32).reshape(shape),
         np.array(label_logprobs, np.float32),
     )
-    return scores, _versions(response.choices[0], url)
+
+
+def _unpacked(content: bytes, url: str) -> dict[str, Any]:
+    """The JSON of a response with arrays, with its scores in the field "scores".
+
+    Raises:
+        AttemptFailed: it is malformed.
+    """
+    try:
+        tensors = load(content)
+        size = int.from_bytes(content[:8], "little")
+        choice = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["choice"])
+        choice["token_ids"] = tensors["token_ids"].tolist()
+        top_ids = tensors["top_ids"].astype(np.int64)
+        scores = TokenScores(top_ids, tensors["top_logprobs"], tensors["label_logprobs"])
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise AttemptFailed(url, f"its arrays are malformed: {error!r}") from None
+    return {"choices": [choice], "scores": scores}
+
+
+def _check_scores(scores: TokenScores, labels: int, wanted: Wanted, url: str) -> None:
+    """Raises AttemptFailed: there are not `top_k` of each label, or one is not finite."""
+    shape = scores.top_ids.shape, scores.top_logprobs.shape, scores.label_logprobs.shape
+    if shape != ((labels, wanted.top_k), (labels, wanted.top_k), (labels,)):
+        raise AttemptFailed(url, f"its arrays are of other shapes than asked for: {shape}")
+    if not (np.isfinite(scores.top_logprobs).all() and np.isfinite(scores.label_logprobs).all()):
+        raise AttemptFailed(url, "the answer has log-probabilities that are not finite")
 
 
 def _is_real(token_id: int, vocab_size: int | None) -> bool:

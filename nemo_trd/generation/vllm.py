@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -13,13 +14,13 @@ from tqdm import tqdm
 
 from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import Sampling, VllmClient
-from nemo_trd.data.types import Completion, GenerationRequest, TokenIds
+from nemo_trd.data.types import Completion, GenerationRequest, TokenIds, TokenScores
 from nemo_trd.generation.api import (
     AttemptFailed,
     Connection,
     SampledTokens,
     StaleWeights,
-    TokenScores,
+    Wanted,
     field_of,
     generation_body,
     read_completion,
@@ -39,13 +40,15 @@ if TYPE_CHECKING:
     from nemo_trd.generation.weight_sync import WeightSync
     from nemo_trd.models.vocabulary import Vocabulary
 
+log = logging.getLogger(__name__)
+
 
 class VllmGenerator:
     """Samples on the servers at `urls`, which serve one model. Implements `Generator`.
 
     `sync` brings new weights to the servers; without it they keep those they have loaded
-    themselves, version 0. With `logprobs`, completions carry those of their tokens. `decode` is
-    needed where `Sampling.stop` is used.
+    themselves, version 0. With `logprobs`, completions carry those of their tokens, and with
+    `wanted` scores. `decode` is needed where `Sampling.stop` is used.
 
     A request is idempotent, by its seed: one that fails goes to another replica. A replica that
     fails is asked again when it is healthy, unpaused and has the current weights.
@@ -60,6 +63,7 @@ class VllmGenerator:
         api_key: SecretStr | None = None,
         sync: WeightSync | None = None,
         logprobs: bool = False,
+        wanted: Wanted | None = None,
         progress: bool = False,
         stopping: Callable[[], bool] = lambda: False,
         decode: Decode | None = None,
@@ -74,9 +78,11 @@ class VllmGenerator:
         self._api_key = api_key
         self._sync = sync
         self._logprobs = logprobs
+        self._wanted = wanted
         self._progress = progress
         self._decode = decode
         self._lock = threading.Lock()  # of the members' loads: one batch at a time
+        self._told_of_json = False
 
     def generate(
         self,
@@ -138,15 +144,25 @@ class VllmGenerator:
                         group.create_task(answer(position))
 
     def _job(self, name: str, request: GenerationRequest, sampling: Sampling) -> Job[Completion]:
+        wanted, logprobs = self._wanted, 0 if self._logprobs else None
+        if wanted:  # one more: in JSON the sampled token may take the last one's place
+            logprobs = min(wanted.top_k + wanted.spare + 1, self.vocabulary.columns)
+
         def read(content: Any, url: str) -> tuple[Completion, int]:
-            sampled = read_completion(content, url, sampling, self._eos_token_ids, self._logprobs)
+            sampled = read_completion(
+                content, url, sampling, self._eos_token_ids, self._logprobs, wanted
+            )
+            if wanted:
+                self._tell_of_json(content, url)
             self._check_ids(sampled.token_ids, url)
             version = self._accept(sampled.weight_versions, url)
             prompt = request.prompt_token_ids
             completion = self._completion(sampled, version, prompt, sampling, url)
             return completion, len(sampled.token_ids)
 
-        body = generation_body(request, sampling, self._eos_token_ids, self._logprobs)
+        body = generation_body(request, sampling, self._eos_token_ids, logprobs)
+        if wanted:
+            body["scores"] = wanted.body()
         body["sampling_params"] |= self.vocabulary.constraint
         return Job(name, body, request.affinity, read)
 
@@ -168,34 +184,32 @@ class VllmGenerator:
         Raises:
             AttemptFailed: it ended with neither an EOS token nor a text of `sampling.stop`.
         """
-        ids, logprobs = sampled.token_ids, sampled.logprobs
+        ids, logprobs, scores = sampled.token_ids, sampled.logprobs, sampled.scores
         ended = sampled.finish_reason == "stop" and ids[-1:] and ids[-1] in self._eos_token_ids
         if sampling.stop:
             assert self._decode is not None, "stop needs a tokenizer: give the generator `decode`"
             stops = StopStrings(sampling.stop, self._decode)
             cut = stops.cut(prompt, ids[:-1] if ended else ids)
             if cut is not None:
-                kept = logprobs and logprobs[: len(cut.token_ids)]
-                return Completion(cut.token_ids, "stop_string", version, kept, cut.tail)
+                count = len(cut.token_ids)
+                kept = logprobs and logprobs[:count], scores and scores.first(count)
+                return Completion(
+                    cut.token_ids, "stop_string", version, kept[0], cut.tail, scores=kept[1]
+                )
             if sampled.finish_reason == "stop" and not ended:
                 raise AttemptFailed(url, f"it ended a completion at none of {sampling.stop}")
-        return Completion(self.vocabulary.ended(ids), sampled.finish_reason, version, logprobs)
+        token_ids = self.vocabulary.ended(ids)
+        if token_ids != ids:
+            scores = None  # of an end that is no label
+        return Completion(token_ids, sampled.finish_reason, version, logprobs, scores=scores)
 
     def score(
-        self,
-        sequences: Sequence[tuple[TokenIds, int]],
-        top_k: int,
-        description: str,
-        *,
-        vocab_size: int | None = None,
-        spare: int = 0,
+        self, sequences: Sequence[tuple[TokenIds, int]], wanted: Wanted, description: str
     ) -> list[TokenScores]:
         """Log-probabilities of the tokens from `label_start` on, each after all before it.
 
         `sequences` are (token ids, label_start) with label_start of 1 or more; one token of the
-        servers' context must be left. With a `vocab_size`, ids from there on are left out, and
-        the others are given as much more of the probability; `spare` more ids are asked for, so
-        that `top_k` remain. Raises as `generate`.
+        servers' context must be left. Raises as `generate`.
         """
         jobs = []
         for number, (token_ids, label_start) in enumerate(sequences):
@@ -208,12 +222,13 @@ class VllmGenerator:
             def read(
                 content: Any, url: str, ids: TokenIds = token_ids, start: int = label_start
             ) -> tuple[TokenScores, int]:
-                scores, versions = read_scores(content, url, ids, start, top_k, vocab_size)
+                scores, versions = read_scores(content, url, ids, start, wanted)
                 self._accept(versions, url)
+                self._tell_of_json(content, url)
                 return scores, len(scores.label_logprobs)
 
             name = f"{description} {number}"
-            jobs.append(Job(name, scoring_body(token_ids, top_k + spare), None, read))
+            jobs.append(Job(name, scoring_body(token_ids, label_start, wanted), None, read))
         if not jobs:
             return []
         return run_loop(self._score(jobs, max(len(ids) for ids, _ in sequences), description))
@@ -227,6 +242,16 @@ class VllmGenerator:
                 async with asyncio.TaskGroup() as group:
                     scores = [group.create_task(session.ask(job)) for job in jobs]
             return [task.result() for task in scores]
+
+    def _tell_of_json(self, content: Any, url: str) -> None:
+        """Say once that a server sends scores the long way."""
+        if "scores" not in content and not self._told_of_json:
+            self._told_of_json = True
+            log.warning(
+                "%s sends log-probabilities as JSON, several times as many bytes as in binary: it "
+                "was started without nemo_trd_scores.AnswerInArrays (docs/servers.md)",
+                url,
+            )
 
     def _check_ids(self, token_ids: TokenIds, url: str) -> None:
         """Raises AttemptFailed: it holds an id that no server of this model may sample."""

@@ -188,7 +188,7 @@ class Student:
         share = [(read_sums(reports), watched)] if reports else []
         result = _merged(self._everyone(share))
         shares = micro_batches.real_token_share(plan)
-        if self._config.teacher.scoring == "server":
+        if self._config.scores_on_servers:
             del shares["teacher_real_token_share"]  # servers pack in ways of their own
         return replace(result, metrics=result.metrics | shares)
 

@@ -30,7 +30,7 @@ NAMES = {
 
 def is_only_served(config: Config) -> bool:
     """Whether the teacher is a model of its own that nobody here holds."""
-    return config.teacher.scoring == "server" and config.model.teacher is not None
+    return config.scores_on_servers and config.model.teacher is not None
 
 
 def has_weights(directory: Path) -> bool:

@@ -95,6 +95,8 @@ def step_time(config: Config, student: Any, teacher: Any) -> StepTime:
     if config.teacher.scoring == "megatron":
         teacher_time = flops.teacher / (world * teacher_rate) + ring["teacher"].waiting
         teacher_time *= bubble(config, parallel.teacher)
+    elif config.teacher.scoring == "generation":
+        teacher_time = 0.0  # its servers score while they write
     else:
         teacher_servers = servers(config, "refinement", teacher)
         gpus = teacher_servers.count * teacher_servers.tp

@@ -76,7 +76,7 @@ def _setup(plan: Plan) -> str:
         if has_shape(model.hf):
             size = f"{parameters(model.hf) / 1e9:.2f} B parameters"
         heading = f"  {role:<8} {model.directory.name}  {size}  "
-        if role == "teacher" and config.teacher.scoring == "server":
+        if role == "teacher" and config.scores_on_servers:
             lines.append(f"{heading}on its servers only, top {config.loss.top_k}")
             continue
         layout = getattr(config.parallel, role)

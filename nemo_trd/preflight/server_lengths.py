@@ -67,5 +67,5 @@ def _longest_sequences(
         yield _LongestSequence(
             "teacher", "refinement.max_context_tokens", context, rewrite, False, None
         )
-    if config.teacher.scoring == "server":
+    if config.scores_on_servers:
         yield _LongestSequence("teacher", *teacher_context, longest_answer, True, positions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch.distributed as dist
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from nemo_trd.config.schema import Config, Vllm
 from nemo_trd.distributed.exchange import from_first_rank
 from nemo_trd.generation.protocol import Generator
+from nemo_trd.run.generated_scores import GeneratedScores
 from nemo_trd.serve.open import (
     ServedModel,
     Servers,
@@ -20,6 +21,9 @@ from nemo_trd.serve.open import (
     local_generator,
     open_servers,
 )
+
+if TYPE_CHECKING:
+    from nemo_trd.generation.api import Wanted
 
 
 class Unasked:
@@ -47,6 +51,8 @@ class Generators:
     `on_servers`: whether servers answer for the student. `compared_rollouts` is the number of
     rollouts a step whose log-probabilities on the servers are compared with the trainer's; 0
     without servers. `teacher_servers` are those of the teacher that run already; None without any.
+    `generated_scores` holds what the teacher's servers computed while they wrote, after
+    `score_while_writing`.
     """
 
     def __init__(self, config: Config, stopping: Callable[[], bool]) -> None:
@@ -55,6 +61,7 @@ class Generators:
         self._stack = ExitStack()
         self._progress = config.logging.progress and dist.get_rank() == 0
         self.teacher_servers: Servers | None = None
+        self.generated_scores: GeneratedScores | None = None
         self.student: Generator
         self.teacher: Generator
         vllm = config.generation.vllm
@@ -68,6 +75,11 @@ class Generators:
 
     def close(self) -> None:
         self._stack.close()
+
+    def score_while_writing(self, wanted: Wanted) -> None:
+        """Have the teacher's servers give scores with each rewrite. Collective."""
+        self.teacher = self.teacher_on_servers(wanted=wanted)
+        self.generated_scores = GeneratedScores()
 
     def _open_local(self) -> None:
         config = self._config

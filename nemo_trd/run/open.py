@@ -8,7 +8,7 @@ from nemo_trd.config.schema import Config
 from nemo_trd.megatron.student import Student
 from nemo_trd.megatron.teacher import Teacher
 from nemo_trd.run.generators import Generators
-from nemo_trd.run.server_teacher import ServerTeacher
+from nemo_trd.run.server_teacher import ServerTeacher, wanted_scores
 
 FrozenTeacher = Teacher | ServerTeacher
 
@@ -29,4 +29,9 @@ def open_teacher_and_generators(
         return Teacher(config, student.groups), Generators(config, stopping)
     generators = Generators(config, stopping)
     scorer = generators.teacher_on_servers()  # does not wait for what `teacher` generates
-    return ServerTeacher(config, scorer, student.groups, student.vocab_size), generators
+    assert config.loss.top_k is not None
+    wanted = wanted_scores(config.loss.top_k, student.vocab_size, scorer.vocabulary)
+    if config.teacher.scoring == "generation":
+        generators.score_while_writing(wanted)
+    generated = generators.generated_scores
+    return ServerTeacher(scorer, wanted, student.groups, generated), generators

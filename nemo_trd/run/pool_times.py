@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from time import perf_counter
 
 from nemo_trd.data.types import Completion, GenerationRequest
@@ -56,7 +57,7 @@ class Asked:
         """Take the completion of a request from the generator."""
         request = self.requests[position].result()
         if self._under_way is not None and request is not None:
-            self._under_way.add(request, completion)
+            self._under_way.add(request, replace(completion, scores=None))
         self._completions[position].set_result(completion)
 
 

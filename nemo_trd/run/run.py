@@ -91,6 +91,7 @@ class Run:
             inputs.student_tokenizer,
             inputs.teacher_tokenizer,
             self._under_way,
+            self._generators.generated_scores,
         )
         needed = first_checkpoint_bytes(config, self.student.hf)
         self._checkpointer = Checkpointer(config.checkpoint, root, self.student, needed)

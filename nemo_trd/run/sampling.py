@@ -30,6 +30,7 @@ from nemo_trd.distributed.exchange import fail_together, merge_shares, own_share
 from nemo_trd.generation.pending import run_loop
 from nemo_trd.generation.protocol import Generator, request_seed
 from nemo_trd.records.under_way import UnderWay
+from nemo_trd.run.generated_scores import GeneratedScores
 from nemo_trd.run.pool_times import Asked, Span, sampling_seconds
 from nemo_trd.verifiers.judgement import Answer
 from nemo_trd.verifiers.select import THREADS, judge_all, verifier
@@ -64,14 +65,21 @@ class Sampler:
         student_tokenizer: Any,
         teacher_tokenizer: Any,
         under_way: UnderWay | None = None,
+        generated_scores: GeneratedScores | None = None,
     ) -> None:
-        """Args: under_way: keeps the completions of the step that is being sampled."""
+        """Collective.
+
+        Args:
+            under_way: keeps the completions of the step that is being sampled.
+            generated_scores: keeps the scores that come with the rewrites.
+        """
         self._config = config
         self._student = student
         self._teacher = teacher
         self._student_tokenizer = student_tokenizer
         self._teacher_tokenizer = teacher_tokenizer
         self._under_way = under_way
+        self._generated_scores = generated_scores
         self._verify = verifier(config.data.verifier, config.sandbox)
         # Samples may be drawn while the main thread exchanges something else.
         self._group = dist.new_group(backend="gloo")
@@ -87,6 +95,8 @@ class Sampler:
         """
         if self._under_way is not None:
             self._under_way.begin(step, self._student.weight_version)
+        if self._generated_scores is not None:
+            self._generated_scores.begin(step)
         own = own_share(numbered_samples(prompts, self._config.train.rollouts_per_prompt))
         begin = perf_counter()
         samples = self._merge(lambda: run_loop(self._draw(own, step, begin)))
@@ -153,6 +163,8 @@ class Sampler:
         else:
             request = self._request("refinement", *sample, step, context.token_ids)
             y_r, rewrite_span = await teacher.ask(number, request)
+            if self._generated_scores is not None:
+                y_r = self._generated_scores.keep(step, context.token_ids, y_r)
         context = replace(context, rollout=await judged)
         refinement = await judging(read_refinement, context, y_r, tokenizer, self._verify)
         return _Sample(refinement, rollout_span, rewrite_span)

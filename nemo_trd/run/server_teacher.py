@@ -8,42 +8,50 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from nemo_trd.config.schema import Config
-from nemo_trd.data.types import Microbatch, TokenIds, Trajectory
+from nemo_trd.data.types import Microbatch, TokenScores, Trajectory
 from nemo_trd.distributed.exchange import fail_together, merge_shares, own_share
-from nemo_trd.generation.api import TokenScores
+from nemo_trd.generation.api import Wanted
 from nemo_trd.generation.vllm import VllmGenerator
 from nemo_trd.loss.top_k import TopK
 from nemo_trd.megatron.context_parallel import label_holders
 from nemo_trd.megatron.schedule import is_last_stage
+from nemo_trd.models.vocabulary import Vocabulary
+from nemo_trd.run.generated_scores import GeneratedScores
+
+
+def wanted_scores(top_k: int, vocab_size: int, teacher: Vocabulary) -> Wanted:
+    """What the loss needs of each label: `top_k` ids among the first `vocab_size`.
+
+    Beside these a server may name some that only pad its output layer, or that only the teacher's
+    tokenizer knows.
+    """
+    return Wanted(top_k, vocab_size, min(teacher.columns - vocab_size, 16 + top_k // 4))
 
 
 class ServerTeacher:
     """Stands where `nemo_trd.megatron.teacher.Teacher` does. All methods are collective.
 
     The ranks that share a student's data parallel rank divide its trajectories among them, and
-    exchange what the servers answer: k ids and log-probabilities for each label.
+    exchange what the servers answer: k ids and log-probabilities for each label. What the servers
+    computed while they wrote (`generated`) is not asked for again.
     """
 
     def __init__(
         self,
-        config: Config,
         scorer: VllmGenerator,
+        wanted: Wanted,
         student_groups: ProcessGroupCollection,
-        vocab_size: int,
+        generated: GeneratedScores | None = None,
     ) -> None:
-        assert config.loss.top_k is not None
         self._scorer = scorer
-        self._top_k = config.loss.top_k
-        self._vocab_size = vocab_size
-        # Beside the ids that the loss is about, a server may name some that only pad its output
-        # layer, or that only the teacher's tokenizer knows.
-        self._spare = min(scorer.vocabulary.columns - vocab_size, 16 + self._top_k // 4)
+        self._wanted = wanted
+        self._generated = generated
         self._dp_rank = student_groups.dp.rank()
         self._cp = student_groups.cp
         self._computes_loss = is_last_stage(student_groups)
         # On the host: what is exchanged never needs a device.
         dp_ranks = merge_shares([self._dp_rank])
+        self._first_ranks = [dp_ranks.index(d) for d in range(student_groups.dp.size())]
         for dp_rank in range(student_groups.dp.size()):
             ranks = [rank for rank, other in enumerate(dp_ranks) if other == dp_rank]
             group = dist.new_group(ranks, backend="gloo")
@@ -54,7 +62,7 @@ class ServerTeacher:
     def _check(self) -> None:
         """Servers that do not give as many log-probabilities refuse before the first step."""
         sequences = [((0, 0), 1)] if dist.get_rank() == 0 else []
-        fail_together(lambda: self._score(sequences, "check of scores"))
+        fail_together(lambda: self._scorer.score(sequences, self._wanted, "check of scores"))
 
     def states(self, micro_batches: Sequence[Sequence[Microbatch]]) -> list[TopK | None]:
         """The teacher's top k at this rank's labels of each of its own micro-batches.
@@ -66,37 +74,36 @@ class ServerTeacher:
         """
         own = micro_batches[self._dp_rank]
         trajectories = [t for micro_batch in own for t in micro_batch.trajectories]
-        share = own_share(trajectories, self._group)
-        scores = merge_shares(fail_together(lambda: self._ask(share)), self._group)
+        known = self._known(micro_batches)
+        unknown = [position for position in range(len(trajectories)) if position not in known]
+        share = [trajectories[position] for position in own_share(unknown, self._group)]
+        answers = merge_shares(fail_together(lambda: self._ask(share)), self._group)
+        known |= dict(zip(unknown, answers, strict=True))
         if not self._computes_loss:
             return [None] * len(own)
         states: list[TopK | None] = []
-        remaining = iter(scores)
+        remaining = iter(known[position] for position in range(len(trajectories)))
         for micro_batch in own:
-            known = self._join([next(remaining) for _ in micro_batch.trajectories])
+            joined = self._join([next(remaining) for _ in micro_batch.trajectories])
             holders, _ = label_holders([micro_batch.student], self._cp.size())
-            states.append(known[holders == self._cp.rank()])
+            states.append(joined[holders == self._cp.rank()])
         return states
+
+    def _known(self, micro_batches: Sequence[Sequence[Microbatch]]) -> dict[int, TokenScores]:
+        """Scores that came with the rewrites, by position of this rank's trajectories."""
+        if self._generated is None:
+            return {}
+        taken = self._generated.send(micro_batches, self._first_ranks)
+        return dict(merge_shares(list(taken.items()), self._group))
 
     def _ask(self, trajectories: Sequence[Trajectory]) -> list[TokenScores]:
         sequences = [(t.teacher_context + t.labels, len(t.teacher_context)) for t in trajectories]
-        return self._score(sequences, "scores")
-
-    def _score(
-        self, sequences: Sequence[tuple[TokenIds, int]], description: str
-    ) -> list[TokenScores]:
-        return self._scorer.score(
-            sequences,
-            self._top_k,
-            description,
-            vocab_size=self._vocab_size,
-            spare=self._spare,
-        )
+        return self._scorer.score(sequences, self._wanted, "scores")
 
     def _join(self, scores: Sequence[TokenScores]) -> TopK:
         """The states of one micro-batch, in the order of its labels; no rows for a filler."""
-        ids = torch.empty(0, self._top_k, dtype=torch.long)
-        log_probs, labels = torch.empty(0, self._top_k), torch.empty(0)
+        ids = torch.empty(0, self._wanted.top_k, dtype=torch.long)
+        log_probs, labels = torch.empty(0, self._wanted.top_k), torch.empty(0)
         return TopK(
             torch.cat([ids, *(torch.from_numpy(s.top_ids) for s in scores)]),
             torch.cat([log_probs, *(torch.from_numpy(s.top_logprobs) for s in scores)]),

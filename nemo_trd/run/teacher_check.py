@@ -12,6 +12,7 @@ from pydantic import SecretStr
 from nemo_trd.config.schema import Config, TeacherPool, VllmClient
 from nemo_trd.data.types import TokenIds, Trajectory
 from nemo_trd.distributed.exchange import from_first_rank, merge_shares
+from nemo_trd.generation.api import Wanted
 from nemo_trd.generation.identity import (
     ask,
     check_log_probabilities,
@@ -93,7 +94,7 @@ def _reported(
     client = client.model_copy(update={"recovery_timeout_seconds": 0.0, "stale_weights": "keep"})
     scorer = VllmGenerator([url], Vocabulary(0, (), {}), client, api_key=api_key)
     try:
-        (scores,) = scorer.score([(text, 1)], 1, "check of the teacher's servers")
+        (scores,) = scorer.score([(text, 1)], Wanted(1), "check of the teacher's servers")
     except GenerationFailed as error:
         log.warning("%s did not score a text, and is known by its name alone: %s", url, error)
         return None

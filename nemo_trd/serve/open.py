@@ -27,6 +27,7 @@ from nemo_trd.serve.api_key import read_api_key
 from nemo_trd.serve.server import servers_of, start_all, stop_all
 
 if TYPE_CHECKING:
+    from nemo_trd.generation.api import Wanted
     from nemo_trd.generation.local import LocalGenerator
     from nemo_trd.generation.vllm import VllmGenerator
     from nemo_trd.generation.weight_sync import WeightSync
@@ -99,6 +100,7 @@ def generator_on_servers(
     student: ModelSource | None = None,
     sync: WeightSync | None = None,
     logprobs: bool = False,
+    wanted: Wanted | None = None,
     progress: bool = False,
     stopping: Callable[[], bool] = lambda: False,
 ) -> VllmGenerator:
@@ -120,6 +122,7 @@ def generator_on_servers(
         api_key=servers.api_key,
         sync=sync,
         logprobs=logprobs,
+        wanted=wanted,
         progress=progress,
         stopping=stopping,
         decode=decoder(source.path, source.trust_remote_code),

@@ -200,8 +200,11 @@ class Server:
         # are the model's own, before temperature and top-p, as many as are asked for.
         arguments += ["--generation-config", "vllm", "--logprobs-mode", "raw_logprobs"]
         arguments += ["--max-logprobs", "-1"]
-        # Token ids in and out with the versions of the weights: /inference/v1/generate.
-        arguments += ["--enable-scale-out", "--middleware", "nemo_trd_auth.RequireKey"]
+        # Token ids in and out with the versions of the weights: /inference/v1/generate. Of several
+        # middlewares the last one comes first: nothing is answered without the key.
+        arguments += ["--enable-scale-out"]
+        for middleware in ("nemo_trd_scores.AnswerInArrays", "nemo_trd_auth.RequireKey"):
+            arguments += ["--middleware", middleware]
         arguments.append("--disable-uvicorn-access-log")
         if self._weight_backend is not None:
             arguments += worker_arguments()

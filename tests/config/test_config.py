@@ -158,6 +158,7 @@ def test_configuration_is_found_from_any_directory(
 
 
 SERVER = ["generation=vllm", "teacher.scoring=server", "loss.top_k=20"]
+GENERATION = ["generation=vllm", "teacher.scoring=generation", "loss.top_k=20"]
 REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     # overrides -> what the message says: field, value, rule, fix
     "unknown key": (
@@ -355,6 +356,26 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "a scoring server and a teacher in FP8": (
         [*SERVER, "precision.teacher_fp8=e4m3"],
         ("precision.teacher_fp8 = 'e4m3'", "no teacher is held", "set it to null"),
+    ),
+    "scores of rewrites without servers": (
+        ["teacher.scoring=generation", "loss.top_k=20"],
+        ("teacher.scoring = 'generation'", "backend=local has none", "choose generation=vllm"),
+    ),
+    "scores of rewrites and the full vocabulary": (
+        [*GENERATION, "loss.top_k=null"],
+        ("loss.top_k = None", "teacher.scoring=generation only", "set how many"),
+    ),
+    "scores of rewrites in another context": (
+        [*GENERATION, "algorithm.teacher_context=prompt"],
+        ("algorithm.teacher_context = 'prompt'", "the refinement prompt", "set it to refine"),
+    ),
+    "scores of rewrites through another template": (
+        [*GENERATION, "teacher.chat_template_kwargs={enable_thinking: true}"],
+        ("teacher.chat_template_kwargs = {", "in which the teacher wrote", "set it to null"),
+    ),
+    "scores of rewrites that nobody writes": (
+        [*GENERATION, "algorithm.trajectory=rollout"],
+        ("algorithm.trajectory = 'rollout'", "it writes nothing", "teacher.scoring=server"),
     ),
     **{
         f"a sampling setting that is off as elsewhere: {setting}": (

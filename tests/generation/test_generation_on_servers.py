@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -32,6 +33,7 @@ from nemo_trd.config.schema import LocalGeneration, ModelSource, Sampling, VllmC
 from nemo_trd.config.schema import WeightSync as WeightSyncSettings
 from nemo_trd.data.types import GenerationRequest
 from nemo_trd.evaluate.main import main as evaluate_main
+from nemo_trd.generation.api import ARRAYS, GENERATE, Wanted, read_scores, scoring_body
 from nemo_trd.generation.identity import (
     ask,
     check_log_probabilities,
@@ -231,7 +233,7 @@ def test_a_server_is_asked_which_model_it_serves(
         check_name(served, models["trained"], None)
     text = requests(5)[4].prompt_token_ids
     pool = generator(servers[0].url, model=models["qwen3"])
-    (scores,) = pool.score([(text, 1)], 1, "check")
+    (scores,) = pool.score([(text, 1)], Wanted(1), "check")
     reported, tokens = scores.label_logprobs.tolist(), [str(token) for token in text[1:]]
     for name, accepted in (("qwen3", True), ("trained", False)):
         rows = reference_logprobs(models[name], text)
@@ -292,7 +294,7 @@ def test_scores_of_a_server_are_the_log_probabilities_of_transformers(
     sequences = [(ids, min(start, len(ids) - 1)) for ids, start in sequences]
     pool = generator(*(server.url for server in servers), model=models["qwen3"])
     for (ids, start), scores in zip(
-        sequences, pool.score(sequences, top_k=8, description="scores"), strict=True
+        sequences, pool.score(sequences, Wanted(8), "scores"), strict=True
     ):
         expected = reference_logprobs(models["qwen3"], ids)[start - 1 :]
         labels = torch.tensor(ids[start:])
@@ -301,6 +303,35 @@ def test_scores_of_a_server_are_the_log_probabilities_of_transformers(
         assert (torch.from_numpy(scores.top_logprobs) - top.values).abs().max() < 1e-4
         label_logprobs = expected.gather(1, labels[:, None]).squeeze(1)
         assert (torch.from_numpy(scores.label_logprobs) - label_logprobs).abs().max() < 1e-4
+
+
+def test_scores_in_binary_are_those_in_json_within_520_bytes_a_label(
+    servers: list[Server], models: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The model has 300 columns of which 261 have a token: the others are left out by the server
+    in one way, and by us in the other."""
+    text, start = tuple((7 * i * i + i) % 261 for i in range(400)), 100
+    wanted = Wanted(top_k=64, vocab_size=261, spare=32)
+    body, url = scoring_body(text, start, wanted), servers[0].url
+    key = {"Authorization": f"Bearer {KEY}"}
+
+    def post(body: Any, **headers: str) -> httpx.Response:
+        return httpx.post(url + GENERATE, json=body, headers=headers, timeout=60)
+
+    answer = post(body, **key, Accept=ARRAYS)
+    assert answer.headers["Content-Type"] == ARRAYS
+    print(f"{len(answer.content) / (len(text) - start):.1f} bytes a label")
+    assert len(answer.content) <= 520 * (len(text) - start)
+    in_json, _ = read_scores(post(body, **key).json(), url, text, start, wanted)
+    (in_binary,) = generator(url, model=models["qwen3"]).score([(text, start)], wanted, "scores")
+    assert "as JSON" not in caplog.text
+    assert in_binary.top_ids.tolist() == in_json.top_ids.tolist()
+    assert in_binary.top_ids.max() < 261
+    np.testing.assert_allclose(in_binary.top_logprobs, in_json.top_logprobs, atol=1e-6)
+    np.testing.assert_allclose(in_binary.label_logprobs, in_json.label_logprobs, atol=1e-6)
+    assert post(body, Accept=ARRAYS).status_code == 401
+    refused = post({**body, "scores": {}}, **key, Accept=ARRAYS)
+    assert refused.status_code == 400 and "start" in refused.text
 
 
 def evaluated(

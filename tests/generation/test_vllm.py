@@ -21,7 +21,13 @@ from pydantic import SecretStr
 
 from nemo_trd.config.errors import ConfigError
 from nemo_trd.data.types import GenerationRequest
-from nemo_trd.generation.api import AttemptFailed, Refused, generation_body, read_scores
+from nemo_trd.generation.api import (
+    AttemptFailed,
+    Refused,
+    Wanted,
+    generation_body,
+    read_scores,
+)
 from nemo_trd.generation.pool import AllReplicasDown, Member, choose
 from nemo_trd.generation.session import RequestFailed
 from nemo_trd.models.vocabulary import Vocabulary
@@ -347,7 +353,7 @@ def test_scores_are_read_in_order_of_probability_whether_or_not_the_label_is_amo
         ],
         "prompt_logprobs": [None, place(t6=-1.0, t2=-0.5), place(t9=-7.0, t3=-0.1, t4=-0.2)],
     }
-    scores, versions = read_scores(content, "http://a:1", (5, 6, 9), 1, 2)
+    scores, versions = read_scores(content, "http://a:1", (5, 6, 9), 1, Wanted(2))
     assert versions == ("4",)
     assert scores.top_ids.tolist() == [[2, 6], [3, 4]]
     assert scores.top_logprobs.flatten().tolist() == pytest.approx([-0.5, -1.0, -0.1, -0.2])
@@ -355,11 +361,25 @@ def test_scores_are_read_in_order_of_probability_whether_or_not_the_label_is_amo
 
     # Ids from 4 on are not in the student's vocabulary: the others share their probability.
     content["prompt_logprobs"] = [None, place(t6=-1.0, t2=-0.5), place(t9=-7.0, t3=-0.1, t4=-3.0)]
-    scores, _ = read_scores(content, "http://a:1", (5, 2, 3), 1, 1, vocab_size=4)
+    scores, _ = read_scores(content, "http://a:1", (5, 2, 3), 1, Wanted(1, vocab_size=4))
     assert scores.top_ids.tolist() == [[2], [3]]
     rest = [1 - math.exp(-1.0), 1 - math.exp(-7.0) - math.exp(-3.0)]
     logprobs = [-0.5 - math.log(rest[0]), -0.1 - math.log(rest[1])]
     assert scores.top_logprobs[:, 0].tolist() == pytest.approx(logprobs)
     assert scores.label_logprobs.tolist() == pytest.approx(logprobs)
     with pytest.raises(AttemptFailed, match="lacks log-probabilities around token 2"):
-        read_scores(content, "http://a:1", (5, 2, 3), 1, 2, vocab_size=4)
+        read_scores(content, "http://a:1", (5, 2, 3), 1, Wanted(2, vocab_size=4))
+
+
+def test_scores_in_json_are_taken_and_that_is_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with FakeVllm() as server:
+        pool = generator(server)
+        for _ in range(2):
+            (scores,) = pool.score([((5, 6, 7), 1)], Wanted(1), "scores")
+            assert scores.top_ids.tolist() == [[6], [7]]
+            assert scores.label_logprobs.tolist() == [-0.5, -0.5]
+        assert server.params[0]["prompt_logprobs"] == 1
+        (told,) = [record.message for record in caplog.records if "as JSON" in record.message]
+        assert server.url in told

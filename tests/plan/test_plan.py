@@ -351,6 +351,9 @@ def test_a_teacher_that_scores_on_servers_is_on_no_training_gpu() -> None:
     )
     one, two = (step_time(p.config, *shapes(p.config)).teacher for p in (served, more))
     assert two == pytest.approx(one / 2)
+    written = planned("experiment=trd_8b", "loss.top_k=64", "teacher.scoring=generation")
+    assert step_time(written.config, *shapes(written.config)).teacher == 0
+    assert peak(written.memory).phases == peak(served.memory).phases
 
 
 def test_a_second_replica_halves_optimizer_and_hidden_states() -> None:

@@ -15,7 +15,8 @@ from launch import launch
 from oracles import DIVERGENCES, make_loss
 from tiny_models import make_model
 
-from nemo_trd.data.types import TokenIds, Trajectory
+from nemo_trd.data.types import Completion, TokenIds, TokenScores, Trajectory
+from nemo_trd.generation.api import Wanted
 from nemo_trd.loss.formulas import dense_divergence
 from nemo_trd.loss.fused import divergence_from_top_k
 from nemo_trd.loss.top_k import TopK
@@ -101,24 +102,20 @@ class Scorer:
     def score(
         self,
         sequences: Sequence[tuple[TokenIds, int]],
-        top_k: int,
+        wanted: Wanted,
         description: str,
-        *,
-        vocab_size: int,
-        spare: int,
-    ) -> list[Any]:
-        from nemo_trd.generation.api import TokenScores
+    ) -> list[TokenScores]:
         from nemo_trd.generation.protocol import GenerationFailed
 
         if self.broken:
             raise GenerationFailed("http://localhost:1: gone")
-        assert (vocab_size, spare) == (VOCABULARY, 0)
+        assert (wanted.vocab_size, wanted.spare) == (VOCABULARY, 0)
         self.asked += len(sequences)
         scores = []
         for ids, start in sequences:
             logits = self._model(torch.tensor([ids])).logits[0, start - 1 : -1]
             log_probs = logits.log_softmax(-1)
-            top = log_probs.topk(top_k)
+            top = log_probs.topk(wanted.top_k)
             labels = np.array([log_probs[i, token] for i, token in enumerate(ids[start:])])
             scores.append(TokenScores(top.indices.numpy(), top.values.numpy(), labels))
         return scores
@@ -137,11 +134,13 @@ def trajectories() -> list[Trajectory]:
 def check_layouts(directory: str) -> None:
     """On every rank."""
     from nemo_trd.config.load import compose
+    from nemo_trd.distributed.exchange import own_share
     from nemo_trd.distributed.process import init_distributed
     from nemo_trd.generation.protocol import GenerationFailed
     from nemo_trd.megatron.student import Student
     from nemo_trd.megatron.teacher import Teacher
-    from nemo_trd.run.server_teacher import ServerTeacher
+    from nemo_trd.run.generated_scores import GeneratedScores
+    from nemo_trd.run.server_teacher import ServerTeacher, wanted_scores
     from nemo_trd.run.teacher_check import _own_log_probabilities
 
     watch = init_distributed(timeout_minutes=2)
@@ -156,13 +155,14 @@ def check_layouts(directory: str) -> None:
         # What its servers are asked for at the start, against the model as transformers has it.
         text = trajectories()[4].labels
         own = _own_log_probabilities(config, text, student, teacher, 0)
-        (scored,) = scorer.score([(text, 1)], 1, "a text", vocab_size=VOCABULARY, spare=0)
+        (scored,) = scorer.score([(text, 1)], Wanted(1, VOCABULARY), "a text")
         np.testing.assert_allclose(own, scored.label_logprobs, atol=1e-4)
         expected = [student.train_step(plan, teacher.states(plan)).metrics for _ in range(2)]
 
         config = compose([*base, *layout, *SERVED])
         student = Student(config)
-        served = ServerTeacher(config, scorer, student.groups, student.vocab_size)
+        wanted = wanted_scores(TOP_K, student.vocab_size, scorer.vocabulary)
+        served = ServerTeacher(scorer, wanted, student.groups)
         found = _own_log_probabilities(config, text, student, served, 0)
         np.testing.assert_allclose(found, scored.label_logprobs, atol=1e-4)
         scorer.asked = 0
@@ -170,6 +170,26 @@ def check_layouts(directory: str) -> None:
         counts = [0] * dist.get_world_size()
         dist.all_gather_object(counts, scorer.asked)
         assert sum(counts) == 2 * len(trajectories()), counts  # each once a step, by one rank
+        states = served.states(plan)
+        written = GeneratedScores()
+        written.begin(3)
+        for t in own_share(trajectories()[:4]):  # all but the last one
+            (scores,) = scorer.score([(t.teacher_context + t.labels, 4)], wanted, "rewrites")
+            kept = written.keep(
+                3, t.teacher_context, Completion(t.labels, "stop", 0, None, "", scores)
+            )
+            assert kept.scores is None and kept.token_ids == t.labels
+        written.begin(4)  # of the next step, beside the training of this one
+        teacher = ServerTeacher(scorer, wanted, student.groups, written)
+        for asked in (1, 5):
+            scorer.asked = 0
+            for ours, theirs in zip(teacher.states(plan), states, strict=True):
+                assert (ours is None) == (theirs is None)
+                if ours is not None and theirs is not None:
+                    assert all(map(torch.equal, ours.tensors, theirs.tensors))
+            dist.all_gather_object(counts, scorer.asked)
+            assert sum(counts) == asked, (counts, asked)
+            written.begin(6)
         for ours, theirs in zip(found, expected, strict=True):
             assert set(theirs) - set(ours) == {"teacher_entropy", "teacher_real_token_share"}
             for name, value in ours.items():

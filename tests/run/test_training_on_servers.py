@@ -71,8 +71,16 @@ def run_step(overrides: list[str]) -> None:
     import sys
 
     from nemo_trd.config.load import compose
+    from nemo_trd.generation.vllm import VllmGenerator
     from nemo_trd.train import launch
 
+    score = VllmGenerator.score
+
+    def told(self: Any, sequences: Any, wanted: Any, description: str) -> Any:
+        print(f"{description} asked for: {len(sequences)}")
+        return score(self, sequences, wanted, description)
+
+    VllmGenerator.score = told  # type: ignore[method-assign]
     sys.exit(launch(compose(overrides)))
 
 
@@ -189,13 +197,17 @@ def test_the_key_is_nowhere_to_be_read(stale_run: Path, served_models: Path) -> 
 def first_step(
     inputs: Path, urls: dict[str, str], run_dir: Path, *overrides: str, ranks: int = 1
 ) -> dict[str, float]:
-    """Metrics of one step of a run whose teacher's server is checked, whoever scores."""
+    """Metrics of one step of a run whose teacher's server is checked, whoever scores.
+
+    `asked` is the number of trajectories that the teacher's servers were asked to score.
+    """
     run = [*settings_on(inputs, urls, run_dir), *ONE_STEP, *overrides]
-    launch(ranks, run_step, run, environment=ENVIRONMENT)
+    output = launch(ranks, run_step, run, environment=ENVIRONMENT)
     told = (run_dir / "log.txt").read_text()
     assert f"{urls['teacher']} serves the teacher: its log-probabilities differ by" in told
     (step,) = metrics(run_dir)
-    return step
+    asked = sum(int(count) for count in re.findall(r"(?m)scores asked for: (\d+)$", output))
+    return {**step, "asked": asked - output.count("check of scores asked for: 1")}
 
 
 def assert_equal_steps(served: dict[str, float], held: dict[str, float]) -> None:
@@ -205,6 +217,29 @@ def assert_equal_steps(served: dict[str, float], held: dict[str, float]) -> None
     assert served["label_tokens"] == held["label_tokens"] > 20
     assert served["loss"] > 0.1
     assert "teacher_entropy" in held and "teacher_entropy" not in served
+
+
+def test_scores_that_come_with_the_rewrites_are_those_of_a_second_pass(
+    served_models: Path, urls: dict[str, str], tmp_path: Path
+) -> None:
+    """Some rewrites meet a stop, and the others are too long: their rollouts are scored after all.
+
+    What the teacher writes is sampled at temperature 0.7 from its 100 most likely tokens; the
+    log-probabilities are those of its whole distribution."""
+    letters = ",".join("abcdefghijklmnopqrstuvwxyz")
+    shared = [f"loss.top_k={TOP_K}", f"generation.refinement.stop=[{letters}]"]
+    shared += ["generation.refinement.temperature=0.7", "generation.refinement.top_k=100"]
+    later = first_step(
+        served_models, urls, tmp_path / "server", *shared, "teacher.scoring=server", *PP2, ranks=2
+    )
+    written = first_step(
+        served_models, urls, tmp_path / "written", *shared, "teacher.scoring=generation"
+    )
+    names = ("loss", "grad_norm", "student_nll", "teacher_nll", "teacher_tail_mass", "label_tokens")
+    for name in names:
+        print(f"{name}: with the rewrites {written[name]!r}, afterwards {later[name]!r}")
+        assert written[name] == pytest.approx(later[name], rel=1e-5), name
+    assert later["asked"] == 4 and 0 < written["accepted"] == 4 - written["asked"]
 
 
 def test_a_server_scores_as_megatron_does_and_differs_from_the_full_vocabulary_by_its_tail(

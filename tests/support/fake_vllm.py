@@ -153,6 +153,9 @@ class FakeVllm:
                 }
             ]
         }
+        if "prompt_logprobs" in params:
+            asked = body["token_ids"]
+            content["prompt_logprobs"] = [None, *({str(i): {"logprob": -0.5}} for i in asked[1:])]
         encoded = json.dumps(content).encode()
         if fault == "half":
             _send_bytes(handler, 200, encoded[: len(encoded) // 2], length=len(encoded))
