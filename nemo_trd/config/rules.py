@@ -180,6 +180,8 @@ def _check_layouts_and_servers(config: Config) -> None:
         if config.generation.vllm is not None:
             vllm = config.generation.vllm
             check_pool(f"generation.vllm.{role}", getattr(vllm, role))
+    if config.generation.colocate:
+        _check_colocated(config)
     if config.generation.vllm is not None:
         _check_servers_of_roles(config, config.generation.vllm)
         call_limit = config.generation.vllm.weight_sync.call_timeout_seconds
@@ -191,6 +193,52 @@ def _check_layouts_and_servers(config: Config) -> None:
                 f"parallel.timeout_minutes = {config.parallel.timeout_minutes:g}",
                 "lower it, or raise parallel.timeout_minutes",
             )
+
+
+def _check_colocated(config: Config) -> None:
+    """Rules for servers and trainer that take turns on the same GPUs."""
+    generation, vllm = config.generation, config.generation.vllm
+    apart = "or generation.colocate=false"
+    if vllm is None:
+        raise rule_broken(
+            "generation.colocate",
+            True,
+            f"servers share GPUs with the trainer, and backend {generation.backend} has none",
+            f"choose generation=vllm, {apart}",
+        )
+    if generation.max_staleness:
+        raise rule_broken(
+            "generation.max_staleness",
+            generation.max_staleness,
+            "with generation.colocate servers sleep while the trainer computes",
+            f"set it to 0, {apart}",
+        )
+    if vllm.weight_sync.backend == "nccl":
+        raise rule_broken(
+            "generation.vllm.weight_sync.backend",
+            "nccl",
+            "with generation.colocate trainer and server are on one GPU, and NCCL joins no two "
+            "processes of one GPU",
+            f"set it to gloo or file, {apart}",
+        )
+    for role, pool, asked in (
+        ("student", vllm.student, config.asks_student),
+        ("teacher", vllm.teacher, config.asks_teacher),
+    ):
+        if asked and pool.urls:
+            raise rule_broken(
+                f"generation.vllm.{role}.urls",
+                pool.urls,
+                "with generation.colocate the run starts the servers, on the GPUs of its ranks",
+                f"set replicas and devices, {apart}",
+            )
+    if config.teacher.scoring == "megatron" and not config.teacher.offload_weights:
+        raise rule_broken(
+            "teacher.offload_weights",
+            False,
+            "with generation.colocate the teacher's weights give their memory to the servers, too",
+            f"set it to true, or teacher.scoring=generation, {apart}",
+        )
 
 
 def _check_servers_of_roles(config: Config, vllm: Vllm) -> None:

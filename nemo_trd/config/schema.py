@@ -335,6 +335,18 @@ class VllmPool(Section):
     ]  # GPUs of those, tensor_parallel_size each; needed where there are GPUs
 
 
+class Speculation(Section):
+    """Drafts of several tokens that a server checks at one time; see docs/servers.md."""
+
+    # Where drafts come from. ngram: what follows the last tokens where they stand earlier in the
+    # prompt or the answer. suffix: the same out of a tree that grows with the answers of others;
+    # needs the package arctic-inference in vLLM's environment.
+    method: Literal["ngram", "suffix"]
+    tokens: PositiveInt  # of a draft, at most
+    lookup_max: PositiveInt | None = None  # of ngram: so many last tokens are looked up, or fewer
+    lookup_min: PositiveInt | None = None  # but no fewer than these; null: lookup_max
+
+
 class VllmServer(Section):
     """How a server is started; see serve/server.py."""
 
@@ -345,6 +357,8 @@ class VllmServer(Section):
     tensor_parallel_size: PositiveInt  # GPUs of one server
     max_model_len: PositiveInt | None  # null: what the model allows
     max_num_seqs: PositiveInt  # sequences that a server works on at one time
+    # Of a teacher: it rewrites by checking drafts. null: token by token.
+    speculation: Speculation | None = None
     arguments: list[str]  # further ones of vLLM's API server
     start_timeout_seconds: PositiveFloat  # until its health check answers
     stop_timeout_seconds: PositiveFloat  # afterwards it is killed
@@ -414,6 +428,8 @@ class Generation(Section):
     # Train on stored samples: `backend` then answers the validation problems only. null: both y_o
     # and y_r are drawn.
     stored: StoredPairs | None = None
+    # The run's own servers and its training ranks share GPUs, in turns: see docs/servers.md.
+    colocate: bool = False
     # 0: strictly on-policy. 1: the samples of a step are drawn while the step before it trains.
     max_staleness: Annotated[int, Field(ge=0, le=1)]
     rollout: Sampling  # y_o ~ pi_theta(. | x)
@@ -532,6 +548,8 @@ class Assumptions(Section):
     nvlink_gb: PositiveFloat  # GB/s from one GPU to another of its node
     network_gb: PositiveFloat  # GB/s from one GPU to one of another node
     mean_length: Share  # mean length of prompts and answers over the longest allowed
+    # Tokens of a sequence that a server with drafts (speculation) writes in one pass.
+    tokens_per_decode_step: Annotated[float, Field(ge=1)] = 1.0
     student_tokens_per_second: PositiveFloat | None  # measured, of one GPU; null: estimated
     teacher_tokens_per_second: PositiveFloat | None  # the same of the teacher
 
@@ -633,7 +651,8 @@ class Config(Section):
         for section in ("parallel", "checkpoint", "logging", "evaluation", "teacher", "cluster"):
             del settings[section]
         del settings["sandbox"], settings["run"]["dir"], settings["train"]["num_steps"]
-        del settings["generation"]["local"], settings["generation"]["vllm"]
+        for where in ("local", "vllm", "colocate"):
+            del settings["generation"][where]
         if self.generation.stored is None:  # as before there was this setting
             del settings["generation"]["stored"]
         if self.teacher.chat_template_kwargs is not None:  # the rest of the section is only speed

@@ -6,8 +6,18 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from torch import Tensor
 
 from nemo_trd.config.schema import Config
+
+
+def optimizer_tensors(optimizer: Any) -> list[Tensor]:
+    """What an optimizer of `make_optimizer` holds of its own: main weights, moments."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    inner = [part.optimizer for part in parts if not getattr(part, "is_stub_optimizer", False)]
+    main = [weight for one in inner for group in one.param_groups for weight in group["params"]]
+    states = [value for one in inner for state in one.state.values() for value in state.values()]
+    return [*main, *(value for value in states if isinstance(value, Tensor))]
 
 
 def make_optimizer(config: Config, chunks: list[Any], groups: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,7 +28,8 @@ from nemo_trd.megatron.hf_weights import export_hf_weights, load_hf_weights
 from nemo_trd.megatron.learning_rate import scheduler
 from nemo_trd.megatron.loss_head import LossHead
 from nemo_trd.megatron.model import build_model, load_hf_config
-from nemo_trd.megatron.optimizer import make_optimizer
+from nemo_trd.megatron.offload import offloaded
+from nemo_trd.megatron.optimizer import make_optimizer, optimizer_tensors
 from nemo_trd.megatron.process_groups import process_groups
 from nemo_trd.megatron.reports import Report, read_labels, read_sums, read_watched
 from nemo_trd.megatron.schedule import is_last_stage, run_model, run_schedule
@@ -239,6 +241,21 @@ class Student:
             chunk.train()
         shares = self._everyone([read_labels(reports, self.groups.cp)])
         return {name: nll for share in shares for name, nll in share.items()}
+
+    @contextmanager
+    def offloaded(self) -> Iterator[None]:
+        """Hold no memory of weights, gradients and optimizer on the device, and compute nothing.
+
+        Weights and optimizer states wait on the host. Gradients are gone.
+        """
+        buffers = [b for c in self.chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
+        weights = [t for m in self.models for t in (*m.parameters(), *m.buffers())]
+        weights += [b.param_data for b in buffers if b.param_data is not None]
+        head = self._head.teacher_weight
+        states = optimizer_tensors(self.optimizer)
+        kept = [*weights, *states, *([] if head is None else [head])]
+        with offloaded(kept, forgotten=[buffer.grad_data for buffer in buffers]):
+            yield
 
     def export_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor under its Hugging Face name, whole, on every rank, one at a time."""

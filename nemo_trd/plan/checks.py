@@ -123,6 +123,8 @@ def _check_nodes(config: Config, findings: Findings) -> None:
                 )
             )
         elif pool is not None and nodes == 0 and pool.replicas > 0:
+            if pool.devices and min(pool.devices) >= cluster.gpus_per_node:
+                continue  # the node has GPUs beside those of the ranks
             findings.notes.append(
                 f"{field} = 0: the run's own {name} servers share the training GPUs; the memory "
                 "that they take is not counted"

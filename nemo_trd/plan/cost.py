@@ -59,13 +59,17 @@ class StepTime:
 
     rollout: float
     refinement: float
+    longest: float  # the longest rollout and its rewrite, which comes after it
     teacher: float
     student: float  # with the loss
+    streamed: bool  # on servers: each rollout is rewritten while others are still drawn
     overlap: bool  # generation.max_staleness 1: generation beside the training of the last step
 
     @property
     def generation(self) -> float:
         """Seconds of generation."""
+        if self.streamed:
+            return max(self.rollout, self.refinement, self.longest)
         return self.rollout + self.refinement
 
     @property
@@ -88,10 +92,11 @@ def step_time(config: Config, student: Any, teacher: Any) -> StepTime:
     rate, teacher_rate = (training_rate(config, fp8) for fp8 in _in_fp8(config))
     ring = rings(config, student, teacher, training_rate(config, False))
     loss = loss_seconds(config, student, teacher)
-    seconds = {
-        role: generation_seconds(config, role, hf, context, completion)
+    generating = {
+        role: generation_time(config, role, hf, context, completion)
         for role, hf, context, completion in generations(config, student, teacher)
     }
+    seconds = {role: time.all for role, time in generating.items()}
     if config.teacher.scoring == "megatron":
         teacher_time = flops.teacher / (world * teacher_rate) + ring["teacher"].waiting
         teacher_time *= bubble(config, parallel.teacher)
@@ -105,8 +110,10 @@ def step_time(config: Config, student: Any, teacher: Any) -> StepTime:
     return StepTime(
         rollout=seconds.get("rollout", 0.0),
         refinement=seconds.get("refinement", 0.0),
+        longest=sum(time.longest for time in generating.values()),
         teacher=teacher_time,
         student=student_time * bubble(config, parallel.student),
+        streamed=config.generation.vllm is not None,
         overlap=config.generation.max_staleness > 0,
     )
 
@@ -171,29 +178,39 @@ class Servers:
     count: int
     tp: int
     element: int  # bytes of one weight
+    cache_element: int  # bytes of one key or value
     sequences: int  # largest number that one replica works on at one time
     cache_bytes: float  # for keys and values, all GPUs of a replica together
 
 
 def servers(config: Config, role: str, hf: Any) -> Servers:
-    """Replicas that generate for a role, "rollout" or "refinement".
+    """Replicas that generate for a role, "rollout" or "refinement"."""
+    cluster, vllm = config.cluster, config.generation.vllm
+    count, tp = replicas_and_tp(config, role)
+    if vllm is None:
+        local = config.generation.local
+        element = ELEMENT_BYTES[local.dtype]
+        return Servers(count, tp, element, element, local.batch_size, math.inf)
+    pool = vllm.student if role == "rollout" else vllm.teacher
+    element = 1 if pool.server.quantization == "fp8" else 2
+    memory = tp * (cluster.gpu_memory_gib - cluster.reserved_gib) * GIB - parameters(hf) * element
+    return Servers(count, tp, element, 2, pool.server.max_num_seqs, memory)
+
+
+def replicas_and_tp(config: Config, role: str) -> tuple[int, int]:
+    """(replicas, GPUs of one) for rollouts or refinements.
 
     In-process, every rank is one. Otherwise they are on the nodes set aside for them, or, where
     there are none, the servers that the run starts itself.
     """
     cluster, vllm = config.cluster, config.generation.vllm
     if vllm is None:
-        local = config.generation.local
-        return Servers(
-            cluster.world_size, 1, ELEMENT_BYTES[local.dtype], local.batch_size, math.inf
-        )
+        return cluster.world_size, 1
     nodes, tp = server_nodes(cluster, role)
-    count = nodes * cluster.gpus_per_node // tp
     pool = vllm.student if role == "rollout" else vllm.teacher
     if nodes == 0:
-        count, tp = pool.replicas, pool.server.tensor_parallel_size
-    memory = tp * (cluster.gpu_memory_gib - cluster.reserved_gib) * GIB - parameters(hf) * 2
-    return Servers(count, tp, 2, pool.server.max_num_seqs, memory)
+        return pool.replicas, pool.server.tensor_parallel_size
+    return nodes * cluster.gpus_per_node // tp, tp
 
 
 def server_nodes(cluster: Cluster, role: str) -> tuple[int, int]:
@@ -205,20 +222,31 @@ def server_nodes(cluster: Cluster, role: str) -> tuple[int, int]:
 
 def concurrent_sequences(hf: Any, replica: Servers, length: float) -> int:
     """Number of sequences of `length` tokens that one replica holds at one time."""
-    fitting = replica.cache_bytes / (length * key_value_bytes(hf, replica.element))
+    fitting = replica.cache_bytes / (length * key_value_bytes(hf, replica.cache_element))
     return max(0, int(min(replica.sequences, fitting)))
 
 
-def generation_seconds(config: Config, role: str, hf: Any, context: int, completion: int) -> float:
-    """Seconds to generate the rollouts or refinements of one step.
+@dataclass(frozen=True)
+class GenerationTime:
+    """Seconds to generate the rollouts or refinements of one step."""
+
+    all: float
+    longest: float  # the longest one of them, beside the others
+
+
+def generation_time(
+    config: Config, role: str, hf: Any, context: int, completion: int
+) -> GenerationTime:
+    """Estimate the seconds to generate the rollouts or refinements of one step.
 
     Decoding reads all weights once for each token of the longest completion of a batch, and every
     sequence's keys and values once for each of its tokens; both at the assumed share of the memory
-    bandwidth. Prompts are read at the training rate. Infinite without servers.
+    bandwidth. Drafts that are accepted save passes over the weights. Prompts are read at the
+    training rate. Infinite without servers.
     """
     assumptions, role_servers = config.cluster.assumptions, servers(config, role, hf)
     if role_servers.count == 0:
-        return math.inf
+        return GenerationTime(math.inf, math.inf)
     count, mean = config.train.trajectories_per_step, assumptions.mean_length
     measured = (
         assumptions.student_tokens_per_second
@@ -227,23 +255,38 @@ def generation_seconds(config: Config, role: str, hf: Any, context: int, complet
     )
     gpus = role_servers.count * role_servers.tp
     if measured is not None:
-        return count * mean * completion / (measured * gpus)
+        seconds = count * mean * completion / (measured * gpus)
+        return GenerationTime(seconds, 0.0)  # nobody has measured the longest one
     per_replica = -(-count // role_servers.count)
     mean_position = mean * (context + completion / 2)
     at_once = concurrent_sequences(hf, role_servers, mean * (context + completion))
     if at_once == 0:
-        return math.inf
+        return GenerationTime(math.inf, math.inf)
     batches = -(-per_replica // at_once)
-    bytes_read = float(batches * completion * parameters(hf) * role_servers.element)
+    passes = completion / tokens_per_pass(config, role)
+    bytes_read = batches * passes * parameters(hf) * role_servers.element
     bytes_read += (
-        per_replica * mean * completion * mean_position * key_value_bytes(hf, role_servers.element)
+        per_replica
+        * mean
+        * completion
+        * mean_position
+        * key_value_bytes(hf, role_servers.cache_element)
     )
     bandwidth = (
         role_servers.tp * assumptions.memory_bandwidth_tb * TERA * assumptions.memory_utilization
     )
     length = mean * context
     prefill = count * forward_flops(hf, length, (length + 1) / 2, logits=1)
-    return bytes_read / bandwidth + prefill / (gpus * training_rate(config, False))
+    prefill_seconds = prefill / (gpus * training_rate(config, False))
+    decoding = bytes_read / bandwidth
+    return GenerationTime(decoding + prefill_seconds, decoding / batches)
+
+
+def tokens_per_pass(config: Config, role: str) -> float:
+    """Tokens of a sequence that a server writes in one pass over the weights."""
+    vllm = config.generation.vllm
+    drafts = vllm is not None and role == "refinement" and vllm.teacher.server.speculation
+    return config.cluster.assumptions.tokens_per_decode_step if drafts else 1.0
 
 
 @dataclass(frozen=True)
@@ -323,22 +366,26 @@ def evening_servers(config: Config, student: Any, teacher: Any) -> Evening:
     """Find the server nodes with which generation takes no longer than training does now."""
     cluster = config.cluster
     training = step_time(config, student, teacher).training
-    options: dict[str, list[tuple[int, float]]] = {"refinement": [(int(config.asks_teacher), 0.0)]}
+    nothing = GenerationTime(0.0, 0.0)
+    options: dict[str, list[tuple[int, GenerationTime]]] = {
+        "refinement": [(int(config.asks_teacher), nothing)]
+    }
     for role, hf, context, completion in generations(config, student, teacher):
         options[role] = [
             (
                 n,
-                generation_seconds(
+                generation_time(
                     with_nodes(config, cluster.training_nodes, n, n), role, hf, context, completion
                 ),
             )
             for n in range(1, MOST_NODES + 1)
         ]
-    pairs = [
-        Evening(n, m, rollout + refinement <= training, rollout + refinement)
-        for n, rollout in options["rollout"]
-        for m, refinement in options["refinement"]
-    ]
+    pairs = []
+    for n, rollout in options["rollout"]:
+        for m, refinement in options["refinement"]:
+            longest = rollout.longest + refinement.longest
+            seconds = max(rollout.all, refinement.all, longest)
+            pairs.append(Evening(n, m, seconds <= training, seconds))
     enough = [pair for pair in pairs if pair.possible]
     if not enough:
         return min(pairs, key=lambda pair: pair.generation)

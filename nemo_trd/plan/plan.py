@@ -17,6 +17,7 @@ from nemo_trd.plan.cost import (
     split_of,
     step_flops,
 )
+from nemo_trd.plan.faster import Saving, savings
 from nemo_trd.plan.memory import GpuMemory, training_memory
 from nemo_trd.plan.shapes import has_shape
 
@@ -37,6 +38,7 @@ class Plan:
     fastest: Split | None = None  # best split of the same nodes by the time of a step
     evenest: Split | None = None  # split with the shortest maximum of generation and training
     evening: Evening | None = None  # server nodes that even out the training nodes
+    savings: list[Saving] = field(default_factory=list)  # changes that save time, the best first
     disk: int = 0
 
     @property
@@ -82,4 +84,5 @@ def make_plan(config: Config) -> Plan:
         )
     if config.generation.vllm is not None and config.generation.stored is None:
         plan.evening = evening_servers(config, student.hf, teacher.hf)
+    plan.savings = savings(config, student.hf, teacher.hf)
     return plan

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_trd.plan.advice import capacity, peak
 from nemo_trd.plan.context_parallel import rings
-from nemo_trd.plan.cost import Split, concurrent_sequences, micro_batches, servers, training_rate
+from nemo_trd.plan.cost import (
+    Split,
+    StepTime,
+    concurrent_sequences,
+    micro_batches,
+    servers,
+    training_rate,
+)
 from nemo_trd.plan.memory import (
     GIB,
     GpuMemory,
@@ -40,6 +47,7 @@ PARTS = (  # in the order in which they are shown
     "gathered optimizer state",
     "reserved",
 )
+SAVINGS = 3  # that are shown
 PHASES = {
     "teacher": "teacher pass",
     "student": "student step",
@@ -168,7 +176,7 @@ def _servers(plan: Plan) -> str:
         if not has_shape(hf):
             continue
         pool = servers(config, role, hf)
-        cache = (context + completion) * key_value_bytes(hf, pool.element)
+        cache = (context + completion) * key_value_bytes(hf, pool.cache_element)
         at_once = concurrent_sequences(hf, pool, context + completion)
         lines.append(
             f"  {role:<10} {pool.count} x TP {pool.tp}; a sequence of "
@@ -186,8 +194,7 @@ def _time(plan: Plan) -> str:
         "One step, estimated",
         f"  FLOPs      student {flops.student:.2e}, teacher {flops.teacher:.2e}, "
         f"loss {flops.loss:.2e}",
-        f"  generation {_seconds(time.generation)}: rollouts {_seconds(time.rollout)}, refinements "
-        f"{_seconds(time.refinement)}",
+        f"  generation {_generation(time)}",
         f"  training   {_seconds(time.training)}: teacher {_seconds(time.teacher)}, student "
         f"{_seconds(time.student)} in {micro_batches(plan.config, plan.config.parallel.student)} "
         "micro-batches a rank",
@@ -202,6 +209,11 @@ def _time(plan: Plan) -> str:
             lines.append(f"  evenest split of these nodes: {_split(plan.evenest)}")
     if plan.evening is not None:
         lines.append(f"  {_evening(plan)}")
+    lines += [
+        f"  {'saves' if i else 'saves most'}: {' '.join(saving.overrides)} "
+        f"(step {_seconds(saving.seconds)})"
+        for i, saving in enumerate(plan.savings[:SAVINGS])
+    ]
     lines.append(
         f"  Assumed: MFU {assumed.mfu:g} of {assumed.bf16_tflops:g} TFLOP/s (FP8 "
         f"{assumed.fp8_mfu:g} of {assumed.fp8_tflops:g}); mean lengths "
@@ -213,6 +225,18 @@ def _time(plan: Plan) -> str:
         if measured is not None:
             lines.append(f"  Measured: {measured:g} tokens/s a GPU of the {role}'s servers")
     return "\n".join(lines)
+
+
+def _generation(time: StepTime) -> str:
+    """Seconds of generation and of its parts; with servers also those of two phases."""
+    parts = f"rollouts {_seconds(time.rollout)}, refinements {_seconds(time.refinement)}"
+    if not time.streamed:
+        return f"{_seconds(time.generation)}: {parts}"
+    return (
+        f"{_seconds(time.generation)}, as rollouts are rewritten while others are drawn: {parts}, "
+        f"the longest of both, one after the other, {_seconds(time.longest)}; in two phases "
+        f"{_seconds(time.rollout + time.refinement)}"
+    )
 
 
 def _exchange(plan: Plan) -> list[str]:
@@ -295,6 +319,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "fastest_split": _split_values(plan.fastest) if plan.fastest else None,
         "evenest_split": _split_values(plan.evenest) if plan.evenest else None,
         "evening": vars(plan.evening) if plan.evening else None,
+        "savings": [
+            {"overrides": list(saving.overrides), "step_seconds": saving.seconds}
+            for saving in plan.savings
+        ],
         "disk": plan.disk,
     }
 
@@ -318,8 +346,9 @@ def _split_values(split: Split) -> dict[str, Any]:
     }
     times = {
         f"{part}_seconds": seconds if math.isfinite(seconds) else None
-        for part, seconds in vars(split.time).items()
-        if part != "overlap"
+        for part, seconds in {**vars(split.time), "generation": split.time.generation}.items()
+        if part not in ("overlap", "streamed")
     }
     total = split.time.total if math.isfinite(split.time.total) else None
-    return nodes | times | {"step_seconds": total, "overlap": split.time.overlap}
+    how = {"overlap": split.time.overlap, "streamed": split.time.streamed}
+    return nodes | times | {"step_seconds": total} | how

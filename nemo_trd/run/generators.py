@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -13,7 +13,10 @@ from torch import Tensor
 from nemo_trd.config.schema import Config, Vllm
 from nemo_trd.distributed.exchange import from_first_rank
 from nemo_trd.generation.protocol import Generator
+from nemo_trd.generation.sleep import SleepingServers
+from nemo_trd.megatron.student import Student
 from nemo_trd.run.generated_scores import GeneratedScores
+from nemo_trd.run.turns import Turns
 from nemo_trd.serve.open import (
     ServedModel,
     Servers,
@@ -51,8 +54,8 @@ class Generators:
     `on_servers`: whether servers answer for the student. `compared_rollouts` is the number of
     rollouts a step whose log-probabilities on the servers are compared with the trainer's; 0
     without servers. `teacher_servers` are those of the teacher that run already; None without any.
-    `generated_scores` holds what the teacher's servers computed while they wrote, after
-    `score_while_writing`.
+    `turns`: with `generation.colocate`, after `take_turns`. `generated_scores` holds what the
+    teacher's servers computed while they wrote, after `score_while_writing`.
     """
 
     def __init__(self, config: Config, stopping: Callable[[], bool]) -> None:
@@ -62,6 +65,8 @@ class Generators:
         self._progress = config.logging.progress and dist.get_rank() == 0
         self.teacher_servers: Servers | None = None
         self.generated_scores: GeneratedScores | None = None
+        self.turns: Turns | None = None
+        self._sleeping: dict[str, SleepingServers] = {}  # on the first rank
         self.student: Generator
         self.teacher: Generator
         vllm = config.generation.vllm
@@ -75,6 +80,22 @@ class Generators:
 
     def close(self) -> None:
         self._stack.close()
+
+    def take_turns(self, student: Student) -> None:
+        """Put the servers to sleep; from now on `turns` says when they work. Collective."""
+        self.turns = Turns(student, self._sleeping)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Turn of the servers, within which they may be asked. Collective."""
+        with nullcontext() if self.turns is None else self.turns.generating():
+            yield
+
+    def load_student(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Bring the student's weights to its generator. Collective."""
+        if self.turns is not None and self.on_servers:
+            self.turns.make_room_for_new_weights()
+        self.student.load_weights(tensors, version)
 
     def score_while_writing(self, wanted: Wanted) -> None:
         """Have the teacher's servers give scores with each rewrite. Collective."""
@@ -108,6 +129,11 @@ class Generators:
             progress=self._progress,
             stopping=self._stopping,
         )
+        if config.generation.colocate and dist.get_rank() == 0:
+            limit = vllm.weight_sync.call_timeout_seconds
+            for role, there in servers.items():
+                self._sleeping[role] = SleepingServers(there.urls, there.api_key, limit)
+                self._stack.callback(self._sleeping[role].close)
         if "student" in models:
             of_student = servers["student"]
             sync = WeightSync(of_student.urls, vllm.weight_sync, of_student.api_key)
@@ -132,9 +158,14 @@ class Generators:
                 "generation.vllm.student",
                 logs / "student",
                 vllm.weight_sync.backend,
+                sleeps=config.generation.colocate,
             )
         if config.asks_teacher:
             models["teacher"] = ServedModel(
-                config.teacher_source, vllm.teacher, "generation.vllm.teacher", logs / "teacher"
+                config.teacher_source,
+                vllm.teacher,
+                "generation.vllm.teacher",
+                logs / "teacher",
+                sleeps=config.generation.colocate,
             )
         return models

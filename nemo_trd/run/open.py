@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch.distributed as dist
 
 from nemo_trd.config.schema import Config
 from nemo_trd.megatron.student import Student
@@ -26,12 +29,24 @@ def open_teacher_and_generators(
         GenerationFailed: the teacher's servers do not score.
     """
     if config.teacher.scoring == "megatron":
-        return Teacher(config, student.groups), Generators(config, stopping)
-    generators = Generators(config, stopping)
+        in_megatron = Teacher(config, student.groups)
+        return in_megatron, _open_generators(config, student, stopping)
+    generators = _open_generators(config, student, stopping)
     scorer = generators.teacher_on_servers()  # does not wait for what `teacher` generates
     assert config.loss.top_k is not None
     wanted = wanted_scores(config.loss.top_k, student.vocab_size, scorer.vocabulary)
     if config.teacher.scoring == "generation":
         generators.score_while_writing(wanted)
     generated = generators.generated_scores
-    return ServerTeacher(scorer, wanted, student.groups, generated), generators
+    teacher = ServerTeacher(scorer, wanted, student.groups, generated, generators.turn)
+    return teacher, generators
+
+
+def _open_generators(config: Config, student: Student, stopping: Callable[[], bool]) -> Generators:
+    """The generators; servers that share the ranks' GPUs start while the student gives way."""
+    with student.offloaded() if config.generation.colocate else nullcontext():
+        dist.barrier()
+        generators = Generators(config, stopping)
+        if config.generation.colocate:
+            generators.take_turns(student)
+    return generators

@@ -92,6 +92,7 @@ class Run:
             inputs.teacher_tokenizer,
             self._under_way,
             self._generators.generated_scores,
+            self._generators.turn,
         )
         needed = first_checkpoint_bytes(config, self.student.hf)
         self._checkpointer = Checkpointer(config.checkpoint, root, self.student, needed)
@@ -220,8 +221,8 @@ class Run:
 
     def sync_weights(self) -> None:
         """Bring the student's weights to its generator. Collective."""
-        version = self._state.weight_version
-        self._generators.student.load_weights(self.student.export_hf_weights(), version)
+        weights = self.student.export_hf_weights()
+        self._generators.load_student(weights, self._state.weight_version)
 
     def advance(self, result: StepResult | None, refinements: Sequence[Refinement]) -> None:
         """Count a step, with the same arguments on all ranks.

@@ -9,6 +9,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
@@ -32,6 +33,7 @@ from nemo_trd.generation.protocol import Generator, request_seed
 from nemo_trd.records.under_way import UnderWay
 from nemo_trd.run.generated_scores import GeneratedScores
 from nemo_trd.run.pool_times import Asked, Span, sampling_seconds
+from nemo_trd.run.turns import Turn
 from nemo_trd.verifiers.judgement import Answer
 from nemo_trd.verifiers.select import THREADS, judge_all, verifier
 
@@ -66,12 +68,14 @@ class Sampler:
         teacher_tokenizer: Any,
         under_way: UnderWay | None = None,
         generated_scores: GeneratedScores | None = None,
+        turn: Turn = nullcontext,
     ) -> None:
         """Collective.
 
         Args:
             under_way: keeps the completions of the step that is being sampled.
             generated_scores: keeps the scores that come with the rewrites.
+            turn: within which generators are asked.
         """
         self._config = config
         self._student = student
@@ -80,6 +84,7 @@ class Sampler:
         self._teacher_tokenizer = teacher_tokenizer
         self._under_way = under_way
         self._generated_scores = generated_scores
+        self._turn = turn
         self._verify = verifier(config.data.verifier, config.sandbox)
         # Samples may be drawn while the main thread exchanges something else.
         self._group = dist.new_group(backend="gloo")
@@ -99,7 +104,8 @@ class Sampler:
             self._generated_scores.begin(step)
         own = own_share(numbered_samples(prompts, self._config.train.rollouts_per_prompt))
         begin = perf_counter()
-        samples = self._merge(lambda: run_loop(self._draw(own, step, begin)))
+        with self._turn():
+            samples = self._merge(lambda: run_loop(self._draw(own, step, begin)))
         seconds = sampling_seconds(
             [sample.rollout for sample in samples],
             [sample.rewrite for sample in samples if sample.rewrite],
@@ -181,7 +187,8 @@ class Sampler:
     ) -> list[Completion]:
         """Continue any requests with the current student, as evaluation does."""
         share = own_share(requests)
-        return self._merge(lambda: self._student.generate(share, sampling, description))
+        with self._turn():
+            return self._merge(lambda: self._student.generate(share, sampling, description))
 
     def map_shares(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """`function` of each item, in their order; every rank works on its own share."""

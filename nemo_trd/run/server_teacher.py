@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from nemo_trd.megatron.context_parallel import label_holders
 from nemo_trd.megatron.schedule import is_last_stage
 from nemo_trd.models.vocabulary import Vocabulary
 from nemo_trd.run.generated_scores import GeneratedScores
+from nemo_trd.run.turns import Turn
 
 
 def wanted_scores(top_k: int, vocab_size: int, teacher: Vocabulary) -> Wanted:
@@ -33,7 +35,7 @@ class ServerTeacher:
 
     The ranks that share a student's data parallel rank divide its trajectories among them, and
     exchange what the servers answer: k ids and log-probabilities for each label. What the servers
-    computed while they wrote (`generated`) is not asked for again.
+    computed while they wrote (`generated`) is not asked for again. They are asked within `turn`.
     """
 
     def __init__(
@@ -42,7 +44,9 @@ class ServerTeacher:
         wanted: Wanted,
         student_groups: ProcessGroupCollection,
         generated: GeneratedScores | None = None,
+        turn: Turn = nullcontext,
     ) -> None:
+        self._turn = turn
         self._scorer = scorer
         self._wanted = wanted
         self._generated = generated
@@ -62,7 +66,8 @@ class ServerTeacher:
     def _check(self) -> None:
         """Servers that do not give as many log-probabilities refuse before the first step."""
         sequences = [((0, 0), 1)] if dist.get_rank() == 0 else []
-        fail_together(lambda: self._scorer.score(sequences, self._wanted, "check of scores"))
+        with self._turn():
+            fail_together(lambda: self._scorer.score(sequences, self._wanted, "check of scores"))
 
     def states(self, micro_batches: Sequence[Sequence[Microbatch]]) -> list[TopK | None]:
         """The teacher's top k at this rank's labels of each of its own micro-batches.
@@ -77,7 +82,8 @@ class ServerTeacher:
         known = self._known(micro_batches)
         unknown = [position for position in range(len(trajectories)) if position not in known]
         share = [trajectories[position] for position in own_share(unknown, self._group)]
-        answers = merge_shares(fail_together(lambda: self._ask(share)), self._group)
+        with self._turn() if any(merge_shares([bool(unknown)])) else nullcontext():
+            answers = merge_shares(fail_together(lambda: self._ask(share)), self._group)
         known |= dict(zip(unknown, answers, strict=True))
         if not self._computes_loss:
             return [None] * len(own)

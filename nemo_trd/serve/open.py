@@ -42,6 +42,7 @@ class ServedModel:
     field: str  # the setting that holds the pool, for errors
     log_files: Path  # servers that are started write to `log_files`-0.log and so on
     weight_backend: str | None = None  # None: they keep the weights that they have loaded
+    sleeps: bool = False  # they may be told to give the memory of their GPUs back
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def open_servers(
             model.log_files,
             own,
             model.weight_backend,
+            sleeps=model.sleeps,
             field=model.field,
         )
         for name, model in models.items()

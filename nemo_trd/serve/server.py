@@ -61,6 +61,7 @@ class Server:
         api_key: SecretStr | None = None,
         devices: Sequence[int] = (),
         weight_backend: str | None = None,
+        sleeps: bool = False,
         trust_remote_code: bool = False,
         field: str = "generation.vllm.server",
     ) -> None:
@@ -71,6 +72,7 @@ class Server:
         self._api_key = api_key
         self._devices = devices
         self._weight_backend = weight_backend
+        self._sleeps = sleeps
         self._trust_remote_code = trust_remote_code
         self._field = field  # of `settings`, for errors
         self._process: subprocess.Popen[bytes] | None = None
@@ -208,6 +210,8 @@ class Server:
         arguments.append("--disable-uvicorn-access-log")
         if self._weight_backend is not None:
             arguments += worker_arguments()
+        if self._sleeps and not is_cpu:  # a build for CPUs answers as if it slept, and refuses this
+            arguments.append("--enable-sleep-mode")
         if is_cpu:
             longest = max(CPU_BATCHED_TOKENS, settings.max_model_len or self._positions())
             arguments += [*CPU_ARGUMENTS, "--max-num-batched-tokens", str(longest)]
@@ -308,12 +312,13 @@ def servers_of(
     api_key: SecretStr | None,
     weight_backend: str | None,
     *,
+    sleeps: bool = False,
     field: str = "generation.vllm",
 ) -> list[Server]:
     """The servers that a run starts itself, not started yet; none where `pool.urls` are given.
 
     `field` names the pool. Logs go to `log_files`-0.log and so on. Without a `weight_backend` they
-    keep their weights.
+    keep their weights. Those that sleep may be told to give the memory of their GPUs back.
     """
     per_server = pool.server.tensor_parallel_size
     return [
@@ -325,6 +330,7 @@ def servers_of(
             api_key=api_key,
             devices=pool.devices[number * per_server : (number + 1) * per_server],
             weight_backend=weight_backend,
+            sleeps=sleeps,
             trust_remote_code=source.trust_remote_code,
             field=f"{field}.server",
         )

@@ -159,6 +159,7 @@ def test_configuration_is_found_from_any_directory(
 
 SERVER = ["generation=vllm", "teacher.scoring=server", "loss.top_k=20"]
 GENERATION = ["generation=vllm", "teacher.scoring=generation", "loss.top_k=20"]
+GLOO = "generation.vllm.weight_sync.backend=gloo"
 REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     # overrides -> what the message says: field, value, rule, fix
     "unknown key": (
@@ -432,6 +433,26 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
             *("generation.vllm.student.devices=[0]", "generation.vllm.teacher.devices=[1]"),
         ],
         ("teacher.devices = [1]", "generation.vllm.teacher.server.tensor_parallel_size = 2 GPUs"),
+    ),
+    "turns with servers of nobody": (
+        ["generation.colocate=true"],
+        ("generation.colocate = True", "backend local has none", "choose generation=vllm"),
+    ),
+    "turns while both work": (
+        ["generation=vllm", "generation.colocate=true", "generation.max_staleness=1"],
+        ("generation.max_staleness = 1", "servers sleep", "set it to 0"),
+    ),
+    "turns with NCCL": (
+        ["generation=vllm", "generation.colocate=true"],
+        ("generation.vllm.weight_sync.backend = 'nccl'", "one GPU", "set it to gloo or file"),
+    ),
+    "turns with servers elsewhere": (
+        ["generation=vllm_nodes", "generation.colocate=true", GLOO],
+        ("generation.vllm.student.urls", "on the GPUs of its ranks", "set replicas"),
+    ),
+    "turns with a teacher that stays": (
+        ["generation=vllm", "generation.colocate=true", GLOO],
+        ("teacher.offload_weights = False", "give their memory", "set it to true"),
     ),
     "a setting of a role that there is not": (
         ["generation=vllm", "+generation.vllm.teacher.server.max_model_length=5"],

@@ -296,16 +296,31 @@ def test_a_run_on_its_own_servers_saves_and_ends_when_they_all_die(
 ) -> None:
     run = settings(served_models, {}, tmp_path / "run", "generation.vllm.server.dtype=fp32")
     run += ["generation.vllm.client.max_attempts=2", "generation.vllm.client.backoff_seconds=0.1"]
+    run += ["generation.colocate=true", "teacher.offload_weights=true"]
     marked = ENVIRONMENT | {"TEST_MARK": str(tmp_path)}
     code, output = run_ranks(1, run_training, run, "servers die", environment=marked)
     assert code not in (0, -1)
-    assert re.search(r"http://127\.0\.0\.1:\d+.*nemo_trd: \w+: ", output, re.DOTALL)
+    assert re.search(r"nemo_trd: GenerationFailed: http://127\.0\.0\.1:\d+/wake_up\S*: \w+", output)
     checkpoints = tmp_path / "run" / "checkpoints"
     assert (checkpoints / "latest").resolve().name == "step_00000002"
     logs = sorted(file.name for file in (tmp_path / "run" / "servers").iterdir())
     assert logs == ["student-0.log", "teacher-0.log"]
+    # They took turns with the trainer: a build for CPUs keeps its memory, and answers all the same.
+    done = metrics(tmp_path / "run")
+    assert [step["staleness"] for step in done] == [0, 0]
+    assert max(step["logprob_difference_max"] for step in done) < 1e-4
+    turns = [wakings(tmp_path / "run" / "servers" / log) for log in logs]
+    weights, rest, whole = ["weights"], ["kv_cache"], ["weights", "kv_cache"]
+    assert turns[0][:5] == [weights, rest, whole, weights, rest]  # sync, check, step, sync, step
+    assert turns[1] == [whole, whole, whole]
     _, alive = psutil.wait_procs(processes_of(str(tmp_path)), timeout=60)
     assert [process.cmdline() for process in alive] == []
+
+
+def wakings(log: Path) -> list[list[str]]:
+    """What a server was told to wake, in order."""
+    told = re.findall(r"wake up the engine with tags: \[(.*)\]", log.read_text())
+    return [re.findall(r"\w+", parts) for parts in told]
 
 
 def test_smollm2_says_the_same_on_vllm_and_on_megatron(tmp_path: Path) -> None:
