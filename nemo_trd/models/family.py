@@ -41,8 +41,8 @@ class Family:
     qk_norm: bool = False  # RMSNorm over each head of queries and keys
     # transformers takes as many key-value heads as query heads where config.json tells of none.
     key_value_heads_optional: bool = False
-    # Those whose frequencies do not depend on the length and leave attention scores unscaled.
-    rope_types: tuple[str, ...] = ("default", "linear", "llama3")
+    # Those whose frequencies do not depend on the length of a sequence.
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
     head: str = "lm_head.weight"  # output weight of a model that is not tied
@@ -168,6 +168,18 @@ def rope_parameters(hf: Any) -> dict[str, Any]:
     parameters.setdefault("rope_type", parameters.get("type", "default"))
     parameters.setdefault("rope_theta", getattr(hf, "rope_theta", 10000.0))
     return parameters
+
+
+def known_positions(hf: Any) -> int:
+    """Length of the longest sequence that a model takes, in tokens.
+
+    YaRN stretches the positions of its training; `max_position_embeddings` may or may not say so.
+    """
+    rope, known = rope_parameters(hf), int(hf.max_position_embeddings)
+    if rope["rope_type"] != "yarn":
+        return known
+    trained = rope.get("original_max_position_embeddings") or known
+    return max(known, int(rope["factor"] * trained))
 
 
 def head_dim(hf: Any) -> int:

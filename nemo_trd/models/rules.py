@@ -63,6 +63,10 @@ def check_supported(hf: Any) -> None:
         rope["rope_type"] in family.rope_types,
         _one_of(family.rope_types),
     )
+    if rope["rope_type"] == "yarn":
+        factor = rope.get("factor")
+        rule = "YaRN wants a factor of 1 or more"
+        require("factor", factor, isinstance(factor, int | float) and factor >= 1, rule)
     partial = rope.get("partial_rotary_factor", 1.0)
     require("partial_rotary_factor", partial, partial == 1.0, "1.0 is supported")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from model_checks import BF16, FP32, logits, packed, reference_logits
-from tiny_models import CONFIGS, LLAMA3_ROPE, make_model
+from tiny_models import CONFIGS, LLAMA3_ROPE, YARN, make_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from nemo_trd.config.errors import ConfigError
@@ -18,8 +18,8 @@ from nemo_trd.megatron.hf_weights import load_hf_weights
 from nemo_trd.megatron.model import (
     build_model,
     has_transformer_engine,
-    inverse_frequencies,
     load_hf_config,
+    rotation_of,
     transformer_config,
 )
 from nemo_trd.megatron.schedule import run_model
@@ -52,6 +52,10 @@ def test_every_family_is_tested() -> None:
             "llama",
             {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0}},
         ),
+        # The factor of queries and keys: implied, given, and as quotient of two others.
+        ("qwen3", {"rope_parameters": YARN}),
+        ("llama", {"rope_parameters": YARN | {"attention_factor": 0.7, "beta_fast": 4.0}}),
+        ("qwen2", {"rope_parameters": YARN | {"mscale": 2.0, "mscale_all_dim": 0.5}}),
         ("llama", {"num_key_value_heads": 8, "rms_norm_eps": 1e-2}),
         ("qwen2", {"num_key_value_heads": 1}),
         ("qwen2", {"tie_word_embeddings": True}),
@@ -111,7 +115,7 @@ def test_parameters_split_over_ranks_are_marked_as_such(tmp_path: Path, one_rank
         (LlamaConfig(hidden_act="gelu"), "hidden_act"),
         (LlamaConfig(architectures=["LlamaForSequenceClassification"]), "architectures"),
         (LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "rope_type"),
-        (Qwen3Config(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope_type"),
+        (Qwen3Config(rope_parameters={"rope_type": "yarn", "factor": 0.5}), "factor"),
         (Qwen2Config(use_sliding_window=True, max_window_layers=0), "sliding_window"),
         (LlamaConfig(quantization_config={"bits": 4}), "quantization_config"),
     ],
@@ -129,13 +133,13 @@ def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_rope_settings_of_old_config_files_mean_the_same(tmp_path: Path) -> None:
     directory = make_model(tmp_path, "llama", rope_parameters=LLAMA3_ROPE)
-    expected = inverse_frequencies(load_hf_config(str(directory)))
+    expected = rotation_of(load_hf_config(str(directory)))[0]
     settings = json.loads((directory / "config.json").read_text())
     rope = settings.pop("rope_parameters")
     settings["rope_theta"] = rope.pop("rope_theta")
     settings["rope_scaling"] = rope
     (directory / "config.json").write_text(json.dumps(settings))
-    assert torch.equal(inverse_frequencies(load_hf_config(str(directory))), expected)
+    assert torch.equal(rotation_of(load_hf_config(str(directory)))[0], expected)
 
 
 def test_rope_settings_of_a_transformers_4_config_object_are_read() -> None:

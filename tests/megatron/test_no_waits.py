@@ -151,7 +151,7 @@ def caller() -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno} {frames[-1].line}"
 
 
-@pytest.mark.parametrize("layout", ["tp2 sp", "pp2"])
+@pytest.mark.parametrize("layout", ["tp2 sp", "pp2", "cp2"])
 def test_nothing_is_read_between_the_first_micro_batch_and_the_last(
     layout: str, tmp_path: Path
 ) -> None:
@@ -159,8 +159,8 @@ def test_nothing_is_read_between_the_first_micro_batch_and_the_last(
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
     for seed, role in enumerate(("student", "teacher")):
         make_model(tmp_path / role, "qwen3", seed=seed, num_hidden_layers=2, **sizes)
-    kind = "tensor" if layout == "tp2 sp" else "pipeline"
-    sizes_of = [f"parallel.{r}.{kind}_model_parallel_size=2" for r in ("student", "teacher")]
+    kind = {"tp2 sp": "tensor_model", "pp2": "pipeline_model", "cp2": "context"}[layout]
+    sizes_of = [f"parallel.{r}.{kind}_parallel_size=2" for r in ("student", "teacher")]
     if layout == "tp2 sp":
         sizes_of.append("parallel.student.sequence_parallel=true")
     launch(2, run_without_reads, str(tmp_path), sizes_of)
