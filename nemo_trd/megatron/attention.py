@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -72,7 +71,9 @@ def segments(
     if config.transformer_impl == "local":
         width = config.num_attention_heads * config.kv_channels
         attend = (
-            WithinSegments(batch.lengths, width // config.tensor_model_parallel_size)
+            WithinSegments(
+                batch.lengths, batch.cu_seqlens, width // config.tensor_model_parallel_size
+            )
             if cp.size() == 1
             else OverRanks(batch.lengths, cp, config.params_dtype)
         )
@@ -145,25 +146,25 @@ class WithinSegments:
 
     Args:
         lengths: tokens of each segment.
+        borders: of the segments in the pack, int [s + 1], on the host.
         width: elements of a token's queries on this rank.
     """
 
-    def __init__(self, lengths: Sequence[int], width: int) -> None:
+    def __init__(self, lengths: Sequence[int], borders: Tensor, width: int) -> None:
         calls = shared_calls(lengths, CALL_COST // width)
         self._calls = [(len(call), max(call)) for call in calls]
-        longest = np.repeat([n for _, n in self._calls], [count for count, _ in self._calls])
-        own = np.array(lengths)
-        starts, filled_starts = own.cumsum() - own, longest.cumsum() - longest
+        tokens, filled = sum(lengths), sum(count * length for count, length in self._calls)
         # Which token stands at each place of the filled row, and at which each token stands.
         self._tokens = self._places = None
-        if longest.sum() > own.sum():
-            places = np.arange(own.sum()) + np.repeat(filled_starts - starts, own)
-            offsets = np.arange(longest.sum()) - np.repeat(filled_starts, longest)
-            last = np.repeat(own - 1, longest)
-            tokens = np.repeat(starts, longest) + np.minimum(offsets, last)
-            self._tokens, self._places = (
-                to_device(torch.from_numpy(index)) for index in (tokens, places)
-            )
+        if filled > tokens:
+            own = borders.diff().long()
+            longest = torch.cat([torch.full((count,), length) for count, length in self._calls])
+            starts, filled_starts = own.cumsum(0) - own, longest.cumsum(0) - longest
+            places = torch.arange(tokens) + (filled_starts - starts).repeat_interleave(own)
+            offsets = torch.arange(filled) - filled_starts.repeat_interleave(longest)
+            offsets = offsets.minimum((own - 1).repeat_interleave(longest))  # the last, repeated
+            index = starts.repeat_interleave(longest) + offsets
+            self._tokens, self._places = to_device(index), to_device(places)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         if self._tokens is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,6 +37,10 @@ def dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.einsum("hqk,khd->qhd", weights, v).flatten(1)
 
 
+def within_segments() -> WithinSegments:
+    return WithinSegments(LENGTHS, torch.tensor([0, *accumulate(LENGTHS)]), HEADS * WIDTH)
+
+
 def over_ranks(monkeypatch: pytest.MonkeyPatch, size: int, dtype: torch.dtype) -> list[Any]:
     """Attention of each of `size` ranks, to which keys and values of all ranks are given."""
     gathered = SimpleNamespace(apply=lambda x, *_: x)
@@ -49,7 +54,7 @@ def test_calls_for_several_segments_are_those_of_each(
     cost: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "CALL_COST", cost)
-    check([WithinSegments(LENGTHS, HEADS * WIDTH)], [torch.arange(sum(LENGTHS))])
+    check([within_segments()], [torch.arange(sum(LENGTHS))])
 
 
 @pytest.mark.parametrize("block", [3, 256])
@@ -97,7 +102,7 @@ def test_no_tensor_grows_with_the_square_of_a_segment(monkeypatch: pytest.Monkey
         q, k, v = qkv(n)
         with Largest() as largest:
             attend = (
-                WithinSegments((n,), HEADS * WIDTH)
+                within_segments()
                 if rank is None
                 else over_ranks(monkeypatch, 2, torch.float64)[rank]
             )

@@ -32,6 +32,7 @@ def run_without_reads(inputs: str, layout: list[str]) -> None:
     from nemo_trd.distributed.process import init_distributed
     from nemo_trd.megatron import student as student_module
     from nemo_trd.megatron import teacher as teacher_module
+    from nemo_trd.megatron.context_parallel import label_holders
 
     watch = init_distributed(timeout_minutes=2)
     seen = reads_within_schedules(student_module, teacher_module)
@@ -50,8 +51,13 @@ def run_without_reads(inputs: str, layout: list[str]) -> None:
         plan = student.pack(trajectories)
         states: Any = teacher.states(plan)
         if loss == ["top_k=5"] and states[0] is not None:  # as servers give it, on the last stage
-            batches = zip(states, plan[0], strict=True)
-            states = [student.teacher_top_k(state, batch, 5) for state, batch in batches]
+            batches, cp = zip(states, plan[0], strict=True), student.groups.cp
+            states = [
+                student.teacher_top_k(state, batch, 5)[
+                    label_holders([batch.student], cp.size())[0] == cp.rank()
+                ]
+                for state, batch in batches
+            ]
         result = student.train_step(plan, states, names)
         assert [len(result.watched[name].divergence) for name in names] == list(LENGTHS)
         student.compare(plan, states, names)
