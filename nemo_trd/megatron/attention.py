@@ -140,9 +140,8 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class WithinSegments:
     """Attention within segments that this rank holds whole.
 
-    Neighbours of similar length share a call, filled up to the longest of them behind their last
-    tokens, where no token attends to. Micro-batches have the longest first, so neighbours are
-    similar.
+    Neighbours of similar length share a call: behind their last tokens, where none of their tokens
+    looks, they are filled up to the longest of them. Micro-batches have the longest first.
 
     Args:
         lengths: tokens of each segment.
@@ -151,8 +150,7 @@ class WithinSegments:
     """
 
     def __init__(self, lengths: Sequence[int], borders: Tensor, width: int) -> None:
-        calls = shared_calls(lengths, CALL_COST // width)
-        self._calls = [(len(call), max(call)) for call in calls]
+        self._calls = shared_calls(lengths, CALL_COST // width)
         tokens, filled = sum(lengths), sum(count * length for count, length in self._calls)
         # Which token stands at each place of the filled row, and at which each token stands.
         self._tokens = self._places = None
@@ -183,22 +181,24 @@ class WithinSegments:
         )
 
 
-def shared_calls(lengths: Sequence[int], worth: float) -> list[list[int]]:
-    """Divide lengths, in their order, among calls of attention that fill them up to the longest.
+def shared_calls(lengths: Sequence[int], worth: int) -> list[tuple[int, int]]:
+    """Divide segments, in their order, among calls of attention that fill them up to the longest.
 
     Args:
+        lengths: tokens of each segment.
         worth: filling that costs as much as one more call, in scores of one query and key.
+
+    Returns: number of segments of each call, and tokens of its longest.
     """
-    calls: list[list[int]] = []
+    calls: list[tuple[int, int]] = []
     for length in lengths:
-        if calls:
-            last = calls[-1]
-            longest = max(*last, length)
-            grown = (len(last) + 1) * longest**2 - len(last) * max(last) ** 2
-            if grown - length**2 <= worth:
-                last.append(length)
-                continue
-        calls.append([length])
+        count, longest = calls[-1] if calls else (0, 0)
+        together = max(longest, length)
+        apart = count * longest**2 + length**2
+        if calls and (count + 1) * together**2 - apart <= worth:
+            calls[-1] = (count + 1, together)
+        else:
+            calls.append((1, length))
     return calls
 
 

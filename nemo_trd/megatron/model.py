@@ -36,6 +36,7 @@ from nemo_trd.models.directory import check_model_type
 from nemo_trd.models.dtypes import torch_dtype
 from nemo_trd.models.family import (
     family_of,
+    has_biases,
     head_dim,
     known_positions,
     padded_vocab_size,
@@ -120,7 +121,7 @@ def transformer_config(
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=F.silu,
-        add_bias_linear=False,
+        add_bias_linear=has_biases(hf),
         add_qkv_bias=family.qkv_bias,
         qk_layernorm=family.qk_norm,
         # Queries and keys have the factor each, so scores have its square.

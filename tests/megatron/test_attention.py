@@ -115,7 +115,7 @@ def test_no_tensor_grows_with_the_square_of_a_segment(monkeypatch: pytest.Monkey
 
 def test_similar_neighbours_share_a_call() -> None:
     # 50 beside 49 computes 2 x 50^2 scores: 99 more than both alone.
-    assert shared_calls((50, 49, 9, 9), 99) == [[50, 49], [9, 9]]
-    assert shared_calls((50, 49, 9, 9), 98) == [[50], [49], [9, 9]]
-    assert shared_calls((9, 50), 50**2 - 9**2) == [[9, 50]]
-    assert shared_calls((9, 9), -1) == [[9], [9]]
+    assert shared_calls((50, 49, 9, 9), 99) == [(2, 50), (2, 9)]
+    assert shared_calls((50, 49, 9, 9), 98) == [(1, 50), (1, 49), (2, 9)]
+    assert shared_calls((9, 50), 50**2 - 9**2) == [(2, 50)]
+    assert shared_calls((9, 9), -1) == [(1, 9), (1, 9)]

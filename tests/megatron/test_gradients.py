@@ -27,6 +27,11 @@ LABELS = (5, 1, 9, 3, 14)  # 32 in all; one answer is a single token
 # one is longer than the others together; the sum, 79, is odd.
 CONTEXTS = (2, 1, 4, 4, 41)
 TIED = {"llama": True, "qwen2": False, "qwen3": False}  # student's architecture: its embeddings
+DIFFERENCES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "qwen2": {},
+    "qwen3": {"rope_parameters": YARN},  # scores have a factor
+}
 # Both temperatures meet chunks that do and do not divide 32.
 NUMBERS = ((1.7, 8), (1.0, 5), (1.7, 5), (1.0, 8))
 RECIPES = {
@@ -106,8 +111,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     expected: dict[str, Any] = {}
     for model, tied in TIED.items():
         settings: dict[str, Any] = {"tie_word_embeddings": tied, **sizes, **own}
-        if model == "qwen3":
-            settings["rope_parameters"] = YARN  # scores have a factor
+        settings |= DIFFERENCES[model]
         path = make_model(root / model, model, **settings)
         student = load(path, dtype=torch.float64)
         with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from nemo_trd.megatron.model import (
     transformer_config,
 )
 from nemo_trd.megatron.schedule import run_model
-from nemo_trd.models.family import FAMILIES, padded_vocab_size, rope_parameters
+from nemo_trd.models.family import FAMILIES, known_positions, padded_vocab_size, rope_parameters
 from nemo_trd.models.rules import check_layout, check_supported
 
 SINGLE = Layout(tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
@@ -57,6 +58,7 @@ def test_every_family_is_tested() -> None:
         ("llama", {"rope_parameters": YARN | {"attention_factor": 0.7, "beta_fast": 4.0}}),
         ("qwen2", {"rope_parameters": YARN | {"mscale": 2.0, "mscale_all_dim": 0.5}}),
         ("llama", {"num_key_value_heads": 8, "rms_norm_eps": 1e-2}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
         ("qwen2", {"num_key_value_heads": 1}),
         ("qwen2", {"tie_word_embeddings": True}),
         ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
@@ -112,6 +114,7 @@ def test_parameters_split_over_ranks_are_marked_as_such(tmp_path: Path, one_rank
     [
         (LlamaConfig(attention_bias=True), "attention_bias"),
         (LlamaConfig(mlp_bias=True), "mlp_bias"),
+        (Qwen3Config(attention_bias=True), "attention_bias"),
         (LlamaConfig(hidden_act="gelu"), "hidden_act"),
         (LlamaConfig(architectures=["LlamaForSequenceClassification"]), "architectures"),
         (LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "rope_type"),
@@ -153,6 +156,29 @@ def test_rope_settings_of_a_transformers_4_config_object_are_read() -> None:
         "factor": 2.0,
         "rope_theta": 5e5,
     }
+
+
+@pytest.mark.parametrize(
+    ("told", "rope", "known"),
+    [
+        (
+            40_960,
+            {"type": "yarn", "factor": 2.25, "original_max_position_embeddings": 32_768},
+            73_728,
+        ),
+        (
+            131_072,
+            {"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 4096},
+            131_072,
+        ),
+        (4096, {"rope_type": "yarn", "factor": 2.0}, 8192),
+        (4096, {"rope_type": "linear", "factor": 2.0}, 4096),
+        (4096, None, 4096),
+    ],
+)
+def test_yarn_stretches_the_positions_of_training(told: int, rope: Any, known: int) -> None:
+    hf = SimpleNamespace(max_position_embeddings=told, rope_scaling=rope)
+    assert known_positions(hf) == known
 
 
 def test_the_vocabulary_is_padded_to_what_tensor_parallel_ranks_share() -> None:
