@@ -50,9 +50,10 @@ PYTEST_ARGS := --durations=15
 # Files run side by side, the longest first: tests/conftest.py has their order.
 SIDE_BY_SIDE := -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 # What depends on megatron-core and must pass with both of its versions.
-MCORE_TESTS := $(addprefix tests/megatron/, test_checkpoint.py test_fp8.py test_gradients.py \
-	test_hf_weights.py test_hf_weights_parallel.py test_model.py test_no_waits.py \
-	test_non_finite.py test_parallel_layouts.py) tests/run/test_resume.py
+MCORE_TESTS := $(addprefix tests/megatron/, test_attention.py test_checkpoint.py \
+	test_context_parallel.py test_fp8.py test_gradients.py test_hf_weights.py \
+	test_hf_weights_parallel.py test_model.py test_no_waits.py test_non_finite.py \
+	test_parallel_layouts.py) tests/run/test_resume.py
 
 .PHONY: help quickstart test busy-tests waiting-tests test-here test-slurm test-mcore019 test-adapters test-fast test-slow test-gpu \
 	gpu gpu-bundle lint format system-packages environments env env-mcore019 vllm-env aligner-env lock clean

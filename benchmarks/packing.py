@@ -7,8 +7,8 @@ Forward and backward of the same model and sequences, without optimizer and loss
 the sum of squares of the hidden states at the labels), three ways:
 
     packed       what runs train with: sequences one after the other; a call of attention for
-                 neighbours of equal length
-    by_length    the same pack, attention in one call for all segments of equal length
+                 neighbours of similar length, filled up to the longest of them
+    one_by_one   the same pack, a call of attention for each sequence
     padded       a sequence a row, as long as the longest of its micro-batch, and megatron-core's
                  own local attention, which forms all scores of a row; the sequences sorted by
                  length, so that little is padded
@@ -31,7 +31,6 @@ import random
 import statistics
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-WAYS = ("packed", "by_length", "padded")
+WAYS = ("packed", "one_by_one", "padded")
 TOY = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "vocab_size": 42}
 TOY |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
 SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49_152, "head_dim": 64}
@@ -113,7 +112,8 @@ def measure(case: Mapping[str, Any], way: str) -> dict[str, float]:
     from transformers import LlamaConfig
 
     from nemo_trd.config.load import compose
-    from nemo_trd.megatron.model import build_model, inverse_frequencies
+    from nemo_trd.megatron import attention
+    from nemo_trd.megatron.model import build_model, rotation_of
     from nemo_trd.megatron.process_groups import process_groups
 
     torch.set_num_threads(1)
@@ -128,10 +128,9 @@ def measure(case: Mapping[str, Any], way: str) -> dict[str, float]:
         if "norm" in name:
             parameter.data.add_(1)
     if way == "padded":
-        use_rows(model, inverse_frequencies(hf), groups)
-    elif way == "by_length":
-        for layer in model.decoder.layers:
-            layer.self_attention.core_attention = attention_by_length()
+        use_rows(model, rotation_of(hf)[0], groups)
+    elif way == "one_by_one":
+        attention.CALL_COST = -1
     forward = rows_at_labels if way == "padded" else pack_at_labels
     batches = micro_batches(case["lengths"], case["budget"], way)
     seconds, before, peak = [], peak_bytes(reset=True), 0
@@ -188,38 +187,13 @@ def use_rows(model: Any, frequencies: Tensor, groups: Any) -> None:
     from megatron.core.transformer.enums import AttnMaskType
 
     config = model.config
+    model.position_embedding_type = "rope"
     model.rotary_pos_emb = RotaryEmbedding(config.kv_channels, 1.0, cp_group=groups.cp)
     model.rotary_pos_emb.inv_freq = frequencies
     for number, layer in enumerate(model.decoder.layers, 1):
         layer.self_attention.core_attention = DotProductAttention(
             config, number, AttnMaskType.causal, "self", pg_collection=groups
         )
-
-
-def attention_by_length() -> Any:
-    """Core attention that takes all segments of one length in one call."""
-    import torch
-    import torch.nn.functional as F
-
-    class AttentionByLength(torch.nn.Module):
-        def forward(self, *qkv_mask: Any, packed_seq_params: Any, **unused: Any) -> torch.Tensor:
-            groups: dict[int, list[int]] = defaultdict(list)
-            start = 0
-            for length in packed_seq_params.lengths:
-                groups[length].append(start)
-                start += length
-            query, key, value = (x[:, 0] for x in qkv_mask[:3])
-            places, results = [], []
-            for length, starts in groups.items():
-                at = (torch.tensor(starts)[:, None] + torch.arange(length)).flatten()
-                shape = (len(starts), length, -1, query.shape[-1])
-                q, k, v = (x[at].view(shape).transpose(1, 2) for x in (query, key, value))
-                out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-                places.append(at)
-                results.append(out.transpose(1, 2).reshape(len(at), -1))
-            return torch.cat(results)[torch.cat(places).argsort()][:, None]
-
-    return AttentionByLength()
 
 
 def peak_bytes(reset: bool = False) -> int:

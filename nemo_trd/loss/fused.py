@@ -273,13 +273,12 @@ def top_k_of(
     chunk_size: int,
     group: dist.ProcessGroup | None = None,
 ) -> TopK:
-    """The k most likely ids at each of n > 0 labels, at temperature 1; as in
-    `fused_divergence`."""
+    """The k most likely ids at each of n labels, at temperature 1; as in `fused_divergence`."""
     shard = own_shard(weight.shape[0], vocab_size, group)
     check_ids("labels", labels, vocab_size)
     weight = weight[: shard.columns]
     parts = []
-    for start in range(0, labels.numel(), chunk_size):
+    for start in range(0, max(1, labels.numel()), chunk_size):  # also without a label
         chunk = slice(start, start + chunk_size)
         (log_probs,), _ = log_softmax([logits_of(hidden[chunk], weight)], shard)
         (of_labels,) = shard.total(at_labels(log_probs, labels[chunk], shard))

@@ -1,4 +1,4 @@
-"""Attention of the local layers over packed sequences, and the rotary angles of their tokens.
+"""Attention of the local layers over packed sequences, and the rotation of queries and keys.
 
 A pack is one row of segments, one behind the other; a token attends to those of its own segment up
 to itself. TransformerEngine's kernels read the borders of segments on the device. The local layers
@@ -7,40 +7,56 @@ know them as numbers of the host, so nothing is read back, and there is no mask 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nemo_trd.data.types import ContextBatch
-from nemo_trd.distributed.process import to_device
+from nemo_trd.distributed.process import device, to_device
 from nemo_trd.megatron.context_parallel import GatherTokens, places_of_rank
+
+# Products of a query's and a key's element that take as long as one more call of attention, forward
+# and backward (measured on a CPU with benchmarks/packing.py).
+CALL_COST = 50_000
+BLOCK = 256  # queries that share a mask where context parallel ranks attend to what comes before
+
+
+class Attend(Protocol):
+    """Causal attention within the segments of a pack."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """[t, heads, d] -> [t, heads * d]. A `scale` of None is 1 / sqrt(d)."""
+        ...
 
 
 @dataclass
 class Segments(PackedSeqParams):
     """The segments of a pack as the local layers take them: [t, 1, ...], one sequence to Megatron.
 
-    Told of packed sequences, its own rotary embedding would read the borders back from the device
-    in every layer.
+    Told of packed sequences, megatron-core would read the borders back from the device in every
+    layer.
     """
 
-    lengths: tuple[int, ...] = ()  # tokens of each segment, on all context parallel ranks together
-    # With context parallelism, for each of this rank's two parts of each segment: number of its
-    # tokens, and how many first tokens of the segment the last of them sees.
-    queries: tuple[tuple[tuple[int, int], ...], ...] = ()
     position_ids: Tensor | None = None  # of this rank's tokens, on the device
-    # With context parallelism, on the device: places in the pack of rank 0's tokens, rank 1's, ...,
-    # and the inverse.
-    places: Tensor | None = None
-    order: Tensor | None = None
+    attend: Attend | None = None
+    _rotation: tuple[Tensor, Tensor] | None = None
+
+    def rotation(self, inverse_frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [t, 1, d] for `rotated`, computed once for all layers of a model."""
+        if self._rotation is None:
+            assert self.position_ids is not None
+            angles = torch.outer(self.position_ids.float(), inverse_frequencies)
+            cos, sin = angles.cos(), angles.sin()
+            halves = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+            self._rotation = halves[0].to(dtype)[:, None], halves[1].to(dtype)[:, None]
+        return self._rotation
 
 
 def segments(
@@ -53,7 +69,16 @@ def segments(
         cp: the model's context parallel group.
     """
     if config.transformer_impl == "local":
-        return _local_segments(batch, cp.size(), cp.rank())
+        width = config.num_attention_heads * config.kv_channels
+        attend = (
+            WithinSegments(
+                batch.lengths, batch.cu_seqlens, width // config.tensor_model_parallel_size
+            )
+            if cp.size() == 1
+            else OverRanks(batch.lengths, cp, config.params_dtype)
+        )
+        position_ids = to_device(batch.position_ids[0])
+        return Segments(qkv_format="sbhd", position_ids=position_ids, attend=attend)
     longest, borders = max(batch.lengths), to_device(batch.cu_seqlens)
     return PackedSeqParams(
         qkv_format="thd",
@@ -64,41 +89,26 @@ def segments(
     )
 
 
-def _local_segments(batch: ContextBatch, size: int, rank: int) -> Segments:
-    pack = Segments(
-        qkv_format="sbhd",
-        lengths=batch.lengths,
-        position_ids=to_device(batch.position_ids[0]),
-    )
-    if size > 1:
-        parts = [length // (2 * size) for length in batch.lengths]
-        ends = (rank + 1, 2 * size - rank)
-        pack.queries = tuple(tuple((part, part * end) for end in ends) for part in parts)
-        places = torch.cat([places_of_rank(batch.lengths, size, other) for other in range(size)])
-        pack.places, pack.order = to_device(places), to_device(places.argsort())
-    return pack
-
-
 class SegmentAttention(torch.nn.Module):
-    """Core attention of the local layers, causal within each segment.
+    """Core attention of the local layers: rotates queries and keys, and attends within segments.
 
-    Keys and values may have fewer heads than queries: each serves a group of them. One call
-    for neighbours of equal length, and micro-batches have the longest first: gathering all equal
-    ones from where they are costs more than their common call saves, unless most are equal
-    (benchmarks/packing.py has that too). Context parallel ranks gather the keys and values of whole
-    sequences.
+    Keys and values may have fewer heads than queries: each serves a group of them.
+
+    Args:
+        inverse_frequencies: of the rotation, fp32 [d / 2].
     """
 
     def __init__(
         self,
         config: TransformerConfig,
         *args: Any,
-        pg_collection: ProcessGroupCollection,
+        inverse_frequencies: Tensor,
         **unused: Any,
     ) -> None:
         super().__init__()
-        self._cp = pg_collection.cp
-        assert config.softmax_scale is None and not config.attention_dropout
+        self._inverse_frequencies = inverse_frequencies
+        self._scale = config.softmax_scale
+        assert not config.attention_dropout
 
     def forward(
         self,
@@ -110,67 +120,173 @@ class SegmentAttention(torch.nn.Module):
         **unused: Any,
     ) -> Tensor:
         """[t, 1, heads, d] -> [t, 1, heads * d]."""
-        pack, q, k, v = packed_seq_params, query[:, 0], key[:, 0], value[:, 0]
-        attend = _within_segments if pack.places is None else self._over_ranks
-        return attend(q, k, v, pack)[:, None]
-
-    def _over_ranks(self, query: Tensor, key: Tensor, value: Tensor, pack: Segments) -> Tensor:
-        """Attention of this rank's two parts of each segment to all that comes before."""
-        keys, values = (
-            GatherTokens.apply(x, pack.places, pack.order, self._cp).split(pack.lengths)
-            for x in (key, value)
-        )
-        queries = iter(query.split([n for parts in pack.queries for n, _ in parts]))
-        of_parts = [
-            _attend_as_last(next(queries), k[:seen], v[:seen])
-            for parts, k, v in zip(pack.queries, keys, values, strict=True)
-            for _, seen in parts
-        ]
-        return torch.cat(of_parts)
+        pack = packed_seq_params
+        assert pack.attend is not None
+        cos, sin = pack.rotation(self._inverse_frequencies, query.dtype)
+        q, k = (rotated(x[:, 0], cos, sin) for x in (query, key))
+        return pack.attend(q, k, value[:, 0], self._scale)[:, None]
 
 
-def _within_segments(query: Tensor, key: Tensor, value: Tensor, pack: Segments) -> Tensor:
-    runs = [(n, len(list(same))) for n, same in groupby(pack.lengths)]
-    lengths, sizes = [n for n, _ in runs], [n * count for n, count in runs]
-    q, k, v = (x.split(sizes) for x in (query, key, value))
-    return torch.cat([_attend(*run) for run in zip(q, k, v, lengths, strict=True)])
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate element i of each head with i + d / 2, by the angle at its token: [t, heads, d].
+
+    Args:
+        cos: [t, 1, d], the angles twice.
+        sin: the same, negative in the first half.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, length: int) -> Tensor:
-    """Causal attention within segments of one length: [n, heads, d] -> [n, heads * d]."""
-    q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (query, key, value))
-    result = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return result.transpose(1, 2).flatten(2).flatten(0, 1)
+class WithinSegments:
+    """Attention within segments that this rank holds whole.
 
+    Neighbours of similar length share a call: behind their last tokens, where none of their tokens
+    looks, they are filled up to the longest of them. Micro-batches have the longest first.
 
-def _attend_as_last(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention of the last tokens of a sequence: [n, heads, d] -> [n, heads * d]."""
-    n, seen = len(query), len(key)
-    mask = torch.ones(n, seen, dtype=torch.bool, device=query.device).tril(seen - n)
-    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-    result = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
-    return result[0].transpose(0, 1).flatten(1)
-
-
-class RotaryAngles(torch.nn.Module):
-    """The local layers' rotary embedding: angles of the positions that the tokens of a pack have.
-
-    It stands where megatron-core has one that counts positions from 0 to the longest sequence, and
-    has the two methods by which a model asks that one.
+    Args:
+        lengths: tokens of each segment.
+        borders: of the segments in the pack, int [s + 1], on the host.
+        width: elements of a token's queries on this rank.
     """
 
-    def __init__(self, inverse_frequencies: Tensor) -> None:
-        super().__init__()
-        self._inverse_frequencies = inverse_frequencies
+    def __init__(self, lengths: Sequence[int], borders: Tensor, width: int) -> None:
+        self._calls = shared_calls(lengths, CALL_COST // width)
+        tokens, filled = sum(lengths), sum(count * length for count, length in self._calls)
+        # Which token stands at each place of the filled row, and at which each token stands.
+        self._tokens = self._places = None
+        if filled > tokens:
+            own = borders.diff().long()
+            longest = torch.cat([torch.full((count,), length) for count, length in self._calls])
+            starts, filled_starts = own.cumsum(0) - own, longest.cumsum(0) - longest
+            places = torch.arange(tokens) + (filled_starts - starts).repeat_interleave(own)
+            offsets = torch.arange(filled) - filled_starts.repeat_interleave(longest)
+            offsets = offsets.minimum((own - 1).repeat_interleave(longest))  # the last, repeated
+            index = starts.repeat_interleave(longest) + offsets
+            self._tokens, self._places = to_device(index), to_device(places)
 
-    def get_rotary_seq_len(
-        self, context: Any, block: Any, hidden: Any, config: Any, pack: Segments
-    ) -> Tensor:
-        """Return what `forward` is to get: positions [t] instead of a length."""
-        assert pack.position_ids is not None
-        return pack.position_ids
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        if self._tokens is None:
+            return self._attend(query, key, value, scale)
+        q, k, v = (_Filled.apply(x, self._tokens, self._places) for x in (query, key, value))
+        return _Unfilled.apply(self._attend(q, k, v, scale), self._places)
 
-    def forward(self, positions: Tensor, **unused: Any) -> Tensor:
-        """Angles [t, 1, 1, d] in radians, of the first half of a head and again of the second."""
-        half = torch.outer(positions.float(), self._inverse_frequencies)
-        return torch.cat([half, half], -1)[:, None, None]
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        sizes = [count * length for count, length in self._calls]
+        q, k, v = (x.split(sizes) for x in (query, key, value))
+        return torch.cat(
+            [
+                attention(*(x.unflatten(0, call) for x in qkv), scale=scale).flatten(0, 1)
+                for *qkv, call in zip(q, k, v, self._calls, strict=True)
+            ]
+        )
+
+
+def shared_calls(lengths: Sequence[int], worth: int) -> list[tuple[int, int]]:
+    """Divide segments, in their order, among calls of attention that fill them up to the longest.
+
+    Args:
+        lengths: tokens of each segment.
+        worth: filling that costs as much as one more call, in scores of one query and key.
+
+    Returns: number of segments of each call, and tokens of its longest.
+    """
+    calls: list[tuple[int, int]] = []
+    for length in lengths:
+        count, longest = calls[-1] if calls else (0, 0)
+        together = max(longest, length)
+        apart = count * longest**2 + length**2
+        if calls and (count + 1) * together**2 - apart <= worth:
+            calls[-1] = (count + 1, together)
+        else:
+            calls.append((1, length))
+    return calls
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """[b, n, heads, d] -> [b, n, heads * d], causal where there is no mask to add to the scores."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    result = F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True
+    )
+    return result.transpose(1, 2).flatten(2)
+
+
+class _Filled(torch.autograd.Function):
+    """Segments filled up with repetitions of a token, of which nothing depends."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        ctx.places = places
+        return x.index_select(0, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.index_select(0, ctx.places), None, None
+
+
+class _Unfilled(torch.autograd.Function):
+    """The inverse: without what segments have been filled up with."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
+        ctx.places, ctx.shape = places, x.shape
+        return x.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.new_zeros(ctx.shape).index_copy_(0, ctx.places, gradient), None
+
+
+class OverRanks:
+    """Attention of this rank's two parts of each segment to all that comes before them.
+
+    Context parallel ranks gather the keys and values of whole sequences. `BLOCK` queries at a time
+    attend: one mask of so many rows serves all of them, each in a window of its own.
+
+    Args:
+        lengths: tokens of each segment, on all ranks together.
+        group: the context parallel ranks.
+        dtype: of queries, keys and values.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], group: dist.ProcessGroup, dtype: torch.dtype
+    ) -> None:
+        size, rank = group.size(), group.rank()
+        self._group, self._lengths = group, list(lengths)
+        parts = [length // (2 * size) for length in lengths]
+        # For each part: its tokens, and how many first tokens of the segment the last of them sees.
+        self._parts = [[(n, n * end) for end in (rank + 1, 2 * size - rank)] for n in parts]
+        # Where in the pack the tokens of rank 0 are, rank 1's, ..., and the inverse.
+        places = torch.cat([places_of_rank(tuple(lengths), size, other) for other in range(size)])
+        self._places, self._order = to_device(places), to_device(places.argsort())
+        rows, longest = min(BLOCK, max(parts)), max(lengths)
+        mask = torch.full((rows, longest + rows), -torch.inf, dtype=dtype, device=device())
+        self._mask = mask.triu(longest + 1)  # row i sees the columns up to longest + i
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        keys, values = (
+            GatherTokens.apply(x, self._places, self._order, self._group).split(self._lengths)
+            for x in (key, value)
+        )
+        queries = iter(query.split([n for parts in self._parts for n, _ in parts]))
+        results = []
+        for parts, k, v in zip(self._parts, keys, values, strict=True):
+            for n, end in parts:
+                seen = end - n
+                for q in next(queries).split(len(self._mask)):
+                    seen += len(q)
+                    mask = self._window(len(q), seen)
+                    results.append(attention(q[None], k[None, :seen], v[None, :seen], scale, mask))
+        return torch.cat(results, 1)[0]
+
+    def _window(self, n: int, seen: int) -> Tensor:
+        """Mask [n, seen] of the queries of which the last sees all of these keys."""
+        first = self._mask.shape[1] - len(self._mask) - (seen - n)
+        return self._mask[:n, first : first + seen]

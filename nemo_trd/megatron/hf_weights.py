@@ -240,6 +240,6 @@ def _views(parameter: str, weight: Tensor, config: TransformerConfig) -> Sequenc
         # [groups, queries + key + value, head_dim, ...]
         grouped = weight.view(-1, queries + 2, config.kv_channels, *weight.shape[1:])
         return grouped.split([queries, 1, 1], dim=1)
-    if parameter == "mlp.linear_fc1.weight":
+    if parameter in ("mlp.linear_fc1.weight", "mlp.linear_fc1.bias"):
         return weight.chunk(2)
     return [weight]

@@ -6,6 +6,7 @@ refused by `check_supported`, never ignored.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,10 +31,17 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nemo_trd.config.schema import Layout, Precision
-from nemo_trd.megatron.attention import RotaryAngles, SegmentAttention
+from nemo_trd.megatron.attention import SegmentAttention
 from nemo_trd.models.directory import check_model_type
 from nemo_trd.models.dtypes import torch_dtype
-from nemo_trd.models.family import family_of, head_dim, padded_vocab_size, rope_parameters
+from nemo_trd.models.family import (
+    family_of,
+    has_biases,
+    head_dim,
+    known_positions,
+    padded_vocab_size,
+    rope_parameters,
+)
 from nemo_trd.models.rules import check_layout, check_supported
 from nemo_trd.preflight.machine import (
     check_transformer_engine,
@@ -55,15 +63,18 @@ def load_hf_config(path: str, trust_remote_code: bool = False) -> PretrainedConf
     return hf
 
 
-def inverse_frequencies(hf: PretrainedConfig) -> torch.Tensor:
-    """Rope's inverse frequencies, fp32 [head_dim / 2], exactly as transformers has them."""
+def rotation_of(hf: PretrainedConfig) -> tuple[torch.Tensor, float]:
+    """Rope's inverse frequencies, fp32 [head_dim / 2], and the factor of rotated queries and keys.
+
+    Exactly as transformers has them. The factor is 1 but for YaRN (Peng et al. 2023,
+    arXiv 2309.00071, section 3.4).
+    """
     rope = rope_parameters(hf)
     if rope["rope_type"] != "default":
-        frequencies, attention_factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf, device=None)
-        assert attention_factor == 1.0, rope
-        return frequencies.float()
+        frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf, device=None)
+        return frequencies.float(), factor
     exponents = torch.arange(0, head_dim(hf), 2, dtype=torch.float32) / head_dim(hf)
-    return 1.0 / (rope["rope_theta"] ** exponents)
+    return 1.0 / (rope["rope_theta"] ** exponents), 1.0
 
 
 def has_transformer_engine() -> bool:
@@ -97,6 +108,7 @@ def transformer_config(
     dtype = torch_dtype(precision.dtype)
     family = family_of(hf)
     pipelined = layout.pipeline_model_parallel_size > 1
+    _, factor = rotation_of(hf)
     full_recompute = {"recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         num_layers=hf.num_hidden_layers,
@@ -109,9 +121,11 @@ def transformer_config(
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=F.silu,
-        add_bias_linear=False,
+        add_bias_linear=has_biases(hf),
         add_qkv_bias=family.qkv_bias,
         qk_layernorm=family.qk_norm,
+        # Queries and keys have the factor each, so scores have its square.
+        softmax_scale=None if factor == 1.0 else factor**2 / math.sqrt(head_dim(hf)),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
@@ -224,38 +238,39 @@ def build_model(
     virtual = layout.virtual_pipeline_model_parallel_size
     stage, last_stage = groups.pp.rank(), groups.pp.size() - 1
     models = []
+    is_local = config.transformer_impl == "local"
+    frequencies = rotation_of(hf)[0].to(torch.cuda.current_device())
     for vp_stage in range(virtual or 1):
         model = HiddenStatesModel(
             config,
-            _layer_spec(config, vp_stage if virtual else None, stage),
+            _layer_spec(config, frequencies, vp_stage if virtual else None, stage),
             vocab_size=padded_vocab_size(hf.vocab_size, layout.tensor_model_parallel_size),
-            max_sequence_length=hf.max_position_embeddings,
+            max_sequence_length=known_positions(hf),
             pre_process=stage == 0 and vp_stage == 0,
             post_process=stage == last_stage and vp_stage == (virtual or 1) - 1,
             parallel_output=True,
             share_embeddings_and_output_weights=tied,
-            position_embedding_type="rope",
+            position_embedding_type="none" if is_local else "rope",  # see SegmentAttention
             pg_collection=groups,
             vp_stage=vp_stage if virtual else None,
         )
-        frequencies = inverse_frequencies(hf).to(torch.cuda.current_device())
-        if config.transformer_impl == "local":
-            model.rotary_pos_emb = RotaryAngles(frequencies)
-        else:
+        if not is_local:
             model.rotary_pos_emb.inv_freq = frequencies
         models.append(model)
     return models
 
 
 def _layer_spec(
-    config: TransformerConfig, vp_stage: int | None, stage: int
+    config: TransformerConfig, frequencies: torch.Tensor, vp_stage: int | None, stage: int
 ) -> ModuleSpec | TransformerBlockSubmodules:
     if config.transformer_impl == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
-    attention.core_attention = SegmentAttention
+    attention.core_attention = ModuleSpec(
+        SegmentAttention, params={"inverse_frequencies": frequencies}
+    )
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     count = get_num_layers_to_build(config, vp_stage, stage)

@@ -38,11 +38,12 @@ class Family:
 
     architecture: str  # class of transformers with the output layer
     qkv_bias: bool = False  # of the query, key and value projections
+    optional_biases: bool = False  # of all linear layers: attention_bias and mlp_bias, both or none
     qk_norm: bool = False  # RMSNorm over each head of queries and keys
     # transformers takes as many key-value heads as query heads where config.json tells of none.
     key_value_heads_optional: bool = False
-    # Those whose frequencies do not depend on the length and leave attention scores unscaled.
-    rope_types: tuple[str, ...] = ("default", "linear", "llama3")
+    # Those whose frequencies do not depend on the length of a sequence.
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
     head: str = "lm_head.weight"  # output weight of a model that is not tied
@@ -84,13 +85,15 @@ class Family:
             parameter: tuple(f"{module}.weight" for module in modules)
             for parameter, modules in weights.items()
         }
-        return tensors | {
-            "self_attention.linear_qkv.bias": tuple(f"{module}.bias" for module in qkv)
-        }
+        mlp = ("mlp.linear_fc1", "mlp.linear_fc2")
+        for layer in ("self_attention.linear_qkv", "self_attention.linear_proj", *mlp):
+            modules = weights[f"{layer}.weight"]
+            tensors[f"{layer}.bias"] = tuple(f"{module}.bias" for module in modules)
+        return tensors
 
 
 FAMILIES = {  # by model_type of config.json
-    "llama": Family("LlamaForCausalLM", key_value_heads_optional=True),
+    "llama": Family("LlamaForCausalLM", key_value_heads_optional=True, optional_biases=True),
     "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
     "qwen3": Family("Qwen3ForCausalLM", qk_norm=True),
 }
@@ -99,6 +102,11 @@ FAMILIES = {  # by model_type of config.json
 def family_of(hf: Any) -> Family:
     """Family of a model that `models.rules.check_supported` accepts."""
     return FAMILIES[hf.model_type]
+
+
+def has_biases(hf: Any) -> bool:
+    """Whether all linear layers of a model have a bias, of which config.json tells."""
+    return family_of(hf).optional_biases and bool(getattr(hf, "attention_bias", False))
 
 
 @dataclass(frozen=True)
@@ -145,10 +153,16 @@ def _layer_tensors(hf: Any, family: Family) -> dict[str, tuple[tuple[int, ...], 
     tensors: dict[str, tuple[tuple[int, ...], int | None]] = {
         f"{name}.weight": ((size,), None) for name, size in norms.items()
     }
+    biased = has_biases(hf)
     for name, rows in ((names.query, queries), (names.key, keys), (names.value, keys)):
         tensors[f"{name}.weight"] = ((rows, hidden), 0)
-        if family.qkv_bias:
+        if family.qkv_bias or biased:
             tensors[f"{name}.bias"] = ((rows,), 0)
+    if biased:
+        tensors |= {f"{name}.bias": ((ffn,), 0) for name in (names.gate, names.up)}
+        tensors |= {
+            f"{name}.bias": ((hidden,), None) for name in (names.attention_output, names.down)
+        }
     return tensors | {
         f"{names.attention_output}.weight": ((hidden, queries), 1),
         f"{names.gate}.weight": ((ffn, hidden), 0),
@@ -168,6 +182,18 @@ def rope_parameters(hf: Any) -> dict[str, Any]:
     parameters.setdefault("rope_type", parameters.get("type", "default"))
     parameters.setdefault("rope_theta", getattr(hf, "rope_theta", 10000.0))
     return parameters
+
+
+def known_positions(hf: Any) -> int:
+    """Length of the longest sequence that a model takes, in tokens.
+
+    YaRN stretches the positions of its training; `max_position_embeddings` may or may not say so.
+    """
+    rope, known = rope_parameters(hf), int(hf.max_position_embeddings)
+    if rope["rope_type"] != "yarn":
+        return known
+    trained = rope.get("original_max_position_embeddings") or known
+    return max(known, int(rope["factor"] * trained))
 
 
 def head_dim(hf: Any) -> int:

@@ -41,10 +41,14 @@ def check_supported(hf: Any) -> None:
         f"of model_type {hf.model_type} {family.architecture} is supported",
     )
     require("hidden_act", hf.hidden_act, hf.hidden_act == "silu", "silu is supported")
-    biased = " and ".join(name for name, known in FAMILIES.items() if known.qkv_bias)
-    for key in ("attention_bias", "mlp_bias"):
-        value = getattr(hf, key, False)
-        require(key, value, not value, f"only the QKV bias of {biased} is supported")
+    keys = ("attention_bias", "mlp_bias")
+    biases = {key: bool(getattr(hf, key, False)) for key in keys}
+    if not (family.optional_biases and all(biases.values())):
+        some = " and ".join(name for name, known in FAMILIES.items() if known.optional_biases)
+        for key, value in biases.items():
+            require(
+                key, value, not value, f"supported are {' and '.join(keys)} together, of {some}"
+            )
     window = getattr(hf, "sliding_window", None)
     layer_types = set(getattr(hf, "layer_types", None) or [])
     windowed = getattr(hf, "use_sliding_window", False) and window is not None
@@ -63,6 +67,10 @@ def check_supported(hf: Any) -> None:
         rope["rope_type"] in family.rope_types,
         _one_of(family.rope_types),
     )
+    if rope["rope_type"] == "yarn":
+        factor = rope.get("factor")
+        rule = "YaRN wants a factor of 1 or more"
+        require("factor", factor, isinstance(factor, int | float) and factor >= 1, rule)
     partial = rope.get("partial_rotary_factor", 1.0)
     require("partial_rotary_factor", partial, partial == 1.0, "1.0 is supported")
 

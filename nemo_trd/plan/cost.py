@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from nemo_trd.config.lengths import longest_answer, longest_trajectory
 from nemo_trd.config.schema import Cluster, Config, Layout
@@ -21,6 +21,7 @@ from nemo_trd.plan.memory import GIB, generations, trajectories_per_rank, vocabu
 from nemo_trd.plan.shapes import key_value_bytes, parameters
 
 TERA = 1e12
+Role = Literal["student", "teacher"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class StepTime:
 
 def step_time(config: Config, student: Any, teacher: Any) -> StepTime:
     """Estimate a step under `cluster.assumptions`, without weight sync and checkpoints."""
-    flops, parallel = step_flops(config, student, teacher), config.parallel
+    flops = step_flops(config, student, teacher)
     world = config.cluster.world_size
     rate, teacher_rate = (training_rate(config, fp8) for fp8 in _in_fp8(config))
     ring = rings(config, student, teacher, training_rate(config, False))
@@ -99,7 +100,7 @@ def step_time(config: Config, student: Any, teacher: Any) -> StepTime:
     seconds = {role: time.all for role, time in generating.items()}
     if config.teacher.scoring == "megatron":
         teacher_time = flops.teacher / (world * teacher_rate) + ring["teacher"].waiting
-        teacher_time *= bubble(config, parallel.teacher)
+        teacher_time *= bubble(config, "teacher")
     elif config.teacher.scoring == "generation":
         teacher_time = 0.0  # its servers score while they write
     else:
@@ -112,7 +113,7 @@ def step_time(config: Config, student: Any, teacher: Any) -> StepTime:
         refinement=seconds.get("refinement", 0.0),
         longest=sum(time.longest for time in generating.values()),
         teacher=teacher_time,
-        student=student_time * bubble(config, parallel.student),
+        student=student_time * bubble(config, "student"),
         streamed=config.generation.vllm is not None,
         overlap=config.generation.max_staleness > 0,
     )
@@ -152,23 +153,38 @@ def training_rate(config: Config, fp8: bool) -> float:
     return assumptions.bf16_tflops * assumptions.mfu * TERA
 
 
-def micro_batches(config: Config, layout: Layout) -> int:
-    """Number of micro-batches of one data parallel rank in a step, at mean lengths."""
+def micro_batches(config: Config, role: Role) -> int:
+    """Number of packs that one data parallel rank of a model computes in a step, at mean lengths.
+
+    As `algorithm.micro_batches.plan` fills them: by the longer sequence of a trajectory, but those
+    of a student whose stages interleave by its own, and a multiple of its stages in number.
+    """
     train, mean = config.train, config.cluster.assumptions.mean_length
+    layout = layout_of(config, role)
+    interleaved = layout.virtual_pipeline_model_parallel_size is not None  # the student's only
+    longest = longest_trajectory(config)
+    if interleaved:
+        longest = config.data.max_prompt_tokens + longest_answer(config)
     per_batch = train.micro_batch_size
     if per_batch is None:
         assert train.max_tokens_per_micro_batch is not None
-        per_batch = max(
-            1, int(train.max_tokens_per_micro_batch // (mean * longest_trajectory(config)))
-        )
-    return -(-trajectories_per_rank(config, layout) // per_batch)
+        per_batch = max(1, int(train.max_tokens_per_micro_batch // (mean * longest)))
+    count = -(-trajectories_per_rank(config, layout) // per_batch)
+    unit = layout.pipeline_model_parallel_size if interleaved else 1
+    return -(-count // unit) * unit
 
 
-def bubble(config: Config, layout: Layout) -> float:
+def layout_of(config: Config, role: Role) -> Layout:
+    """Return the layout of student or teacher."""
+    return config.parallel.student if role == "student" else config.parallel.teacher
+
+
+def bubble(config: Config, role: Role) -> float:
     """Factor by which filling and draining the pipeline lengthen a pass (Narayanan et al. 2021)."""
+    layout = layout_of(config, role)
     pp = layout.pipeline_model_parallel_size
     virtual = layout.virtual_pipeline_model_parallel_size or 1
-    return 1 + (pp - 1) / (virtual * micro_batches(config, layout))
+    return 1 + (pp - 1) / (virtual * micro_batches(config, role))
 
 
 @dataclass(frozen=True)

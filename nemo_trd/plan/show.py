@@ -196,7 +196,7 @@ def _time(plan: Plan) -> str:
         f"loss {flops.loss:.2e}",
         f"  generation {_generation(time)}",
         f"  training   {_seconds(time.training)}: teacher {_seconds(time.teacher)}, student "
-        f"{_seconds(time.student)} in {micro_batches(plan.config, plan.config.parallel.student)} "
+        f"{_seconds(time.student)} in {micro_batches(plan.config, "student")} "
         "micro-batches a rank",
         f"  generation : training = {time.generation / time.training:.2f}; step "
         f"{_seconds(time.total)}, as they "

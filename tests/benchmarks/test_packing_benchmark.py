@@ -33,7 +33,7 @@ def test_all_ways_have_one_loss(benchmark: Any, tmp_path: Path) -> None:
     seen = json.loads((tmp_path / "seen.json").read_text())
     result = benchmark.compare(case, 1, lambda _, way: seen[way])  # refuses losses that differ
     computed = {way: (row["tokens"], row["real"]) for way, row in result["ways"].items()}
-    assert computed == {"packed": (40, 40), "by_length": (40, 40), "padded": (2 * 26 + 2, 40)}
+    assert computed == {"packed": (40, 40), "one_by_one": (40, 40), "padded": (2 * 26 + 2, 40)}
     assert min(row["seconds"] for row in result["ways"].values()) > 0
     assert "| tiny | packed | 1.000 |" in benchmark.table([result])
 
@@ -51,7 +51,7 @@ def test_medians_are_compared_and_other_losses_refused(benchmark: Any) -> None:
     result = benchmark.compare(case, 3, lambda *_: {**figures, "seconds": next(runs)})
     assert {way: row["time_ratio"] for way, row in result["ways"].items()} == {
         "packed": 0.5,
-        "by_length": 0.25,
+        "one_by_one": 0.25,
         "padded": 1.0,
     }
     losses = iter([1.0, 1.0, 1.1])

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from model_checks import BF16, FP32
+from model_checks import BF16, FP32, packed
 from tiny_models import make_model
 
 from nemo_trd.config.schema import Layout, Precision
 from nemo_trd.megatron import torch_adam
-from nemo_trd.megatron.attention import Segments
 from nemo_trd.megatron.hf_weights import load_hf_weights
 from nemo_trd.megatron.model import build_model, load_hf_config
+from nemo_trd.megatron.schedule import run_model
 
 SINGLE = Layout(tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
 TOKENS = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -63,9 +63,7 @@ class Training:
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         rows, length = TOKENS.shape
-        positions = torch.arange(length).repeat(rows)
-        pack = Segments(qkv_format="sbhd", lengths=(length,) * rows, position_ids=positions)
-        hidden = self.wrapped(TOKENS.view(1, -1), positions[None], None, packed_seq_params=pack)
+        hidden = run_model(self.wrapped, packed(TOKENS))
         scores = (hidden @ self.model.output_weight().T).view(rows, length, -1)[:, :-1, :300]
         loss = torch.nn.functional.cross_entropy(
             scores.flatten(0, 1).float(), TOKENS[:, 1:].flatten()

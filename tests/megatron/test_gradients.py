@@ -1,4 +1,4 @@
-"""The gradient of every parameter, against transformers' logits and the dense divergence."""
+"""The gradient of every parameter, and values at labels, against transformers' logits."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 import torch
 from launch import launch
 from oracles import DIVERGENCES, TAILS, make_loss
-from tiny_models import make_model
+from tiny_models import YARN, make_model
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from nemo_trd.data.types import Trajectory
@@ -26,6 +27,11 @@ LABELS = (5, 1, 9, 3, 14)  # 32 in all; one answer is a single token
 # one is longer than the others together; the sum, 79, is odd.
 CONTEXTS = (2, 1, 4, 4, 41)
 TIED = {"llama": True, "qwen2": False, "qwen3": False}  # student's architecture: its embeddings
+DIFFERENCES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "qwen2": {},
+    "qwen3": {"rope_parameters": YARN},  # scores have a factor
+}
 # Both temperatures meet chunks that do and do not divide 32.
 NUMBERS = ((1.7, 8), (1.0, 5), (1.7, 5), (1.0, 8))
 RECIPES = {
@@ -82,9 +88,18 @@ def label_logits(model: Any, context: tuple[int, ...], labels: tuple[int, ...]) 
     return logits[:, :VOCABULARY].double()
 
 
+def label_nll(model: Any, trajectory: Trajectory) -> Tensor:
+    logits = label_logits(model, trajectory.student_context, trajectory.labels)
+    return cross_entropy(logits, torch.tensor(trajectory.labels), reduction="none")
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models, and by recipe the expected loss and gradients, in float64 and row by row."""
+    """Models, and what is expected of them in float64, row by row.
+
+    By model the negative log-likelihoods of labels; by recipe loss, gradients, and divergences at
+    labels. Those at labels by name of the trajectory.
+    """
     root = tmp_path_factory.mktemp("models")
     sizes = {"intermediate_size": 48, "head_dim": 8, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 8, "num_key_value_heads": 4}
@@ -93,23 +108,29 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     own = {"vocab_size": VOCABULARY, "hidden_size": 32}
     load = AutoModelForCausalLM.from_pretrained
     teacher = load(root / "teacher", dtype=torch.float64)
-    expected = {}
+    expected: dict[str, Any] = {}
     for model, tied in TIED.items():
-        path = make_model(root / model, model, tie_word_embeddings=tied, **sizes, **own)
+        settings: dict[str, Any] = {"tie_word_embeddings": tied, **sizes, **own}
+        settings |= DIFFERENCES[model]
+        path = make_model(root / model, model, **settings)
         student = load(path, dtype=torch.float64)
+        with torch.no_grad():
+            expected[model] = {t.name: label_nll(student, t) for t in trajectories()}
         for recipe in RECIPES_OF[model]:
             name, tail, temperature, chunk_size = RECIPES[recipe]
             loss = make_loss(name, tail, temperature=temperature, chunk_size=chunk_size)
-            total = torch.zeros((), dtype=torch.float64)
+            at_labels = {}
             for t in trajectories():
                 with torch.no_grad():
                     other = label_logits(teacher, t.teacher_context, t.labels)
                 logits = label_logits(student, t.student_context, t.labels)
-                total = total + dense_divergence(logits, other, loss).sum()
+                at_labels[t.name] = dense_divergence(logits, other, loss)
             student.zero_grad()
-            (total / sum(LABELS)).backward()
+            mean = torch.cat(list(at_labels.values())).sum() / sum(LABELS)
+            mean.backward()
             gradients = {name: p.grad.clone() for name, p in student.named_parameters()}
-            expected[recipe] = total.item() / sum(LABELS), gradients
+            values = {name: divergence.detach() for name, divergence in at_labels.items()}
+            expected[recipe] = mean.item(), gradients, values
     torch.save(expected, root / "expected.pt")
     return root
 
@@ -124,6 +145,7 @@ def check_layouts(
     expected = torch.load(Path(directory) / "expected.pt")
     for (layout, overrides), model in product(layouts.items(), recipes_of):
         student, states, plan = prepare(directory, model, overrides, fillers=layout == "tp2 dp2")
+        check_values(student.token_nll(trajectories()), expected[model], f"{layout}, {model}")
         if student.groups.pp.size() == 1:
             check_segments_are_apart(student, plan[student.groups.dp.rank()][0].student)
         for recipe in recipes_of[model]:
@@ -178,8 +200,8 @@ def prepare(directory: str, model: str, overrides: list[str], fillers: bool) -> 
     return student, teacher.states(plan), plan
 
 
-def loss_and_gradients(student: Any, plan: Any, states: Any) -> tuple[float, dict[str, Tensor]]:
-    """Of one step, which updates nothing."""
+def loss_and_gradients(student: Any, plan: Any, states: Any) -> tuple[Any, ...]:
+    """Of one step, which updates nothing, with the divergences at labels."""
     gradients: dict[str, Tensor] = {}
 
     def step() -> tuple[bool, float, None]:
@@ -193,7 +215,9 @@ def loss_and_gradients(student: Any, plan: Any, states: Any) -> tuple[float, dic
         return True, 0.0, None
 
     student.optimizer.step = step
-    return student.train_step(plan, states).metrics["loss"], gradients
+    result = student.train_step(plan, states, [t.name for t in trajectories()])
+    divergences = {name: values.divergence for name, values in result.watched.items()}
+    return result.metrics["loss"], gradients, divergences
 
 
 def fill_padding_with_nan(student: Any) -> None:
@@ -205,15 +229,21 @@ def fill_padding_with_nan(student: Any) -> None:
         student._head.teacher_weight[first:] = float("nan")
 
 
-def compare(
-    measured: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str, Tensor]], where: str
-) -> None:
-    (loss, gradients), (exact_loss, exact) = measured, expected
+def compare(measured: tuple[Any, ...], expected: tuple[Any, ...], where: str) -> None:
+    (loss, gradients, values), (exact_loss, exact, exact_values) = measured, expected
     assert loss == pytest.approx(exact_loss, rel=1e-5), where
     assert gradients.keys() == exact.keys()
     for name, gradient in gradients.items():
         error = (gradient.double() - exact[name]).norm() / exact[name].norm()
         assert error < 1e-5, f"{where}, {name}: {error:.1e}"
+    check_values(values, exact_values, where)
+
+
+def check_values(measured: dict[str, list[float]], exact: dict[str, Tensor], where: str) -> None:
+    """Values at labels by trajectory."""
+    assert measured.keys() == exact.keys(), where
+    for name, values in measured.items():
+        assert values == pytest.approx(exact[name].tolist(), rel=1e-4, abs=1e-6), f"{where}, {name}"
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

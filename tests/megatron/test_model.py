@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from model_checks import BF16, FP32, logits, packed, reference_logits
-from tiny_models import CONFIGS, LLAMA3_ROPE, make_model
+from tiny_models import CONFIGS, LLAMA3_ROPE, YARN, make_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from nemo_trd.config.errors import ConfigError
@@ -18,12 +19,12 @@ from nemo_trd.megatron.hf_weights import load_hf_weights
 from nemo_trd.megatron.model import (
     build_model,
     has_transformer_engine,
-    inverse_frequencies,
     load_hf_config,
+    rotation_of,
     transformer_config,
 )
 from nemo_trd.megatron.schedule import run_model
-from nemo_trd.models.family import FAMILIES, padded_vocab_size, rope_parameters
+from nemo_trd.models.family import FAMILIES, known_positions, padded_vocab_size, rope_parameters
 from nemo_trd.models.rules import check_layout, check_supported
 
 SINGLE = Layout(tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
@@ -52,7 +53,12 @@ def test_every_family_is_tested() -> None:
             "llama",
             {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0}},
         ),
+        # The factor of queries and keys: implied, given, and as quotient of two others.
+        ("qwen3", {"rope_parameters": YARN}),
+        ("llama", {"rope_parameters": YARN | {"attention_factor": 0.7, "beta_fast": 4.0}}),
+        ("qwen2", {"rope_parameters": YARN | {"mscale": 2.0, "mscale_all_dim": 0.5}}),
         ("llama", {"num_key_value_heads": 8, "rms_norm_eps": 1e-2}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
         ("qwen2", {"num_key_value_heads": 1}),
         ("qwen2", {"tie_word_embeddings": True}),
         ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
@@ -108,10 +114,11 @@ def test_parameters_split_over_ranks_are_marked_as_such(tmp_path: Path, one_rank
     [
         (LlamaConfig(attention_bias=True), "attention_bias"),
         (LlamaConfig(mlp_bias=True), "mlp_bias"),
+        (Qwen3Config(attention_bias=True), "attention_bias"),
         (LlamaConfig(hidden_act="gelu"), "hidden_act"),
         (LlamaConfig(architectures=["LlamaForSequenceClassification"]), "architectures"),
         (LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "rope_type"),
-        (Qwen3Config(rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope_type"),
+        (Qwen3Config(rope_parameters={"rope_type": "yarn", "factor": 0.5}), "factor"),
         (Qwen2Config(use_sliding_window=True, max_window_layers=0), "sliding_window"),
         (LlamaConfig(quantization_config={"bits": 4}), "quantization_config"),
     ],
@@ -129,13 +136,13 @@ def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_rope_settings_of_old_config_files_mean_the_same(tmp_path: Path) -> None:
     directory = make_model(tmp_path, "llama", rope_parameters=LLAMA3_ROPE)
-    expected = inverse_frequencies(load_hf_config(str(directory)))
+    expected = rotation_of(load_hf_config(str(directory)))[0]
     settings = json.loads((directory / "config.json").read_text())
     rope = settings.pop("rope_parameters")
     settings["rope_theta"] = rope.pop("rope_theta")
     settings["rope_scaling"] = rope
     (directory / "config.json").write_text(json.dumps(settings))
-    assert torch.equal(inverse_frequencies(load_hf_config(str(directory))), expected)
+    assert torch.equal(rotation_of(load_hf_config(str(directory)))[0], expected)
 
 
 def test_rope_settings_of_a_transformers_4_config_object_are_read() -> None:
@@ -149,6 +156,29 @@ def test_rope_settings_of_a_transformers_4_config_object_are_read() -> None:
         "factor": 2.0,
         "rope_theta": 5e5,
     }
+
+
+@pytest.mark.parametrize(
+    ("told", "rope", "known"),
+    [
+        (
+            40_960,
+            {"type": "yarn", "factor": 2.25, "original_max_position_embeddings": 32_768},
+            73_728,
+        ),
+        (
+            131_072,
+            {"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 4096},
+            131_072,
+        ),
+        (4096, {"rope_type": "yarn", "factor": 2.0}, 8192),
+        (4096, {"rope_type": "linear", "factor": 2.0}, 4096),
+        (4096, None, 4096),
+    ],
+)
+def test_yarn_stretches_the_positions_of_training(told: int, rope: Any, known: int) -> None:
+    hf = SimpleNamespace(max_position_embeddings=told, rope_scaling=rope)
+    assert known_positions(hf) == known
 
 
 def test_the_vocabulary_is_padded_to_what_tensor_parallel_ranks_share() -> None:

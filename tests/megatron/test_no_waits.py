@@ -32,6 +32,7 @@ def run_without_reads(inputs: str, layout: list[str]) -> None:
     from nemo_trd.distributed.process import init_distributed
     from nemo_trd.megatron import student as student_module
     from nemo_trd.megatron import teacher as teacher_module
+    from nemo_trd.megatron.context_parallel import label_holders
 
     watch = init_distributed(timeout_minutes=2)
     seen = reads_within_schedules(student_module, teacher_module)
@@ -50,8 +51,13 @@ def run_without_reads(inputs: str, layout: list[str]) -> None:
         plan = student.pack(trajectories)
         states: Any = teacher.states(plan)
         if loss == ["top_k=5"] and states[0] is not None:  # as servers give it, on the last stage
-            batches = zip(states, plan[0], strict=True)
-            states = [student.teacher_top_k(state, batch, 5) for state, batch in batches]
+            batches, cp = zip(states, plan[0], strict=True), student.groups.cp
+            states = [
+                student.teacher_top_k(state, batch, 5)[
+                    label_holders([batch.student], cp.size())[0] == cp.rank()
+                ]
+                for state, batch in batches
+            ]
         result = student.train_step(plan, states, names)
         assert [len(result.watched[name].divergence) for name in names] == list(LENGTHS)
         student.compare(plan, states, names)
@@ -151,7 +157,7 @@ def caller() -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno} {frames[-1].line}"
 
 
-@pytest.mark.parametrize("layout", ["tp2 sp", "pp2"])
+@pytest.mark.parametrize("layout", ["tp2 sp", "pp2", "cp2"])
 def test_nothing_is_read_between_the_first_micro_batch_and_the_last(
     layout: str, tmp_path: Path
 ) -> None:
@@ -159,8 +165,8 @@ def test_nothing_is_read_between_the_first_micro_batch_and_the_last(
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
     for seed, role in enumerate(("student", "teacher")):
         make_model(tmp_path / role, "qwen3", seed=seed, num_hidden_layers=2, **sizes)
-    kind = "tensor" if layout == "tp2 sp" else "pipeline"
-    sizes_of = [f"parallel.{r}.{kind}_model_parallel_size=2" for r in ("student", "teacher")]
+    kind = {"tp2 sp": "tensor_model", "pp2": "pipeline_model", "cp2": "context"}[layout]
+    sizes_of = [f"parallel.{r}.{kind}_parallel_size=2" for r in ("student", "teacher")]
     if layout == "tp2 sp":
         sizes_of.append("parallel.student.sequence_parallel=true")
     launch(2, run_without_reads, str(tmp_path), sizes_of)

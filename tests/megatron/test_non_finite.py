@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from launch import launch, run_ranks
+from parallel_layouts import CP2, PP2, SP, TP2
 from tiny_models import make_model
 
 pytestmark = pytest.mark.distributed
@@ -17,6 +18,15 @@ NAME = "prompt 2 sample 0 (refinement)"  # which meets the bad value
 CONTEXT = 4  # tokens of every student context; the teacher's has one more
 SETTINGS = ["model=local", "precision.dtype=fp32", "optimizer.lr=1e-2"]
 SETTINGS += ["train.max_tokens_per_micro_batch=null", "train.micro_batch_size=2"]
+
+
+# Layout -> the first token of the rank that meets the bad value, and the position there. Of the 12
+# tokens of prompt 2, padded, the second context parallel rank holds those from 3 to 8.
+LAYOUTS = {
+    "tp2 pp2": (TP2 + PP2, 2, CONTEXT),
+    "tp2 sp dp2": (TP2 + SP, 2, CONTEXT),
+    "cp2 dp2": (CP2, (2 + 7 * 3) % 60, 1),
+}
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +157,8 @@ def assert_same(a: list[Any], b: list[Any]) -> None:
         assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
 
-def fail_on_some_rank(overrides: list[str], token: int) -> None:
-    """Several ranks: as the command line does it."""
+def fail_on_some_rank(overrides: list[str], token: int, position: int) -> None:
+    """Several ranks: as the command line does it. One of them meets a bad value."""
     from nemo_trd.config.load import compose
     from nemo_trd.distributed.process import init_distributed
     from nemo_trd.megatron.student import Student
@@ -164,7 +174,7 @@ def fail_on_some_rank(overrides: list[str], token: int) -> None:
     student.optimizer.step = lambda: print("the optimizer moved", flush=True)
     print("second step", flush=True)
     try:
-        with states_poisoned(student.models[-1], token, float("nan"), CONTEXT):
+        with states_poisoned(student.models[-1], token, float("nan"), position):
             student.train_step(plan, states)
     except BaseException as error:
         watch.fail(error)
@@ -175,16 +185,13 @@ def test_nothing_moves_on_a_bad_value_and_its_sample_is_named(models: list[str])
     assert output.count("nothing moved") == 2
 
 
-@pytest.mark.parametrize("layout", ["tp2 pp2", "tp2 sp dp2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_bad_value_ends_all_ranks_before_the_optimizer_moves(
     layout: str, models: list[str]
 ) -> None:
-    sizes = ["tensor_model_parallel_size=2"]
-    sizes += (
-        ["pipeline_model_parallel_size=2"] if layout == "tp2 pp2" else ["sequence_parallel=true"]
-    )
-    settings = [*SETTINGS, *models, *(f"parallel.student.{size}" for size in sizes)]
-    code, output = run_ranks(4, fail_on_some_rank, settings, 2, timeout=100)
+    sizes, token, position = LAYOUTS[layout]
+    settings = [*SETTINGS, *models, *sizes]
+    code, output = run_ranks(4, fail_on_some_rank, settings, token, position, timeout=100)
     assert code not in (0, -1), output[-4000:]  # failed by itself, not by the time limit
     assert output.count("second step") == 4, output[-4000:]
     assert re.search(rf"failed first: NonFiniteError: {re.escape(NAME)}: ", output), output[-4000:]

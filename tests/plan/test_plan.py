@@ -40,6 +40,7 @@ RECIPES = (
     "paper_qwen3_1p7b",
     "paper_qwen3_4b",
     "paper_qwen3_8b",
+    "paper_qwen3_8b_32k",
 )
 TINY = {
     "model_type": "llama",
@@ -515,6 +516,14 @@ def test_layout_reasons_of_the_recipes_hold() -> None:
         assert total(*recipe) == pytest.approx(together, abs=0.5)
     assert total("experiment=paper_qwen3_8b", *tp(4)) > 79.1
     assert total("experiment=paper_qwen3_8b", *tp(4), "train.recompute=full") < 79.1
+    long, cp2 = (
+        "experiment=paper_qwen3_8b_32k",
+        [f"parallel.{r}.context_parallel_size=2" for r in ("student", "teacher")],
+    )
+    assert total(long) == pytest.approx(50, abs=0.5)
+    assert total(long, *tp(4), *cp2) == pytest.approx(50, abs=0.5)
+    assert total(long, "train.recompute=none") == pytest.approx(89, abs=0.5)
+    assert total(long, "train.recompute=none", *cp2, "cluster.training_nodes=2") < 79.1
     assert total("experiment=paper_qwen3_4b", *tp(2)) > 79.1
     assert total("experiment=paper_qwen3_1p7b", *single("student"), *single("teacher")) > 79.1
 
@@ -607,9 +616,13 @@ def test_measured_generation_speed_replaces_the_estimate() -> None:
 
 def test_bubble_is_the_published_one() -> None:
     config = compose(["experiment=trd_70b"])  # 128 trajectories, two at mean length in 16k tokens
-    assert bubble(config, config.parallel.student) == pytest.approx(1 + 3 / 64)
-    interleaved = split(tp=8, pp=4, virtual=4)
-    assert bubble(config, interleaved) == pytest.approx(1 + 3 / (4 * 64))
+    assert bubble(config, "student") == bubble(config, "teacher") == pytest.approx(1 + 3 / 64)
+    # Stages that interleave fill micro-batches by the student's sequences, less than half as long.
+    interleaved = compose(
+        ["experiment=trd_70b", "parallel.student.virtual_pipeline_model_parallel_size=4"]
+    )
+    assert bubble(interleaved, "student") == pytest.approx(1 + 3 / (4 * 24))
+    assert bubble(interleaved, "teacher") == pytest.approx(1 + 3 / 64)
 
 
 def test_keys_and_values_go_around_between_nodes_or_inside_one() -> None:
@@ -628,7 +641,7 @@ def test_keys_and_values_go_around_between_nodes_or_inside_one() -> None:
     slow = compose(["experiment=trd_70b_32k", "cluster.assumptions.network_gb=0.5"])
     waiting = rings(slow, student, teacher, rate)["student"].waiting
     assert waiting > 0
-    bubble_factor = bubble(config, config.parallel.student)
+    bubble_factor = bubble(config, "student")
     times = [step_time(c, student, teacher).student for c in (config, slow)]
     assert times[1] - times[0] == pytest.approx(waiting * bubble_factor)
     alone = compose(["experiment=trd_70b"])
@@ -689,6 +702,15 @@ REFUSED: dict[str, tuple[list[str], str]] = {
          "train.max_tokens_per_micro_batch=50000"],
         "refinement.max_context_tokens = 30000",
     ),
+    "context beyond positions that YaRN does not stretch": (
+        ["experiment=paper_qwen3_8b_32k", "model.student.path=models/Qwen3-8B"],
+        "refinement.max_context_tokens = 40960",
+    ),
+    "context beyond positions that YaRN stretches": (
+        ["experiment=paper_qwen3_8b_32k", "refinement.max_context_tokens=40961",
+         "train.max_tokens_per_micro_batch=73729"],
+        "refinement.max_context_tokens = 40961",
+    ),
     "top k beyond the vocabulary": (
         ["experiment=trd_8b", "loss.top_k=200000"],
         "loss.top_k = 200000",
@@ -744,7 +766,8 @@ def test_setting_that_cannot_work_is_told_with_exit_code_2(
         (json.dumps(TINY | {"hidden_size": 0}), "hidden_size) = 0: it must be a positive integer"),
         (json.dumps({k: v for k, v in TINY.items() if k != "vocab_size"}), "vocab_size) = None"),
         (json.dumps(TINY | {"model_type": "mixtral"}), "model_type) = 'mixtral'"),
-        (json.dumps(TINY | {"rope_scaling": {"rope_type": "yarn"}}), "rope_type = 'yarn'"),
+        (json.dumps(TINY | {"rope_scaling": {"type": "dynamic"}}), "rope_type = 'dynamic'"),
+        (json.dumps(TINY | {"rope_scaling": {"rope_type": "yarn"}}), "factor = None"),
     ],
 )
 def test_bad_config_json_is_told(tmp_path: Path, content: str, part: str) -> None:
