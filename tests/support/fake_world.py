@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 class FakeTensors(FakeTensorMode):
     """Tensors without values: to read one back to the host is an error.
 
-    answers: instead, each value that is read is one, or true.
+    answers: instead, each value that is read is zero, or true.
     """
 
     def __init__(self) -> None:
@@ -30,10 +30,7 @@ class FakeTensors(FakeTensorMode):
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.answers and func is torch.ops.aten._local_scalar_dense.default:
-            dtype = args[0].dtype
-            if dtype is torch.bool:
-                return True
-            return 1.0 if dtype.is_floating_point else 1
+            return True if args[0].dtype is torch.bool else 0
         return super().dispatch(func, types, args, kwargs)
 
 
