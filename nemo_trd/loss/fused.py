@@ -57,6 +57,7 @@ def fused_divergence(
     loss: Loss,
     vocab_size: int,
     group: dist.ProcessGroup | None = None,
+    weight_gradient: Tensor | None = None,
 ) -> DivergenceOutput:
     """Sum over tokens of the divergence that `loss` names, with its gradients.
 
@@ -72,9 +73,13 @@ def fused_divergence(
         labels: int64 [n], token ids of y.
         vocab_size: number of real ids, at most V.
         group: the ranks over which the vocabulary is sharded; None: it is not.
+        weight_gradient: fp32 [V/tp, Hs], to which the gradient of the student's weight in
+            `loss_sum` is added here, instead of in a buffer of its own that autograd hands out.
 
     Raises:
         ConfigError: a label outside the vocabulary, where they are on the host.
+        RuntimeError: in the backward pass, where `weight_gradient` has been added to and the
+            upstream gradient is not one; on a GPU an assertion on the device.
     """
     if loss.top_k is not None and loss.top_k >= vocab_size:
         loss = loss.model_copy(update={"top_k": None})
@@ -85,7 +90,8 @@ def fused_divergence(
         assert student_weight.shape[0] == teacher_weight.shape[0], "shards differ"
     longest = chunk_size(loss, shard.rows, student_weight.is_cuda)
     teacher = _Logits(teacher_hidden, teacher_weight[: shard.columns], loss.temperature, longest)
-    return _differentiable(student_hidden, student_weight, teacher, labels, loss, vocab_size, shard)
+    student = student_hidden, student_weight, weight_gradient
+    return _differentiable(*student, teacher, labels, loss, vocab_size, shard)
 
 
 def divergence_from_top_k(
@@ -96,6 +102,7 @@ def divergence_from_top_k(
     loss: Loss,
     vocab_size: int,
     group: dist.ProcessGroup | None = None,
+    weight_gradient: Tensor | None = None,
 ) -> DivergenceOutput:
     """As `fused_divergence`, of a teacher of which the `loss.top_k` most likely ids at the same n
     labels are known, at temperature 1: the same on all ranks of `group`.
@@ -108,7 +115,8 @@ def divergence_from_top_k(
         loss = loss.model_copy(update={"top_k_tail": "renormalize"})
     check_ids(TOP_K_IDS, teacher.ids, vocab_size)
     shard = own_shard(student_weight.shape[0], vocab_size, group)
-    out = _differentiable(student_hidden, student_weight, teacher, labels, loss, vocab_size, shard)
+    student = student_hidden, student_weight, weight_gradient
+    out = _differentiable(*student, teacher, labels, loss, vocab_size, shard)
     del out.metrics["teacher_entropy"]
     return out
 
@@ -116,6 +124,7 @@ def divergence_from_top_k(
 def _differentiable(
     student_hidden: Tensor,
     student_weight: Tensor,
+    weight_gradient: Tensor | None,
     teacher: _Logits | TopK,
     labels: Tensor,
     loss: Loss,
@@ -123,8 +132,9 @@ def _differentiable(
     shard: VocabShard,
 ) -> DivergenceOutput:
     check_ids("labels", labels, vocab_size)
+    student = student_hidden, student_weight, weight_gradient
     loss_sum, statistics = _FusedDivergence.apply(
-        student_hidden, student_weight, teacher, labels, loss, shard, torch.is_grad_enabled()
+        *student, teacher, labels, loss, shard, torch.is_grad_enabled()
     )
     metrics = dict(zip(METRICS, statistics.sum(-1), strict=False))
     nll = METRICS.index("student_nll")
@@ -183,6 +193,7 @@ class _FusedDivergence(torch.autograd.Function):
         ctx: Any,
         student_hidden: Tensor,
         student_weight: Tensor,
+        weight_gradient: Tensor | None,
         teacher: _Logits | TopK,
         labels: Tensor,
         loss: Loss,
@@ -192,7 +203,9 @@ class _FusedDivergence(torch.autograd.Function):
         exact = full_precision(student_weight)
         wants_hidden, wants_weight = (grad_enabled and need for need in ctx.needs_input_grad[:2])
         d_hidden = torch.zeros_like(student_hidden) if wants_hidden else None
-        d_weight = torch.zeros_like(student_weight, dtype=exact) if wants_weight else None
+        d_weight = weight_gradient if grad_enabled else None
+        if d_weight is None and wants_weight:
+            d_weight = torch.zeros_like(student_weight, dtype=exact)
         statistics = student_hidden.new_zeros(len(METRICS) + 1, labels.numel(), dtype=exact)
 
         # Padding is cut off here, once: no mask, no wasted work, no way for junk to come in.
@@ -207,8 +220,10 @@ class _FusedDivergence(torch.autograd.Function):
                 d_hidden[chunk] = gradient @ weight
             if d_weight is not None:
                 hidden = student_hidden[chunk].to(weight.dtype)
-                _add_outer(d_weight[: shard.columns], gradient, hidden)
-        ctx.gradients = d_hidden, d_weight
+                scale = 1 / loss.temperature  # the gradient is in the tempered logits
+                _add_outer(d_weight[: shard.columns], gradient, hidden, scale)
+        ctx.of_one = weight_gradient is not None
+        ctx.gradients = d_hidden, None if ctx.of_one else d_weight
         ctx.weight_dtype = student_weight.dtype
         ctx.temperature = loss.temperature
         ctx.mark_non_differentiable(statistics)
@@ -220,22 +235,24 @@ class _FusedDivergence(torch.autograd.Function):
             raise RuntimeError("the gradients of a divergence are handed out once, by backward()")
         d_hidden, d_weight = ctx.gradients
         ctx.gradients = None
-        upstream = upstream / ctx.temperature  # they are in the tempered logits
+        if ctx.of_one:  # what has been added to the weight's gradient
+            torch._assert_async(upstream == 1, "the gradient of a sum of divergences is not one")
         if d_hidden is not None:
-            d_hidden.mul_(upstream)
+            d_hidden.mul_(upstream / ctx.temperature)
         if d_weight is not None:
             d_weight = d_weight.mul_(upstream).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None, None, None, None
+        return d_hidden, d_weight, *[None] * 6
 
 
-def _add_outer(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
-    """total [v, H] += d_logits^T [v, n] hidden [n, H], in the precision of `total`."""
+def _add_outer(total: Tensor, d_logits: Tensor, hidden: Tensor, scale: float) -> None:
+    """total [v, H] += scale d_logits^T [v, n] hidden [n, H], in the precision of `total`."""
     if total.dtype == hidden.dtype:
-        total.addmm_(d_logits.t(), hidden)
+        total.addmm_(d_logits.t(), hidden, alpha=scale)
     elif total.is_cuda:  # half-precision factors, fp32 sum; PyTorch has this on CUDA only
-        torch.addmm(total, d_logits.t(), hidden, out_dtype=total.dtype, out=total)
+        factors = d_logits.t(), hidden
+        torch.addmm(total, *factors, out_dtype=total.dtype, alpha=scale, out=total)
     else:
-        total.addmm_(d_logits.t().to(total.dtype), hidden.to(total.dtype))
+        total.addmm_(d_logits.t().to(total.dtype), hidden.to(total.dtype), alpha=scale)
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ this package and models of other packages that stop before their output layer us
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -42,6 +43,9 @@ class LossHead:
     sequence_parallel: whether hidden states are split along the sequence over `groups.tp`.
     teacher_weight: [V/tp, Ht], the teacher's output weight in the student's sharding; None where
         the teacher is known by its top k, and before the last stage.
+    into_main_grad: whether the student's output weight has a `main_grad` of megatron-core in fp32,
+        and each sum of divergences the gradient one (`calculate_per_token_loss`). Its gradient is
+        then added there in the forward pass.
     """
 
     loss: Loss
@@ -49,6 +53,7 @@ class LossHead:
     groups: ProcessGroupCollection
     sequence_parallel: bool
     teacher_weight: Tensor | None = None
+    into_main_grad: bool = False
 
     def read_teacher_weight(self, teacher: ModelSource, weight: Tensor) -> None:
         """Read the teacher's frozen output weight, sharded as the student's [V/tp, Hs] is."""
@@ -78,18 +83,19 @@ class LossHead:
             ConfigError: a label outside the vocabulary.
         """
         rows, labels = self._rows(hidden, micro_batch), _labels(micro_batch, self.vocab_size)
-        common = labels, self.loss, self.vocab_size, self.groups.tp
+        main_grad = weight.main_grad if self.into_main_grad else None
+        common = labels, self.loss, self.vocab_size, self.groups.tp, main_grad
         if isinstance(teacher, TopK):
             check_ids(TOP_K_IDS, teacher.ids, self.vocab_size)
             teacher = teacher.moved(to_device)
-            result, states = (
-                divergence_from_top_k(rows, weight, teacher, *common),
-                teacher.log_probs,
-            )
+            states = teacher.log_probs
+            result = divergence_from_top_k(rows, weight, teacher, *common)
         else:
             assert self.teacher_weight is not None
             states = to_device(teacher)
             result = fused_divergence(rows, weight, states, self.teacher_weight, *common)
+        if main_grad is not None:
+            result = replace(result, loss_sum=_Added.apply(result.loss_sum, weight))
         split = self.sequence_parallel * self.groups.tp.rank() * len(hidden)
         return result, look(micro_batch, hidden, split, result.token_divergence, states)
 
@@ -132,6 +138,27 @@ class LossHead:
 
     def _rows(self, hidden: Tensor, micro_batch: Microbatch) -> Tensor:
         return label_rows(hidden, micro_batch.student, self.groups, self.sequence_parallel)
+
+
+class _Added(torch.autograd.Function):
+    """A loss whose gradient in a weight has been added to the weight's `main_grad`.
+
+    megatron-core waits for the gradient of each parameter, and adds it to `main_grad` in a hook. So
+    it gets an empty one, and a mark that it has been added. A tied weight also gets the gradient of
+    the embedding, and the hook adds both: there it is of zeros.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss_sum: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return loss_sum.clone()  # pipelines free it, which a view refuses
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        weight = ctx.weight
+        weight.grad_added_to_main_grad = True
+        tied_here = getattr(weight, "zero_out_wgrad", False)
+        return upstream, (torch.zeros_like if tied_here else torch.empty_like)(weight)
 
 
 def _labels(micro_batch: Microbatch, vocab_size: int) -> Tensor:

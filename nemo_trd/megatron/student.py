@@ -96,7 +96,8 @@ class Student:
     def _loss_head(self, config: Config) -> LossHead:
         """Head of the last stage, with the teacher's frozen output weight where it is there."""
         vocab_size = real_vocab_size(self._columns, load_tokenizer(config.model.student))
-        head = LossHead(config.loss, vocab_size, self.groups, self.layout.sequence_parallel)
+        split = self.layout.sequence_parallel
+        head = LossHead(config.loss, vocab_size, self.groups, split, into_main_grad=True)
         in_megatron = config.teacher.scoring == "megatron"
         if in_megatron and not is_only_served(config) and is_last_stage(self.groups):
             head.read_teacher_weight(config.teacher_source, self.models[-1].output_weight())

@@ -273,13 +273,12 @@ def loss_workspace_bytes(config: Config, student: Any, lengths: Lengths) -> int:
     chunk = min(chunk_size(config.loss, rows, on_gpu=True), lengths.labels)
     logits = round(chunk * rows * logit_bytes(config.loss))
     logits += chunk * hidden * (element + 4) + lengths.labels * 80  # a chunk's rows; statistics
-    # Summed in fp32; when the logits are gone it is copied to the weight's dtype.
-    weight_gradient = rows * hidden * 4
-    copy = rows * hidden * element if element < 4 else 0
+    # For megatron-core's hook of the output weight, when the logits are gone (megatron.loss_head).
+    empty_gradient = rows * hidden * element
     tokens = own_tokens(lengths.student_tokens, layout)
     gathered = 2 * tokens * hidden * element  # hidden states and their gradient
     label_rows = 2 * lengths.labels * hidden * element
-    return weight_gradient + max(logits, copy) + gathered + label_rows
+    return max(logits, empty_gradient) + gathered + label_rows
 
 
 def _export_bytes(config: Config, student: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from importlib.metadata import files, requires, version
 from pathlib import Path
 
@@ -42,6 +43,13 @@ def test_packages_added_to_an_image_need_nothing_that_its_base_may_lack() -> Non
             for need in map(Requirement, requires(name) or []):
                 if need.marker is None or need.marker.evaluate({"extra": ""}):
                     assert canonicalize_name(need.name) in base | pins(role).keys(), (name, need)
+
+
+def test_this_package_takes_what_the_base_of_the_training_image_pins() -> None:
+    pinned = {"torch": "2.12.0", "megatron-core": "0.18.0", "numpy": "1.26.4", "httpx": "0.27.2"}
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    ranges = {need.name: need.specifier for need in map(Requirement, project["dependencies"])}
+    assert [name for name, number in pinned.items() if number not in ranges[name]] == []
 
 
 def test_dockerfile_labels_the_version_of_the_package() -> None:

@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 from devices import HAS_TRANSFORMER_ENGINE, device_count, on_cpu, on_devices
-from parallel_layouts import DISTRIBUTED, PP2, SP, TEACHER_PP2, TEACHER_TP2, TP2, trajectories
+from parallel_layouts import (
+    CP2,
+    DISTRIBUTED,
+    PP2,
+    SP,
+    TEACHER_CP2,
+    TEACHER_PP2,
+    TEACHER_TP2,
+    TP2,
+    trajectories,
+)
 from servers import make_inputs
 from tiny_models import make_model
 from training_run import STEPS, run_training, settings
@@ -25,6 +35,7 @@ FP32, FP8 = ["precision.dtype=fp32"], ["precision.fp8=hybrid", "precision.teache
 LAYOUTS = {
     "tp2 sp": [*TP2, *SP, *TEACHER_PP2],
     "pp2": [*PP2, *TEACHER_TP2],
+    "cp2": [*CP2, *TEACHER_CP2],
     "dp2": DISTRIBUTED,
 }
 # Of a step's loss in fp32 on the CPU. bf16 has eight bits of mantissa, FP8 three; the loss is a sum

@@ -356,6 +356,26 @@ def test_tied_embedding_gets_the_gradient_of_both_uses() -> None:
     assert distance(*gradients) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_that_is_added_at_once_is_what_autograd_hands_out(dtype: torch.dtype) -> None:
+    inputs, loss = make_inputs(dtype=dtype), make_loss(temperature=1.7, chunk_size=3)
+    run(inputs, loss, upstream=1.0)
+    d_hidden, d_weight = inputs.student_hidden.grad, inputs.student_weight.grad
+    inputs.student_hidden.grad = inputs.student_weight.grad = None
+    added = torch.ones(d_weight.shape)
+    fused_divergence(*inputs, loss, VOCAB, weight_gradient=added).loss_sum.backward()
+    assert inputs.student_weight.grad is None
+    assert torch.equal(inputs.student_hidden.grad, d_hidden)
+    # The sum is in fp32; autograd's is rounded to the weight's dtype.
+    torch.testing.assert_close((added - 1).to(dtype), d_weight, atol=1e-6, rtol=1e-2)
+    with torch.no_grad():
+        fused_divergence(*inputs, loss, VOCAB, weight_gradient=added)
+    torch.testing.assert_close((added - 1).to(dtype), d_weight, atol=1e-6, rtol=1e-2)
+    twice = 2 * fused_divergence(*inputs, loss, VOCAB, weight_gradient=added).loss_sum
+    with pytest.raises(RuntimeError, match="gradient of a sum of divergences is not one"):
+        twice.backward()
+
+
 @every_divergence
 def test_clip_caps_tokens_and_their_gradient(name: str) -> None:
     inputs = make_inputs()

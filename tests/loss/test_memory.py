@@ -127,6 +127,21 @@ def test_between_forward_and_backward_there_are_gradients_and_no_logits(
     assert left <= (gradients + 120 * STATISTICS + scalars) * FLOAT
 
 
+def test_a_gradient_that_is_added_at_once_needs_no_buffer(tmp_path: Path) -> None:
+    inputs, loss = make_inputs(padded=4096), make_loss(chunk_size=5)
+    buffer = torch.zeros(inputs.student_weight.shape)
+
+    def peak(**options: Any) -> int:
+        def step() -> None:
+            fused_divergence(*inputs, loss, VOCAB, **options).loss_sum.backward()
+            inputs.student_weight.grad = None
+
+        step()
+        return allocations(step, tmp_path)[0]
+
+    assert peak() - peak(weight_gradient=buffer) >= buffer.nbytes
+
+
 @every_divergence
 @every_tail
 def test_a_chunk_takes_two_matmuls_for_its_logits_and_two_for_the_gradients(

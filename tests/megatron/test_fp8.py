@@ -11,7 +11,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from launch import launch
-from parallel_layouts import ONE_EACH, PP2, SP, TEACHER_PP2, TEACHER_TP2, TP2, trajectories
+from parallel_layouts import (
+    CP2,
+    ONE_EACH,
+    PP2,
+    SP,
+    TEACHER_CP2,
+    TEACHER_PP2,
+    TEACHER_TP2,
+    TP2,
+    trajectories,
+)
 from tiny_models import make_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -35,6 +45,7 @@ RECIPES = {
 LAYOUTS = {
     "tp2 sp": [*TP2, *SP, *TEACHER_PP2],
     "pp2": [*PP2, *TEACHER_TP2, "train.recompute=full"],
+    "cp2": [*CP2, *TEACHER_CP2],
     "dp2": ["optimizer.distributed=true", "teacher.offload_weights=true"],
 }
 STEPS = 3

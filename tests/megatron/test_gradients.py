@@ -253,13 +253,9 @@ def test_gradients_of_all_parameters_are_those_of_dense_logits(ranks: int, direc
     assert output.count("all gradients agree") == ranks
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_so_are_those_of_the_layers_of_transformer_engine(ranks: int, directory: Path) -> None:
-    layouts = {  # the stand-in has no exchange of keys and values
-        name: overrides
-        for name, overrides in LAYOUTS[ranks].items()
-        if not any("context_parallel" in override for override in overrides)
-    }
-    arguments = (str(directory), layouts, {model: r[:1] for model, r in RECIPES_OF.items()})
+    recipes_of = {model: recipes[:1] for model, recipes in RECIPES_OF.items()}
+    arguments = (str(directory), LAYOUTS[ranks], recipes_of)
     output = launch(ranks, check_layouts, *arguments, timeout=400, transformer_engine=True)
     assert output.count("all gradients agree") == ranks

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from exchanges import Exchanges, check_no_circle
 from launch import launch
 from parallel_layouts import (
     ONE_EACH,
@@ -64,28 +64,12 @@ def sends(batch: list[Any], rank: int) -> bool:
     return any(kind == f"to one of {WORLD}" and pair[0] == rank for kind, pair, _ in batch)
 
 
-def check_no_circle(ranks: list[list[list[Any]]], name: str) -> None:
-    """Let each rank run one batch after the other, as far as the partners in it have come."""
-    left = [list(asked) for asked in ranks]
-    done: set[Any] = set()
-    while any(left):
-        running = Counter(key for asked in left if asked for key in asked[0])
-        done |= {key for key, members in running.items() if members == len(key[1])}
-        ready = [asked for asked in left if asked and done.issuperset(asked[0])]
-        assert ready, f"{name}: all wait: {[asked[:1] for asked in left]}"
-        for asked in ready:
-            del asked[0]
-
-
 def exchanges_of(rank: int, directory: str, layout: list[str]) -> list[list[Any]]:
-    """What a rank asks of its communicators in one pass of the teacher, batch by batch, in order.
-
-    Each exchange by kind, members, and its number among those: its partners name it alike.
-    """
+    """What a rank asks of its communicators in one pass of the teacher."""
     from unittest import mock
 
     import torch.distributed as dist
-    from fake_world import rank_of
+    from fake_world import on_the_host, rank_of
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     from nemo_trd.algorithm import micro_batches
@@ -123,68 +107,8 @@ def exchanges_of(rank: int, directory: str, layout: list[str]) -> list[list[Any]
     return exchanges.asked
 
 
-def on_the_host(function: Any) -> Any:
-    """Of the plan, whose tensors are real."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    def call(*args: Any) -> Any:
-        with unset_fake_temporarily():
-            return function(*args)
-
-    return call
-
-
 def last_stage_ranks(groups: Any) -> list[list[list[int]]]:
     """As the function of this name finds out by asking all ranks."""
     tp, cp, dp = groups.tp.size(), groups.cp.size(), groups.dp.size()
     ranks = iter(range(WORLD - tp * cp * dp, WORLD))
     return [[[next(ranks) for _ in range(tp)] for _ in range(cp)] for _ in range(dp)]
-
-
-class Exchanges:
-    """Notes what a rank asks of its communicators."""
-
-    def __init__(self) -> None:
-        self.asked: list[list[tuple[str, tuple[int, ...], int]]] = []
-        self._numbers: Counter[tuple[str, tuple[int, ...]]] = Counter()
-        self._in_batch = False
-
-    def note(self, kind: str, members: tuple[int, ...]) -> None:
-        number = self._numbers[kind, members]
-        self._numbers[kind, members] += 1
-        if not self._in_batch:
-            self.asked.append([])
-        self.asked[-1].append((kind, members, number))
-
-    def one_batch(self, original: Any) -> Any:
-        def batch(operations: Any) -> Any:
-            self.asked.append([])
-            self._in_batch = True
-            works = original(operations)
-            self._in_batch = False
-            return works
-
-        return batch
-
-    def followed(self) -> Any:
-        """Mode in which each operation on a process group is noted."""
-        import torch.distributed as dist
-        from torch import ScriptObject
-        from torch.utils._python_dispatch import TorchDispatchMode
-
-        exchanges = self
-
-        class Followed(TorchDispatchMode):
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
-                if func.namespace == "c10d":
-                    kind = func.overloadpacket.__name__
-                    group = next(a for a in args if isinstance(a, ScriptObject))
-                    members = tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(group)))
-                    if kind in ("send", "recv_"):
-                        peer, me = members[args[2]], dist.get_rank()
-                        pair = (me, peer) if kind == "send" else (peer, me)
-                        kind, members = f"to one of {len(members)}", pair
-                    exchanges.note(kind, members)
-                return func(*args, **(kwargs or {}))
-
-        return Followed()

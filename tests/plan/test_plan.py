@@ -286,10 +286,12 @@ def test_loss_workspace_is_what_the_loss_allocates(
         torch.randn(n, hidden, dtype=exact) for n in (rows, vocabulary, rows, vocabulary)
     )
     labels = torch.randint(0, vocabulary, (rows,))
-    student.requires_grad_(), weight.requires_grad_()
-    with live_bytes(beside=(student, weight, teacher, teacher_weight, labels)) as live:
+    student.requires_grad_()
+    inputs = student, weight, teacher, teacher_weight, labels
+    main_grad = torch.zeros(vocabulary, hidden)
+    with live_bytes(beside=(*inputs, main_grad)) as live:
         output = losses.fused_divergence(
-            student, weight, teacher, teacher_weight, labels, config.loss, vocabulary
+            *inputs, config.loss, vocabulary, weight_gradient=main_grad
         )
         output.loss_sum.backward()
     assert live.peak <= formula <= 1.1 * live.peak

@@ -1,7 +1,8 @@
 """The recipes at their true shapes on fake tensors: each rank's bytes, tensors, and exchanges.
 
-What the same code computes with real tensors is shown by test_plan_parallel.py and
-test_hf_weights_parallel.py, on models that fit into a test.
+With TransformerEngine's layers, as on a cluster. What the same code computes with real tensors, and
+with the local layers, is shown by test_plan_parallel.py and test_hf_weights_parallel.py, on models
+that fit into a test.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from exchanges import Exchanges, check_no_circle
 from launch import launch
 
 pytestmark = pytest.mark.distributed
@@ -32,7 +34,8 @@ PADDING = 64 + 256  # elements before a parameter and after a bucket, of a distr
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_rank_holds_what_is_planned_and_together_every_tensor_once(recipe: str) -> None:
-    output = launch(1, check_recipe, recipe, RECIPES[recipe], timeout=400)
+    arguments = (recipe, RECIPES[recipe])
+    output = launch(1, check_recipe, *arguments, timeout=400, transformer_engine=True)
     assert "student whole" in output
 
 
@@ -63,6 +66,7 @@ def check_model(config: Any, role: str, hf: Any) -> None:
     from nemo_trd.plan.shapes import stage_parameters
 
     layout, world = getattr(config.parallel, role), config.cluster.world_size
+    exports = []
     planned = [stage.total for stage in stage_parameters(hf, layout)]
     places = []
     holders: dict[str, list[tuple[int, int]]] = defaultdict(list)
@@ -75,11 +79,14 @@ def check_model(config: Any, role: str, hf: Any) -> None:
             if groups.dp_cp.rank() > 0:  # holds what another holds
                 continue
             models = build_model(hf, layout, groups, config.precision)
+            assert models[0].config.transformer_impl == "transformer_engine"
             held = sum(p.numel() for model in models for p in model.parameters())
             assert held == planned[place[0]], (rank, place)
             for part in (part for model in models for part in _parts(model, hf)):
                 holders[part.name].append(place[:2])
                 elements[part.name] += math.prod(part.shape)
+            if role == "student":
+                exports.append(exchanges_of_export(models, hf, groups))
             if role == "student" and place[1] == 0:
                 check_bytes(config, models, groups)
     expected = expected_tensors(hf)
@@ -96,7 +103,45 @@ def check_model(config: Any, role: str, hf: Any) -> None:
         padding = elements[name] - copies * math.prod(whole.shape)
         rows = 128 * tp if whole.layer is None and whole.split_axis == 0 else 1
         assert 0 <= padding < copies * rows * whole.shape[-1], name
+    check_no_circle(exports, "export")
     print(f"{role} whole: {len(expected)} tensors on {world} ranks", flush=True)
+
+
+def exchanges_of_export(models: list[Any], hf: Any, groups: Any) -> list[list[Any]]:
+    """What a rank asks of its communicators to get every tensor of the model whole."""
+    from unittest import mock
+
+    from nemo_trd.megatron.hf_weights import export_hf_weights
+    from nemo_trd.models.family import expected_tensors
+
+    expected, exchanges = expected_tensors(hf), Exchanges()
+    names = names_by_stage(hf, groups.pp.size())
+
+    def answer(answers: list[Any], own: Any, group: Any) -> None:
+        assert sorted(own) == sorted(names[groups.pp.rank()])
+        answers[:] = names
+
+    with mock.patch("torch.distributed.all_gather_object", answer), exchanges.followed():
+        exported = export_hf_weights(models, hf, groups)
+        shapes = {name: tuple(tensor.shape) for name, tensor in exported}
+    assert shapes == {name: tuple(whole.shape) for name, whole in expected.items()}
+    return exchanges.asked
+
+
+def names_by_stage(hf: Any, stages: int) -> list[list[str]]:
+    from nemo_trd.models.family import expected_tensors, family_of
+
+    names: list[list[str]] = [[] for _ in range(stages)]
+    for name, whole in expected_tensors(hf).items():
+        if whole.layer is not None:
+            holders = {whole.layer * stages // hf.num_hidden_layers}
+        elif name == family_of(hf).embedding:
+            holders = {0, stages - 1} if hf.tie_word_embeddings else {0}
+        else:
+            holders = {stages - 1}
+        for stage in holders:
+            names[stage].append(name)
+    return names
 
 
 def check_bytes(config: Any, models: list[Any], groups: Any) -> None:
@@ -137,7 +182,7 @@ def config_shape(config: Any) -> Any:
 
 
 def test_states_reach_every_rank_that_computes_the_loss_once() -> None:
-    launch(1, check_all_routes, timeout=300)
+    launch(1, check_all_routes, timeout=300, transformer_engine=True)
 
 
 def check_all_routes() -> None:

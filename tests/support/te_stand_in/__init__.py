@@ -29,11 +29,13 @@ _ABSENT += ("onnxscript", "onnxscript.values", "onnx", "onnx.defs")
 
 
 def install() -> None:
-    """Make `transformer_engine` importable, and this project believe in a GPU.
+    """Make `transformer_engine` importable, and this project believe in a GPU. Once in a process.
 
     Raises:
         FileNotFoundError: the package has not been installed.
     """
+    if str(PACKAGES) in sys.path:
+        return
     if not (PACKAGES / "transformer_engine").is_dir():
         raise FileNotFoundError(f"no TransformerEngine in {PACKAGES}: run `make env`")
     sys.path[:0] = [str(HERE), str(PACKAGES)]
@@ -41,6 +43,7 @@ def install() -> None:
     os.environ["NVTE_TORCH_COMPILE"] = "0"
     _import_transformer_engine()
     _give_modules_their_torch()
+    _patch_attention()
     _patch_tensors()
     from nemo_trd.preflight import machine
 
@@ -148,6 +151,34 @@ def _give_modules_their_torch() -> None:
     # Recomputing saves and restores the random state.
     distributed._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     distributed._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _patch_attention() -> None:
+    """Let fused attention compute in fp32, for exact tests, and wait twice for an exchange.
+
+    cuDNN has it in half precision alone: here fp32 takes the place of fp16. In its backward pass a
+    ring of context parallel ranks waits twice, and the second time gloo would wait for ever.
+    """
+    attention = "transformer_engine.pytorch.attention.dot_product_attention"
+    for name in ("backends", "utils"):
+        own = _Torch()
+        own.float16 = torch.float32
+        importlib.import_module(f"{attention}.{name}").torch = own
+    ring = importlib.import_module(f"{attention}.context_parallel")
+    exchange = ring.flash_attn_p2p_communicate
+    ring.flash_attn_p2p_communicate = lambda *args: [_Once(work) for work in exchange(*args)]
+
+
+class _Once:
+    """An exchange under way."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+        self._work = None
 
 
 def _patch_tensors() -> None:

@@ -335,15 +335,15 @@ def fused_attn_fwd(
     value: Any,
     *rest: Any,
 ) -> list[Tensor]:
-    """Causal attention: [result, log normalisers, random state], as cuDNN gives them.
-
-    The normalisers are left empty: nothing but `fused_attn_bwd` reads them. In fp32 cuDNN has none,
-    and TransformerEngine takes its attention in Python.
-    """
-    _check_attention(dropout, layout, mask, (query, key, value), borders, rest[1])
-    with torch.no_grad():
-        result = _attention(query, key, value, scale, layout, borders)
-    return [result, torch.empty(0), torch.zeros(2, dtype=torch.int64)]
+    """Attention within packed sequences: [result, log normalisers [tokens, heads, 1], no state]."""
+    causal = _check_attention(dropout, layout, mask, (query, key, value))
+    _check_gaps((rest[1], borders), (rest[2], borders_kv))
+    parts = [
+        _attend(query[rows], key[columns], value[columns], scale, causal)
+        for rows, columns in _pairs(borders, borders_kv)
+    ]
+    result, normalisers = map(torch.cat, zip(*parts, strict=True))
+    return [result, normalisers[..., None], torch.zeros(2, dtype=torch.int64)]
 
 
 def fused_attn_bwd(
@@ -374,42 +374,167 @@ def fused_attn_bwd(
     dtype: Any,
     saved: list[Tensor],
     *rest: Any,
-) -> list[Tensor]:
-    """Gradients of query, key and value: the pass is computed again."""
-    _check_attention(dropout, layout, mask, (query, key, value), borders, rest[0])
-    inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-    with torch.enable_grad():
-        result = _attention(*inputs, scale, layout, borders)
-    return list(torch.autograd.grad(result, inputs, gradient.reshape(result.shape)))
+) -> list[Tensor | None]:
+    """Gradients of query, key and value; none of a bias and of an offset.
+
+    `out` and the normalisers in `saved` may be of attention to more keys than these: this is the
+    share that these have in the gradients.
+    """
+    causal = _check_attention(dropout, layout, mask, (query, key, value))
+    _check_gaps((rest[0], borders), (rest[1], borders_kv))
+    gradient = gradient.reshape(out.shape)
+    parts = [
+        _attend_backward(
+            *(query[rows], key[columns], value[columns]),
+            *(out[rows], gradient[rows], saved[0][rows, :, 0]),
+            scale,
+            causal,
+        )
+        for rows, columns in _pairs(borders, borders_kv)
+    ]
+    return [*map(torch.cat, zip(*parts, strict=True)), None, None]
 
 
-def _check_attention(
-    dropout: float, layout: Any, mask: Any, inputs: Any, borders: Tensor, padded: Tensor | None
-) -> None:
-    causal = (NVTE_Mask_Type.NVTE_CAUSAL_MASK, NVTE_Mask_Type.NVTE_PADDING_CAUSAL_MASK)
-    known = mask in causal and layout.name.startswith(("NVTE_S", "NVTE_T")) and not dropout
-    gaps = padded is not None and not torch.equal(padded, borders)
-    if not known or gaps or any(map(formats.is_quantized, inputs)):
+def _check_attention(dropout: float, layout: Any, mask: Any, inputs: Any) -> bool:
+    """Whether attention is causal; refuse what is not packed sequences."""
+    masks = {
+        NVTE_Mask_Type.NVTE_PADDING_CAUSAL_MASK: True,
+        NVTE_Mask_Type.NVTE_PADDING_MASK: False,
+    }
+    packed = layout.name.startswith("NVTE_T")
+    if mask not in masks or not packed or dropout or any(map(formats.is_quantized, inputs)):
         raise NotImplementedError(f"attention of {layout!r} with {mask!r}: not in the stand-in")
+    return masks[mask]
 
 
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, layout: Any, borders: Tensor
-) -> Tensor:
-    """Causal attention of [s, b, heads, d], or of [tokens, heads, d] between `borders`."""
+def _check_gaps(*borders: tuple[Tensor | None, Tensor]) -> None:
+    for padded, real in borders:
+        if padded is not None and padded is not real and not torch.equal(padded, real):
+            raise NotImplementedError("attention with gaps between sequences: not in the stand-in")
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [s, ..., heads, d]
-        shared = q.shape[-2] // k.shape[-2]
-        k, v = (x.repeat_interleave(shared, -2) for x in (k, v))
-        scores = torch.einsum("q...d,k...d->...qk", q.float(), k.float()) * scale
+
+def _pairs(borders: Tensor, borders_kv: Tensor) -> list[tuple[slice, slice]]:
+    """Where the queries of each sequence are, and its keys."""
+    both = zip(_sequences(borders), _sequences(borders_kv), strict=True)
+    return [(slice(*rows), slice(*columns)) for rows, columns in both]
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention of [q, heads, d] to [k, heads, d]: the same, and log normalisers [q, heads]."""
+    scores, _, values = _scores(query, key, value, scale, causal)
+    normalisers = scores.logsumexp(-1)
+    probabilities = (scores - normalisers[..., None]).exp()
+    return torch.einsum("hqk,khd->qhd", probabilities, values).to(query.dtype), normalisers.t()
+
+
+def _attend_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    gradient: Tensor,
+    normalisers: Tensor,
+    scale: float,
+    causal: bool,
+) -> list[Tensor]:
+    """Gradients of query, key and value."""
+    scores, keys, values = _scores(query, key, value, scale, causal)
+    gradient = gradient.float()
+    probabilities = (scores - normalisers.t()[..., None]).exp()
+    of_probabilities = torch.einsum("qhd,khd->hqk", gradient, values)
+    mean = (gradient * out.float()).sum(-1).t()[..., None]
+    of_scores = scale * probabilities * (of_probabilities - mean)
+    gradients = [
+        torch.einsum("hqk,khd->qhd", of_scores, keys),
+        torch.einsum("hqk,qhd->khd", of_scores, query.float()),
+        torch.einsum("hqk,qhd->khd", probabilities, gradient),
+    ]
+    return [
+        x.unflatten(1, (like.shape[1], -1)).sum(2).to(like.dtype)
+        for x, like in zip(gradients, (query, key, value), strict=True)
+    ]
+
+
+def _scores(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores [heads, q, k]; keys and values in fp32, one for each head of the queries."""
+    shared = query.shape[1] // key.shape[1]
+    keys, values = (x.float().repeat_interleave(shared, 1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query.float(), keys) * scale
+    if causal:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        probabilities = scores.masked_fill(later, float("-inf")).softmax(-1)
-        return torch.einsum("...qk,k...d->q...d", probabilities, v.float()).to(q.dtype)
+        scores = scores.masked_fill(later, float("-inf"))
+    return scores, keys, values
 
-    if layout.name.startswith("NVTE_S"):
-        return attend(query, key, value)
-    parts = [slice(start, end) for start, end in _sequences(borders)]
-    return torch.cat([attend(query[part], key[part], value[part]) for part in parts])
+
+# Of context parallel ranks: each holds two parts of every sequence, its first half and its second.
+
+
+def thd_read_half_tensor(tokens: Tensor, borders: Tensor, half: int) -> Tensor:
+    """One half of each sequence of [tokens, ...]."""
+    return torch.cat([tokens[rows] for rows, _ in _halves(borders, half)])
+
+
+def thd_read_second_half_lse(
+    normalisers: Tensor, borders: Tensor, packed: bool, length: int
+) -> Tensor:
+    """[heads, tokens] -> [heads, `length`], those of the second halves."""
+    assert packed
+    halves = torch.cat([normalisers[:, rows] for rows, _ in _halves(borders, 1)], 1)
+    assert halves.shape[1] == length
+    return halves
+
+
+def thd_second_half_lse_correction(
+    normalisers: Tensor, of_step: Tensor, borders: Tensor, packed: bool
+) -> None:
+    """Add attention to more keys, in the second halves, to log normalisers [heads, tokens]."""
+    assert packed
+    for rows, places in _halves(borders, 1):
+        normalisers[:, rows] = torch.logaddexp(normalisers[:, rows], of_step[:, places])
+
+
+def thd_out_correction(
+    out: Tensor,
+    of_step: Tensor,
+    normalisers: Tensor,
+    normalisers_of_step: Tensor,
+    borders: Tensor,
+    second_halves: bool,
+    packed: bool,
+) -> None:
+    """Add the results of attention to some of the keys, each with its share in all."""
+    assert packed
+    whole = [(slice(None), slice(None))]
+    for rows, places in _halves(borders, 1) if second_halves else whole:
+        share = (normalisers_of_step[:, places] - normalisers[:, rows]).exp().t()[..., None]
+        out[rows] += (of_step[places] * share).to(out.dtype)
+
+
+def thd_grad_correction(
+    gradient: Tensor, of_step: Tensor, borders: Tensor, first: str, second: str
+) -> None:
+    """Add to each half of the sequences, overwrite it, or leave it ("add", "copy", "none").
+
+    `of_step` has what there is for both halves, or for the one that is not left.
+    """
+    both = "none" not in (first, second)
+    for half, what in enumerate((first, second)):
+        for rows, places in _halves(borders, half) if what != "none" else ():
+            new = of_step[rows if both else places]
+            gradient[rows] = gradient[rows] + new if what == "add" else new
+
+
+def _halves(borders: Tensor, half: int) -> list[tuple[slice, slice]]:
+    """Where a half of each sequence is, and where among the halves alone."""
+    halves = []
+    for start, end in _sequences(borders):
+        edges = (start, (start + end) // 2, end)
+        halves.append((slice(*edges[half : half + 2]), slice(start // 2, end // 2)))
+    return halves
 
 
 def convert_thd_to_bshd(tokens: Tensor, borders: Tensor, batch: int, longest: int) -> Tensor:
@@ -452,22 +577,29 @@ def _rotate(
     cp_size: int,
     cp_rank: int,
 ) -> Tensor:
-    """Rotary position embedding of [s, b, heads, d] or, with borders, [tokens, heads, d]."""
-    if starts is not None or interleaved or cp_size > 1:
+    """Rotary position embedding of packed sequences, [tokens, heads, d].
+
+    With context parallelism the tokens are this rank's, and the borders those of whole sequences.
+    """
+    if starts is not None or interleaved or layout != NVTE_QKV_Format.NVTE_THD or borders is None:
         raise NotImplementedError("this rotary position embedding: not in the stand-in")
     angles = frequencies.reshape(frequencies.shape[0], -1)
-    if layout == NVTE_QKV_Format.NVTE_THD:
-        assert borders is not None
-        angles = torch.cat([angles[: end - start] for start, end in _sequences(borders)])[:, None]
-    elif layout == NVTE_QKV_Format.NVTE_SBHD:
-        angles = angles[: x.shape[0], None, None]
-    else:
-        raise NotImplementedError(f"rotary position embedding of {layout}: not in the stand-in")
+    lengths = [end - start for start, end in _sequences(borders)]
+    places = torch.cat([_places(length, cp_size, cp_rank) for length in lengths])
+    angles = angles[places][:, None]
     turned, rest = x.split([angles.shape[-1], x.shape[-1] - angles.shape[-1]], -1)
     first, second = turned.float().chunk(2, -1)
     quarter = torch.cat([-second, first], -1)
     result = turned.float() * angles.cos() + direction * quarter * angles.sin()
     return torch.cat([result.to(x.dtype), rest], -1)
+
+
+def _places(length: int, cp_size: int, cp_rank: int) -> Tensor:
+    """Positions in a sequence of the tokens that a context parallel rank holds."""
+    if cp_size == 1:
+        return torch.arange(length)
+    parts = torch.arange(length).chunk(2 * cp_size)
+    return torch.cat([parts[cp_rank], parts[2 * cp_size - 1 - cp_rank]])
 
 
 def multi_tensor_adam(
