@@ -172,13 +172,12 @@ class WithinSegments:
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         sizes = [count * length for count, length in self._calls]
-        q, k, v = (x.split(sizes) for x in (query, key, value))
-        return torch.cat(
-            [
-                attention(*(x.unflatten(0, call) for x in qkv), scale=scale).flatten(0, 1)
-                for *qkv, call in zip(q, k, v, self._calls, strict=True)
-            ]
-        )
+        parts = zip(*(x.split(sizes) for x in (query, key, value)), self._calls, strict=True)
+        results = []
+        for q, k, v, (count, _) in parts:
+            rows = [x.unflatten(0, (count, -1)) for x in (q, k, v)]
+            results.append(attention(rows[0], rows[1], rows[2], scale).flatten(0, 1))
+        return torch.cat(results)
 
 
 def shared_calls(lengths: Sequence[int], worth: int) -> list[tuple[int, int]]:

@@ -190,14 +190,14 @@ def _servers(plan: Plan) -> str:
 def _time(plan: Plan) -> str:
     assert plan.flops is not None and plan.split is not None
     flops, time, assumed = plan.flops, plan.split.time, plan.config.cluster.assumptions
+    micro_batch_count = micro_batches(plan.config, "student")
     lines = [
         "One step, estimated",
         f"  FLOPs      student {flops.student:.2e}, teacher {flops.teacher:.2e}, "
         f"loss {flops.loss:.2e}",
         f"  generation {_generation(time)}",
         f"  training   {_seconds(time.training)}: teacher {_seconds(time.teacher)}, student "
-        f"{_seconds(time.student)} in {micro_batches(plan.config, "student")} "
-        "micro-batches a rank",
+        f"{_seconds(time.student)} in {micro_batch_count} micro-batches a rank",
         f"  generation : training = {time.generation / time.training:.2f}; step "
         f"{_seconds(time.total)}, as they "
         + ("overlap" if time.overlap else "take turns (generation.max_staleness=0)"),
