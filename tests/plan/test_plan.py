@@ -42,6 +42,8 @@ RECIPES = (
     "paper_qwen3_8b",
     "paper_qwen3_8b_32k",
 )
+# With the teacher's whole distribution, from a teacher that the training node holds.
+HELD = ["experiment=trd_8b", "parallel=tp8", "teacher.scoring=megatron", "loss.top_k=null"]
 TINY = {
     "model_type": "llama",
     "vocab_size": 300,
@@ -237,12 +239,12 @@ def test_flops_are_about_two_for_each_parameter_and_token() -> None:
 
 
 def test_step_counts_the_loss_at_labels_only_and_recomputation() -> None:
-    config = compose(["experiment=trd_8b"])
+    config = compose(HELD)
     student, teacher = shapes(config)
     flops = step_flops(config, student, teacher)
     labels = 128 * 4096 * 0.5
     assert flops.loss == labels * 128_256 * 2 * (3 * 4096 + 8192)
-    full = step_flops(compose(["experiment=trd_8b", "train.recompute=full"]), student, teacher)
+    full = step_flops(compose([*HELD, "train.recompute=full"]), student, teacher)
     assert full.student == pytest.approx(flops.student * 4 / 3)
     assert (full.teacher, full.loss) == (flops.teacher, flops.loss)
 
@@ -330,31 +332,31 @@ def live_bytes(beside: Any) -> Any:
 
 
 def test_offloading_takes_the_teacher_off_the_gpu() -> None:
-    plain = planned("experiment=trd_8b")
+    plain = planned(*HELD)
     assert peak(plain.memory).peak_phase == "student"
-    weights = planned("experiment=trd_8b", "teacher.offload_weights=true")
+    weights = planned(*HELD, "teacher.offload_weights=true")
     assert "teacher weights" not in peak(weights.memory).phases["student"]
     assert "teacher weights" in peak(weights.memory).phases["teacher"]
-    states = planned("experiment=trd_8b", "teacher.offload_states=true")
+    states = planned(*HELD, "teacher.offload_states=true")
     parts = [peak(p.memory).phases["student"]["hidden states"] for p in (plain, states)]
     assert parts[0] == 128 * 4096 * 8192 * 2  # every label of the step
     assert parts[1] == 16_384 * 8192 * 2  # of one micro-batch
 
 
 def test_a_teacher_that_scores_on_servers_is_on_no_training_gpu() -> None:
-    held = planned("experiment=trd_8b", "loss.top_k=64")
-    served = planned("experiment=trd_8b", "loss.top_k=64", "teacher.scoring=server")
+    held = planned(*HELD, "loss.top_k=64")
+    served = planned(*HELD, "loss.top_k=64", "teacher.scoring=server")
     assert "teacher" in peak(held.memory).phases and "teacher" not in peak(served.memory).phases
     parts = [peak(p.memory).phases["student"] for p in (held, served)]
     gone = {"teacher weights", "teacher output weight", "hidden states"}
     assert {name: size for name, size in parts[0].items() if name not in gone} == parts[1]
     more = planned(
-        *("experiment=trd_8b", "loss.top_k=64", "teacher.scoring=server"),
+        *(*HELD, "loss.top_k=64", "teacher.scoring=server"),
         "cluster.teacher_server_nodes=2",
     )
     one, two = (step_time(p.config, *shapes(p.config)).teacher for p in (served, more))
     assert two == pytest.approx(one / 2)
-    written = planned("experiment=trd_8b", "loss.top_k=64", "teacher.scoring=generation")
+    written = planned(*HELD, "loss.top_k=64", "teacher.scoring=generation")
     assert step_time(written.config, *shapes(written.config)).teacher == 0
     assert peak(written.memory).phases == peak(served.memory).phases
 
@@ -461,7 +463,7 @@ def test_recipe_states_its_nodes_and_its_layout(recipe: str) -> None:
     assert "precision=fp8" in head
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*RECIPES, "trd_8b_one_node"])
 def test_documented_memory_of_the_recipe_is_what_the_plan_says(recipe: str) -> None:
     page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
     (row,) = (line for line in page.splitlines() if line.startswith(f"| `{recipe}` |"))
@@ -496,10 +498,12 @@ def test_recipe_with_half_its_nodes_names_what_does_not_fit(recipe: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("recipe", "largest"), [("trd_8b", "teacher weights"), ("paper_qwen3_8b", "activations")]
+    ("recipe", "largest"),
+    [(HELD, "teacher weights"), (["experiment=paper_qwen3_8b"], "activations")],
+    ids=["trd_8b", "paper_qwen3_8b"],
 )
-def test_recipe_with_half_its_gpus_names_what_does_not_fit(recipe: str, largest: str) -> None:
-    plan = planned(f"experiment={recipe}", "cluster.gpus_per_node=4", "cluster.teacher_server_tp=4")
+def test_recipe_with_half_its_gpus_names_what_does_not_fit(recipe: list[str], largest: str) -> None:
+    plan = planned(*recipe, "cluster.gpus_per_node=4", "cluster.teacher_server_tp=4")
     assert plan.fallback is not None and not plan.fits
     assert largest_part(peak(plan.memory).parts) == largest
 
@@ -512,6 +516,7 @@ def test_layout_reasons_of_the_recipes_hold() -> None:
         return [f"parallel.{r}.tensor_model_parallel_size={size}" for r in ("student", "teacher")]
 
     assert total("experiment=trd_70b", "train.recompute=none") > 79.1
+    assert total("experiment=trd_8b", *tp(2)) > 0.9 * 79.1
     for precision, apart, together in (("bf16", 67, 61), ("fp8", 69, 63)):
         recipe = ("experiment=trd_70b_32k", f"precision={precision}")
         assert total(*recipe, "parallel=tp8_pp4") == pytest.approx(apart, abs=0.5)
@@ -546,8 +551,8 @@ def single(role: str) -> list[str]:
         ["experiment=trd_70b", "train.recompute=none"],
         ["experiment=trd_70b", "cluster.gpu_memory_gib=58.0"],
         ["experiment=paper_qwen3_8b", "cluster.gpu_memory_gib=40.0"],
-        ["experiment=trd_8b", "cluster.gpu_memory_gib=30.0"],  # takes several changes
-        ["experiment=trd_8b", "optimizer.distributed=false", "cluster.gpu_memory_gib=45.0",
+        [*HELD, "cluster.gpu_memory_gib=30.0"],  # takes several changes
+        [*HELD, "optimizer.distributed=false", "cluster.gpu_memory_gib=45.0",
          "cluster.training_nodes=2"],
     ],
 )  # fmt: skip
@@ -739,7 +744,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "tensor parallelism between nodes": (
         ["experiment=trd_8b", "cluster.gpus_per_node=4", "cluster.training_nodes=2",
-         "cluster.teacher_server_nodes=2"],
+         "cluster.teacher_server_nodes=2", "parallel=tp8"],
         "parallel.student.tensor_model_parallel_size = 8",
     ),
     "unknown model": (

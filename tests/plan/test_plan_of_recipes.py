@@ -24,7 +24,10 @@ RECIPES = {  # experiment -> what makes it larger than it ships
     "trd_70b": ["cluster.training_nodes=8"],  # TP 8, PP 4: 64 ranks, two replicas
     "trd_70b_32k": [],  # TP 8, CP 2, PP 4: 64 ranks that divide each sequence
     # The student's data parallel ranks meet a teacher of two stages.
-    "trd_8b": ["cluster.training_nodes=2", "parallel.teacher.pipeline_model_parallel_size=2"],
+    "trd_8b": [
+        *("cluster.training_nodes=2", "parallel.teacher.pipeline_model_parallel_size=2"),
+        *("parallel=tp8", "teacher.scoring=megatron", "loss.top_k=null"),
+    ],
     "paper_qwen3_8b": [],  # paper_qwen3_8b_32k has the same shapes and layout
     "paper_qwen3_4b": [],
     "paper_qwen3_1p7b": [],
