@@ -175,7 +175,7 @@ class WithinSegments:
         q, k, v = (x.split(sizes) for x in (query, key, value))
         return torch.cat(
             [
-                attention(*(x.unflatten(0, call) for x in qkv), scale).flatten(0, 1)
+                attention(*(x.unflatten(0, call) for x in qkv), scale=scale).flatten(0, 1)
                 for *qkv, call in zip(q, k, v, self._calls, strict=True)
             ]
         )
@@ -206,6 +206,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    *,
     scale: float | None,
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -283,7 +284,8 @@ class OverRanks:
                 for q in next(queries).split(len(self._mask)):
                     seen += len(q)
                     mask = self._window(len(q), seen)
-                    results.append(attention(q[None], k[None, :seen], v[None, :seen], scale, mask))
+                    before = k[None, :seen], v[None, :seen]
+                    results.append(attention(q[None], *before, scale=scale, mask=mask))
         return torch.cat(results, 1)[0]
 
     def _window(self, n: int, seen: int) -> Tensor:
