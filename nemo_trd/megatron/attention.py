@@ -205,6 +205,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    *,
     scale: float | None,
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -282,7 +283,8 @@ class OverRanks:
                 for q in next(queries).split(len(self._mask)):
                     seen += len(q)
                     mask = self._window(len(q), seen)
-                    results.append(attention(q[None], k[None, :seen], v[None, :seen], scale, mask))
+                    before = k[None, :seen], v[None, :seen]
+                    results.append(attention(q[None], *before, scale=scale, mask=mask))
         return torch.cat(results, 1)[0]
 
     def _window(self, n: int, seen: int) -> Tensor:

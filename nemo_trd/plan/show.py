@@ -99,13 +99,15 @@ def _setup(plan: Plan) -> str:
         )
     lengths = longest_lengths(config)
     student, teacher = alignments(config)
+    interleaved = config.parallel.student.virtual_pipeline_model_parallel_size is not None
+    one_length = ", the student's of a step to one length" if interleaved else ""
     lines += [
         f"  nodes    {cluster.training_nodes} training, {cluster.student_server_nodes} student "
         f"servers, {cluster.teacher_server_nodes} teacher servers, {cluster.gpus_per_node} GPUs of "
         f"{cluster.gpu_memory_gib:g} GiB each",
         f"  step     {config.train.trajectories_per_step} trajectories; micro-batches of up to "
         f"{max(lengths.student_tokens, lengths.teacher_tokens):,} tokens, filled up to "
-        f"multiples of {student.pack} (teacher {teacher.pack}); recompute "
+        f"multiples of {student.pack} (teacher {teacher.pack}){one_length}; recompute "
         f"{config.train.recompute}",
     ]
     return "\n".join(lines)
