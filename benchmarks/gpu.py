@@ -37,6 +37,7 @@ from typing import Any
 
 import torch
 from gpu_page import markdown
+from packaging.utils import canonicalize_name
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -184,7 +185,8 @@ def this_machine(gpus: int | None) -> Machine:
     layers = missing_layers()
     old = cards and cards[0]["compute_capability"] < FP8_CAPABILITY
     versions = {"python": facts["python"], "CUDA": facts["torch_cuda"] or "none"}
-    versions |= {name: facts["versions"].get(name, "absent") for name in SHOWN}
+    found = {canonicalize_name(name): number for name, number in facts["versions"].items()}
+    versions |= {name: found.get(canonicalize_name(name), "absent") for name in SHOWN}
     count = gpus or 2 ** int(math.log2(len(cards) or 1))
     return Machine(
         card=cards[0]["name"] if cards else f"CPU ({platform.machine()})",

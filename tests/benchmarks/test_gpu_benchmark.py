@@ -117,6 +117,7 @@ def test_make_gpu_tests_and_measures_on_emulated_kernels(tmp_path: Path) -> None
     found = json.loads((tmp_path / "out" / "gpu.json").read_text())
     assert found["failures"] == [] and found["tests"]["failed"] == 0
     assert found["tests"]["passed"] >= 5
+    assert found["machine"]["versions"]["transformer-engine"].startswith("2.")
     (rows,) = found["figures"]["loss"].values()
     assert [row["name"] for row in rows] == ["chunked", "liger", "ours"]
     training = found["figures"]["training"]

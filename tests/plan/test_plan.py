@@ -517,7 +517,7 @@ def test_layout_reasons_of_the_recipes_hold() -> None:
 
     assert total("experiment=trd_70b", "train.recompute=none") > 79.1
     assert total("experiment=trd_8b", *tp(2)) > 0.9 * 79.1
-    for precision, apart, together in (("bf16", 67, 61), ("fp8", 69, 63)):
+    for precision, apart, together in (("bf16", 66, 60), ("fp8", 68, 62)):
         recipe = ("experiment=trd_70b_32k", f"precision={precision}")
         assert total(*recipe, "parallel=tp8_pp4") == pytest.approx(apart, abs=0.5)
         assert total(*recipe) == pytest.approx(together, abs=0.5)

@@ -32,10 +32,14 @@ RECIPES = {  # experiment -> what makes it larger than it ships
     "paper_qwen3_4b": [],
     "paper_qwen3_1p7b": [],
 }
+LARGE = {"trd_70b", "trd_70b_32k"}  # 32 models to be built of each
 PADDING = 64 + 256  # elements before a parameter and after a bucket, of a distributed optimizer
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(r, marks=[pytest.mark.slow] if r in LARGE else []) for r in RECIPES],
+)
 def test_every_rank_holds_what_is_planned_and_together_every_tensor_once(recipe: str) -> None:
     arguments = (recipe, RECIPES[recipe])
     output = launch(1, check_recipe, *arguments, timeout=400, transformer_engine=True)

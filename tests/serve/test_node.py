@@ -10,6 +10,7 @@ from nemo_trd.config.errors import ConfigError
 from nemo_trd.config.load import compose
 from nemo_trd.serve.node import address_towards, servers_of_node
 
+LOCAL = ["generation=local", "generation.max_staleness=0", "teacher.scoring=megatron"]
 RECIPE = ["experiment=trd_8b", "model.student.path=/student", "model.teacher.path=/teacher"]
 
 
@@ -56,7 +57,7 @@ def test_in_opsd_the_teacher_servers_hold_the_first_student(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (["generation=local", "generation.max_staleness=0"], "generation.backend = 'local'"),
+        (LOCAL, "generation.backend = 'local'"),
         (["cluster.gpus_per_node=4"], "cluster.teacher_server_tp = 8"),
         (
             ["generation.vllm.teacher.server.tensor_parallel_size=4"],
