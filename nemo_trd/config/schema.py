@@ -335,6 +335,18 @@ class VllmPool(Section):
     ]  # GPUs of those, tensor_parallel_size each; needed where there are GPUs
 
 
+class Speculation(Section):
+    """Drafts of several tokens that a server checks at one time; see docs/servers.md."""
+
+    # Where drafts come from. ngram: what follows the last tokens where they stand earlier in the
+    # prompt or the answer. suffix: the same out of a tree that grows with the answers of others;
+    # needs the package arctic-inference in vLLM's environment.
+    method: Literal["ngram", "suffix"]
+    tokens: PositiveInt  # of a draft, at most
+    lookup_max: PositiveInt | None = None  # of ngram: so many last tokens are looked up, or fewer
+    lookup_min: PositiveInt | None = None  # but no fewer than these; null: lookup_max
+
+
 class VllmServer(Section):
     """How a server is started; see serve/server.py."""
 
@@ -345,6 +357,8 @@ class VllmServer(Section):
     tensor_parallel_size: PositiveInt  # GPUs of one server
     max_model_len: PositiveInt | None  # null: what the model allows
     max_num_seqs: PositiveInt  # sequences that a server works on at one time
+    # Of a teacher: it rewrites by checking drafts. null: token by token.
+    speculation: Speculation | None = None
     arguments: list[str]  # further ones of vLLM's API server
     start_timeout_seconds: PositiveFloat  # until its health check answers
     stop_timeout_seconds: PositiveFloat  # afterwards it is killed
