@@ -12,6 +12,13 @@ twice: streamed, as a run asks for them, and in two phases, all rollouts before 
 Both are ratios of sums over `--repeats` pairs, which take turns in who comes first: what one of a
 pair has left in the servers' prefix caches, and what else the machine does, falls on both alike.
 
+Then the same teacher's server is asked for its log-probabilities of 64 ids a label, in every way:
+
+    bytes    a label takes in JSON and in binary
+    client   processor seconds of this process for 1,000 labels, in both forms
+    seconds  for 1,000 labels: writing them; writing them with scores (scoring=generation);
+             scoring them when they are written (scoring=server)
+
 Student and teacher are random Qwen3 models that know few tokens and often say EOS: lengths
 vary, up to `--max-tokens`. `--concurrency` requests are with a server at a time. Everything has one
 thread (OMP_NUM_THREADS=1). The exit status is 1 when `ratio` exceeds 1.15 times `ideal_ratio`.
@@ -21,20 +28,42 @@ Everything that is started ends with this process.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
+import random
 import secrets
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch.distributed as dist
-from overlap import HEAD_DIM, LIMIT, machine, make_inputs, run, servers, settings
+from overlap import (
+    HEAD_DIM,
+    LIMIT,
+    context_length,
+    machine,
+    make_inputs,
+    run,
+    servers,
+    settings,
+)
 from pydantic import SecretStr
 
 from nemo_trd.config.load import compose
 from nemo_trd.config.schema import Config, Sampling
 from nemo_trd.data.prompts import load_prompts, prompts_of_step
+from nemo_trd.data.types import GenerationRequest
+from nemo_trd.generation.api import (
+    ARRAYS,
+    GENERATE,
+    Connection,
+    Wanted,
+    read_scores,
+    scoring_body,
+)
 from nemo_trd.generation.pending import Pending, known
 from nemo_trd.generation.protocol import Done, Generator
 from nemo_trd.models.read import read_tokenizer
@@ -43,6 +72,8 @@ from nemo_trd.serve.open import Servers, generator_on_servers
 
 Seconds = dict[str, float]  # of one step's sampling, as `Drawn.seconds`
 KINDS = ("two_phases", "streamed")
+TOP_K = 64
+FORMS = ("json", "binary")
 
 
 class AfterTheLast:
@@ -95,6 +126,71 @@ def sampled(drawn: Drawn) -> list[Any]:
     ]
 
 
+def transport(args: argparse.Namespace, url: str, key: str) -> dict[str, dict[str, float]]:
+    """Bytes a label, and processor seconds of this process for 1,000 labels, by form of the answer.
+
+    A half of each text is context, the other half labels.
+    """
+    rng, count = random.Random(0), context_length(args) - 1
+    text = tuple(rng.randrange(args.vocabulary) for _ in range(count))
+    start, wanted = count // 2, Wanted(min(TOP_K, args.vocabulary))
+    binary = scoring_body(text, start, wanted)
+    bodies = {"json": {k: v for k, v in binary.items() if k != "scores"}, "binary": binary}
+    secret, labels = SecretStr(key), count - start
+    headers = {"Authorization": f"Bearer {key}"}
+    figures: dict[str, dict[str, float]] = {"bytes": {}, "client": {}}
+
+    async def ask(body: Any) -> float:
+        connection = Connection(secret, 1, secure=False)
+        begin = time.process_time()
+        for _ in range(args.answers):
+            content = await connection.call("POST", url, GENERATE, body, args.time_limit)
+            read_scores(content, url, text, start, wanted)
+        seconds = time.process_time() - begin
+        await connection.close()
+        return seconds
+
+    for form in FORMS:
+        accept = {"Accept": ARRAYS} if form == "binary" else {}
+        answer = httpx.post(
+            url + GENERATE, json=bodies[form], headers=headers | accept, timeout=args.time_limit
+        )
+        figures["bytes"][form] = len(answer.content) / labels
+        asyncio.run(ask(bodies[form]))  # the first time something is imported
+        figures["client"][form] = asyncio.run(ask(bodies[form])) * 1000 / (args.answers * labels)
+    return figures
+
+
+def second_pass(args: argparse.Namespace, config: Config, url: str, key: str) -> dict[str, float]:
+    """Seconds for 1,000 labels: to write them, without and with scores, and to score them then."""
+    assert config.generation.vllm is not None
+    client, wanted = config.generation.vllm.client, Wanted(min(TOP_K, args.vocabulary))
+    source, server = config.teacher_source, Servers([url], SecretStr(key))
+    plain = generator_on_servers(source, server, client)
+    scored = generator_on_servers(source, server, client, wanted=wanted)
+    rng, sampling = random.Random(1), config.generation.refinement
+    taken = dict.fromkeys(("written", "with_scores", "scored_afterwards"), 0.0)
+    labels = 0
+    for repeat in range(args.repeats + 1):
+        texts = [
+            tuple(rng.randrange(args.vocabulary) for _ in range(args.max_tokens))
+            for _ in range(args.prompts)
+        ]
+        asked = [GenerationRequest(text, seed) for seed, text in enumerate(texts)]
+        times = [time.perf_counter()]
+        for generator in (plain, scored):
+            written = generator.generate(asked, sampling, "rewrites")
+            times.append(time.perf_counter())
+        pairs = [(t + c.token_ids, len(t)) for t, c in zip(texts, written, strict=True)]
+        plain.score(pairs, wanted, "scores")
+        times.append(time.perf_counter())
+        if repeat:  # the first one does not count
+            labels += sum(len(completion.token_ids) for completion in written)
+            for name, begin, end in zip(taken, times, times[1:], strict=False):
+                taken[name] += end - begin
+    return {name: 1000 * seconds / labels for name, seconds in taken.items()}
+
+
 def configured(args: argparse.Namespace, root: Path, urls: Mapping[str, str]) -> Config:
     return compose(
         [
@@ -132,12 +228,15 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
                 pairs.append(pair)
                 both = zip(*(sampled(drawn[kind]) for kind in KINDS), strict=True)
                 different += sum(one != other for one, other in both)
+        scores = transport(args, urls["teacher"], key)
+        scores["seconds"] = second_pass(args, config, urls["teacher"], key)
     dist.destroy_process_group()
     sizes = ("hidden", "layers", "vocabulary", "prompts", "max_tokens", "concurrency")
     return {
         **ratios(pairs),
         "limit": LIMIT,
         "different_samples": different,
+        "scores": scores,
         "pairs": [{**pair, **ratios([pair])} for pair in pairs],
         "machine": machine(),
         "settings": {name: getattr(args, name) for name in sizes},
@@ -160,8 +259,25 @@ def table(result: Mapping[str, Any]) -> str:
             f"ratio {ratio:.3f}, ideal {ideal:.3f}: {ratio / ideal:.2f} times it, {verdict}",
             "by pair: " + ", ".join(f"{p['ratio']:.3f} ({p['ideal_ratio']:.3f})" for p in pairs),
             f"samples that differ: {result['different_samples']}",
+            "",
+            *score_lines(result["scores"]),
         ]
     )
+
+
+def score_lines(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Figures of `transport` and `second_pass`, as Markdown."""
+    bytes_, client, seconds = scores["bytes"], scores["client"], scores["seconds"]
+    return [
+        f"| {TOP_K} log-probabilities a label | JSON | binary | ratio |",
+        "|---|---|---|---|",
+        f"| bytes a label | {bytes_['json']:.0f} | {bytes_['binary']:.0f} "
+        f"| {bytes_['json'] / bytes_['binary']:.1f} |",
+        f"| client's seconds for 1,000 labels | {client['json']:.4f} | {client['binary']:.4f} "
+        f"| {client['json'] / client['binary']:.1f} |",
+        "",
+        *(f"{name.replace('_', ' ')}: {s:.2f} s for 1,000 labels" for name, s in seconds.items()),
+    ]
 
 
 def arguments() -> argparse.Namespace:
@@ -173,6 +289,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=128, help="of a rollout and of a rewrite")
     parser.add_argument("--concurrency", type=int, default=8, help="requests with one server")
     parser.add_argument("--repeats", type=int, default=4, help="pairs")
+    parser.add_argument("--answers", type=int, default=20, help="with scores, of each form")
     parser.add_argument("--student-cores", type=int, nargs="+", default=[0])
     parser.add_argument("--teacher-cores", type=int, nargs="+", default=[1])
     parser.add_argument("--time-limit", type=float, default=600.0, help="of a start, in seconds")

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from math import fsum
 from typing import NamedTuple
 
-from nemo_trd.data.types import Refinement, Rollout, TokenIds
+from nemo_trd.data.types import Completion, Refinement, Rollout, TokenIds
 
 
 @dataclass(frozen=True)
@@ -126,3 +126,18 @@ def rollout_nll(rollouts: Iterable[Rollout]) -> dict[str, float]:
     if not tokens:
         return {}
     return {"rollout_nll": -fsum(value for logprobs in sampled for value in logprobs) / tokens}
+
+
+def draft_metrics(rewrites: Iterable[Completion]) -> dict[str, float]:
+    """How well drafts of y_r did, where the teacher's servers check some: else nothing.
+
+    "draft_acceptance" is the share of the drafted tokens that were accepted;
+    "tokens_per_decode_step" the tokens of the rewrites over the steps in which they were computed:
+    each gives one token and the accepted ones.
+    """
+    told = [(len(r.token_ids), *r.drafts) for r in rewrites if r.drafts is not None]
+    tokens, drafted, accepted = (sum(figures[i] for figures in told) for i in range(3))
+    if not tokens:
+        return {}
+    share = {"draft_acceptance": accepted / drafted} if drafted else {}
+    return share | {"tokens_per_decode_step": tokens / max(1, tokens - accepted)}

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from nemo_trd.config.errors import rule_broken
-from nemo_trd.config.rules import check_dataset, check_pool
+from nemo_trd.config.rules import check_dataset, check_drafts, check_pool
 from nemo_trd.config.schema import (
     Dataset,
     LocalGeneration,
@@ -96,4 +96,5 @@ class EvaluationConfig(Section):
         if self.generation.backend == "vllm":
             vllm = self.generation.vllm
             check_pool("generation.vllm", vllm)
+            check_drafts("generation.vllm.server.speculation", vllm.server.speculation)
         return self

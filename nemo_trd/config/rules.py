@@ -12,6 +12,7 @@ from nemo_trd.config.schema import (
     Dataset,
     Layout,
     ServedPool,
+    Speculation,
     StoredPairs,
     VerifierName,
     Vllm,
@@ -253,6 +254,7 @@ def _check_servers_of_roles(config: Config, vllm: Vllm) -> None:
             "and that one is given the student's weights after every step",
             "give servers of the teacher alone",
         )
+    _check_drafts(config, vllm)
     server = vllm.student.server
     quantized = [a for a in server.arguments if re.match(r"(--quantization|-q)(=|\s|$)", a)]
     if server.quantization is not None or quantized:
@@ -264,6 +266,51 @@ def _check_servers_of_roles(config: Config, vllm: Vllm) -> None:
             "leave it out of arguments"
             if quantized
             else "set it to null for the student; generation.vllm.teacher.server may have it",
+        )
+
+
+def _check_drafts(config: Config, vllm: Vllm) -> None:
+    """Rules for servers that check drafts."""
+    if vllm.student.server.speculation is not None:
+        raise rule_broken(
+            "generation.vllm.student.server.speculation",
+            vllm.student.server.speculation.model_dump(),
+            "drafts are copied from the prompt, and a rollout copies next to nothing of it",
+            "set it to null; generation.vllm.teacher.server may have it",
+        )
+    field = "generation.vllm.teacher.server.speculation"
+    check_drafts(field, vllm.teacher.server.speculation)
+    if vllm.teacher.server.speculation is not None and config.generation.refinement.min_p > 0:
+        raise rule_broken(
+            "generation.refinement.min_p",
+            config.generation.refinement.min_p,
+            f"vLLM does not take it from servers with drafts ({field})",
+            f"set it to 0, or {field}=null",
+        )
+
+
+def check_drafts(field: str, drafts: Speculation | None) -> None:
+    """Raises ConfigError: settings of `method` are missing, or of another one."""
+    if drafts is None:
+        return
+    longest, shortest = drafts.lookup_max, drafts.lookup_min
+    if drafts.method == "ngram" and longest is None:
+        raise rule_broken(
+            f"{field}.lookup_max",
+            None,
+            "method ngram looks up the last tokens",
+            "set how many at most, for example 4",
+        )
+    if drafts.method == "suffix" and (longest, shortest) != (None, None):
+        raise rule_broken(
+            f"{field}.lookup_max",
+            longest,
+            "method suffix looks up as much as it finds",
+            "set lookup_max and lookup_min to null",
+        )
+    if longest is not None and shortest is not None and shortest > longest:
+        raise rule_broken(
+            f"{field}.lookup_min", shortest, f"it may not exceed lookup_max = {longest}", "lower it"
         )
 
 

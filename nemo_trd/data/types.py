@@ -59,6 +59,8 @@ class Completion:
     under the generator's own model and arithmetic: at temperature 1, over the whole vocabulary,
     before top-k and top-p, each token given those before it. `scores`, where they were asked for,
     are the same of each token and of the most likely ones at its place.
+    `drafts`, of a server that checks some, are how many tokens were drafted, and how many of these
+    it accepted.
     """
 
     token_ids: TokenIds
@@ -67,6 +69,7 @@ class Completion:
     logprobs: tuple[float, ...] | None = None
     tail: str = ""
     scores: TokenScores | None = field(default=None, compare=False, repr=False)
+    drafts: tuple[int, int] | None = field(default=None, compare=False)
 
     def text(self, tokenizer: Any) -> str:
         """Decode it without special tokens, up to the stop string that ended it, if any."""

@@ -183,7 +183,10 @@ def generator(config: EvaluationConfig, source: Source, output: Path) -> Iterato
         return
     served = ServedModel(model, vllm, "generation.vllm", output / "servers" / "server")
     with open_servers({"model": served}, vllm) as servers:
-        yield generator_on_servers(model, servers["model"], vllm.client, progress=config.progress)
+        drafts = vllm.server.speculation is not None
+        yield generator_on_servers(
+            model, servers["model"], vllm.client, drafts=drafts, progress=config.progress
+        )
 
 
 def draw_and_judge(

@@ -138,10 +138,20 @@ class _PromptLogprob(BaseModel):
     logprob: float
 
 
+class _Drafts(BaseModel):
+    num_draft_tokens: int
+    num_accepted_draft_tokens: int
+
+
+class _Metrics(BaseModel):
+    speculative_decoding: _Drafts | None = None
+
+
 class _Response(BaseModel):
     choices: Annotated[list[_Choice], Field(min_length=1, max_length=1)]
     prompt_logprobs: list[dict[int, _PromptLogprob] | None] | None = None
     scores: InstanceOf[TokenScores] | None = None
+    metrics: _Metrics | None = None
 
 
 @dataclass(frozen=True)
@@ -152,6 +162,7 @@ class SampledTokens:
     finish_reason: Literal["stop", "length"]
     logprobs: tuple[float, ...] | None
     scores: TokenScores | None
+    drafts: tuple[int, int] | None  # tokens drafted, and those of them that were accepted
     weight_versions: tuple[str, ...]  # distinct ones, in the order of the tokens
 
 
@@ -252,23 +263,38 @@ def read_completion(
             f"it ended with {choice.finish_reason!r} after {len(ids)} of at most "
             f"{sampling.max_tokens} tokens, {'an' if ended else 'no'} EOS token last",
         )
-    sampled, scores = None, None
-    if (logprobs or wanted) and response.scores is None:
-        if choice.logprobs is None or len(choice.logprobs.content) != len(ids):
-            raise AttemptFailed(url, "the answer lacks the log-probabilities of its tokens")
-        sampled = tuple(entry.logprob for entry in choice.logprobs.content)
-    if wanted:
-        scores = response.scores
-        if scores is None:
-            assert choice.logprobs is not None
-            entries = zip(ids, choice.logprobs.content, strict=True)
-            places: list[Place] = [
-                {top.token_id: top.logprob for top in e.top_logprobs} | {i: e.logprob}
-                for i, e in entries
-            ]
-            scores = _scores_of_json(places, ids, wanted, url)
-        _check_scores(scores, len(ids), wanted, url)
-    return SampledTokens(tuple(ids), choice.finish_reason, sampled, scores, _versions(choice, url))
+    sampled = None
+    if logprobs:
+        sampled = tuple(entry.logprob for entry in _logprobs_of(choice, url))
+    scores = _scores_of_completion(response, wanted, url) if wanted else None
+    told = response.metrics and response.metrics.speculative_decoding
+    drafts = (told.num_draft_tokens, told.num_accepted_draft_tokens) if told else None
+    versions = _versions(choice, url)
+    return SampledTokens(tuple(ids), choice.finish_reason, sampled, scores, drafts, versions)
+
+
+def _logprobs_of(choice: _Choice, url: str) -> list[_Logprob]:
+    """Raises AttemptFailed: not every token has its log-probability."""
+    if choice.logprobs is None or len(choice.logprobs.content) != len(choice.token_ids):
+        raise AttemptFailed(url, "the answer lacks the log-probabilities of its tokens")
+    return choice.logprobs.content
+
+
+def _scores_of_completion(response: _Response, wanted: Wanted, url: str) -> TokenScores:
+    """Scores of the tokens that were sampled.
+
+    Raises:
+        AttemptFailed: a token or one of its `top_k` is missing.
+    """
+    choice, scores = response.choices[0], response.scores
+    if scores is None:
+        places: list[Place] = [
+            {top.token_id: top.logprob for top in entry.top_logprobs} | {token: entry.logprob}
+            for token, entry in zip(choice.token_ids, _logprobs_of(choice, url), strict=True)
+        ]
+        scores = _scores_of_json(places, choice.token_ids, wanted, url)
+    _check_scores(scores, len(choice.token_ids), wanted, url)
+    return scores
 
 
 def read_scores(
@@ -331,13 +357,13 @@ def _unpacked(content: bytes, url: str) -> dict[str, Any]:
     try:
         tensors = load(content)
         size = int.from_bytes(content[:8], "little")
-        choice = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["choice"])
-        choice["token_ids"] = tensors["token_ids"].tolist()
+        answer = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["answer"])
+        answer["choices"][0]["token_ids"] = tensors["token_ids"].tolist()
         top_ids = tensors["top_ids"].astype(np.int64)
         scores = TokenScores(top_ids, tensors["top_logprobs"], tensors["label_logprobs"])
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, LookupError, TypeError) as error:
         raise AttemptFailed(url, f"its arrays are malformed: {error!r}") from None
-    return {"choices": [choice], "scores": scores}
+    return {**answer, "scores": scores}
 
 
 def _check_scores(scores: TokenScores, labels: int, wanted: Wanted, url: str) -> None:

@@ -14,7 +14,13 @@ from tqdm import tqdm
 
 from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import Sampling, VllmClient
-from nemo_trd.data.types import Completion, GenerationRequest, TokenIds, TokenScores
+from nemo_trd.data.types import (
+    Completion,
+    FinishReason,
+    GenerationRequest,
+    TokenIds,
+    TokenScores,
+)
 from nemo_trd.generation.api import (
     AttemptFailed,
     Connection,
@@ -48,7 +54,8 @@ class VllmGenerator:
 
     `sync` brings new weights to the servers; without it they keep those they have loaded
     themselves, version 0. With `logprobs`, completions carry those of their tokens, and with
-    `wanted` scores. `decode` is needed where `Sampling.stop` is used.
+    `wanted` scores. Servers with `drafts` take no biases. `decode` is needed where `Sampling.stop`
+    is used.
 
     A request is idempotent, by its seed: one that fails goes to another replica. A replica that
     fails is asked again when it is healthy, unpaused and has the current weights.
@@ -64,6 +71,7 @@ class VllmGenerator:
         sync: WeightSync | None = None,
         logprobs: bool = False,
         wanted: Wanted | None = None,
+        drafts: bool = False,
         progress: bool = False,
         stopping: Callable[[], bool] = lambda: False,
         decode: Decode | None = None,
@@ -79,6 +87,7 @@ class VllmGenerator:
         self._sync = sync
         self._logprobs = logprobs
         self._wanted = wanted
+        self._drafts = drafts
         self._progress = progress
         self._decode = decode
         self._lock = threading.Lock()  # of the members' loads: one batch at a time
@@ -163,7 +172,7 @@ class VllmGenerator:
         body = generation_body(request, sampling, self._eos_token_ids, logprobs)
         if wanted:
             body["scores"] = wanted.body()
-        body["sampling_params"] |= self.vocabulary.constraint
+        body["sampling_params"] |= self.vocabulary.constraint(biases=not self._drafts)
         return Job(name, body, request.affinity, read)
 
     def _check(
@@ -184,24 +193,23 @@ class VllmGenerator:
         Raises:
             AttemptFailed: it ended with neither an EOS token nor a text of `sampling.stop`.
         """
-        ids, logprobs, scores = sampled.token_ids, sampled.logprobs, sampled.scores
-        ended = sampled.finish_reason == "stop" and ids[-1:] and ids[-1] in self._eos_token_ids
+        ids, tail = sampled.token_ids, ""
+        reason: FinishReason = sampled.finish_reason
+        labels = self.vocabulary.ended(ids)
+        ended = reason == "stop" and ids[-1:] and ids[-1] in self._eos_token_ids
         if sampling.stop:
             assert self._decode is not None, "stop needs a tokenizer: give the generator `decode`"
             stops = StopStrings(sampling.stop, self._decode)
             cut = stops.cut(prompt, ids[:-1] if ended else ids)
             if cut is not None:
-                count = len(cut.token_ids)
-                kept = logprobs and logprobs[:count], scores and scores.first(count)
-                return Completion(
-                    cut.token_ids, "stop_string", version, kept[0], cut.tail, scores=kept[1]
-                )
-            if sampled.finish_reason == "stop" and not ended:
+                labels, reason, tail = cut.token_ids, "stop_string", cut.tail
+            elif reason == "stop" and not ended:
                 raise AttemptFailed(url, f"it ended a completion at none of {sampling.stop}")
-        token_ids = self.vocabulary.ended(ids)
-        if token_ids != ids:
-            scores = None  # of an end that is no label
-        return Completion(token_ids, sampled.finish_reason, version, logprobs, scores=scores)
+        count, logprobs, scores = len(labels), sampled.logprobs, sampled.scores
+        if scores is not None:  # none is known of an end that takes the place of the sampled one
+            scores = scores.first(count) if labels == ids[:count] else None
+        kept = None if logprobs is None else logprobs[:count]
+        return Completion(labels, reason, version, kept, tail, scores, sampled.drafts)
 
     def score(
         self, sequences: Sequence[tuple[TokenIds, int]], wanted: Wanted, description: str

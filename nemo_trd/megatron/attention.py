@@ -176,7 +176,7 @@ class WithinSegments:
         results = []
         for q, k, v, (count, _) in parts:
             rows = [x.unflatten(0, (count, -1)) for x in (q, k, v)]
-            results.append(attention(rows[0], rows[1], rows[2], scale).flatten(0, 1))
+            results.append(attention(rows[0], rows[1], rows[2], scale=scale).flatten(0, 1))
         return torch.cat(results)
 
 

@@ -31,12 +31,15 @@ class Vocabulary:
     never: tuple[int, ...]
     ends: Mapping[int, int]
 
-    @property
-    def constraint(self) -> dict[str, Any]:
-        """Sampling parameters of vLLM that keep `never` from being sampled; the shorter list."""
+    def constraint(self, *, biases: bool = True) -> dict[str, Any]:
+        """Sampling parameters of vLLM that keep `never` from being sampled; the shorter list.
+
+        Args:
+            biases: the server takes biases of logits.
+        """
         if not self.never:
             return {}
-        if len(self.never) <= self.columns // 2:
+        if biases and len(self.never) <= self.columns // 2:
             return {"logit_bias": dict.fromkeys(map(str, self.never), NEVER)}
         return {"allowed_token_ids": sorted(set(range(self.columns)) - set(self.never))}
 

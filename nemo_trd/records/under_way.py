@@ -80,9 +80,10 @@ def _read(file: Path) -> dict[str, Completion]:
     for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             record: dict[str, Any] = json.loads(line)
-            request, logprobs = record.pop("request"), record.pop("logprobs")
-            record["token_ids"] = tuple(record["token_ids"])
-            kept[request] = Completion(**record, logprobs=logprobs and tuple(logprobs))
+            request = record.pop("request")
+            for name in ("token_ids", "logprobs", "drafts"):
+                record[name] = None if record.get(name) is None else tuple(record[name])
+            kept[request] = Completion(**record)
         except (ValueError, TypeError, KeyError, AttributeError):
             continue
     return kept

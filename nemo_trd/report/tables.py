@@ -96,6 +96,11 @@ def changes(run: RunRecords) -> Changes:
         "length of y_r": ("refinement_tokens", "{:.1f}"),
         "rewrites equal to y_o": ("unchanged", "{:.1%}"),
     }
+    drafts = {  # where the teacher's servers check some
+        "drafted tokens accepted": ("draft_acceptance", "{:.1%}"),
+        "tokens of y_r per decoding step": ("tokens_per_decode_step", "{:.2f}"),
+    }
+    means |= {label: row for label, row in drafts.items() if run.values(row[0])}
     averages = {label: (mean(run.values(name)), form) for label, (name, form) in means.items()}
     return Changes(
         counts={(a, b): run.total(f"{a}_to_{b}") for a in states for b in states},

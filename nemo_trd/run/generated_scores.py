@@ -54,11 +54,11 @@ class GeneratedScores:
                 for position, trajectory in enumerate(trajectories)
                 if (scores := self._find(trajectory)) is not None
             }
-            is_here = dist.get_rank() == receiver
-            parts: list[dict[int, TokenScores]] | None
-            parts = [{}] * dist.get_world_size() if is_here else None
-            dist.gather_object(held, parts, receiver, self._group)
-            for part in parts or ():
+            parts: list[dict[int, TokenScores]] = []
+            if dist.get_rank() == receiver:
+                parts = [{} for _ in range(dist.get_world_size())]
+            dist.gather_object(held, parts or None, receiver, self._group)
+            for part in parts:
                 taken |= part
         return taken
 

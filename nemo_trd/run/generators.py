@@ -141,7 +141,10 @@ class Generators:
             self.student = self.teacher = make(student, of_student, sync=sync, logprobs=True)
         if "teacher" not in models:
             return
-        self.teacher_on_servers = partial(make, config.teacher_source, servers["teacher"])
+        drafts = vllm.teacher.server.speculation is not None
+        self.teacher_on_servers = partial(
+            make, config.teacher_source, servers["teacher"], drafts=drafts
+        )
         if vllm.teacher.urls:
             self.teacher_servers = servers["teacher"]
         if config.draws_rewrites:

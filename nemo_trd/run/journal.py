@@ -10,7 +10,13 @@ from typing import Any
 import torch.distributed as dist
 
 from nemo_trd.algorithm.acceptance import refinement_counts
-from nemo_trd.algorithm.change import change, mean_change, rewritten, rollout_nll
+from nemo_trd.algorithm.change import (
+    change,
+    draft_metrics,
+    mean_change,
+    rewritten,
+    rollout_nll,
+)
 from nemo_trd.config.schema import Config
 from nemo_trd.data.types import Refinement, Rollout, Trajectory
 from nemo_trd.distributed.exchange import from_first_rank, merge_shares, own_share
@@ -105,6 +111,7 @@ class Journal:
             "generated_tokens": sum(len(completion.token_ids) for completion in drawn),
             **mean_change(merge_shares([change(*p) for p in own_share(rewritten(refinements))])),
             **rollout_nll(rollouts),
+            **draft_metrics(rewrites),
             **agreement.metrics(self._differences(rollouts)),
         }
 

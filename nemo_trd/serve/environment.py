@@ -12,6 +12,7 @@ from pydantic import SecretStr
 
 from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.load import conf_dir
+from nemo_trd.config.schema import Speculation
 from nemo_trd.serve.worker import worker_environment
 
 PYTHON_VARIABLE = "NEMO_TRD_VLLM_PYTHON"
@@ -54,6 +55,20 @@ def server_environment(
     environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     environment |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     return worker_environment(environment)
+
+
+def check_draft_package(speculation: Speculation, python: str, field: str) -> None:
+    """Raises ConfigError: the interpreter `python` lacks what makes the drafts."""
+    if speculation.method != "suffix":
+        return
+    probe = "import importlib.metadata; importlib.metadata.version('arctic-inference')"
+    if subprocess.run([python, "-I", "-c", probe], capture_output=True, timeout=60).returncode:
+        raise rule_broken(
+            f"{field}.method",
+            speculation.method,
+            f"{python} lacks the package arctic-inference, which makes these drafts",
+            "install it there, or set method to ngram",
+        )
 
 
 def find_vllm(

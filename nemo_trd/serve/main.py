@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from nemo_trd.config.arguments import path
 from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.load import conf_dir
+from nemo_trd.config.rules import check_drafts
 from nemo_trd.config.schema import VllmServer
 from nemo_trd.records.step_lines import write_atomically
 from nemo_trd.serve.api_key import read_api_key
@@ -74,6 +75,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Server, Path | None]:
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         parser.error("; ".join(wrong))
+    check_drafts("speculation", settings.speculation)
     api_key = None
     if not parsed.no_api_key:
         api_key = read_api_key(parsed.api_key_env, parsed.api_key_file)

@@ -103,6 +103,7 @@ def generator_on_servers(
     sync: WeightSync | None = None,
     logprobs: bool = False,
     wanted: Wanted | None = None,
+    drafts: bool = False,
     progress: bool = False,
     stopping: Callable[[], bool] = lambda: False,
 ) -> VllmGenerator:
@@ -125,6 +126,7 @@ def generator_on_servers(
         sync=sync,
         logprobs=logprobs,
         wanted=wanted,
+        drafts=drafts,
         progress=progress,
         stopping=stopping,
         decode=decoder(source.path, source.trust_remote_code),

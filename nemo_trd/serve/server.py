@@ -28,8 +28,8 @@ from nemo_trd.config.schema import ModelSource, ServedPool, VllmServer, VllmSett
 from nemo_trd.models.dtypes import DTYPE_NAMES
 from nemo_trd.models.family import known_positions
 from nemo_trd.serve import guard
-from nemo_trd.serve.environment import find_vllm, server_environment
-from nemo_trd.serve.worker import worker_arguments
+from nemo_trd.serve.environment import check_draft_package, find_vllm, server_environment
+from nemo_trd.serve.worker import draft_arguments, worker_arguments
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +100,7 @@ class Server:
         """
         assert self._process is None
         python, is_cpu = find_vllm(self.settings.python, f"{self._field}.python")
+        self._check_drafts(python)
         command = [python, "-P", "-m", "nemo_trd_api_server"]
         self._reserve_address()
         command += self._arguments(is_cpu)
@@ -116,6 +117,19 @@ class Server:
                 start_new_session=True,
             )
         log.info("starting a server of %s at %s, log in %s", self.model, self.url, self.log_file)
+
+    def _check_drafts(self, python: str) -> None:
+        drafts, field = self.settings.speculation, f"{self._field}.speculation"
+        if drafts is None:
+            return
+        if self._weight_backend is not None:
+            raise rule_broken(
+                field,
+                drafts.model_dump(),
+                "a server that is given weights is a student's, and rollouts copy next to nothing",
+                "set it to null",
+            )
+        check_draft_package(drafts, python, field)
 
     def wait_until_healthy(self) -> None:
         """Wait until it answers, and say every few seconds how far it is.
@@ -213,6 +227,8 @@ class Server:
             arguments += worker_arguments()
         if self._sleeps and not is_cpu:  # a build for CPUs answers as if it slept, and refuses this
             arguments.append("--enable-sleep-mode")
+        if settings.speculation is not None:
+            arguments += draft_arguments(settings.speculation, is_cpu)
         if is_cpu:
             longest = max(CPU_BATCHED_TOKENS, settings.max_model_len or self._positions())
             arguments += [*CPU_ARGUMENTS, "--max-num-batched-tokens", str(longest)]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nemo_trd.algorithm.change import (
     Change,
     change,
+    draft_metrics,
     first_difference,
     kept_tokens,
     mean_change,
@@ -96,6 +97,16 @@ def refinement(rejection: Any, logprobs: tuple[float, ...] | None = None) -> Ref
 def test_only_accepted_rewrites_are_compared() -> None:
     given = [refinement(r) for r in ("subset", None, "truncated", "context_overflow")]
     assert rewritten(given) == [((7, 2), (8, 2))]
+
+
+def test_drafts_are_counted_over_the_rewrites_that_had_some() -> None:
+    def rewrite(tokens: int, drafts: tuple[int, int] | None) -> Completion:
+        return Completion((8,) * tokens, "stop", 0, drafts=drafts)
+
+    metrics = draft_metrics([rewrite(10, (8, 6)), rewrite(4, (2, 0)), rewrite(50, None)])
+    assert metrics == {"draft_acceptance": 6 / 10, "tokens_per_decode_step": 14 / 8}
+    assert draft_metrics([rewrite(3, (0, 0))]) == {"tokens_per_decode_step": 1}
+    assert draft_metrics([rewrite(50, None)]) == {}
 
 
 def test_the_nll_of_rollouts_is_a_mean_over_tokens_where_log_probabilities_are_known() -> None:

@@ -34,7 +34,14 @@ def test_ratios_are_of_sums_over_the_pairs(benchmark: Any) -> None:
     found = benchmark.ratios(pairs)
     assert found == {"ratio": pytest.approx(10.8 / 12), "ideal_ratio": pytest.approx(7 / 12)}
     result = {**found, "pairs": [{**p, **benchmark.ratios([p])} for p in pairs]}
-    shown = benchmark.table({**result, "different_samples": 0})
+    scores = {
+        "bytes": {"json": 6000.0, "binary": 520.0},
+        "client": {"json": 1.5, "binary": 0.01},
+        "seconds": {"with_scores": 2.0},
+    }
+    shown = benchmark.table({**result, "different_samples": 0, "scores": scores})
+    assert "| 6000 | 520 | 11.5 |" in shown and "| 1.5000 | 0.0100 | 150.0 |" in shown
+    assert "with scores: 2.00 s for 1,000 labels" in shown
     assert "| refinement | 1.67 | 1.27 |" in shown and "MORE THAN 1.15" in shown
     assert "0.875 (0.750)" in shown
 

@@ -158,6 +158,8 @@ def test_configuration_is_found_from_any_directory(
 
 
 SERVER = ["generation=vllm", "teacher.scoring=server", "loss.top_k=20"]
+NGRAM = "{method: ngram, tokens: 5, lookup_max: 4, lookup_min: 2}"
+DRAFTS = ["generation=vllm", f"generation.vllm.teacher.server.speculation={NGRAM}"]
 GENERATION = ["generation=vllm", "teacher.scoring=generation", "loss.top_k=20"]
 GLOO = "generation.vllm.weight_sync.backend=gloo"
 REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
@@ -377,6 +379,26 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "scores of rewrites that nobody writes": (
         [*GENERATION, "algorithm.trajectory=rollout"],
         ("algorithm.trajectory = 'rollout'", "it writes nothing", "teacher.scoring=server"),
+    ),
+    "drafts of a student": (
+        ["generation=vllm", f"generation.vllm.server.speculation={NGRAM}"],
+        ("generation.vllm.student.server.speculation = {'method'", "copied", "teacher.server may"),
+    ),
+    "drafts and a least probability": (
+        [*DRAFTS, "generation.refinement.min_p=0.1"],
+        ("generation.refinement.min_p = 0.1", "vLLM does not take it", "set it to 0"),
+    ),
+    "drafts that are looked up by no token": (
+        [*DRAFTS, "generation.vllm.teacher.server.speculation.lookup_max=null"],
+        ("teacher.server.speculation.lookup_max = None", "the last tokens", "for example 4"),
+    ),
+    "drafts that are looked up by more tokens than at most": (
+        [*DRAFTS, "generation.vllm.teacher.server.speculation.lookup_min=5"],
+        ("speculation.lookup_min = 5", "may not exceed lookup_max = 4", "lower it"),
+    ),
+    "drafts of another method": (
+        [*DRAFTS, "generation.vllm.teacher.server.speculation.method=suffix"],
+        ("speculation.lookup_max = 4", "method suffix", "lookup_min to null"),
     ),
     **{
         f"a sampling setting that is off as elsewhere: {setting}": (

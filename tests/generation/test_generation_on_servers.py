@@ -6,12 +6,14 @@ The tests of this file run in order: the last ones kill the servers that the fir
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,9 +31,15 @@ from tiny_models import byte_tokenizer, make_model
 from transformers import AutoModelForCausalLM
 
 from nemo_trd.config.errors import ConfigError
-from nemo_trd.config.schema import LocalGeneration, ModelSource, Sampling, VllmClient
+from nemo_trd.config.schema import (
+    LocalGeneration,
+    ModelSource,
+    Sampling,
+    Speculation,
+    VllmClient,
+)
 from nemo_trd.config.schema import WeightSync as WeightSyncSettings
-from nemo_trd.data.types import GenerationRequest
+from nemo_trd.data.types import Completion, GenerationRequest
 from nemo_trd.evaluate.main import main as evaluate_main
 from nemo_trd.generation.api import ARRAYS, GENERATE, Wanted, read_scores, scoring_body
 from nemo_trd.generation.identity import (
@@ -332,6 +340,86 @@ def test_scores_in_binary_are_those_in_json_within_520_bytes_a_label(
     assert post(body, Accept=ARRAYS).status_code == 401
     refused = post({**body, "scores": {}}, **key, Accept=ARRAYS)
     assert refused.status_code == 400 and "start" in refused.text
+
+
+@pytest.fixture(scope="module")
+def drafting(
+    models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VllmGenerator]:
+    """A generator on a server that checks drafts."""
+    drafts = Speculation(method="ngram", tokens=4, lookup_max=3, lookup_min=1)
+    settings = SERVER.model_copy(update={"speculation": drafts, "max_num_seqs": 64})
+    log_file = tmp_path_factory.mktemp("drafting") / "log"
+    with Server(str(models["qwen3"]), settings, log_file, api_key=SecretStr(KEY)) as server:
+        client = CLIENT.model_copy(update={"max_concurrency": 64})
+        vocabulary = read_vocabulary(ModelSource(path=str(models["qwen3"])))
+        yield VllmGenerator(
+            [server.url], vocabulary, client, api_key=SecretStr(KEY), drafts=True, wanted=Wanted(8)
+        )
+
+
+def drafted(completions: list[Completion]) -> tuple[int, int]:
+    """Tokens that were drafted, and those of them that were accepted."""
+    drafts = [completion.drafts for completion in completions]
+    return sum(d[0] for d in drafts if d), sum(d[1] for d in drafts if d)
+
+
+def test_drafts_change_no_token_at_temperature_0_nor_its_scores(
+    servers: list[Server], models: dict[str, Path], drafting: VllmGenerator
+) -> None:
+    plain, asked = generator(servers[0].url, model=models["qwen3"]), requests(24, seed=5)
+    rewrites = drafting.generate(asked, GREEDY, "rewrites")
+    assert rewrites == plain.generate(asked, GREEDY, "rewrites")
+    tried, accepted = drafted(rewrites)
+    print(f"{accepted} of {tried} drafted tokens accepted")
+    assert 0 < accepted < tried
+    sequences = [
+        (r.prompt_token_ids + c.token_ids, len(r.prompt_token_ids))
+        for r, c in zip(asked, rewrites, strict=True)
+    ]
+    later = generator(servers[0].url, model=models["qwen3"]).score(sequences, Wanted(8), "scores")
+    for rewrite, scores in zip(rewrites, later, strict=True):
+        assert rewrite.scores is not None
+        assert rewrite.scores.top_ids.tolist() == scores.top_ids.tolist()
+        np.testing.assert_allclose(rewrite.scores.top_logprobs, scores.top_logprobs, atol=1e-4)
+        np.testing.assert_allclose(rewrite.scores.label_logprobs, scores.label_logprobs, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_drafts_leave_the_distribution_as_it_is(
+    models: dict[str, Path], drafting: VllmGenerator
+) -> None:
+    """Three tokens, each of the three most likely ones, after a prompt in which these stand."""
+    count, sampling = 600, Sampling(temperature=1, top_p=1, top_k=3, max_tokens=3)
+    prompt = requests(2)[1].prompt_token_ids
+    for _ in range(2):  # so that drafts are made, and some of them are good
+        longer = drafting.generate([GenerationRequest(prompt, 0)], GREEDY, "a prompt")[0].token_ids
+        prompt += tuple(token for token in longer if token not in (3, 50))
+    model = AutoModelForCausalLM.from_pretrained(models["qwen3"], dtype=torch.float32)
+    paths: dict[tuple[int, ...], float] = {(): 1.0}
+    with torch.inference_mode():
+        for _ in range(3):
+            extended = {}
+            for path, probability in paths.items():
+                logits = model(torch.tensor([prompt + path])).logits[0, -1, :261]
+                top = logits.topk(3)
+                shares = top.values.softmax(-1)
+                for token, share in zip(top.indices.tolist(), shares.tolist(), strict=True):
+                    extended[(*path, token)] = probability * share
+            paths = extended
+    asked = [GenerationRequest(prompt, seed) for seed in range(count)]
+    rewrites = drafting.generate(asked, sampling, "rewrites")
+    tried, accepted = drafted(rewrites)
+    print(f"{accepted} of {tried} drafted tokens accepted")
+    assert 50 < accepted < tried - 50
+    found = Counter(rewrite.token_ids for rewrite in rewrites)
+    assert not found.keys() - paths.keys()
+    statistic = sum((found[path] - count * p) ** 2 / (count * p) for path, p in paths.items())
+    freedom = len(paths) - 1
+    print(f"chi-square {statistic:.1f} with {freedom} degrees of freedom")
+    assert statistic < freedom + 4 * math.sqrt(2 * freedom)
+    again = drafting.generate(asked[:20], sampling, "rewrites")
+    assert again == rewrites[:20]
 
 
 def evaluated(

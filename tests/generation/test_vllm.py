@@ -64,6 +64,7 @@ def test_concurrency_of_each_replica_is_limited_and_used() -> None:
         ("500", "status 500"),
         ("503", "status 503"),
         ("garbage", "no JSON"),
+        ("arrays", "its arrays are malformed"),
         ("shape", "malformed: choices.0.token_ids"),
         ("half", "RemoteProtocolError"),
         ("hangup", "Error"),
@@ -311,7 +312,7 @@ def test_a_request_forbids_ids_without_a_token(
     never: tuple[int, ...], constraint: dict[str, Any]
 ) -> None:
     vocabulary = Vocabulary(columns=10, never=never, ends={EOS: EOS})
-    assert vocabulary.constraint == constraint
+    assert vocabulary.constraint() == constraint
     with FakeVllm() as server:
         generator(server, vocabulary=vocabulary).generate(requests(1), SAMPLING, "rollouts")
         (params,) = server.params

@@ -294,7 +294,9 @@ def test_in_opsd_the_server_is_the_student_of_step_0(
 def test_a_run_on_its_own_servers_saves_and_ends_when_they_all_die(
     served_models: Path, tmp_path: Path
 ) -> None:
+    drafts = "{method: ngram, tokens: 3, lookup_max: 2, lookup_min: 1}"
     run = settings(served_models, {}, tmp_path / "run", "generation.vllm.server.dtype=fp32")
+    run.append(f"generation.vllm.teacher.server.speculation={drafts}")
     run += ["generation.vllm.client.max_attempts=2", "generation.vllm.client.backoff_seconds=0.1"]
     run += ["generation.colocate=true", "teacher.offload_weights=true"]
     marked = ENVIRONMENT | {"TEST_MARK": str(tmp_path)}
@@ -303,6 +305,9 @@ def test_a_run_on_its_own_servers_saves_and_ends_when_they_all_die(
     assert re.search(r"nemo_trd: GenerationFailed: http://127\.0\.0\.1:\d+/wake_up\S*: \w+", output)
     checkpoints = tmp_path / "run" / "checkpoints"
     assert (checkpoints / "latest").resolve().name == "step_00000002"
+    for step in metrics(tmp_path / "run"):
+        print({name: step[name] for name in ("draft_acceptance", "tokens_per_decode_step")})
+        assert 0 <= step["draft_acceptance"] <= 1 <= step["tokens_per_decode_step"] < 4
     logs = sorted(file.name for file in (tmp_path / "run" / "servers").iterdir())
     assert logs == ["student-0.log", "teacher-0.log"]
     # They took turns with the trainer: a build for CPUs keeps its memory, and answers all the same.

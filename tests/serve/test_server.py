@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -20,11 +21,11 @@ from pydantic import SecretStr
 
 from nemo_trd.config.errors import ConfigError
 from nemo_trd.config.load import compose
-from nemo_trd.config.schema import VllmServer
+from nemo_trd.config.schema import Speculation, VllmServer
 from nemo_trd.distributed.process import TRAINING_ENVIRONMENT
 from nemo_trd.serve import guard
 from nemo_trd.serve.api_key import read_api_key
-from nemo_trd.serve.environment import find_vllm, server_environment
+from nemo_trd.serve.environment import check_draft_package, find_vllm, server_environment
 from nemo_trd.serve.main import main
 from nemo_trd.serve.server import CPU_ARGUMENTS, Server, ServerError, servers_of
 from nemo_trd.serve.worker.nemo_trd_auth import RequireKey
@@ -213,6 +214,22 @@ def test_interpreter_without_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("NEMO_TRD_VLLM_PYTHON", sys.executable)
     with pytest.raises(ConfigError, match="it has no vLLM"):
         find_vllm(None)
+
+
+def test_a_server_that_checks_drafts_is_told_where_they_come_from(tmp_path: Path) -> None:
+    drafts = Speculation(method="ngram", tokens=5, lookup_max=4, lookup_min=2)
+    server = Server("m", SETTINGS.model_copy(update={"speculation": drafts}), tmp_path / "log")
+    arguments = server._arguments(is_cpu=False)
+    expected = {"method": "ngram", "num_speculative_tokens": 5}
+    expected |= {"prompt_lookup_max": 4, "prompt_lookup_min": 2}
+    assert json.loads(arguments[arguments.index("--speculative-config") + 1]) == expected
+    assert "--worker-extension-cls" not in arguments  # the kernels of a GPU need no mending
+
+    suffix = Speculation(method="suffix", tokens=8)
+    with pytest.raises(
+        ConfigError, match=r"speculation\.method = 'suffix'.*arctic-inference.*ngram"
+    ):
+        check_draft_package(suffix, sys.executable, "speculation")
 
 
 def test_url_is_where_others_reach_it(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from nemo_trd.generation.api import ARRAYS
+
 EOS = 3
 KEY = "a-secret-key-of-a-test"
 
@@ -29,8 +31,8 @@ def tokens_for(prompt: list[int], seed: int | None, max_tokens: int) -> list[int
 class FakeVllm:
     """`fault(number)` names what becomes of the generation request with that number, from 0 on.
 
-    "ok", "500", "503", "garbage", "shape", "half", "hang", "hangup", "short", "stale", "abort",
-    "400", "cut" (the reason is "stop", and there is no EOS).
+    "ok", "500", "503", "garbage", "arrays" (binary garbage), "shape", "half", "hang", "hangup",
+    "short", "stale", "abort", "400", "cut" (the reason is "stop", and there is no EOS).
     """
 
     def __init__(self, fault: Callable[[int], str] = lambda number: "ok", port: int = 0) -> None:
@@ -135,6 +137,9 @@ class FakeVllm:
         if fault == "garbage":
             _send_bytes(handler, 200, b"<html>It works!</html>")
             return
+        if fault == "arrays":
+            _send_bytes(handler, 200, b"none", kind=ARRAYS)
+            return
         if fault == "short":
             ids, reason = ids[:-1], "length"
         if fault == "cut":
@@ -177,10 +182,14 @@ def _send(handler: BaseHTTPRequestHandler, status: int, content: Any) -> None:
 
 
 def _send_bytes(
-    handler: BaseHTTPRequestHandler, status: int, content: bytes, length: int | None = None
+    handler: BaseHTTPRequestHandler,
+    status: int,
+    content: bytes,
+    length: int | None = None,
+    kind: str = "application/json",
 ) -> None:
     handler.send_response(status)
-    handler.send_header("Content-Type", "application/json")
+    handler.send_header("Content-Type", kind)
     handler.send_header("Content-Length", str(len(content) if length is None else length))
     handler.end_headers()
     handler.wfile.write(content)

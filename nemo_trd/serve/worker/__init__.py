@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from nemo_trd.config.schema import Speculation
+
 WORKER_DIRECTORY = Path(__file__).parent
 
 
@@ -20,6 +22,22 @@ def worker_arguments() -> list[str]:
         "--weight-transfer-config",
         json.dumps({"backend": "nemo_trd"}),
     ]
+
+
+def draft_arguments(speculation: Speculation, is_cpu: bool) -> list[str]:
+    """Arguments of a server that checks drafts, and tells with each answer how many it accepted."""
+    drafts: dict[str, str | int] = {"method": speculation.method}
+    drafts["num_speculative_tokens"] = speculation.tokens
+    if speculation.method == "ngram":
+        longest = speculation.lookup_max
+        assert longest is not None  # else the settings were refused
+        drafts |= {"prompt_lookup_max": longest}
+        drafts |= {"prompt_lookup_min": speculation.lookup_min or longest}
+    arguments = ["--speculative-config", json.dumps(drafts)]
+    arguments += ["--per-request-spec-decode-metrics", "summary"]
+    if is_cpu:
+        arguments += ["--worker-extension-cls", "nemo_trd_drafts.WorkerExtension"]
+    return arguments
 
 
 def worker_environment(environment: dict[str, str]) -> dict[str, str]:

@@ -107,9 +107,15 @@ def _packed(completion: CompletionOutput, rows: FlatLogprobs, wanted: Wanted) ->
     ids, logprobs, labels = most_likely(
         *_table(rows), top_k=wanted.top_k, vocab_size=wanted.vocab_size
     )
-    choice = {
-        "finish_reason": completion.finish_reason or "stop",
-        "weight_versions": [{"version": s.version} for s in completion.weight_versions or ()],
+    versions, drafts = completion.weight_versions or (), completion.spec_decode_metrics
+    answer = {
+        "choices": [
+            {
+                "finish_reason": completion.finish_reason or "stop",
+                "weight_versions": [{"version": span.version} for span in versions],
+            }
+        ],
+        "metrics": {"speculative_decoding": drafts and drafts.to_dict()},
     }
     tensors = {
         "token_ids": np.array(completion.token_ids, np.int32),
@@ -117,7 +123,7 @@ def _packed(completion: CompletionOutput, rows: FlatLogprobs, wanted: Wanted) ->
         "top_logprobs": logprobs.astype(np.float32),
         "label_logprobs": labels.astype(np.float32),
     }
-    return save(tensors, {"choice": json.dumps(choice)})
+    return save(tensors, {"answer": json.dumps(answer)})
 
 
 def _table(rows: FlatLogprobs) -> tuple[np.ndarray, np.ndarray]:
