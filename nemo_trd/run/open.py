@@ -18,7 +18,8 @@ def open_teacher_and_generators(
 ) -> tuple[FrozenTeacher, Generators]:
     """The teacher that `teacher.scoring` names, and the generators. Collective.
 
-    A teacher in Megatron is loaded first: servers are started when it is known to be whole.
+    A teacher in Megatron is loaded first: servers are started when it is known to be whole. Where
+    it is the student without its adapter nothing is loaded.
 
     Raises:
         ConfigError: on all ranks.
@@ -26,7 +27,8 @@ def open_teacher_and_generators(
         GenerationFailed: the teacher's servers do not score.
     """
     if config.teacher.scoring == "megatron":
-        return Teacher(config, student.groups), Generators(config, stopping)
+        base = student.models[0] if config.teacher_is_base else None
+        return Teacher(config, student.groups, base), Generators(config, stopping)
     generators = Generators(config, stopping)
     scorer = generators.teacher_on_servers()  # does not wait for what `teacher` generates
     return ServerTeacher(config, scorer, student.groups, student.vocab_size), generators
