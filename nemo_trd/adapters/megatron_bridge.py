@@ -135,6 +135,13 @@ class TRD:
                 "Bridge counts sequences of a micro-batch",
                 "set it, and train.max_tokens_per_micro_batch=null",
             )
+        if config.student.adapter is not None:
+            raise rule_broken(
+                "student.adapter",
+                config.student.adapter.kind,
+                "Bridge's recipe says what of its model is trained",
+                "set it to null",
+            )
         self.config = config
         self.micro_batches: deque[Item] = deque()
         self.forward_step = TRDForwardStep(left=lambda: len(self.micro_batches))

@@ -141,13 +141,24 @@ def composed(
 def with_free_keys(overrides: list[str], schema: type[BaseModel] = Config) -> list[str]:
     """Overrides that Hydra takes: keys of settings that have any are added without a `+`.
 
-    So `data.chat_template_kwargs.enable_thinking=false` can be said like every other setting.
+    So `data.chat_template_kwargs.enable_thinking=false` can be said like every other setting. And
+    `student.adapter=lora` chooses the file conf/student/adapter/lora.yaml.
     """
+    overrides = [_of_group(override) for override in overrides]
     named = [re.match(r"[\w.]+(?==)", override) for override in overrides]
     return [
         f"++{override}" if name and _is_free(schema, name[0].split(".")) else override
         for override, name in zip(overrides, named, strict=True)
     ]
+
+
+def _of_group(override: str) -> str:
+    """`student/adapter=lora` of `student.adapter=lora`, where there is a file of that name."""
+    key, _, value = override.partition("=")
+    group = key.replace(".", "/")
+    named = re.fullmatch(r"\w+(\.\w+)+=\w+", override)
+    is_file = named is not None and (conf_dir() / group / f"{value}.yaml").is_file()
+    return f"{group}={value}" if is_file else override
 
 
 def _is_free(schema: type[BaseModel], path: list[str]) -> bool:

@@ -31,6 +31,7 @@ def check_consistent(config: Config) -> None:
     if config.generation.stored is not None:
         _check_stored(config, config.generation.stored)
     _check_precision(config)
+    _check_adapter(config)
     _check_layouts_and_servers(config)
 
 
@@ -168,6 +169,82 @@ def _check_precision(config: Config) -> None:
             "all ranks exchange maxima after each forward pass, and the stages of a pipeline "
             f"(parallel.student.pipeline_model_parallel_size = {stages}) would wait for each other",
             "set it to tensorwise",
+        )
+
+
+def _check_adapter(config: Config) -> None:
+    adapter, precision = config.student.adapter, config.precision
+    if adapter is None:
+        if config.checkpoint.export_merged:
+            raise rule_broken(
+                "checkpoint.export_merged",
+                True,
+                "student.adapter=null trains the weights themselves: export/ has them",
+                "set it to false",
+            )
+        return
+    twice = [target for target in adapter.targets if adapter.targets.count(target) > 1]
+    if twice:
+        raise rule_broken(
+            "student.adapter.targets",
+            adapter.targets,
+            f"a linear layer has one A and one B, and {twice[0]} is named twice",
+            "name it once",
+        )
+    if precision.fp8 is not None and precision.fp8_recipe == "delayed":
+        raise rule_broken(
+            "precision.fp8_recipe",
+            "delayed",
+            "checkpoints of an adapter hold nothing of the weights, nor the scales that follow "
+            "from their history",
+            "set it to tensorwise",
+        )
+    if config.model.teacher is None and adapter.init not in ("kaiming", "gaussian"):
+        raise rule_broken(
+            "student.adapter.init",
+            adapter.init,
+            "in algorithm.mode=opsd the teacher is the step-0 student, and that must be the model "
+            "without its adapter",
+            "merge the adapter into model.student.path, and set student.adapter.init=kaiming",
+        )
+    if config.teacher_is_base:
+        _check_shared_base(config)
+
+
+def _check_shared_base(config: Config) -> None:
+    """Rules for a teacher that is the student's own modules: what holds for one holds for both."""
+    student, precision = config.parallel.student, config.precision
+    shared = "with student.adapter the teacher of algorithm.mode=opsd is the student's own weights"
+    if student.virtual_pipeline_model_parallel_size is not None:
+        raise rule_broken(
+            "parallel.student.virtual_pipeline_model_parallel_size",
+            student.virtual_pipeline_model_parallel_size,
+            f"{shared}, and its micro-batches have lengths that an interleaved schedule does not "
+            "take",
+            "set it to null",
+        )
+    for field, value in student.model_dump().items():
+        other = getattr(config.parallel.teacher, field)
+        if other != value:
+            raise rule_broken(
+                f"parallel.teacher.{field}",
+                other,
+                f"{shared}, so it is split as that is: parallel.student.{field} = {value}",
+                f"set it to {json.dumps(value)}",
+            )
+    if precision.teacher_fp8 != precision.fp8:
+        raise rule_broken(
+            "precision.teacher_fp8",
+            precision.teacher_fp8,
+            f"{shared}, which compute with precision.fp8 = {precision.fp8}",
+            f"set it to {json.dumps(precision.fp8)}",
+        )
+    if config.teacher.offload_weights:
+        raise rule_broken(
+            "teacher.offload_weights",
+            True,
+            f"{shared}: there is no second copy to put away",
+            "set it to false",
         )
 
 

@@ -105,6 +105,33 @@ class Models(Section):
         return values
 
 
+TargetName = Literal["q", "k", "v", "o", "gate", "up", "down"]
+
+
+class Adapter(Section):
+    """Low-rank matrices that are trained while the student's weights stay; see docs/lora.md."""
+
+    # lora: to each linear layer W x among `targets` it adds scale B A x (arXiv 2106.09685).
+    kind: Literal["lora"]
+    rank: PositiveInt  # rows of A and columns of B
+    alpha: PositiveFloat  # the scale is alpha / rank, with rslora alpha / sqrt(rank)
+    rslora: bool  # rank-stabilised scale (arXiv 2312.03732)
+    dropout: Annotated[float, Field(ge=0, lt=1)]  # share of A's inputs that training sets to zero
+    # Linear layers with an A and a B, in each layer of the model: of attention q, k, v, o; of the
+    # MLP gate, up, down.
+    targets: Annotated[list[TargetName], Field(min_length=1)]
+    # What A and B begin with. kaiming: A uniform within 1 / sqrt(its inputs), B zero. gaussian: A
+    # normal with deviation 1 / rank, B zero. Else the directory of an adapter that Hugging Face
+    # PEFT has saved.
+    init: Name
+
+
+class Student(Section):
+    """What of the student is trained."""
+
+    adapter: Adapter | None  # null: all parameters are trained
+
+
 class Layout(Section):
     """How one model is split. Data parallelism takes the ranks that are left over."""
 
@@ -513,7 +540,11 @@ class Checkpoint(Section):
     resume: Name  # auto, never, or the directory of one checkpoint
     accept_changed_data: bool  # go on although data.train gives other prompts than before
     async_save: bool  # write to disk while the next steps run
-    export_hf: bool  # write a Hugging Face directory when the run ends
+    # When the run ends write the student to RUN_DIR/export: a Hugging Face directory; with
+    # student.adapter the adapter alone, as PEFT reads it.
+    export_hf: bool
+    # With student.adapter also write weights and adapter, merged, to RUN_DIR/export_merged.
+    export_merged: bool = False
 
 
 class WandB(Section):
@@ -593,6 +624,7 @@ class Config(Section):
     run: Run  # where the run writes, and its seed
     algorithm: Algorithm  # the paper's choices: who teaches, on what, seeing what
     model: Models  # directories of student and teacher
+    student: Student  # what of the student is trained
     parallel: Parallel  # how both are split over ranks
     teacher: Teacher  # who computes its distributions, and what it holds between steps
     precision: Precision  # number formats
@@ -617,6 +649,12 @@ class Config(Section):
     def draws_rewrites(self) -> bool:
         """Whether the teacher rewrites rollouts during the run."""
         return self.algorithm.trajectory == "refinement" and self.generation.stored is None
+
+    @property
+    def teacher_is_base(self) -> bool:
+        """Whether the teacher in Megatron is the student's own modules without their adapter."""
+        own = self.model.teacher is None and self.teacher.scoring == "megatron"
+        return own and self.student.adapter is not None
 
     @property
     def asks_teacher(self) -> bool:
@@ -659,6 +697,8 @@ class Config(Section):
             settings["teacher"] = {"chat_template_kwargs": self.teacher.chat_template_kwargs}
         if self.refinement.chat_template_kwargs is None:  # as before there was this setting
             del settings["refinement"]["chat_template_kwargs"]
+        if self.student.adapter is None:  # likewise
+            del settings["student"]
         for knob in ("micro_batch_size", "max_tokens_per_micro_batch", "recompute"):
             del settings["train"][knob]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

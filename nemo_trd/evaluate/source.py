@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.evaluation import EvaluatedModel
-from nemo_trd.config.schema import ModelSource
+from nemo_trd.config.schema import Adapter, ModelSource
+from nemo_trd.models.directory import ADAPTER_NAME
 from nemo_trd.records import latest
 from nemo_trd.records.checkpoint_dir import STATE_FILE, candidates, defects, records_of
 
@@ -29,6 +30,7 @@ class Source:
     hf: ModelSource
     checkpoint: Path | None
     dtype: Literal["fp32", "bf16"]  # of a checkpoint
+    adapter: Adapter | None = None  # what the checkpoint is of, if not of weights
 
     def fingerprint(self) -> str:
         """Tells other weights, and other tokenizers, from these; quick however large they are."""
@@ -42,7 +44,7 @@ class Source:
         if not (converted / "config.json").is_file():
             from nemo_trd.megatron.checkpoint_export import export_checkpoint
 
-            export_checkpoint(self.checkpoint, self.hf, self.dtype, converted)
+            export_checkpoint(self.checkpoint, self.hf, self.dtype, converted, self.adapter)
         return converted
 
 
@@ -59,11 +61,16 @@ class _RunPrecision(BaseModel):
     dtype: Literal["fp32", "bf16"]
 
 
+class _RunStudent(BaseModel):
+    adapter: Adapter | None = None
+
+
 class _RunSettings(BaseModel):
     """The part of a run's config.yaml that is needed."""
 
     model: _RunModels
     precision: _RunPrecision
+    student: _RunStudent = _RunStudent()
 
 
 def find_source(model: EvaluatedModel) -> Source:
@@ -100,7 +107,7 @@ def find_source(model: EvaluatedModel) -> Source:
         )
     trusted = model.trust_remote_code or student.trust_remote_code
     source = ModelSource(path=str(hf), trust_remote_code=trusted)
-    return Source(source, checkpoint, settings.precision.dtype)
+    return Source(source, checkpoint, settings.precision.dtype, settings.student.adapter)
 
 
 def _checkpoint(path: Path) -> Path:
@@ -114,7 +121,9 @@ def _checkpoint(path: Path) -> Path:
         log.warning("passing over checkpoint %s: %s", checkpoint, reason)
     if checkpoints:
         return checkpoints[0]
-    if (path / "export" / "config.json").is_file():
+    if (path / ADAPTER_NAME).is_file():
+        fix = "give its run's directory, or what checkpoint.export_merged=true wrote beside it"
+    elif (path / "export" / "config.json").is_file():
         fix = f"evaluate {path / 'export'}"
     else:
         fix = "give a directory with config.json, or a run directory with checkpoints"

@@ -221,7 +221,8 @@ class Checkpointer:
         """
         state_dict = self._state_dict(is_loading=True)
         optimizer = state_dict.pop("optimizer")
-        states = load_models(self._student.models, state_dict, checkpoint)
+        whole = self._student.adapter is None
+        states = load_models(self._student.models, state_dict, checkpoint, strict=whole)
         load_optimizer(self._student.optimizer, optimizer, checkpoint)
         self._student.scheduler.load_state_dict(states["scheduler"])
         rng = checkpoint / "rng" / _rng_file()
@@ -241,10 +242,7 @@ class Checkpointer:
 
     def _state_dict(self, *, is_loading: bool) -> dict[str, Any]:
         metadata = {**SHARDING, "dp_cp_group": self._student.groups.dp_cp}
-        models = {
-            f"chunk{index}": model.sharded_state_dict(metadata=metadata)
-            for index, model in enumerate(self._student.models)
-        }
+        models = self._student.sharded_state_dict(metadata)
         return {
             "model": models,
             "optimizer": self._student.optimizer.sharded_state_dict(

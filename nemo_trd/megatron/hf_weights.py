@@ -12,8 +12,9 @@ the vocabulary is padded with rows that are zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,10 @@ from nemo_trd.models.family import (
     family_of,
     padded_vocab_size,
 )
+
+# What is added to a linear layer is below it under this name; model files know nothing of it.
+ADAPTER = "adapter"
+OwnPart = Callable[[], Tensor]  # gives this rank's slice of a tensor, whole where it is not split
 
 
 @dataclass(frozen=True)
@@ -110,40 +115,71 @@ def read_output_weight(
 
 
 def export_hf_weights(
-    models: Sequence[HiddenStatesModel], hf: PretrainedConfig, groups: ProcessGroupCollection
+    models: Sequence[HiddenStatesModel],
+    hf: PretrainedConfig,
+    groups: ProcessGroupCollection,
+    added: Mapping[str, OwnPart] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the model in full, under its Hugging Face name, one at a time.
 
     Collective over the tensor and pipeline parallel groups: each rank consumes the iterator to
     its end and gets every tensor, on the model's device in the model's dtype. Tied models have no
     output weight of their own.
+
+    Args:
+        added: what is added to this rank's slices of some of them, by name. The model stays as it
+            is.
     """
-    own = {part.name: part for model in reversed(models) for part in _parts(model, hf)}
+    added = added or {}
+    own = {
+        part.name: partial(_own_slice, part, added.get(part.name))
+        for model in reversed(models)
+        for part in _parts(model, hf)
+    }
+    return whole_tensors(own, expected_tensors(hf), models[0], groups)
+
+
+def _own_slice(part: _Part, added: OwnPart | None) -> Tensor:
+    own = part.view.detach().reshape(part.shape)
+    return own if added is None else (own + added()).to(own.dtype)
+
+
+def whole_tensors(
+    own: Mapping[str, OwnPart],
+    tensors: Mapping[str, WeightTensor],
+    model: HiddenStatesModel,
+    groups: ProcessGroupCollection,
+) -> Iterator[tuple[str, Tensor]]:
+    """Every one of `tensors` in full on every rank, one at a time.
+
+    Collective over the tensor and pipeline parallel groups of `model`.
+
+    Args:
+        own: this rank's slices of those that its stage has.
+    """
     holdings: list[list[str]] = [[] for _ in range(groups.pp.size())]
     dist.all_gather_object(holdings, list(own), group=groups.pp)
-    config = models[0].config
-    device = next(models[0].parameters()).device
-    for name, whole in expected_tensors(hf).items():
+    device = next(model.parameters()).device
+    for name, whole in tensors.items():
         # The embedding of a tied model is on the first stage and, as a copy, on the last.
         owner = next(stage for stage, names in enumerate(holdings) if name in names)
         if owner == groups.pp.rank():
-            tensor = _gather(own[name], groups.tp)
+            tensor = _gather(own[name](), whole, groups.tp)
         else:
-            tensor = torch.empty(whole.shape, dtype=config.params_dtype, device=device)
+            tensor = torch.empty(whole.shape, dtype=model.config.params_dtype, device=device)
         if groups.pp.size() > 1:
             dist.broadcast(tensor, group=groups.pp, group_src=owner)
         yield name, tensor
 
 
-def _gather(part: _Part, group: dist.ProcessGroup) -> Tensor:
-    own = part.view.detach().reshape(part.shape).contiguous()
-    axis = part.whole.split_axis
+def _gather(own: Tensor, whole: WeightTensor, group: dist.ProcessGroup) -> Tensor:
+    own, axis = own.contiguous(), whole.split_axis
     if axis is None:
         return own.clone()
     slices = [torch.empty_like(own) for _ in range(group.size())]
     dist.all_gather(slices, own, group=group)
     full = torch.cat(slices, dim=axis)
-    return full.narrow(axis, 0, part.whole.shape[axis]).contiguous()
+    return full.narrow(axis, 0, whole.shape[axis]).contiguous()
 
 
 class _Reader:
@@ -219,6 +255,8 @@ def _parameters(
     outer = family.outer_parameters(tied=bool(hf.tie_word_embeddings))
     inner = family.layer_parameters()
     for name, parameter in model.named_parameters():
+        if f".{ADAPTER}." in name:
+            continue
         weight = parameter.data
         if is_float8tensor(weight):
             weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)

@@ -17,13 +17,18 @@ from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 
 
 def load_models(
-    models: Sequence[torch.nn.Module], state_dict: dict[str, Any], checkpoint: Path
+    models: Sequence[torch.nn.Module],
+    state_dict: dict[str, Any],
+    checkpoint: Path,
+    *,
+    strict: bool = True,
 ) -> dict[str, Any]:
     """Read a checkpoint and fill `models` from it; return all that was read. Collective.
 
     Args:
         state_dict: what to read. Under "model" the sharded state dict of each model in turn, as
             "chunk0", "chunk1", ...
+        strict: whether that is all that they have; else the rest stays as it is.
     """
     saved = load_sharded_metadata(str(checkpoint))
     without: dict[str, list[str]] = {}
@@ -40,5 +45,5 @@ def load_models(
         tensors = states["model"][f"chunk{index}"]
         # An empty one says that there was no FP8.
         none = {name: torch.empty(0, dtype=torch.uint8) for name in without[f"chunk{index}"]}
-        model.load_state_dict(tensors | none)
+        model.load_state_dict(tensors | none, strict=strict)
     return states

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from nemo_trd.data.types import LabelValues, Microbatch, Trajectory
 from nemo_trd.distributed.exchange import merge_shares
 from nemo_trd.distributed.process import device
 from nemo_trd.loss.top_k import TopK
-from nemo_trd.megatron import finite
+from nemo_trd.megatron import finite, lora
 from nemo_trd.megatron.context_parallel import at_all_labels, own_part
 from nemo_trd.megatron.hf_weights import export_hf_weights, load_hf_weights
 from nemo_trd.megatron.learning_rate import scheduler
@@ -65,6 +65,9 @@ class Student:
             fp8=config.precision.fp8,
         )
         load_hf_weights(self.models, self.hf, source.path, self.groups)
+        self.adapter = config.student.adapter
+        if self.adapter is not None:
+            lora.add_adapters(self.models, self.hf, self.adapter, self.groups, config.run.seed)
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             check_for_nan_in_grad=False,  # nemo_trd.megatron.finite does, when the passes are done
@@ -97,10 +100,15 @@ class Student:
         """Head of the last stage, with the teacher's frozen output weight where it is there."""
         vocab_size = real_vocab_size(self._columns, load_tokenizer(config.model.student))
         split = self.layout.sequence_parallel
-        head = LossHead(config.loss, vocab_size, self.groups, split, into_main_grad=True)
+        trained = config.student.adapter is None  # with an adapter the output weight is frozen
+        head = LossHead(config.loss, vocab_size, self.groups, split, into_main_grad=trained)
         in_megatron = config.teacher.scoring == "megatron"
         if in_megatron and not is_only_served(config) and is_last_stage(self.groups):
-            head.read_teacher_weight(config.teacher_source, self.models[-1].output_weight())
+            weight = self.models[-1].output_weight()
+            if config.teacher_is_base:  # no adapter is on it
+                head.teacher_weight = weight
+            else:
+                head.read_teacher_weight(config.teacher_source, weight)
         return head
 
     def pack(self, trajectories: Sequence[Trajectory]) -> list[list[Microbatch]]:
@@ -145,7 +153,13 @@ class Student:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return self._compare_all(plan, teacher_states, watch, forward_only=False)
+        with self._dropout():
+            return self._compare_all(plan, teacher_states, watch, forward_only=False)
+
+    def _dropout(self) -> AbstractContextManager[None]:
+        if self.adapter is None or not self.adapter.dropout:
+            return nullcontext()
+        return lora.dropout_of(self.scheduler.num_steps, self._config.run.seed, self.groups)
 
     def update(self) -> dict[str, float]:
         """The second half of `train_step`: grad_norm and lr."""
@@ -259,8 +273,29 @@ class Student:
             yield
 
     def export_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor under its Hugging Face name, whole, on every rank, one at a time."""
-        return export_hf_weights(self.models, self.hf, self.groups)
+        """Every tensor under its Hugging Face name, whole, on every rank, one at a time.
+
+        An adapter is merged into what is exported; the weights here stay as they are.
+        """
+        added = {} if self.adapter is None else lora.added_to_weights(self.models, self.adapter)
+        return export_hf_weights(self.models, self.hf, self.groups, added)
+
+    def export_adapter(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the adapter under its name in PEFT, likewise."""
+        assert self.adapter is not None
+        return lora.export_adapter(self.models, self.hf, self.adapter, self.groups)
+
+    def sharded_state_dict(self, metadata: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """What a checkpoint holds of each model of this rank, "chunk0", "chunk1", ...
+
+        All of it; with an adapter that alone, since its base does not change.
+        """
+        return {
+            f"chunk{index}": model.sharded_state_dict(metadata=metadata)
+            if self.adapter is None
+            else lora.sharded_state_dict(model, self.groups)
+            for index, model in enumerate(self.models)
+        }
 
     def _own(self, plan: Sequence[Sequence[Microbatch]]) -> list[Microbatch]:
         """What this rank computes: its data parallel rank's micro-batches, its part of each."""

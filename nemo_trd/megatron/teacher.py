@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from nemo_trd.config.schema import Config
 from nemo_trd.data.types import ContextBatch, Microbatch
@@ -27,6 +29,7 @@ from nemo_trd.megatron.hand_over import (
     rounds_of,
 )
 from nemo_trd.megatron.hf_weights import load_hf_weights
+from nemo_trd.megatron.lora import adapter_off
 from nemo_trd.megatron.model import HiddenStatesModel, build_model, load_hf_config
 from nemo_trd.megatron.process_groups import process_groups
 from nemo_trd.megatron.schedule import label_rows, run_model, run_schedule
@@ -39,7 +42,18 @@ class Teacher:
     the whole plan. All methods are collective.
     """
 
-    def __init__(self, config: Config, student_groups: ProcessGroupCollection) -> None:
+    def __init__(
+        self,
+        config: Config,
+        student_groups: ProcessGroupCollection,
+        base: HiddenStatesModel | None = None,
+    ) -> None:
+        """Load the teacher.
+
+        Args:
+            base: a student with an adapter, whose own modules without it are the teacher: nothing
+                is loaded then. Its layout is the teacher's.
+        """
         source = config.teacher_source
         self._layout = config.parallel.teacher
         self._offload_weights = config.teacher.offload_weights
@@ -47,22 +61,26 @@ class Teacher:
         self._groups = process_groups(self._layout)
         hf = load_hf_config(source.path, source.trust_remote_code)
         self._hidden_size = hf.hidden_size
-        self._model: HiddenStatesModel
-        precision = config.precision
-        with torch.no_grad():  # weights in FP8 would get a second copy for the backward pass
-            (self._model,) = models = build_model(
-                *(hf, self._layout, self._groups, precision),
-                fp8=precision.teacher_fp8,
-                frozen=True,
-            )
-        load_hf_weights(models, hf, source.path, self._groups)
-        self._model.requires_grad_(False).eval()
+        self._is_base = base is not None
+        self._model = base or self._load(config, hf)
         self._dtype = self._model.config.params_dtype
         self._sources = last_stage_ranks(self._groups)
         self._destinations = last_stage_ranks(student_groups)
         if self._offload_weights:
             move(self._model, torch.device("cpu"))
         open_communicator()
+
+    def _load(self, config: Config, hf: PretrainedConfig) -> HiddenStatesModel:
+        precision = config.precision
+        with torch.no_grad():  # weights in FP8 would get a second copy for the backward pass
+            models = build_model(
+                *(hf, self._layout, self._groups, precision),
+                fp8=precision.teacher_fp8,
+                frozen=True,
+            )
+        load_hf_weights(models, hf, config.teacher_source.path, self._groups)
+        models[0].requires_grad_(False).eval()
+        return models[0]
 
     @torch.no_grad()
     def states(self, micro_batches: Sequence[Sequence[Microbatch]]) -> list[Tensor | None]:
@@ -85,7 +103,8 @@ class Teacher:
         if self._offload_weights:
             move(self._model, device())
         if own:  # a pipeline runs in lock-step with itself only: replicas may have other numbers
-            self._forward(own, hand_over)
+            with adapter_off([self._model]) if self._is_base else nullcontext():
+                self._forward(own, hand_over)
         if self._offload_weights:
             move(self._model, torch.device("cpu"))
         return hand_over.finish()

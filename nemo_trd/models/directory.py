@@ -146,7 +146,7 @@ def stored_tensors(directory: Path, field: str) -> dict[str, StoredTensor]:
                 "save the model as safetensors (save_pretrained of transformers does)",
             )
         _check_others(directory, {SINGLE_NAME}, field, indexed=False)
-        return _tensors_of_file(directory / SINGLE_NAME, field)
+        return tensors_of_file(directory / SINGLE_NAME, field)
     weight_map = _weight_map(index_file, field)
     shards = sorted(set(weight_map.values()))
     _check_others(directory, set(shards), field, indexed=True)
@@ -169,7 +169,7 @@ def stored_tensors(directory: Path, field: str) -> dict[str, StoredTensor]:
                 f"this shard is missing; {index_file.name} keeps {count} tensors in it",
                 COPY_AGAIN,
             )
-        held[shard] = _tensors_of_file(file, field)
+        held[shard] = tensors_of_file(file, field)
     for name, shard in weight_map.items():
         if name not in held[shard]:
             raise rule_broken(
@@ -215,7 +215,7 @@ def tensors_with_copies(directory: Path, field: str) -> dict[str, Path]:
     if not index_file.exists() or (directory / SINGLE_NAME).exists():
         return {}
     weight_map = _weight_map(index_file, field)
-    held = {shard: _tensors_of_file(directory / shard, field) for shard in set(weight_map.values())}
+    held = {shard: tensors_of_file(directory / shard, field) for shard in set(weight_map.values())}
     return {name: directory / weight_map[name] for name, _ in _copies(held, weight_map)}
 
 
@@ -248,7 +248,13 @@ def _weight_map(index_file: Path, field: str) -> dict[str, str]:
     return weight_map
 
 
-def _tensors_of_file(file: Path, field: str) -> dict[str, StoredTensor]:
+def tensors_of_file(file: Path, field: str) -> dict[str, StoredTensor]:
+    """Tensors of one safetensors file by name, after checking that its bytes are all there.
+
+    Raises:
+        ConfigError: a truncated or damaged file, or a dtype that is not fp32, fp16 or bf16.
+    """
+
     def damaged(rule: str) -> ConfigError:
         return rule_broken(field, str(file), rule, COPY_AGAIN)
 

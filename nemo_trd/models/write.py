@@ -1,4 +1,4 @@
-"""Writing a Hugging Face model directory."""
+"""Writing directories of Hugging Face: of a model, and of a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nemo_trd.models.directory import INDEX_NAME, SINGLE_NAME
+from nemo_trd.config.schema import Adapter
+from nemo_trd.models.directory import ADAPTER_NAME, ADAPTER_WEIGHTS, INDEX_NAME, SINGLE_NAME
+from nemo_trd.models.peft import BASE_DIGEST, config_json
 
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")  # not weights
 # Files that let a reader look for other weights, an adapter, quantized or renamed ones, or that
@@ -46,10 +48,41 @@ def save_hf_directory(
         temporary.mkdir(parents=True)
         dtype = _write_shards(tensors, temporary, max_shard_bytes)
         _copy_settings(Path(source_path), temporary, dtype)
-        _replace(target, temporary)
+        replace_directory(target, temporary)
     else:
         for _ in tensors:
             pass
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def save_adapter_directory(
+    tensors: Iterable[tuple[str, Tensor]],
+    adapter: Adapter,
+    source_path: str,
+    digest: str,
+    out_dir: Path,
+) -> None:
+    """Write an adapter that PEFT loads; it appears under its name only when it is complete.
+
+    Every rank consumes `tensors`, rank 0 writes. An existing `out_dir` is replaced. Returns, on
+    every rank, when the directory is there.
+
+    Args:
+        tensors: those of `peft.adapter_tensors`, whole.
+        source_path: directory of the model that it belongs to.
+        digest: `peft.weights_digest` of that.
+    """
+    held = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        temporary = out_dir.with_name(f".{out_dir.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        metadata = {"format": "pt", BASE_DIGEST: digest}
+        save_file(held, temporary / ADAPTER_WEIGHTS, metadata=metadata)
+        settings = json.dumps(config_json(adapter, source_path), indent=2)
+        (temporary / ADAPTER_NAME).write_text(settings + "\n")
+        replace_directory(out_dir, temporary)
     if dist.is_initialized():
         dist.barrier()
 
@@ -101,7 +134,8 @@ def _copy_settings(source: Path, directory: Path, dtype: torch.dtype) -> None:
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _replace(target: Path, temporary: Path) -> None:
+def replace_directory(target: Path, temporary: Path) -> None:
+    """Give a complete directory its name; one that has it already is removed."""
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

@@ -18,7 +18,7 @@ from nemo_trd.models.dtypes import ELEMENT_BYTES
 from nemo_trd.models.flops import forward_flops
 from nemo_trd.plan.context_parallel import rings
 from nemo_trd.plan.memory import GIB, generations, trajectories_per_rank, vocabulary_rows
-from nemo_trd.plan.shapes import key_value_bytes, parameters
+from nemo_trd.plan.shapes import adapter_parameters, key_value_bytes, parameters
 
 TERA = 1e12
 Role = Literal["student", "teacher"]
@@ -41,17 +41,25 @@ def step_flops(config: Config, student: Any, teacher: Any) -> StepFlops:
     student_length = mean * config.data.max_prompt_tokens + labels
     teacher_length = mean * (longest_trajectory(config) - longest_answer(config)) + labels
     passes = 4 if config.train.recompute == "full" else 3
+    trained = passes * forward_flops(student, student_length, (student_length + 1) / 2, logits=0)
+    if config.student.adapter is not None:
+        matrices = 2 * adapter_parameters(student, config.student.adapter) * student_length
+        weights = forward_flops(student, student_length, 0, logits=0)  # they have no gradient
+        trained += passes * matrices - weights
     return StepFlops(
-        student=passes
-        * count
-        * forward_flops(student, student_length, (student_length + 1) / 2, logits=0),
+        student=count * trained,
         teacher=count * forward_flops(teacher, teacher_length, (teacher_length + 1) / 2, logits=0),
         loss=count
         * labels
         * 2
-        * (3 * student.hidden_size + teacher.hidden_size)
+        * (passes_of_head(config) * student.hidden_size + teacher.hidden_size)
         * min(student.vocab_size, teacher.vocab_size),
     )
+
+
+def passes_of_head(config: Config) -> int:
+    """Products of the loss with the student's output weight: logits, and the gradients of both."""
+    return 3 if config.student.adapter is None else 2
 
 
 @dataclass(frozen=True)
@@ -141,6 +149,7 @@ def loss_seconds(config: Config, student: Any, teacher: Any) -> float:
     hidden = student.hidden_size
     products = 2 * (2 * hidden + teacher.hidden_size) / rate
     weight_gradient = max(2 * hidden / rate, 8 * hidden / (chunk * bandwidth))
+    weight_gradient *= passes_of_head(config) - 2  # none below an adapter
     compared = DIVERGENCES[config.loss.divergence].moved / bandwidth
     return labels / gpus * vocabulary * (products + weight_gradient + compared)
 

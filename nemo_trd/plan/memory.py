@@ -21,7 +21,13 @@ from nemo_trd.plan.activations import (
     own_tokens,
     working_set_bytes,
 )
-from nemo_trd.plan.shapes import key_value_bytes, parameters, stage_parameters
+from nemo_trd.plan.shapes import (
+    adapter_parameters,
+    key_value_bytes,
+    parameters,
+    stage_adapter_parameters,
+    stage_parameters,
+)
 
 GIB = 2**30
 
@@ -83,9 +89,11 @@ def training_memory(config: Config, student: Any, teacher: Any) -> list[GpuMemor
     memory = []
     for (student_stage, teacher_stage), ranks in kinds.items():
         held = _held(config, student, teacher, student_stage)
-        resident, phases = {}, {}
+        resident: dict[str, int] = {}
+        phases: dict[str, dict[str, int]] = {}
         if has_teacher:
-            resident = _teacher_weights(config, teacher, teacher_stage)
+            if not config.teacher_is_base:
+                resident = _teacher_weights(config, teacher, teacher_stage)
             at_work = _teacher_phase(config, teacher, student_stage, teacher_stage, lengths)
             phases["teacher"] = resident | at_work
         phases |= {
@@ -173,18 +181,29 @@ def _round_up(number: int, multiple: int) -> int:
 def model_state_bytes(config: Config, student: Any, stage: int) -> dict[str, int]:
     """Bytes of weights, fp32 gradients, fp32 main weights and Adam's two moments on one rank.
 
+    With an adapter all but the weights are of the adapter alone.
     The distributed optimizer shares the last two among the ranks with the same weights: those of
     data and context parallelism, up to padding.
     """
     layout, precision = config.parallel.student, config.precision
     count = stage_parameters(student, layout)[stage].total
+    trained = trained_parameters(config, student, stage)
+    held = count if config.student.adapter is None else count + trained
     shards = same_weights(config, layout) if config.optimizer.distributed else 1
     main = 4 if precision.dtype == "bf16" else 0  # fp32 weights are their own main weights
     return {
-        "weights": count * ELEMENT_BYTES[precision.dtype],
-        "gradients": count * 4,
-        "optimizer": -(-count * (main + 8) // shards),
+        "weights": held * ELEMENT_BYTES[precision.dtype],
+        "gradients": trained * 4,
+        "optimizer": -(-trained * (main + 8) // shards),
     }
+
+
+def trained_parameters(config: Config, student: Any, stage: int) -> int:
+    """Number of parameters that one rank of a stage trains."""
+    layout, adapter = config.parallel.student, config.student.adapter
+    if adapter is None:
+        return stage_parameters(student, layout)[stage].total
+    return stage_adapter_parameters(student, layout, adapter)[stage]
 
 
 def _held(config: Config, student: Any, teacher: Any, stage: int) -> dict[str, int]:
@@ -194,7 +213,7 @@ def _held(config: Config, student: Any, teacher: Any, stage: int) -> dict[str, i
     if config.precision.fp8 is not None:  # TransformerEngine keeps rows and columns, 1 B each
         held["fp8 copies"] = 2 * stage_parameters(student, layout)[stage].linear
     last = stage == layout.pipeline_model_parallel_size - 1
-    if last and config.teacher.scoring == "megatron":
+    if last and config.teacher.scoring == "megatron" and not config.teacher_is_base:
         rows = vocabulary_rows(student, layout)
         held["teacher output weight"] = rows * teacher.hidden_size * element
     if config.generation.backend == "local":
@@ -274,7 +293,8 @@ def loss_workspace_bytes(config: Config, student: Any, lengths: Lengths) -> int:
     logits = round(chunk * rows * logit_bytes(config.loss))
     logits += chunk * hidden * (element + 4) + lengths.labels * 80  # a chunk's rows; statistics
     # For megatron-core's hook of the output weight, when the logits are gone (megatron.loss_head).
-    empty_gradient = rows * hidden * element
+    # With an adapter that weight stays as it is.
+    empty_gradient = rows * hidden * element if config.student.adapter is None else 0
     tokens = own_tokens(lengths.student_tokens, layout)
     gathered = 2 * tokens * hidden * element  # hidden states and their gradient
     label_rows = 2 * lengths.labels * hidden * element
@@ -300,7 +320,7 @@ def save_phase(config: Config, student: Any, stage: int) -> dict[str, dict[str, 
     """
     if not config.optimizer.distributed:
         return {}
-    count = stage_parameters(student, config.parallel.student)[stage].total
+    count = trained_parameters(config, student, stage)
     share = -(-count // same_weights(config, config.parallel.student))
     return {"checkpoint": {"gathered optimizer state": 4 * (count + share)}}
 
@@ -332,10 +352,17 @@ def generations(config: Config, student: Any, teacher: Any) -> list[tuple[str, A
 
 
 def checkpoint_bytes(config: Config, student: Any) -> dict[str, int]:
-    """Bytes on disk: one checkpoint (weights, main weights, Adam states), and the export."""
-    count, element = parameters(student), ELEMENT_BYTES[config.precision.dtype]
+    """Bytes on disk: one checkpoint (weights, main weights, Adam states), and the exports.
+
+    With an adapter a checkpoint has that instead of the weights.
+    """
+    whole, adapter = parameters(student), config.student.adapter
+    count, element = whole, ELEMENT_BYTES[config.precision.dtype]
+    if adapter is not None:
+        count = adapter_parameters(student, adapter)
     main = 4 if config.precision.dtype == "bf16" else 0
     export = count * element if config.checkpoint.export_hf else 0
+    export += whole * element if config.checkpoint.export_merged else 0
     return {"checkpoint": count * (element + main + 8), "export": export}
 
 

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from nemo_trd.config.errors import ConfigError, rule_broken
-from nemo_trd.config.schema import Layout, ModelSource
+from nemo_trd.config.schema import Adapter, Layout, ModelSource
 from nemo_trd.models.directory import check_model_type, read_json
 from nemo_trd.models.family import expected_tensors, family_of, head_dim, padded_vocab_size
+from nemo_trd.models.peft import adapter_tensors
 from nemo_trd.models.read import Model
 from nemo_trd.models.rules import check_supported
 
@@ -123,7 +124,6 @@ def stage_parameters(hf: Any, layout: Layout) -> list[StageParameters]:
     The vocabulary is padded. A tied output weight is a second copy on the last of several stages.
     """
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    chunks = pp * (layout.virtual_pipeline_model_parallel_size or 1)
     total, linear = [0] * pp, [0] * pp
     vocabulary = padded_vocab_size(hf.vocab_size, tp) // tp * hf.hidden_size
     total[0] += vocabulary
@@ -137,12 +137,35 @@ def stage_parameters(hf: Any, layout: Layout) -> list[StageParameters]:
         if tensor.layer is None:
             total[-1] += size  # the final norm
             continue
-        stage = tensor.layer * chunks // hf.num_hidden_layers % pp
+        stage = _stage(hf, layout, tensor.layer)
         total[stage] += size
         if tensor.is_layer_matrix:
             linear[stage] += size
     layers = hf.num_hidden_layers // pp
     return [StageParameters(t, m, layers) for t, m in zip(total, linear, strict=True)]
+
+
+def _stage(hf: Any, layout: Layout, layer: int) -> int:
+    """Pipeline rank that has a layer."""
+    pp = layout.pipeline_model_parallel_size
+    chunks = pp * (layout.virtual_pipeline_model_parallel_size or 1)
+    return layer * chunks // hf.num_hidden_layers % pp
+
+
+def adapter_parameters(hf: Any, adapter: Adapter) -> int:
+    """Number of parameters of a whole adapter."""
+    return sum(math.prod(tensor.shape) for tensor in adapter_tensors(hf, adapter).values())
+
+
+def stage_adapter_parameters(hf: Any, layout: Layout, adapter: Adapter) -> list[int]:
+    """Parameters of an adapter on each pipeline rank, as each of its tensor parallel ranks holds
+    them: the matrix of a pair that is not split is whole on every one."""
+    held = [0] * layout.pipeline_model_parallel_size
+    for tensor in adapter_tensors(hf, adapter).values():
+        tp = 1 if tensor.split_axis is None else layout.tensor_model_parallel_size
+        assert tensor.layer is not None
+        held[_stage(hf, layout, tensor.layer)] += math.prod(tensor.shape) // tp
+    return held
 
 
 def key_value_bytes(hf: Any, element: int = 2) -> int:

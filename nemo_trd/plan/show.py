@@ -25,7 +25,7 @@ from nemo_trd.plan.memory import (
     longest_lengths,
     replicas,
 )
-from nemo_trd.plan.shapes import has_shape, key_value_bytes, parameters
+from nemo_trd.plan.shapes import adapter_parameters, has_shape, key_value_bytes, parameters
 
 if TYPE_CHECKING:
     from nemo_trd.plan.plan import Plan
@@ -83,6 +83,12 @@ def _setup(plan: Plan) -> str:
         size = str(getattr(model.hf, "model_type", ""))
         if has_shape(model.hf):
             size = f"{parameters(model.hf) / 1e9:.2f} B parameters"
+        if role == "teacher" and config.teacher_is_base:
+            lines.append(f"  {role:<8} the student's own weights, without the adapter")
+            continue
+        if role == "student" and (adapter := config.student.adapter) is not None:
+            trained = adapter_parameters(model.hf, adapter)
+            size += f", of an adapter of rank {adapter.rank} {trained / 1e6:.2f} M are trained"
         heading = f"  {role:<8} {model.directory.name}  {size}  "
         if role == "teacher" and config.scores_on_servers:
             lines.append(f"{heading}on its servers only, top {config.loss.top_k}")

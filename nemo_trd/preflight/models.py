@@ -15,6 +15,7 @@ from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.lengths import longest_answer, longest_contexts
 from nemo_trd.config.schema import Config, Layout, ModelSource
 from nemo_trd.models.family import known_positions, shared_vocab_size
+from nemo_trd.models.peft import check_beginning
 from nemo_trd.models.read import Model, read_directory, read_tokenizer
 from nemo_trd.models.rules import check_fp8, check_layout
 from nemo_trd.models.served import check_served_weights, is_only_served, read_served
@@ -53,6 +54,8 @@ def _check(config: Config, problems: list[ConfigError], served: bool) -> tuple[M
         teacher = read(config.model.teacher, TEACHER, problems)
     if student is not None:
         problems += _tokenizer_problems(student)
+        if config.student.adapter is not None:
+            problems += check_beginning(student.hf, config.student.adapter)
     if student is not None and teacher is not None and teacher is not student:
         problems += _tokenizer_problems(teacher)
         problems += _different_tokenizers(student, teacher)

@@ -85,7 +85,8 @@ def load_inputs(config: Config, world_size: int) -> Inputs:
     root = config.run_dir / "checkpoints"
     checkpoint = find_checkpoint(config.checkpoint, root)
     if checkpoint is not None:
-        check_matches(checkpoint, model_identity(student.hf), config)
+        identity = model_identity(student.hf, config.student.adapter)
+        check_matches(checkpoint, identity, config)
         check_prompts(checkpoint, known, config)
     if checkpoint is None or read_state(checkpoint).step < config.train.num_steps:
         disk_space.check_before_start(root, first_checkpoint_bytes(config, student.hf))

@@ -21,7 +21,8 @@ def open_teacher_and_generators(
 ) -> tuple[FrozenTeacher, Generators]:
     """The teacher that `teacher.scoring` names, and the generators. Collective.
 
-    A teacher in Megatron is loaded first: servers are started when it is known to be whole.
+    A teacher in Megatron is loaded first: servers are started when it is known to be whole. Where
+    it is the student without its adapter nothing is loaded.
 
     Raises:
         ConfigError: on all ranks.
@@ -29,7 +30,8 @@ def open_teacher_and_generators(
         GenerationFailed: the teacher's servers do not score.
     """
     if config.teacher.scoring == "megatron":
-        in_megatron = Teacher(config, student.groups)
+        base = student.models[0] if config.teacher_is_base else None
+        in_megatron = Teacher(config, student.groups, base)
         return in_megatron, _open_generators(config, student, stopping)
     generators = _open_generators(config, student, stopping)
     scorer = generators.teacher_on_servers()  # does not wait for what `teacher` generates

@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 from nemo_trd.config.schema import Config
+from nemo_trd.models.directory import ADAPTER_NAME
 from nemo_trd.records import latest
 from nemo_trd.records.checkpoint_dir import read_state
+
+MERGED = "export_merged"  # beside export/: weights and adapter in one model
 
 
 def nothing_left(config: Config, checkpoint: Path | None) -> str | None:
@@ -26,11 +29,14 @@ def nothing_left(config: Config, checkpoint: Path | None) -> str | None:
         return None
     done = step >= num_steps and summary.get("steps") == step
     evaluated = summary.get("after") is not None
-    exported = (run_dir / "export" / "config.json").is_file()
+    file = "config.json" if config.student.adapter is None else ADAPTER_NAME
+    exported = (run_dir / "export" / file).is_file()
+    merged = (run_dir / MERGED / "config.json").is_file()
     if (
         not done
         or (config.evaluation.at_end and not evaluated)
         or (config.checkpoint.export_hf and not exported)
+        or (config.checkpoint.export_merged and not merged)
     ):
         return None
     endings = [name for name, there in (("evaluated", evaluated), ("exported", exported)) if there]
@@ -55,7 +61,8 @@ def stopped_line(config: Config, step: int) -> str:
     if step >= config.train.num_steps:
         evaluated = config.evaluation.at_end and config.data.validation is not None
         missing += ["last evaluation"] if evaluated else []
-        missing += ["export"] if config.checkpoint.export_hf else []
+        exports = config.checkpoint.export_hf or config.checkpoint.export_merged
+        missing += ["export"] if exports else []
     before = f", the last, without its {' and '.join(missing)}" if missing else ""
     return (
         f"stopped on request after step {step}{before}; the run can be resumed: start again with "

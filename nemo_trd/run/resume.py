@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_trd.config.errors import rule_broken
-from nemo_trd.config.schema import Config, Dataset
+from nemo_trd.config.schema import Adapter, Config, Dataset
 from nemo_trd.data.files import read_rows
 from nemo_trd.data.prompt_digests import BYTES, DIGESTS_FILE, Difference, difference
 from nemo_trd.records.checkpoint_dir import read_state
@@ -26,6 +26,7 @@ _OF_SAMPLES = (
 )
 # Settings that decide which prompts there are, and their tokens.
 _OF_PROMPTS = ("data", "algorithm.mode", "model.student", "refinement")
+BASE = "base"  # among what identifies a model: the digest of the weights below an adapter
 _SHOWN = 60  # characters of a value
 
 
@@ -103,7 +104,7 @@ def check_matches(checkpoint: Path, model: dict[str, Any], config: Config) -> No
         ConfigError: with the first field that differs.
     """
     state = read_state(checkpoint)
-    for field in sorted({*state.model, *model}):
+    for field in sorted({*state.model, *model} - {BASE}):
         if state.model.get(field) != model.get(field):
             raise rule_broken(
                 "checkpoint.resume",
@@ -190,8 +191,28 @@ def _place(dataset: Dataset, row: int) -> str:
     return next(islice(read_rows(dataset, "data.train"), row, None))[0]
 
 
-def model_identity(hf: Any) -> dict[str, Any]:
-    """Fields of a Hugging Face config on which a checkpoint depends."""
+def check_base(checkpoint: Path, digest: str) -> None:
+    """Refuse an adapter of other weights than the student begins with.
+
+    Args:
+        digest: `models.peft.weights_digest` of model.student.path.
+
+    Raises:
+        ConfigError
+    """
+    saved = read_state(checkpoint).model.get(BASE)
+    if saved != digest:
+        raise rule_broken(
+            "checkpoint.resume",
+            str(checkpoint),
+            f"its adapter is one of other weights (SHA-256 {str(saved)[:16]}) than those of "
+            f"model.student.path ({digest[:16]})",
+            "restore the model that the run began with, or give another run.dir",
+        )
+
+
+def model_identity(hf: Any, adapter: Adapter | None = None) -> dict[str, Any]:
+    """What a checkpoint depends on: fields of a Hugging Face config, and what an adapter is."""
     fields = (
         "model_type",
         "num_hidden_layers",
@@ -203,4 +224,8 @@ def model_identity(hf: Any) -> dict[str, Any]:
         "vocab_size",
         "tie_word_embeddings",
     )
-    return {field: getattr(hf, field, None) for field in fields}
+    identity = {field: getattr(hf, field, None) for field in fields}
+    if adapter is None:
+        return identity
+    shape = adapter.model_dump(mode="json", exclude={"dropout", "init"})
+    return identity | {f"adapter.{name}": value for name, value in shape.items()}

@@ -22,7 +22,8 @@ from nemo_trd.megatron.checkpoint import Checkpointer
 from nemo_trd.megatron.learning_rate import rate_change
 from nemo_trd.megatron.student import StepResult, Student
 from nemo_trd.megatron.verification import verified_checkpoint
-from nemo_trd.models.write import save_hf_directory
+from nemo_trd.models.peft import begins_from_directory, check_base_of_beginning, weights_digest
+from nemo_trd.models.write import save_adapter_directory, save_hf_directory
 from nemo_trd.records.checkpoint_dir import TrainerState, read_samples_ahead
 from nemo_trd.records.timers import Timers
 from nemo_trd.records.trackers import Tracker, public_settings
@@ -31,7 +32,14 @@ from nemo_trd.run import agreement, outcome
 from nemo_trd.run.inputs import Inputs, first_checkpoint_bytes
 from nemo_trd.run.journal import Journal
 from nemo_trd.run.open import open_teacher_and_generators
-from nemo_trd.run.resume import changes_since, check_prompts, model_identity, samples_hold
+from nemo_trd.run.resume import (
+    BASE,
+    changes_since,
+    check_base,
+    check_prompts,
+    model_identity,
+    samples_hold,
+)
 from nemo_trd.run.run_lock import RunLock
 from nemo_trd.run.sampling import Sampler
 from nemo_trd.run.stored import StoredSampler
@@ -78,6 +86,7 @@ class Run:
         self.inputs = inputs = replace(inputs, checkpoint=checkpoint)
         self._stop = stop
         self._verify = verifier(config.data.verifier, config.sandbox)
+        self._base = from_first_rank(lambda: _checked_base(config, checkpoint))
         self.student = Student(config)
         self.teacher, self._generators = open_teacher_and_generators(
             config, self.student, stop.signalled
@@ -102,7 +111,7 @@ class Run:
             failed_steps=0,
             num_prompts=len(inputs.training_prompts),
             digest=config.digest(),
-            model=model_identity(self.student.hf),
+            model=model_identity(self.student.hf, config.student.adapter) | self._base,
             settings=public_settings(config),
             slurm_job=os.environ.get("SLURM_JOB_ID"),
         )
@@ -110,7 +119,9 @@ class Run:
         self._last_line: str | None = None  # of the log, where the run ends as it was meant to
         self.samples_ahead: dict[int, list[Refinement]] = {}  # drawn before the run was cut off
         resumed = [] if inputs.checkpoint is None else self._resume(inputs.checkpoint)
-        if inputs.checkpoint is not None or self._generators.on_servers:
+        adapter = config.student.adapter
+        begins_adapted = adapter is not None and begins_from_directory(adapter)
+        if inputs.checkpoint is not None or self._generators.on_servers or begins_adapted:
             self.sync_weights()  # whatever a server has been given before
         self.timers = Timers()
         notices += [*defects, *self._checkpointer.begin(inputs.checkpoint)]
@@ -282,13 +293,24 @@ class Run:
         if self.config.evaluation.at_end:
             self.evaluate()
         export = self.config.run_dir / "export"
-        if self.config.checkpoint.export_hf:
-            save_hf_directory(
-                self.student.export_hf_weights(), self.config.model.student.path, export
-            )
+        self._export(export)
         self.journal.summarize(self.step, export if self.config.checkpoint.export_hf else None)
         looked_at = outcome.where_to_look(self.config.run_dir, self.config.checkpoint.export_hf)
         self._last_line = f"finished after step {self.step}; {looked_at}"
+
+    def _export(self, directory: Path) -> None:
+        """Write what `checkpoint.export_hf` and `export_merged` ask for. Collective."""
+        student, source = self.student, self.config.model.student.path
+        if self.config.checkpoint.export_hf and student.adapter is None:
+            save_hf_directory(student.export_hf_weights(), source, directory)
+        elif self.config.checkpoint.export_hf:
+            assert student.adapter is not None
+            save_adapter_directory(
+                student.export_adapter(), student.adapter, source, self._base[BASE], directory
+            )
+        if self.config.checkpoint.export_merged:
+            merged = directory.with_name(outcome.MERGED)
+            save_hf_directory(student.export_hf_weights(), source, merged)
 
     def close(self, succeeded: bool) -> None:
         """End what the run has started and opened. Collective unless it has failed."""
@@ -324,3 +346,20 @@ class Run:
         )
         self.journal.record_evaluation(self.step, accuracy)
         return accuracy
+
+
+def _checked_base(config: Config, checkpoint: Path | None) -> dict[str, str]:
+    """What identifies the weights below an adapter; nothing without one. Reads all of them.
+
+    Raises:
+        ConfigError: the adapter that the run begins with, or goes on with, is one of others.
+    """
+    adapter, source = config.student.adapter, Path(config.model.student.path)
+    if adapter is None:
+        return {}
+    digest = weights_digest(source, "model.student.path")
+    if checkpoint is None:
+        check_base_of_beginning(adapter, digest)
+    else:
+        check_base(checkpoint, digest)
+    return {BASE: digest}

@@ -157,6 +157,8 @@ def test_configuration_is_found_from_any_directory(
     assert compose([]).run.seed == 1234
 
 
+LORA = ["student.adapter=lora"]
+LORA_OPSD = [*LORA, *OPSD]
 SERVER = ["generation=vllm", "teacher.scoring=server", "loss.top_k=20"]
 NGRAM = "{method: ngram, tokens: 5, lookup_max: 4, lookup_min: 2}"
 DRAFTS = ["generation=vllm", f"generation.vllm.teacher.server.speculation={NGRAM}"]
@@ -257,6 +259,61 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "evaluation without a verifier": (
         ["evaluation.interval=5", "data.verifier=none"],
         ("data.verifier = 'none'", "a verifier", "interval=null"),
+    ),
+    "an adapter that there is not": (
+        ["student.adapter=dora"],
+        ("student.adapter = 'dora'", "Fix: "),
+    ),
+    "an adapter on a layer that there is not": (
+        [*LORA, "student.adapter.targets=[q,lm_head]"],
+        ("student.adapter.targets.1 = 'lm_head'", "'q', 'k', 'v', 'o', 'gate', 'up' or 'down'"),
+    ),
+    "an adapter on nothing": (
+        [*LORA, "student.adapter.targets=[]"],
+        ("student.adapter.targets = []", "at least 1 item"),
+    ),
+    "two adapters on one layer": (
+        [*LORA, "student.adapter.targets=[q,v,q]"],
+        ("student.adapter.targets = ['q', 'v', 'q']", "q is named twice", "name it once"),
+    ),
+    "an adapter of rank 0": (
+        [*LORA, "student.adapter.rank=0"],
+        ("student.adapter.rank = 0", "greater than or equal to 1"),
+    ),
+    "dropout of everything": (
+        [*LORA, "student.adapter.dropout=1.0"],
+        ("student.adapter.dropout = 1.0", "less than 1"),
+    ),
+    "a merged export without an adapter": (
+        ["checkpoint.export_merged=true"],
+        ("checkpoint.export_merged = True", "export/ has them", "set it to false"),
+    ),
+    "an adapter on weights with delayed scaling": (
+        [*LORA, "precision.fp8=hybrid", "precision.fp8_recipe=delayed"],
+        ("precision.fp8_recipe = 'delayed'", "their history", "set it to tensorwise"),
+    ),
+    "a teacher of opsd that begins with an adapter": (
+        [*LORA_OPSD, "student.adapter.init=some/adapter"],
+        ("student.adapter.init = 'some/adapter'", "without its adapter", "merge the adapter"),
+    ),
+    "one base split in two ways": (
+        [*LORA_OPSD, "parallel.teacher.tensor_model_parallel_size=2"],
+        ("parallel.teacher.tensor_model_parallel_size = 2", "split as that is", "set it to 1"),
+    ),
+    "one base in an interleaved schedule": (
+        [
+            *(*LORA_OPSD, "parallel.student.pipeline_model_parallel_size=2"),
+            "parallel.student.virtual_pipeline_model_parallel_size=2",
+        ],
+        ("parallel.student.virtual_pipeline_model_parallel_size = 2", "interleaved", "to null"),
+    ),
+    "one base in two precisions": (
+        [*LORA_OPSD, "precision.teacher_fp8=e4m3"],
+        ("precision.teacher_fp8 = 'e4m3'", "precision.fp8 = None", "set it to null"),
+    ),
+    "one base to put away": (
+        [*LORA_OPSD, "teacher.offload_weights=true"],
+        ("teacher.offload_weights = True", "no second copy", "set it to false"),
     ),
     "two sizes of a micro-batch": (
         ["train.micro_batch_size=4"],
@@ -485,6 +542,15 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ("parallel.teacher.sequence_parallel = True", "there is one", "raise tensor_model"),
     ),
 }
+
+
+def test_an_adapter_is_chosen_by_its_name_and_its_settings_changed() -> None:
+    assert compose([]).student.adapter is None
+    adapter = compose(["student.adapter=lora", "student.adapter.rank=8"]).student.adapter
+    assert adapter is not None and (adapter.kind, adapter.rank, adapter.alpha) == ("lora", 8, 128)
+    assert compose(["student.adapter=lora", "student.adapter=null"]).student.adapter is None
+    smollm2 = ["experiment=smollm2_gsm8k", "data.train.path=x"]
+    assert compose([*smollm2, "student.adapter=lora"]).teacher_is_base
 
 
 @pytest.mark.parametrize("case", REFUSED)

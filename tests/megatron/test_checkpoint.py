@@ -213,6 +213,28 @@ def test_resuming_on_another_layout_agrees(
         assert step == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_adapter_goes_on_bit_for_bit_and_in_other_layouts(dtype: str, tmp_path: Path) -> None:
+    adapter = ["student.adapter=lora", "student.adapter.rank=4", "student.adapter.dropout=0.1"]
+    adapter += [f"precision.dtype={dtype}"]
+    whole, broken = models(tmp_path / "whole"), models(tmp_path / "broken")
+    uninterrupted = steps(whole, 1, adapter, 0, 2 * HALF)
+    assert steps(broken, 1, adapter, 0, HALF) == uninterrupted[:HALF]
+    saved = broken / "checkpoints" / "step_00000002"
+    names = (saved / ".metadata").read_bytes()
+    assert b"q_proj.lora_A.weight" in names and b"embedding" not in names
+    other = shutil.copytree(broken, tmp_path / "other", symlinks=True)
+    assert steps(broken, 1, adapter, HALF, 2 * HALF) == uninterrupted[HALF:]
+    if dtype == "fp32":
+        none = [*adapter, "student.adapter.dropout=0.0"]  # each stage draws its own
+        parts = [shutil.copytree(other, tmp_path / name, symlinks=True) for name in ("a", "b", "c")]
+        expected = steps(parts[0], 1, none, HALF, 2 * HALF)
+        for part, layout in zip(parts[1:], ([*TP2, *DISTRIBUTED], PP2 + VPP2), strict=True):
+            resumed = steps(part, 2, [*none, *layout], HALF, 2 * HALF)
+            for step, known in zip(resumed, expected, strict=True):
+                assert step == pytest.approx(known, rel=1e-5)
+
+
 @pytest.mark.parametrize("optimizer", [[], DISTRIBUTED], ids=["", "distributed"])
 @pytest.mark.parametrize("first", [False, True], ids=["to", "from"])
 def test_resuming_to_and_from_the_layers_of_transformer_engine_agrees(

@@ -171,6 +171,18 @@ def test_fp8_in_parallel_layouts_stays_near_bf16(
         near(name, seen, bf16)
 
 
+def test_adapters_are_trained_in_bf16_on_weights_in_fp8(models: Path, tmp_path: Path) -> None:
+    adapter = ["student.adapter=lora", "student.adapter.rank=8", "student.adapter.init=gaussian"]
+    cases = {"bf16": adapter, "fp8": [*RECIPES["tensorwise"], *adapter]}
+    results = run(1, models, cases, tmp_path)
+    near("fp8", results["fp8"], results["bf16"])
+    packs = results["fp8"]["student"]
+    student, teacher = (LINEAR * LAYERS * results["fp8"][role] for role in ROLES)
+    # No gradients of weights, and none of what comes out of the embedding.
+    expected = {"kFloat8E4M3 kFloat8E4M3": student + teacher}
+    assert results["fp8"]["products"] == expected | {"kFloat8E4M3 kFloat8E5M2": student - packs}
+
+
 def near(name: str, seen: dict[str, Any], bf16: dict[str, Any]) -> None:
     assert seen["losses"] == pytest.approx(bf16["losses"], rel=DISTANCE), name
     assert seen["losses"] != bf16["losses"], name

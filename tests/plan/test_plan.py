@@ -26,12 +26,14 @@ from nemo_trd.plan.memory import GIB, largest_part, training_memory
 from nemo_trd.plan.plan import Plan, make_plan
 from nemo_trd.plan.shapes import (
     SHIPPED,
+    adapter_parameters,
     as_namespace,
     key_value_bytes,
     parameters,
     read_model,
     stage_parameters,
 )
+from nemo_trd.plan.show import text
 
 RECIPES = (
     "trd_70b",
@@ -427,6 +429,30 @@ def test_in_process_generation_is_counted_on_the_training_gpus(tmp_path: Path) -
     assert gpu.phases["refinement"]["KV cache"] == 64 * (2048 + 1024) * key_value_bytes(shape, 4)
     assert gpu.parts["generation weights"] == 2 * parameters(shape) * 4
     assert plan.exit_code == 0
+
+
+def test_with_an_adapter_there_is_one_base_without_gradients_or_states() -> None:
+    recipe = "experiment=paper_qwen3_8b"  # in opsd
+    whole, adapted = planned(recipe), planned(recipe, "student.adapter=lora")
+    hf, adapter = shapes(adapted.config)[0], adapted.config.student.adapter
+    assert adapter is not None
+    count = sum(
+        adapter.rank * (inputs + outputs)  # of q, o; k, v; gate, up, down
+        for inputs, outputs in [
+            *[(4096, 4096)] * 2,
+            *[(4096, 1024)] * 2,
+            *[(4096, 12288)] * 3,
+        ]
+    )
+    assert adapter_parameters(hf, adapter) == 36 * count
+    (before, after) = (plan.memory[0].phases["student"] for plan in (whole, adapted))
+    for part in ("gradients", "optimizer"):
+        assert after[part] < 0.1 * before[part]
+    assert before["teacher weights"] and before["teacher output weight"]
+    assert not {"teacher weights", "teacher output weight"} & set(after)
+    assert whole.flops and adapted.flops
+    assert 2 / 3 < adapted.flops.student / whole.flops.student < 0.8
+    assert "the student's own weights, without the adapter" in text(adapted)
 
 
 # Recipes

@@ -1,0 +1,247 @@
+"""A LoRA adapter in the files of Hugging Face PEFT, and what it must have to belong to a model.
+
+adapter_config.json has its settings, adapter_model.safetensors its matrices: for each linear layer
+W [out, in] among its targets A [rank, in] as `lora_A.weight` and B [out, rank] as `lora_B.weight`,
+below the layer's name in the model. The header of the latter also keeps the digest of the weights
+that the adapter was trained on, which PEFT does not look at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from nemo_trd.config.errors import ConfigError, rule_broken
+from nemo_trd.config.schema import Adapter
+from nemo_trd.models.directory import (
+    ADAPTER_NAME,
+    ADAPTER_WEIGHTS,
+    StoredTensor,
+    read_json,
+    stored_tensors,
+    tensors_of_file,
+)
+from nemo_trd.models.family import LayerNames, WeightTensor, expected_tensors, family_of
+
+FIELD = "student.adapter.init"
+BASE_DIGEST = "base_sha256"  # in the header of adapter_model.safetensors
+THREADS = 4  # that hash weights; hashlib lets them run beside each other
+# Settings of PEFT that change what an adapter computes, with the only values that are supported.
+_PLAIN: dict[str, Any] = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "use_dora": False,
+    "fan_in_fan_out": False,
+    "modules_to_save": None,
+    "layers_to_transform": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+}
+
+
+def target_modules(names: LayerNames) -> dict[str, str]:
+    """Target in `student.adapter.targets` -> the linear layer's name below its layer."""
+    return {
+        "q": names.query,
+        "k": names.key,
+        "v": names.value,
+        "o": names.attention_output,
+        "gate": names.gate,
+        "up": names.up,
+        "down": names.down,
+    }
+
+
+def matrix_names(module: str) -> tuple[str, str]:
+    """Names of A and B of a linear layer in adapter_model.safetensors.
+
+    Args:
+        module: the layer's name in the model, such as model.layers.0.self_attn.q_proj.
+    """
+    below = f"base_model.model.{module}"
+    return f"{below}.lora_A.weight", f"{below}.lora_B.weight"
+
+
+def adapted_modules(hf: Any, adapter: Adapter) -> dict[str, WeightTensor]:
+    """Every linear layer of the model that gets an A and a B, by name, with its weight."""
+    family = family_of(hf)
+    modules = target_modules(family.layer)
+    ends = tuple(f".{modules[target]}.weight" for target in adapter.targets)
+    weights = expected_tensors(hf).items()
+    return {name.removesuffix(".weight"): w for name, w in weights if name.endswith(ends)}
+
+
+def adapter_tensors(hf: Any, adapter: Adapter) -> dict[str, WeightTensor]:
+    """Every tensor of an adapter by its name in adapter_model.safetensors.
+
+    Where a linear layer is split over its outputs B is, where it is split over its inputs A.
+    """
+    tensors = {}
+    for module, weight in adapted_modules(hf, adapter).items():
+        (outputs, inputs), axis = weight.shape, weight.split_axis
+        a, b = matrix_names(module)
+        tensors[a] = WeightTensor((adapter.rank, inputs), 1 if axis == 1 else None, weight.layer)
+        tensors[b] = WeightTensor((outputs, adapter.rank), 0 if axis == 0 else None, weight.layer)
+    return tensors
+
+
+def scale(adapter: Adapter) -> float:
+    """Factor of B A x: alpha / rank, with rslora alpha / sqrt(rank) (arXiv 2312.03732)."""
+    return adapter.alpha / (math.sqrt(adapter.rank) if adapter.rslora else adapter.rank)
+
+
+def config_json(adapter: Adapter, base: str) -> dict[str, Any]:
+    """What adapter_config.json says of an adapter of the model in the directory `base`."""
+    modules = target_modules(LayerNames())
+    whole = adapter.alpha.is_integer()  # vLLM wants a whole number
+    return _PLAIN | {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": adapter.rank,
+        "lora_alpha": int(adapter.alpha) if whole else adapter.alpha,
+        "lora_dropout": adapter.dropout,
+        "use_rslora": adapter.rslora,
+        "target_modules": [modules[target].split(".")[-1] for target in adapter.targets],
+        "inference_mode": True,
+    }
+
+
+def begins_from_directory(adapter: Adapter) -> bool:
+    """Whether A and B are those of a PEFT directory, which `init` names."""
+    return adapter.init not in ("kaiming", "gaussian")
+
+
+def check_beginning(hf: Any, adapter: Adapter) -> Iterator[ConfigError]:
+    """Yield why the adapter in the directory that `init` names is not one of these settings.
+
+    Args:
+        hf: config of the model that it is put on.
+    """
+    if not begins_from_directory(adapter):
+        return
+    try:
+        settings, stored = read_adapter(Path(adapter.init))
+    except ConfigError as error:
+        yield error
+        return
+    for key, plain in _PLAIN.items():
+        if settings.get(key, plain) != plain and settings[key]:
+            yield rule_broken(
+                f"{FIELD} ({Path(adapter.init) / ADAPTER_NAME}: {key})",
+                settings[key],
+                f"adapters with {key} = {json.dumps(plain)} are supported",
+                "merge it into its model, and train that one",
+            )
+    own = {
+        "rank": settings.get("r"),
+        "alpha": settings.get("lora_alpha"),
+        "rslora": bool(settings.get("use_rslora", False)),
+    }
+    for key, value in own.items():
+        if value != getattr(adapter, key):
+            yield rule_broken(
+                f"student.adapter.{key}",
+                getattr(adapter, key),
+                f"the adapter in {adapter.init} has {value}",
+                f"set it to {json.dumps(value)}, or student.adapter.init=kaiming",
+            )
+    if own["rank"] == adapter.rank:
+        yield from _different_tensors(hf, adapter, stored)
+
+
+def _different_tensors(
+    hf: Any, adapter: Adapter, stored: dict[str, StoredTensor]
+) -> Iterator[ConfigError]:
+    expected = {name: tensor.shape for name, tensor in adapter_tensors(hf, adapter).items()}
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    if shapes == expected:
+        return
+    name = min(shapes.items() ^ expected.items())[0]
+    yield rule_broken(
+        FIELD,
+        adapter.init,
+        f"with student.adapter.targets = {list(adapter.targets)} the model has "
+        f"{_described(expected, name)} of {name}, and the adapter {_described(shapes, name)}",
+        "set targets to the adapter's, or name the model that it was trained on",
+    )
+
+
+def _described(shapes: dict[str, tuple[int, ...]], name: str) -> str:
+    return f"a shape {list(shapes[name])}" if name in shapes else "nothing"
+
+
+def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """Read adapter_config.json and the header of adapter_model.safetensors.
+
+    Raises:
+        ConfigError: there is none, or it is damaged.
+    """
+    if not directory.is_dir():
+        raise rule_broken(
+            FIELD,
+            str(directory),
+            "it is kaiming, gaussian, or the directory of an adapter, and there is no such one",
+            "name a directory with adapter_config.json",
+        )
+    settings, weights = read_json(directory / ADAPTER_NAME, FIELD), directory / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        raise rule_broken(
+            FIELD, str(weights), "there is no such file", "save the adapter as safetensors"
+        )
+    return settings, tensors_of_file(weights, FIELD)
+
+
+def check_base_of_beginning(adapter: Adapter, digest: str) -> None:
+    """Refuse an adapter that says that it was trained on other weights.
+
+    Args:
+        digest: `weights_digest` of the model that it is put on.
+
+    Raises:
+        ConfigError
+    """
+    from safetensors import safe_open
+
+    if not begins_from_directory(adapter):
+        return
+    file = Path(adapter.init) / ADAPTER_WEIGHTS
+    with safe_open(file, framework="pt") as opened:
+        recorded = (opened.metadata() or {}).get(BASE_DIGEST, digest)
+    if recorded != digest:
+        raise rule_broken(
+            FIELD,
+            adapter.init,
+            f"it was trained on other weights (SHA-256 {recorded[:16]}) than those of "
+            f"model.student.path ({digest[:16]})",
+            "name the model that it was trained on, or student.adapter.init=kaiming",
+        )
+
+
+def weights_digest(directory: Path, field: str) -> str:
+    """SHA-256 of all weights of a model directory: names, dtypes, shapes and bytes of the tensors.
+
+    The same however they are divided over files.
+
+    Raises:
+        ConfigError: as `directory.stored_tensors`.
+    """
+    from safetensors import safe_open
+
+    stored = stored_tensors(directory, field)
+
+    def one(name: str) -> str:
+        import torch
+
+        tensor = stored[name]
+        with safe_open(tensor.file, framework="pt") as opened:
+            values = opened.get_tensor(name).contiguous().view(-1).view(torch.uint8).numpy()
+        digest = hashlib.sha256(memoryview(values)).hexdigest()
+        return f"{name} {tensor.dtype} {list(tensor.shape)} {digest}\n"
+
+    with ThreadPoolExecutor(max_workers=THREADS) as pool:
+        return hashlib.sha256("".join(pool.map(one, sorted(stored))).encode()).hexdigest()
