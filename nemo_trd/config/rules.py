@@ -310,7 +310,8 @@ def _check_colocated(config: Config) -> None:
                 "with generation.colocate the run starts the servers, on the GPUs of its ranks",
                 f"set replicas and devices, {apart}",
             )
-    if config.teacher.scoring == "megatron" and not config.teacher.offload_weights:
+    stays = config.teacher.scoring == "megatron" and not config.teacher_is_base
+    if stays and not config.teacher.offload_weights:
         raise rule_broken(
             "teacher.offload_weights",
             False,

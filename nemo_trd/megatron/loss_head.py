@@ -83,9 +83,7 @@ class LossHead:
             ConfigError: a label outside the vocabulary.
         """
         rows, labels = self._rows(hidden, micro_batch), _labels(micro_batch, self.vocab_size)
-        main_grad = None
-        if self.into_main_grad:  # Megatron has given the parameter this attribute
-            main_grad = weight.main_grad  # type: ignore[attr-defined]
+        main_grad = weight.main_grad if self.into_main_grad else None  # type: ignore[attr-defined]
         common = labels, self.loss, self.vocab_size, self.groups.tp, main_grad
         if isinstance(teacher, TopK):
             check_ids(TOP_K_IDS, teacher.ids, self.vocab_size)

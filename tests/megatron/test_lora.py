@@ -229,7 +229,7 @@ def test_loss_gradients_and_merged_weights_are_those_of_peft(ranks: int, directo
     assert output.count("as PEFT has it") == ranks
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_so_are_they_with_the_layers_of_transformer_engine(ranks: int, directory: Path) -> None:
     """Whose norms are in the linear layers: the adapter sees the normalised input."""
     layouts = {
