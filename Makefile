@@ -46,7 +46,7 @@ BUNDLE_OUTPUT ?= build/gpu-bundle
 
 ENVIRONMENTS := env vllm-env env-mcore019 aligner-env system-packages
 
-PYTEST_ARGS := --durations=15
+PYTEST_ARGS := --durations=40
 # Files run side by side, the longest first: tests/conftest.py has their order.
 SIDE_BY_SIDE := -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 # What depends on megatron-core and must pass with both of its versions.
