@@ -28,7 +28,7 @@ from nemo_trd.megatron.student import StepResult
 from nemo_trd.records.last_line import end_process
 from nemo_trd.records.timers import Timers
 from nemo_trd.records.trackers import Tracker
-from nemo_trd.run.lookahead import Lookahead
+from nemo_trd.run.lookahead import sampling_ahead
 from nemo_trd.run.run import Run
 from nemo_trd.run.session import carry_out, record_end, with_all_ranks
 
@@ -47,13 +47,13 @@ def train(run: Run) -> int:
     def draw(step: int, timers: Timers) -> list[Refinement]:
         return sample(run, run.inputs.prompts(step), step, timers)
 
-    samples = Lookahead(draw, run.config, run.timers, run.samples_ahead)
+    samples = sampling_ahead(draw, run.config, run.timers, run.samples_ahead)
     exit_code = run.start()
     if exit_code is not None:
         return exit_code
     while run.step < run.config.train.num_steps:
         refinements = run.within_support(samples.take(run.step))  # y_r, each with its x and y_o
-        samples.start(run.step + 1)  # with max_staleness 1, beside what follows
+        samples.start(run.step + 1)  # with max_staleness, beside what follows
         measured = run.journal.measure(refinements, run.weight_version)
         trajectories = pair(refinements, run.config, run.inputs.teacher_prompt)  # x, c_T | y_r
         result = learn(run, trajectories, run.student.train_step)  # theta moves
@@ -63,7 +63,7 @@ def train(run: Run) -> int:
         if result:
             with run.timers("weight_sync"):
                 run.sync_weights()
-        exit_code = run.finish_step(samples.ready)
+        exit_code = run.finish_step(samples.kept)
         if exit_code is not None:
             return exit_code
     run.finish()

@@ -16,6 +16,7 @@ from nemo_trd.config.schema import (
     StoredPairs,
     VerifierName,
     Vllm,
+    WeightSync,
 )
 
 
@@ -261,6 +262,7 @@ def _check_layouts_and_servers(config: Config) -> None:
     if config.generation.colocate:
         _check_colocated(config)
     if config.generation.vllm is not None:
+        _check_run_ahead(config.generation.max_staleness, config.generation.vllm.weight_sync)
         _check_servers_of_roles(config, config.generation.vllm)
         call_limit = config.generation.vllm.weight_sync.call_timeout_seconds
         if call_limit >= 60 * config.parallel.timeout_minutes:
@@ -271,6 +273,16 @@ def _check_layouts_and_servers(config: Config) -> None:
                 f"parallel.timeout_minutes = {config.parallel.timeout_minutes:g}",
                 "lower it, or raise parallel.timeout_minutes",
             )
+
+
+def _check_run_ahead(staleness: int, sync: WeightSync) -> None:
+    if staleness > 1 and sync.in_flight != "keep":
+        raise rule_broken(
+            "generation.vllm.weight_sync.in_flight",
+            sync.in_flight,
+            f"with generation.max_staleness = {staleness} servers write on while weights change",
+            "set it to keep, or generation.max_staleness to 0 or 1",
+        )
 
 
 def _check_colocated(config: Config) -> None:

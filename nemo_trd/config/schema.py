@@ -457,8 +457,9 @@ class Generation(Section):
     stored: StoredPairs | None = None
     # The run's own servers and its training ranks share GPUs, in turns: see docs/servers.md.
     colocate: bool = False
-    # 0: strictly on-policy. 1: the samples of a step are drawn while the step before it trains.
-    max_staleness: Annotated[int, Field(ge=0, le=1)]
+    # 0: strictly on-policy. 1: the samples of a step are drawn while the step before it trains. 2
+    # or more: up to so many steps ahead, while weights change; see docs/servers.md.
+    max_staleness: NonNegativeInt
     rollout: Sampling  # y_o ~ pi_theta(. | x)
     refinement: Sampling  # y_r ~ pi_T(. | x, y_o), in opsd pi_T(. | x, y*, y_o)
     local: LocalGeneration  # of backend local

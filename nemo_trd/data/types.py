@@ -46,6 +46,12 @@ class TokenScores:
         )
 
 
+if TYPE_CHECKING:
+    Scores = TokenScores | None
+else:  # to pydantic, which reads and writes completions without them
+    Scores = Any
+
+
 @dataclass(frozen=True)
 class Completion:
     """Result of a generator for one request.
@@ -54,13 +60,13 @@ class Completion:
     they are the tokens that lie wholly before a text of `Sampling.stop`, possibly none; `tail` is
     the part of the next token before that text.
     `weight_version` is the version of the weights that sampled it (0 for a frozen teacher); where
-    several did, the oldest.
+    several did, the oldest. Then `versions` has each with the first token that it sampled.
     `logprobs`, where the generator was asked for them, are natural log-probabilities of the tokens
     under the generator's own model and arithmetic: at temperature 1, over the whole vocabulary,
     before top-k and top-p, each token given those before it. `scores`, where they were asked for,
     are the same of each token and of the most likely ones at its place.
     `drafts`, of a server that checks some, are how many tokens were drafted, and how many of these
-    it accepted.
+    it accepted. `redrawn` older completions were thrown away (`GenerationRequest.oldest_version`).
     """
 
     token_ids: TokenIds
@@ -68,8 +74,10 @@ class Completion:
     weight_version: int
     logprobs: tuple[float, ...] | None = None
     tail: str = ""
-    scores: TokenScores | None = field(default=None, compare=False, repr=False)
+    scores: Scores = field(default=None, compare=False, repr=False)
     drafts: tuple[int, int] | None = field(default=None, compare=False)
+    versions: tuple[tuple[int, int], ...] = ()  # (version, first token)
+    redrawn: int = field(default=0, compare=False)
 
     def text(self, tokenizer: Any) -> str:
         """Decode it without special tokens, up to the stop string that ended it, if any."""
@@ -111,6 +119,8 @@ class GenerationRequest:
     seed: int
     # Requests of equal affinity share a long prefix (a problem); servers cache it. No other effect.
     affinity: int | None = field(default=None, compare=False)
+    # Weights older than these must not sample any token. None: the generator's own rule holds.
+    oldest_version: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,7 @@ Place = Mapping[int, float]  # log-probabilities at the place of a label, by tok
 
 class _Span(BaseModel):
     version: str
+    start: int = 0  # its first token
 
 
 class _TopLogprob(BaseModel):
@@ -163,7 +164,7 @@ class SampledTokens:
     logprobs: tuple[float, ...] | None
     scores: TokenScores | None
     drafts: tuple[int, int] | None  # tokens drafted, and those of them that were accepted
-    weight_versions: tuple[str, ...]  # distinct ones, in the order of the tokens
+    versions: tuple[tuple[str, int], ...]  # of the weights, each with its first token
 
 
 @dataclass(frozen=True)
@@ -317,7 +318,7 @@ def read_scores(
         ]
         scores = _scores_of_json(places, labels, wanted, url)
     _check_scores(scores, len(labels), wanted, url)
-    return scores, _versions(response.choices[0], url)
+    return scores, tuple(label for label, _ in _versions(response.choices[0], url))
 
 
 def _scores_of_json(
@@ -406,7 +407,8 @@ def _validated(content: Any, url: str) -> _Response:
         raise AttemptFailed(url, f"the answer is malformed: {place}: {first['msg']}") from None
 
 
-def _versions(choice: _Choice, url: str) -> tuple[str, ...]:
+def _versions(choice: _Choice, url: str) -> tuple[tuple[str, int], ...]:
+    """Labels of weights with the first token of each, in their order."""
     if not choice.weight_versions:
         raise AttemptFailed(url, "the answer does not say which weights it comes from")
-    return tuple(dict.fromkeys(span.version for span in choice.weight_versions))
+    return tuple((span.version, span.start) for span in choice.weight_versions)

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr
@@ -153,21 +154,27 @@ class VllmGenerator:
                         group.create_task(answer(position))
 
     def _job(self, name: str, request: GenerationRequest, sampling: Sampling) -> Job[Completion]:
-        wanted, logprobs = self._wanted, 0 if self._logprobs else None
+        wanted, logprobs, redrawn = self._wanted, 0 if self._logprobs else None, 0
         if wanted:  # one more: in JSON the sampled token may take the last one's place
             logprobs = min(wanted.top_k + wanted.spare + 1, self.vocabulary.columns)
 
         def read(content: Any, url: str) -> tuple[Completion, int]:
+            nonlocal redrawn
             sampled = read_completion(
                 content, url, sampling, self._eos_token_ids, self._logprobs, wanted
             )
             if wanted:
                 self._tell_of_json(content, url)
             self._check_ids(sampled.token_ids, url)
-            version = self._accept(sampled.weight_versions, url)
+            labels = tuple(label for label, _ in sampled.versions)
+            try:
+                version = self._accept(labels, url, request.oldest_version)
+            except StaleWeights:
+                redrawn += 1
+                raise
             prompt = request.prompt_token_ids
             completion = self._completion(sampled, version, prompt, sampling, url)
-            return completion, len(sampled.token_ids)
+            return replace(completion, redrawn=redrawn), len(sampled.token_ids)
 
         body = generation_body(request, sampling, self._eos_token_ids, logprobs)
         if wanted:
@@ -209,7 +216,10 @@ class VllmGenerator:
         if scores is not None:  # none is known of an end that takes the place of the sampled one
             scores = scores.first(count) if labels == ids[:count] else None
         kept = None if logprobs is None else logprobs[:count]
-        return Completion(labels, reason, version, kept, tail, scores, sampled.drafts)
+        spans = [(version_number(label), start) for label, start in sampled.versions]
+        versions = tuple((n, start) for n, start in spans if n is not None and start < count)
+        several = versions if len(versions) > 1 else ()
+        return Completion(labels, reason, version, kept, tail, scores, sampled.drafts, several)
 
     def score(
         self, sequences: Sequence[tuple[TokenIds, int]], wanted: Wanted, description: str
@@ -307,8 +317,8 @@ class VllmGenerator:
         content = await connection.call("GET", url, "/weight_info")
         return str(field_of(content, "weight_version", url))
 
-    def _accept(self, labels: tuple[str, ...], url: str) -> int:
-        """The version of weights of a completion, if `stale_weights` lets it pass.
+    def _accept(self, labels: tuple[str, ...], url: str, oldest: int | None = None) -> int:
+        """The oldest version of a completion, if `oldest` or else `stale_weights` lets it pass.
 
         Raises:
             StaleWeights: another attempt is to be made.
@@ -316,7 +326,8 @@ class VllmGenerator:
         """
         policy = self._settings.stale_weights
         try:
-            self._check_version(labels, url)
+            if oldest is None:
+                self._check_version(labels, url)
         except StaleWeights as stale:
             if policy == "retry":
                 raise
@@ -328,6 +339,10 @@ class VllmGenerator:
         known = [version for version in versions if version is not None]
         if len(known) < len(versions):
             raise AttemptFailed(url, f"its weights {labels} are none of ours")
+        if oldest is not None and min(known) < oldest:
+            raise StaleWeights(
+                url, f"its weights are {', '.join(labels)}, and may not be older than {oldest}"
+            )
         return min(known)
 
     def _check_version(self, labels: tuple[str, ...], url: str) -> None:

@@ -158,6 +158,7 @@ def _completion(completion: Completion, decode: Decode) -> dict[str, Any]:
         "tokens": token_texts(completion.token_ids, decode),
         "finish_reason": completion.finish_reason,
         "weight_version": completion.weight_version,
+        **({"versions": completion.versions} if completion.versions else {}),
         **(_rounded({"logprobs": completion.logprobs}) if completion.logprobs else {}),
     }
 

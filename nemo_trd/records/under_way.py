@@ -24,12 +24,14 @@ class UnderWay:
     Args:
         directory: shared by all ranks.
         settings: digest of the settings on which completions depend.
+        staleness: how much older than the current weights those may be that sampled a completion.
     """
 
-    def __init__(self, directory: Path, rank: int, settings: str) -> None:
+    def __init__(self, directory: Path, rank: int, settings: str, staleness: int = 0) -> None:
         self._directory = directory
         self._file = directory / f"rank_{rank}.jsonl"
         self._settings = settings
+        self._staleness = staleness
         self._step: int | None = None
         self._weight_version: int | None = None
         self._kept: dict[str, Completion] = {}
@@ -45,9 +47,11 @@ class UnderWay:
         self._step, self._weight_version = step, weight_version
 
     def find(self, request: GenerationRequest, weight_version: int) -> Completion | None:
-        """The completion of an equal request, if these weights have sampled it."""
+        """The completion of an equal request, if weights that may have sampled it."""
         kept = self._kept.get(self._key(request))
-        return kept if kept is not None and kept.weight_version == weight_version else None
+        if kept is None or not 0 <= weight_version - kept.weight_version <= self._staleness:
+            return None
+        return kept
 
     def add(self, request: GenerationRequest, completion: Completion) -> None:
         """Write a completion down."""
@@ -83,6 +87,7 @@ def _read(file: Path) -> dict[str, Completion]:
             request = record.pop("request")
             for name in ("token_ids", "logprobs", "drafts"):
                 record[name] = None if record.get(name) is None else tuple(record[name])
+            record["versions"] = tuple(map(tuple, record.get("versions", ())))
             kept[request] = Completion(**record)
         except (ValueError, TypeError, KeyError, AttributeError):
             continue

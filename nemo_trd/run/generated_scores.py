@@ -19,13 +19,16 @@ class GeneratedScores:
     teacher wrote, or with other labels than it wrote, has none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, steps_ahead: int) -> None:
+        """Args: steps_ahead: how far sampling runs ahead of training, at most."""
+        self._steps_ahead = steps_ahead
         self._by_step: dict[int, dict[Scored, TokenScores]] = {}
         self._group = dist.new_group(backend="gloo")
 
     def begin(self, step: int) -> None:
-        """Begin to sample a step. Scores of the one before stay: it may be in training."""
-        self._by_step = {s: scores for s, scores in self._by_step.items() if s == step - 1}
+        """Begin to sample a step. Scores of those that have yet to train stay."""
+        first = step - max(1, self._steps_ahead)
+        self._by_step = {s: scores for s, scores in self._by_step.items() if first <= s < step}
         self._by_step[step] = {}
 
     def keep(self, step: int, context: TokenIds, completion: Completion) -> Completion:

@@ -100,7 +100,7 @@ class Generators:
     def score_while_writing(self, wanted: Wanted) -> None:
         """Have the teacher's servers give scores with each rewrite. Collective."""
         self.teacher = self.teacher_on_servers(wanted=wanted)
-        self.generated_scores = GeneratedScores()
+        self.generated_scores = GeneratedScores(self._config.generation.max_staleness)
 
     def _open_local(self) -> None:
         config = self._config

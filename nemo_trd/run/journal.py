@@ -106,7 +106,9 @@ class Journal:
         drawn = [*(rollout.completion for rollout in rollouts), *rewrites]
         if self._config.generation.stored is not None:
             drawn = []
+        redrawn = sum(rollout.completion.redrawn for rollout in rollouts)
         return {
+            **({"redrawn": redrawn} if self._config.generation.max_staleness > 1 else {}),
             "staleness": weight_version - sum(versions) / len(versions),
             "generated_tokens": sum(len(completion.token_ids) for completion in drawn),
             **mean_change(merge_shares([change(*p) for p in own_share(rewritten(refinements))])),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +47,8 @@ from nemo_trd.run.teacher_check import check_teacher_servers
 from nemo_trd.verifiers.select import verifier
 
 log = logging.getLogger(__name__)
+
+SamplesAhead = Callable[[bool], Mapping[int, list[Refinement]]]
 
 
 class Run:
@@ -91,7 +93,13 @@ class Run:
         self.teacher, self._generators = open_teacher_and_generators(
             config, self.student, stop.signalled
         )
-        self._under_way = UnderWay(root.parent / "under_way", dist.get_rank(), config.digest())
+        staleness = config.generation.max_staleness
+        self._under_way = UnderWay(
+            root.parent / "under_way",
+            dist.get_rank(),
+            config.digest(),
+            staleness if staleness > 1 else 0,
+        )
         sampler = Sampler if config.generation.stored is None else StoredSampler
         self.sampler = sampler(
             config,
@@ -262,11 +270,12 @@ class Run:
                 "refinement.max_context_tokens, or set refinement.on_failure=rollout."
             )
 
-    def finish_step(self, samples_ahead: Mapping[int, list[Refinement]]) -> int | None:
+    def finish_step(self, samples_ahead: SamplesAhead) -> int | None:
         """Evaluate and save as configured. Collective.
 
         Args:
-            samples_ahead: refinements by step, drawn for steps to come.
+            samples_ahead: tells the refinements by step that are drawn for steps to come; told
+                that the run ends, with those that are under way.
 
         Returns:
             An exit code when the run is to stop now.
@@ -279,7 +288,7 @@ class Run:
         with self.timers("checkpoint"):
             self._checkpointer.poll()
             if exit_code is not None or self.step % self.config.checkpoint.save_interval == 0:
-                self.save(samples_ahead)
+                self.save(samples_ahead(exit_code is not None))
         if exit_code is not None:
             self._checkpointer.wait()
             self._last_line = outcome.stopped_line(self.config, self.step)

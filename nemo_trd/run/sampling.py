@@ -85,9 +85,11 @@ class Sampler:
         self._under_way = under_way
         self._generated_scores = generated_scores
         self._turn = turn
+        self._oldest_version: int | None = None
         self._verify = verifier(config.data.verifier, config.sandbox)
-        # Samples may be drawn while the main thread exchanges something else.
+        # Samples may be drawn while the main thread exchanges something else, and evaluates.
         self._group = dist.new_group(backend="gloo")
+        self._group_of_others = dist.new_group(backend="gloo")
         if under_way is not None and dist.get_rank() == 0:  # all ranks have read what there was
             under_way.drop_other_ranks(dist.get_world_size())
 
@@ -102,10 +104,12 @@ class Sampler:
             self._under_way.begin(step, self._student.weight_version)
         if self._generated_scores is not None:
             self._generated_scores.begin(step)
+        if self._config.generation.max_staleness > 1:  # weights may change until all is drawn
+            self._oldest_version = self._student.weight_version
         own = own_share(numbered_samples(prompts, self._config.train.rollouts_per_prompt))
         begin = perf_counter()
         with self._turn():
-            samples = self._merge(lambda: run_loop(self._draw(own, step, begin)))
+            samples = self._merge(lambda: run_loop(self._draw(own, step, begin)), self._group)
         seconds = sampling_seconds(
             [sample.rollout for sample in samples],
             [sample.rewrite for sample in samples if sample.rewrite],
@@ -180,7 +184,9 @@ class Sampler:
     ) -> GenerationRequest:
         """Request for a sample, after x unless there is another context."""
         seed = request_seed(self._config.run.seed, kind, step, prompt.index, sample)
-        return GenerationRequest(context or prompt.token_ids, seed, affinity=prompt.index)
+        oldest = self._oldest_version if kind == "rollout" else None
+        ids = context or prompt.token_ids
+        return GenerationRequest(ids, seed, affinity=prompt.index, oldest_version=oldest)
 
     def complete(
         self, requests: Sequence[GenerationRequest], sampling: Sampling, description: str
@@ -188,20 +194,22 @@ class Sampler:
         """Continue any requests with the current student, as evaluation does."""
         share = own_share(requests)
         with self._turn():
-            return self._merge(lambda: self._student.generate(share, sampling, description))
+            return self._merge(
+                lambda: self._student.generate(share, sampling, description), self._group_of_others
+            )
 
     def map_shares(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """`function` of each item, in their order; every rank works on its own share."""
         share = own_share(items)
-        return self._merge(lambda: judge_all(function, share))
+        return self._merge(lambda: judge_all(function, share), self._group_of_others)
 
-    def _merge(self, make_share: Callable[[], list[Item]]) -> list[Item]:
+    def _merge(self, make_share: Callable[[], list[Item]], group: dist.ProcessGroup) -> list[Item]:
         """The shares of all ranks together, in order.
 
         Raises:
             GenerationFailed: on all ranks, when it is raised on some.
         """
-        return merge_shares(fail_together(make_share, self._group), self._group)
+        return merge_shares(fail_together(make_share, group), group)
 
 
 def _no_verdict(text: str, answer: Answer) -> None:

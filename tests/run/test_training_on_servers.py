@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from servers import ENVIRONMENT, HIDDEN, KEY, SHAPE, VOCABULARY, settings_on
 from tiny_models import make_model
 
+from nemo_trd.records.checkpoint_dir import read_samples_ahead
+
 pytestmark = [pytest.mark.vllm, pytest.mark.distributed]
 
 STEPS = 4
@@ -152,10 +154,14 @@ def test_a_run_in_two_phases_has_the_same_samples_and_losses(
 
 def sampled(run_dir: Path) -> list[Any]:
     """Token ids of all rollouts and rewrites that a run has recorded, in their order."""
-    files = sorted((run_dir / "samples").glob("*.jsonl"))
-    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    assert len(lines) >= STEPS
-    return [[line[y]["token_ids"] for y in ("rollout", "refinement")] for line in lines]
+    return [pair for step in range(1, STEPS + 1) for pair in sampled_in(run_dir, step)]
+
+
+def sampled_in(run_dir: Path, step: int) -> list[list[list[int]]]:
+    """Those of one step."""
+    lines = (run_dir / "samples" / f"step_{step:06d}.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return [[record[y]["token_ids"] for y in ("rollout", "refinement")] for record in records]
 
 
 def test_evaluation_during_training_uses_the_students_servers(stale_run: Path) -> None:
@@ -173,6 +179,24 @@ def test_a_stopped_run_resumes_to_the_same_numbers_with_the_samples_it_had_drawn
     assert code not in (0, -1) and "stopped on request after step 2" in output
     launch(1, run_training, run, "", environment=ENVIRONMENT)
     assert reproducible(tmp_path / "run") == reproducible(stale_run)
+
+
+def test_a_run_far_ahead_of_its_weights_loses_no_sample_when_it_is_stopped(
+    served_models: Path, urls: dict[str, str], tmp_path: Path
+) -> None:
+    run = settings(served_models, urls, tmp_path / "run", "generation.max_staleness=2", *PP2)
+    run.append("generation.vllm.weight_sync.in_flight=keep")
+    code, output = run_ranks(2, run_training, run, "stop", environment=ENVIRONMENT)
+    assert code not in (0, -1) and "stopped on request after step 2" in output
+    kept = read_samples_ahead((tmp_path / "run" / "checkpoints" / "latest").resolve())
+    assert {2} <= set(kept) <= {2, 3}  # counted from 0: what had been begun
+    launch(2, run_training, run, "", environment=ENVIRONMENT)
+    steps = metrics(tmp_path / "run")
+    assert len(steps) == STEPS and steps[0]["staleness"] == 0
+    assert all(0 <= step["staleness"] <= 2 and step["redrawn"] == 0 for step in steps)
+    for step, refinements in kept.items():
+        trained = [tuple(y_o) for y_o, _ in sampled_in(tmp_path / "run", step + 1)]
+        assert trained == [r.request.rollout.completion.token_ids for r in refinements]
 
 
 def test_servers_of_another_model_are_refused_before_the_first_step(

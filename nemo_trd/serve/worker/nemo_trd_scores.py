@@ -112,7 +112,9 @@ def _packed(completion: CompletionOutput, rows: FlatLogprobs, wanted: Wanted) ->
         "choices": [
             {
                 "finish_reason": completion.finish_reason or "stop",
-                "weight_versions": [{"version": span.version} for span in versions],
+                "weight_versions": [
+                    {"version": span.version, "start": span.start} for span in versions
+                ],
             }
         ],
         "metrics": {"speculative_decoding": drafts and drafts.to_dict()},
