@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -35,7 +34,6 @@ from nemo_trd.evaluate.judging import JudgePool
 from nemo_trd.evaluate.sample_store import Sample, SampleStore
 from nemo_trd.evaluate.source import Source, find_source
 from nemo_trd.generation.protocol import GenerationFailed, Generator, request_seed
-from nemo_trd.models.family import known_positions
 from nemo_trd.models.read import read_tokenizer
 from nemo_trd.records.step_lines import write_atomically
 from nemo_trd.serve.open import (
@@ -134,16 +132,14 @@ def check_lengths(
 ) -> None:
     """Raises ConfigError: prompts and answers exceed the positions that the model knows."""
     settings = json.loads((Path(source.hf.path) / "config.json").read_text(encoding="utf-8"))
-    if not isinstance(settings.get("max_position_embeddings"), int):
-        return
-    limit = known_positions(SimpleNamespace(**settings))
+    limit = settings.get("max_position_embeddings")
     prompts = [prompt for loaded in problems.values() for prompt in loaded.prompts]
     longest, max_tokens = max(len(p.token_ids) for p in prompts), config.sampling.max_tokens
-    if longest + max_tokens > limit:
+    if isinstance(limit, int) and longest + max_tokens > limit:
         raise rule_broken(
             "sampling.max_tokens",
             max_tokens,
-            f"with a prompt of {longest} tokens it exceeds the {limit} positions of "
+            f"with a prompt of {longest} tokens it exceeds max_position_embeddings = {limit} of "
             f"{source.hf.path}",
             f"set it to {max(1, limit - longest)} or less, or lower max_prompt_tokens",
         )

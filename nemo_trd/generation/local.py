@@ -27,7 +27,6 @@ from nemo_trd.generation.protocol import Done
 from nemo_trd.generation.stop_strings import StopStrings, decoder
 from nemo_trd.models.directory import tensors_with_copies
 from nemo_trd.models.dtypes import torch_dtype
-from nemo_trd.models.family import known_positions
 from nemo_trd.models.vocabulary import Vocabulary, read_vocabulary
 
 # The environment of NeMo-Aligner has transformers 4, which knows the old name only.
@@ -173,8 +172,7 @@ class LocalGenerator:
         self, requests: Sequence[GenerationRequest], sampling: Sampling, description: str
     ) -> None:
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        config = self.model.config
-        limit = known_positions(config) if hasattr(config, "max_position_embeddings") else None
+        limit = getattr(self.model.config, "max_position_embeddings", None)
         for number, request in enumerate(requests):
             prompt = request.prompt_token_ids
             if not prompt:
@@ -188,8 +186,8 @@ class LocalGenerator:
                 raise rule_broken(
                     f"max_tokens of {description}",
                     sampling.max_tokens,
-                    f"with a prompt of {len(prompt)} tokens it exceeds the {limit} positions "
-                    f"of {self.path}",
+                    f"with a prompt of {len(prompt)} tokens it exceeds max_position_embeddings = "
+                    f"{limit} of {self.path}",
                     f"set it to {limit - len(prompt)} or less, or shorten the prompts"
                     if len(prompt) < limit
                     else "shorten the prompts",

@@ -38,7 +38,6 @@ from nemo_trd.models.family import (
     family_of,
     has_biases,
     head_dim,
-    known_positions,
     padded_vocab_size,
     rope_parameters,
 )
@@ -245,7 +244,7 @@ def build_model(
             config,
             _layer_spec(config, frequencies, vp_stage if virtual else None, stage),
             vocab_size=padded_vocab_size(hf.vocab_size, layout.tensor_model_parallel_size),
-            max_sequence_length=known_positions(hf),
+            max_sequence_length=hf.max_position_embeddings,
             pre_process=stage == 0 and vp_stage == 0,
             post_process=stage == last_stage and vp_stage == (virtual or 1) - 1,
             parallel_output=True,

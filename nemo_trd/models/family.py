@@ -184,18 +184,6 @@ def rope_parameters(hf: Any) -> dict[str, Any]:
     return parameters
 
 
-def known_positions(hf: Any) -> int:
-    """Length of the longest sequence that a model takes, in tokens.
-
-    YaRN stretches the positions of its training; `max_position_embeddings` may or may not say so.
-    """
-    rope, known = rope_parameters(hf), int(hf.max_position_embeddings)
-    if rope["rope_type"] != "yarn":
-        return known
-    trained = rope.get("original_max_position_embeddings") or known
-    return max(known, int(rope["factor"] * trained))
-
-
 def head_dim(hf: Any) -> int:
     """Width of one attention head."""
     return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads

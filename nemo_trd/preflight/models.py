@@ -14,7 +14,7 @@ from typing import Any, Literal
 from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.lengths import longest_answer, longest_contexts
 from nemo_trd.config.schema import Config, Layout, ModelSource
-from nemo_trd.models.family import known_positions, shared_vocab_size
+from nemo_trd.models.family import shared_vocab_size
 from nemo_trd.models.peft import check_beginning
 from nemo_trd.models.read import Model, read_directory, read_tokenizer
 from nemo_trd.models.rules import check_fp8, check_layout
@@ -204,20 +204,19 @@ def _length_problems(config: Config, student: Model, teacher: Model) -> Iterator
     """Yield the settings that allow more positions than the models and servers have."""
     answer = longest_answer(config)
     contexts = longest_contexts(config)
-    positions = known_positions(teacher.hf)
+    positions = teacher.hf.max_position_embeddings
     yield from server_length_problems(config, contexts[1], answer, positions)
     for role, model, (field, context) in zip(
         ("student", "teacher"), (student, teacher), contexts, strict=True
     ):
-        known = known_positions(model.hf)
+        known = model.hf.max_position_embeddings
         if context + answer > known:
             yield rule_broken(
                 field,
                 context,
                 f"with up to {answer} tokens generated after it the {role} sees {context + answer} "
-                f"positions, and config.json of {model.directory} allows {known}",
-                "lower it, or max_tokens of generation.rollout and generation.refinement, or let "
-                "YaRN stretch the model (rope_scaling in its config.json)",
+                f"positions, and {model.directory} has max_position_embeddings = {known}",
+                "lower it, or max_tokens of generation.rollout and generation.refinement",
             )
 
 

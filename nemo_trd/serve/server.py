@@ -19,14 +19,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace, TracebackType
+from types import TracebackType
 
 from pydantic import SecretStr
 
 from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import ModelSource, ServedPool, VllmServer, VllmSettings
 from nemo_trd.models.dtypes import DTYPE_NAMES
-from nemo_trd.models.family import known_positions
 from nemo_trd.serve import guard
 from nemo_trd.serve.environment import check_draft_package, find_vllm, server_environment
 from nemo_trd.serve.worker import draft_arguments, worker_arguments
@@ -240,7 +239,7 @@ class Server:
         try:
             settings = json.loads(config_file.read_text(encoding="utf-8"))
             text = settings.get("text_config") or {}
-            return known_positions(SimpleNamespace(**{**settings, **text}))
+            return int({**settings, **text}["max_position_embeddings"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise rule_broken(
                 "model of a server",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +23,7 @@ from nemo_trd.megatron.model import (
     transformer_config,
 )
 from nemo_trd.megatron.schedule import run_model
-from nemo_trd.models.family import FAMILIES, known_positions, padded_vocab_size, rope_parameters
+from nemo_trd.models.family import FAMILIES, padded_vocab_size, rope_parameters
 from nemo_trd.models.rules import check_layout, check_supported
 
 SINGLE = Layout(tensor_model_parallel_size=1, pipeline_model_parallel_size=1)
@@ -156,29 +155,6 @@ def test_rope_settings_of_a_transformers_4_config_object_are_read() -> None:
         "factor": 2.0,
         "rope_theta": 5e5,
     }
-
-
-@pytest.mark.parametrize(
-    ("told", "rope", "known"),
-    [
-        (
-            40_960,
-            {"type": "yarn", "factor": 2.25, "original_max_position_embeddings": 32_768},
-            73_728,
-        ),
-        (
-            131_072,
-            {"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 4096},
-            131_072,
-        ),
-        (4096, {"rope_type": "yarn", "factor": 2.0}, 8192),
-        (4096, {"rope_type": "linear", "factor": 2.0}, 4096),
-        (4096, None, 4096),
-    ],
-)
-def test_yarn_stretches_the_positions_of_training(told: int, rope: Any, known: int) -> None:
-    hf = SimpleNamespace(max_position_embeddings=told, rope_scaling=rope)
-    assert known_positions(hf) == known
 
 
 def test_the_vocabulary_is_padded_to_what_tensor_parallel_ranks_share() -> None:

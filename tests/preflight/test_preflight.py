@@ -433,12 +433,12 @@ RULES: dict[str, tuple[list[str], int, tuple[str, ...]]] = {
     "student positions": (
         ["data.max_prompt_tokens=193", "train.max_tokens_per_micro_batch=999"],
         1,
-        ("data.max_prompt_tokens = 193", "student sees 257", "allows 256", "lower it"),
+        ("data.max_prompt_tokens = 193", "student sees 257", "= 256", "lower it"),
     ),
     "teacher positions": (
         ["refinement.max_context_tokens=193", "train.max_tokens_per_micro_batch=999"],
         1,
-        ("refinement.max_context_tokens = 193", "teacher sees 257", "allows 256", "lower it"),
+        ("refinement.max_context_tokens = 193", "teacher sees 257", "= 256", "lower it"),
     ),
     "one token more than positions of a scoring server": (
         [*SERVER, "refinement.max_context_tokens=192", "train.max_tokens_per_micro_batch=999"],
