@@ -20,16 +20,21 @@ WORLD, RANK = 32, 24  # TP 8, PP 4: the first rank of the last stage
 TRAJECTORIES = 2  # a micro-batch each
 
 
-def test_a_step_of_the_last_stage_passes_and_reads_nothing_back(tmp_path: Path) -> None:
-    output = launch(1, check_step, str(tmp_path), timeout=500, transformer_engine=True)
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_step_of_the_last_stage_passes_and_reads_nothing_back(
+    precision: str, tmp_path: Path
+) -> None:
+    arguments = (str(tmp_path), precision)
+    output = launch(1, check_step, *arguments, timeout=500, transformer_engine=True)
     assert "the step has passed" in output
 
 
-def check_step(directory: str) -> None:
+def check_step(directory: str, precision: str) -> None:
     from contextlib import ExitStack
     from unittest import mock
 
     import torch
+    import transformer_engine_torch
     from fake_world import on_the_host, rank_of
 
     from nemo_trd.config.load import compose
@@ -42,8 +47,9 @@ def check_step(directory: str) -> None:
 
     shape = json.loads((SHIPPED / "Llama-3.3-70B-Instruct.json").read_text())
     (Path(directory) / "config.json").write_text(json.dumps(shape))
-    one_each = ["train.max_tokens_per_micro_batch=null", "train.micro_batch_size=1"]
-    config = compose(["experiment=trd_70b", f"model.student.path={directory}", *one_each])
+    settings = [f"model.student.path={directory}", f"precision={precision}"]
+    settings += ["train.max_tokens_per_micro_batch=null", "train.micro_batch_size=1"]
+    config = compose(["experiment=trd_70b", *settings])
     prompt, context = config.data.max_prompt_tokens, config.refinement.max_context_tokens
     answer = (1,) * config.generation.refinement.max_tokens
     trajectories = [
@@ -74,7 +80,8 @@ def check_step(directory: str) -> None:
         expected = [(len(answer), shape["hidden_size"])] * TRAJECTORIES
         assert [tuple(state.shape) for state in states if state is not None] == expected
         student.compute_gradients(plan, states)
-    assert student.models[0].config.transformer_impl == "transformer_engine"
+    in_bf16 = transformer_engine_torch.matrix_products["bfloat16", "bfloat16"]
+    assert transformer_engine_torch.matrix_products and (in_bf16 > 0) == (precision == "bf16")
     print("the step has passed", flush=True)
 
 
