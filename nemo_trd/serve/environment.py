@@ -20,6 +20,9 @@ CPU_ENVIRONMENT = {  # unless the caller's environment says otherwise
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
+    # Drafts are looked up with numba, which gives OpenMP as many threads as itself: where cores are
+    # few, every layer then waits for a thread that does not run.
+    "NUMBA_NUM_THREADS": "1",
     "TORCH_COMPILE_DISABLE": "1",
 }
 # Of the trainer's rank, its rendezvous, its Python, its use of CUDA: they would mislead a server.
