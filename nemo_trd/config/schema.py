@@ -129,7 +129,7 @@ class Adapter(Section):
 class Student(Section):
     """What of the student is trained."""
 
-    adapter: Adapter | None  # null: all parameters are trained
+    adapter: Adapter | None = None  # null: all parameters are trained
 
 
 class Layout(Section):
@@ -625,7 +625,7 @@ class Config(Section):
     run: Run  # where the run writes, and its seed
     algorithm: Algorithm  # the paper's choices: who teaches, on what, seeing what
     model: Models  # directories of student and teacher
-    student: Student  # what of the student is trained
+    student: Student = Student()  # what of the student is trained
     parallel: Parallel  # how both are split over ranks
     teacher: Teacher  # who computes its distributions, and what it holds between steps
     precision: Precision  # number formats

@@ -335,6 +335,11 @@ def test_a_directory_that_is_nothing_we_know_is_refused(tmp_path: Path) -> None:
     config = configured(f"model.path={tmp_path}")
     with pytest.raises(ConfigError, match="no checkpoint"):
         find_source(config.model)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"Fix: give its run's directory, or .*export_merged"):
+        find_source(configured(f"model.path={adapter}").model)
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"Fix: evaluate .*/export"):

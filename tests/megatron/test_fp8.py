@@ -174,8 +174,10 @@ def test_fp8_in_parallel_layouts_stays_near_bf16(
 def test_adapters_are_trained_in_bf16_on_weights_in_fp8(models: Path, tmp_path: Path) -> None:
     adapter = ["student.adapter=lora", "student.adapter.rank=8", "student.adapter.init=gaussian"]
     cases = {"bf16": adapter, "fp8": [*RECIPES["tensorwise"], *adapter]}
+    cases["again"] = [*cases["fp8"], "train.recompute=full"]
     results = run(1, models, cases, tmp_path)
     near("fp8", results["fp8"], results["bf16"])
+    assert results["again"]["losses"] == results["fp8"]["losses"]
     packs = results["fp8"]["student"]
     student, teacher = (LINEAR * LAYERS * results["fp8"][role] for role in ROLES)
     # No gradients of weights, and none of what comes out of the embedding.

@@ -47,6 +47,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 TWO_LAYERS = {"num_hidden_layers": 4, "intermediate_size": 48, "num_attention_heads": 4}
 SIZES = {**TWO_LAYERS, "vocab_size": VOCABULARY, "hidden_size": 32, "num_key_value_heads": 2}
 OPD, OPSD = ["algorithm.mode=opd"], ["algorithm.mode=opsd", "model.teacher=null"]
+DROPOUT, OUTPUTS_SPLIT = "student.adapter.dropout=0.4", "student.adapter.targets=[q,gate]"
 LAYOUTS: dict[int, dict[str, list[str]]] = {
     1: {"one rank": [], "recomputed": ["train.recompute=full"]},
     2: {
@@ -229,14 +230,12 @@ def test_loss_gradients_and_merged_weights_are_those_of_peft(ranks: int, directo
     assert output.count("as PEFT has it") == ranks
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_so_are_they_with_the_layers_of_transformer_engine(ranks: int, directory: Path) -> None:
+@pytest.mark.parametrize(("ranks", "layout"), [(1, "recomputed"), (2, "tp2 sp")])
+def test_so_are_they_with_the_layers_of_transformer_engine(
+    ranks: int, layout: str, directory: Path
+) -> None:
     """Whose norms are in the linear layers: the adapter sees the normalised input."""
-    layouts = {
-        name: chosen
-        for name, chosen in LAYOUTS[ranks].items()
-        if "context_parallel" not in str(chosen)  # the stand-in has no exchange of keys and values
-    }
+    layouts = {layout: LAYOUTS[ranks][layout]}
     output = launch(ranks, check_layouts, str(directory), layouts, transformer_engine=True)
     assert output.count("as PEFT has it") == ranks
 
@@ -400,3 +399,32 @@ def test_dropout_is_the_same_when_activations_are_recomputed(
         assert recomputed == pytest.approx(torch.tensor(seen[dropout, "none"]), rel=1e-6)
     assert seen[0.4, "none"][0][0] == seen[0.0, "none"][0][0]  # B is still zero
     assert seen[0.4, "none"][2][0] != pytest.approx(seen[0.0, "none"][2][0], rel=1e-4)
+
+
+def check_dropout(directory: str, alone: list[list[float]]) -> None:
+    """On two tensor parallel ranks: matrices that both have whole stay the same on both."""
+    from nemo_trd.distributed.process import init_distributed
+
+    watch = init_distributed(timeout_minutes=2)
+    split = [*TP2, *TEACHER_TP2]
+    sequences = [*SP, "parallel.teacher.sequence_parallel=true"]
+    for layout in (split, [*split, *sequences]):
+        config = composed(Path(directory), DROPOUT, *layout)
+        own, frozen = made(config)
+        losses(config, own, frozen, range(3))
+        for name, matrix in own.models[0].named_parameters():
+            if matrix.requires_grad and not getattr(matrix, "tensor_model_parallel", False):
+                both = [torch.empty_like(matrix) for _ in range(2)]
+                dist.all_gather(both, matrix.detach(), group=own.groups.tp)
+                assert torch.equal(*both), f"{layout}: {name}"
+    config = composed(Path(directory), DROPOUT, OUTPUTS_SPLIT, *split)
+    seen = losses(config, *made(config), range(3))
+    assert torch.tensor(seen) == pytest.approx(torch.tensor(alone), rel=RELATIVE)
+    watch.close()
+
+
+def test_tensor_parallel_ranks_drop_the_same_of_what_they_all_have(
+    directory: Path, one_rank: Any
+) -> None:
+    config = composed(directory, DROPOUT, OUTPUTS_SPLIT)
+    launch(2, check_dropout, str(directory), losses(config, *made(config), range(3)))
