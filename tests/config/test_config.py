@@ -577,7 +577,10 @@ def test_servers_of_a_role_inherit_what_is_not_set_for_them() -> None:
     expected = {"tensor_parallel_size": 2, "max_model_len": 100, "arguments": ["--a"]}
     assert expected.items() <= vllm.server.model_dump().items()
     assert vllm.student.server == vllm.server.model_copy(update={"arguments": ["--b"]})
+    different: dict[str, Any]
     different = {"tensor_parallel_size": 8, "max_model_len": None, "quantization": "fp8"}
+    different["speculation"] = vllm.teacher.server.speculation  # the group's own
+    assert different["speculation"] is not None and vllm.server.speculation is None
     assert vllm.teacher.server == vllm.server.model_copy(update=different)
 
 

@@ -40,11 +40,10 @@ def test_generation_takes_as_long_as_its_busier_pool_or_its_longest_answers() ->
 
 
 def test_drafts_save_passes_over_the_weights_of_the_teacher() -> None:
-    said = ",".join(f"{name}:{value}" for name, value in DRAFTS.model_dump().items())
-    without, with_them = (
-        planned(*more).split
-        for more in ([], [f"generation.vllm.teacher.server.speculation={{{said}}}"])
-    )
+    vllm = compose([RECIPE]).generation.vllm
+    assert vllm is not None and vllm.teacher.server.speculation == DRAFTS  # of cluster recipes
+    setting = "generation.vllm.teacher.server.speculation"
+    without, with_them = (planned(*more).split for more in ([f"{setting}=null"], []))
     assert without is not None and with_them is not None
     assert with_them.time.refinement < without.time.refinement
     assert with_them.time.rollout == without.time.rollout
