@@ -17,7 +17,8 @@ Then the same teacher's server is asked for its log-probabilities of 64 ids a la
     bytes    a label takes in JSON and in binary
     client   processor seconds of this process for 1,000 labels, in both forms
     seconds  for 1,000 labels: writing them; writing them with scores (scoring=generation);
-             scoring them when they are written (scoring=server)
+             scoring them when they are written (scoring=server); the pass of the same teacher in
+             Megatron, in this process (scoring=megatron)
 
 Student and teacher are random Qwen3 models that know few tokens and often say EOS: lengths
 vary, up to `--max-tokens`. `--concurrency` requests are with a server at a time. Everything has one
@@ -55,7 +56,7 @@ from pydantic import SecretStr
 from nemo_trd.config.load import compose
 from nemo_trd.config.schema import Config, Sampling
 from nemo_trd.data.prompts import load_prompts, prompts_of_step
-from nemo_trd.data.types import GenerationRequest
+from nemo_trd.data.types import GenerationRequest, Trajectory
 from nemo_trd.generation.api import (
     ARRAYS,
     GENERATE,
@@ -66,6 +67,8 @@ from nemo_trd.generation.api import (
 )
 from nemo_trd.generation.pending import Pending, known
 from nemo_trd.generation.protocol import Done, Generator
+from nemo_trd.megatron.student import Student
+from nemo_trd.megatron.teacher import Teacher
 from nemo_trd.models.read import read_tokenizer
 from nemo_trd.run.sampling import Drawn, Sampler
 from nemo_trd.serve.open import Servers, generator_on_servers
@@ -169,8 +172,10 @@ def second_pass(args: argparse.Namespace, config: Config, url: str, key: str) ->
     plain = generator_on_servers(source, server, client)
     scored = generator_on_servers(source, server, client, wanted=wanted)
     rng, sampling = random.Random(1), config.generation.refinement
-    taken = dict.fromkeys(("written", "with_scores", "scored_afterwards"), 0.0)
-    labels = 0
+    names = ("written", "with_scores", "scored_afterwards", "in_megatron")
+    taken, labels = dict.fromkeys(names, 0.0), 0
+    student = Student(config)
+    teacher = Teacher(config, student.groups)
     for repeat in range(args.repeats + 1):
         texts = [
             tuple(rng.randrange(args.vocabulary) for _ in range(args.max_tokens))
@@ -183,6 +188,12 @@ def second_pass(args: argparse.Namespace, config: Config, url: str, key: str) ->
             times.append(time.perf_counter())
         pairs = [(t + c.token_ids, len(t)) for t, c in zip(texts, written, strict=True)]
         plain.score(pairs, wanted, "scores")
+        times.append(time.perf_counter())
+        trajectories = [
+            Trajectory(n, 0, "refinement", text, text, completion.token_ids, 0)
+            for n, (text, completion) in enumerate(zip(texts, written, strict=True))
+        ]
+        teacher.states(student.pack(trajectories))
         times.append(time.perf_counter())
         if repeat:  # the first one does not count
             labels += sum(len(completion.token_ids) for completion in written)
