@@ -68,7 +68,9 @@ def say_last(cause: Cause, log_file: Path | None = None) -> None:
         before, line = cause.details, f"{line}; see {log_file}"
     if getattr(tqdm, "_instances", None):  # a progress bar has left its line open
         print(file=sys.stderr)
-    with contextlib.suppress(OSError):  # nobody listens any more
+    with contextlib.suppress(OSError, ValueError):  # nobody listens any more
+        sys.stdout.flush()  # or what waits there would come after the last line
+    with contextlib.suppress(OSError):
         print(*filter(None, (before.rstrip(), line)), sep="\n", file=sys.stderr, flush=True)
 
 

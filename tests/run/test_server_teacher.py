@@ -171,7 +171,7 @@ def check_layouts(directory: str) -> None:
         dist.all_gather_object(counts, scorer.asked)
         assert sum(counts) == 2 * len(trajectories()), counts  # each once a step, by one rank
         states = served.states(plan)
-        written = GeneratedScores()
+        written = GeneratedScores(steps_ahead=0)
         written.begin(3)
         for t in own_share(trajectories()[:4]):  # all but the last one
             (scores,) = scorer.score([(t.teacher_context + t.labels, 4)], wanted, "rewrites")
