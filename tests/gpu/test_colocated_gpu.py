@@ -57,11 +57,11 @@ def test_servers_and_student_share_a_device(tmp_path: Path) -> None:
         *settings_on(inputs, {}, tmp_path / "run"),
         *("generation.colocate=true", "teacher.offload_weights=true", f"train.num_steps={STEPS}"),
         *("generation.vllm.weight_sync.backend=gloo", "generation.vllm.server.dtype=fp32"),
-        f"generation.vllm.server.arguments=[--gpu-memory-utilization,'{SHARE}']",
         *(f"generation.vllm.{role}.devices=[0]" for role in ("student", "teacher")),
     ]
-    if EMULATED:
-        overrides = [o for o in overrides if "devices" not in o and "utilization" not in o]
+    if not EMULATED:
+        shared = f"[--gpu-memory-utilization,'{SHARE}']"
+        overrides.append(f"generation.vllm.server.arguments={shared}")
     record = tmp_path / "held.json"
     on_devices(1, run, overrides, str(record), environment=ENVIRONMENT, timeout=900)
     steps = [json.loads(s) for s in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
