@@ -59,7 +59,7 @@ class SleepingServers:
 
     def _post(self, path: str) -> None:
         with ThreadPoolExecutor(len(self._urls), "sleep") as threads:
-            failures = [text for text in threads.map(lambda url: self._ask(url, path), self._urls)]
+            failures = list(threads.map(lambda url: self._ask(url, path), self._urls))
         told = "\n".join(text for text in failures if text)
         if told:
             raise GenerationFailed(told)
