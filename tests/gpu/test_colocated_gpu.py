@@ -6,11 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from devices import EMULATED, on_devices
+from devices import EMULATED, on_devices, skip_without_vllm
 from servers import ENVIRONMENT, make_inputs, settings_on
-
-from nemo_trd.config.errors import ConfigError
-from nemo_trd.serve.environment import find_vllm
 
 pytestmark = pytest.mark.gpu(emulated=True)
 
@@ -46,12 +43,7 @@ def run(overrides: list[str], record: str) -> None:
 
 
 def test_servers_and_student_share_a_device(tmp_path: Path) -> None:
-    try:
-        _, is_cpu = find_vllm(None)
-    except ConfigError as error:
-        pytest.skip(f"no vLLM: {error}")
-    if is_cpu and not EMULATED:
-        pytest.skip("the vLLM here is a build for CPUs")
+    skip_without_vllm()
     inputs = make_inputs(tmp_path / "inputs", **({} if EMULATED else LARGE))
     overrides = [
         *settings_on(inputs, {}, tmp_path / "run"),

@@ -8,13 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
-from devices import EMULATED, device_count, on_devices
+from devices import EMULATED, device_count, on_devices, skip_without_vllm
 from pydantic import SecretStr
 from servers import SERVER, SHAPE
 from tiny_models import make_model
-
-from nemo_trd.config.errors import ConfigError
-from nemo_trd.serve.environment import find_vllm
 
 pytestmark = pytest.mark.gpu(emulated=True)
 
@@ -67,12 +64,7 @@ def test_a_server_answers_with_weights_that_came_over_nccl(tmp_path: Path) -> No
     import torch
     from model_checks import reference_logits
 
-    try:
-        _, is_cpu = find_vllm(None)
-    except ConfigError as error:
-        pytest.skip(f"no vLLM: {error}")
-    if is_cpu and not EMULATED:
-        pytest.skip("the vLLM here is a build for CPUs")
+    skip_without_vllm()
     if device_count() < 2:
         pytest.skip("NCCL wants a device for each side: needs two CUDA devices")
     for seed, role in enumerate(("student", "teacher")):

@@ -83,9 +83,11 @@ def test_stored_pairs_train_as_drawn_ones_and_survive_an_interruption(
     file = tmp_path / "steps" / "pairs.jsonl"
     content = file.read_bytes()
     file.write_bytes(content[: content.index(b"\n", content.index(b"3+1?")) + 40])
-    launch(2, work, [("generate", of("steps", small))])
+    (tmp_path / "steps" / "stop").touch()  # the first start obeys, and draws nothing
+    launch(2, work, [("generate", of("steps", small)), ("generate", of("steps", small))])
     assert file.read_bytes() == content
     log = (tmp_path / "steps" / "log.txt").read_text()
+    assert log.count("stopped on request; start again with run.dir=") == 1
     assert log.count("step 1 of 2") == 1 and log.count("step 2 of 2") == 2
     assert f"{PROBLEMS} pairs of {PROBLEMS} problems in {file}" in log.splitlines()[-1]
 

@@ -10,10 +10,13 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from launch import launch, run_ranks
 
+from nemo_trd.config.errors import ConfigError
 from nemo_trd.preflight.machine import importable
+from nemo_trd.serve.environment import find_vllm
 
 EMULATED = os.environ.get("NEMO_TRD_EMULATED_GPU") == "1" and not torch.cuda.is_available()
 HAS_TRANSFORMER_ENGINE = EMULATED or importable("transformer_engine")
@@ -24,6 +27,16 @@ EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}
 def missing_devices() -> str | None:
     """Why tests on CUDA devices cannot run; None where they can."""
     return None if torch.cuda.is_available() else "needs a CUDA device"
+
+
+def skip_without_vllm() -> None:
+    """Skip a test on devices where no vLLM can serve on them."""
+    try:
+        _, is_cpu = find_vllm(None)
+    except ConfigError as error:
+        pytest.skip(f"no vLLM: {error}")
+    if is_cpu and not EMULATED:
+        pytest.skip("the vLLM here is a build for CPUs")
 
 
 def device_count() -> int:
