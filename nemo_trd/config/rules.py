@@ -216,14 +216,6 @@ def _check_shared_base(config: Config) -> None:
     """Rules for a teacher that is the student's own modules: what holds for one holds for both."""
     student, precision = config.parallel.student, config.precision
     shared = "with student.adapter the teacher of algorithm.mode=opsd is the student's own weights"
-    if student.virtual_pipeline_model_parallel_size is not None:
-        raise rule_broken(
-            "parallel.student.virtual_pipeline_model_parallel_size",
-            student.virtual_pipeline_model_parallel_size,
-            f"{shared}, and its micro-batches have lengths that an interleaved schedule does not "
-            "take",
-            "set it to null",
-        )
     for field, value in student.model_dump().items():
         other = getattr(config.parallel.teacher, field)
         if other != value:
@@ -255,7 +247,9 @@ def _check_layouts_and_servers(config: Config) -> None:
     if config.teacher.scoring == "generation":
         _check_scoring_by_generation(config)
     for role in ("student", "teacher"):
-        _check_layout(f"parallel.{role}", getattr(config.parallel, role), role)
+        forward_only = role == "teacher" and not config.teacher_is_base
+        layout = getattr(config.parallel, role)
+        _check_layout(f"parallel.{role}", layout, forward_only=forward_only)
         if config.generation.vllm is not None:
             vllm = config.generation.vllm
             check_pool(f"generation.vllm.{role}", getattr(vllm, role))
@@ -551,9 +545,9 @@ def check_dataset(field: str, dataset: Dataset, verifier: VerifierName) -> None:
         )
 
 
-def _check_layout(field: str, layout: Layout, role: str) -> None:
+def _check_layout(field: str, layout: Layout, *, forward_only: bool) -> None:
     virtual = layout.virtual_pipeline_model_parallel_size
-    if role == "teacher" and virtual is not None:
+    if forward_only and virtual is not None:
         raise rule_broken(
             f"{field}.virtual_pipeline_model_parallel_size",
             virtual,

@@ -137,7 +137,7 @@ class Layout(Section):
 
     tensor_model_parallel_size: PositiveInt  # ranks over which each layer is split
     pipeline_model_parallel_size: PositiveInt  # stages, each with a part of the layers
-    # parts of a stage in the interleaved schedule, student only; null: 1F1B
+    # parts of a stage in the interleaved schedule, where a model is trained; null: 1F1B
     virtual_pipeline_model_parallel_size: PositiveInt | None = None
     context_parallel_size: PositiveInt = 1  # ranks over which each sequence is split
     # split what lies between tensor parallel layers over the same ranks

@@ -46,13 +46,13 @@ class Teacher:
         self,
         config: Config,
         student_groups: ProcessGroupCollection,
-        base: HiddenStatesModel | None = None,
+        base: Sequence[HiddenStatesModel] | None = None,
     ) -> None:
         """Load the teacher.
 
         Args:
-            base: a student with an adapter, whose own modules without it are the teacher: nothing
-                is loaded then. Its layout is the teacher's.
+            base: stages of a student with an adapter, which without it are the teacher: nothing is
+                loaded then. Its layout is the teacher's.
         """
         source = config.teacher_source
         self._layout = config.parallel.teacher
@@ -62,15 +62,15 @@ class Teacher:
         hf = load_hf_config(source.path, source.trust_remote_code)
         self._hidden_size = hf.hidden_size
         self._is_base = base is not None
-        self._model = base or self._load(config, hf)
-        self._dtype = self._model.config.params_dtype
+        self._models = base or self._load(config, hf)
+        self._dtype = self._models[0].config.params_dtype
         self._sources = last_stage_ranks(self._groups)
         self._destinations = last_stage_ranks(student_groups)
         if self._offload_weights:
-            move(self._model, torch.device("cpu"))
+            self._move(torch.device("cpu"))
         open_communicator()
 
-    def _load(self, config: Config, hf: PretrainedConfig) -> HiddenStatesModel:
+    def _load(self, config: Config, hf: PretrainedConfig) -> list[HiddenStatesModel]:
         precision = config.precision
         with torch.no_grad():  # weights in FP8 would get a second copy for the backward pass
             models = build_model(
@@ -79,8 +79,9 @@ class Teacher:
                 frozen=True,
             )
         load_hf_weights(models, hf, config.teacher_source.path, self._groups)
-        models[0].requires_grad_(False).eval()
-        return models[0]
+        for model in models:
+            model.requires_grad_(False).eval()
+        return models
 
     @torch.no_grad()
     def states(self, micro_batches: Sequence[Sequence[Microbatch]]) -> list[Tensor | None]:
@@ -101,36 +102,50 @@ class Teacher:
             offload=self._offload_states,
         )
         if self._offload_weights:
-            move(self._model, device())
+            self._move(device())
         if own:  # a pipeline runs in lock-step with itself only: replicas may have other numbers
-            with adapter_off([self._model]) if self._is_base else nullcontext():
+            with adapter_off(self._models) if self._is_base else nullcontext():
                 self._forward(own, hand_over)
         if self._offload_weights:
-            move(self._model, torch.device("cpu"))
+            self._move(torch.device("cpu"))
         return hand_over.finish()
+
+    def _move(self, target: torch.device) -> None:
+        for model in self._models:
+            move(model, target)
 
     def _forward(
         self, micro_batches: Sequence[Sequence[ContextBatch]], hand_over: HandOver
     ) -> None:
-        """Pass the packs of micro-batches forward; hand over what the ones before have given."""
-        cp = self._groups.cp
+        """Pass the packs of micro-batches forward; hand over what the ones before have given.
+
+        Where stages interleave, all is handed over at the end: the order of passes is another.
+        """
+        cp, pp = self._groups.cp, self._groups.pp
         packs = [own_context(p, cp.size(), cp.rank()) for packs in micro_batches for p in packs]
-        behind = self._groups.pp.size() - 1 - self._groups.pp.rank()
+        count, interleaved = len(packs), len(self._models) > 1
+        if interleaved:  # it takes a multiple of the stages
+            packs += packs[-1:] * (-count % pp.size())
+        behind = pp.size() - 1 - pp.rank()
         computed = list(accumulate(len(packs) for packs in micro_batches))  # packs, by round
 
-        def keep(pack: ContextBatch, hidden: Tensor, non_loss_data: bool) -> None:
-            rows = label_rows(hidden, pack, self._groups, self._layout.sequence_parallel)
-            hand_over.computed.append(rows)
+        def keep(number: int, hidden: Tensor, non_loss_data: bool) -> None:
+            if number < count:
+                rows = label_rows(
+                    hidden, packs[number], self._groups, self._layout.sequence_parallel
+                )
+                hand_over.computed.append(rows)
 
         def forward_step(iterator, model):  # noqa: ANN001, ANN202  (megatron's signature)
-            number, pack = next(iterator)
-            hand_over.start(bisect_right(computed, number - behind))
-            return run_model(model, pack), partial(keep, pack)
+            number = next(iterator)
+            if not interleaved:
+                hand_over.start(bisect_right(computed, number - behind))
+            return run_model(model, packs[number]), partial(keep, number)
 
         run_schedule(
-            [self._model],
+            self._models,
             forward_step,
-            list(enumerate(packs)),
+            range(len(packs)),
             packs,
             self._groups,
             forward_only=True,

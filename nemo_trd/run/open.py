@@ -30,7 +30,7 @@ def open_teacher_and_generators(
         GenerationFailed: the teacher's servers do not score.
     """
     if config.teacher.scoring == "megatron":
-        base = student.models[0] if config.teacher_is_base else None
+        base = student.models if config.teacher_is_base else None
         in_megatron = Teacher(config, student.groups, base)
         return in_megatron, _open_generators(config, student, stopping)
     generators = _open_generators(config, student, stopping)

@@ -300,13 +300,6 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
         [*LORA_OPSD, "parallel.teacher.tensor_model_parallel_size=2"],
         ("parallel.teacher.tensor_model_parallel_size = 2", "split as that is", "set it to 1"),
     ),
-    "one base in an interleaved schedule": (
-        [
-            *(*LORA_OPSD, "parallel.student.pipeline_model_parallel_size=2"),
-            "parallel.student.virtual_pipeline_model_parallel_size=2",
-        ],
-        ("parallel.student.virtual_pipeline_model_parallel_size = 2", "interleaved", "to null"),
-    ),
     "one base in two precisions": (
         [*LORA_OPSD, "precision.teacher_fp8=e4m3"],
         ("precision.teacher_fp8 = 'e4m3'", "precision.fp8 = None", "set it to null"),
