@@ -285,7 +285,13 @@ class PromptRules(Section):
 
 class Data(PromptRules):
     train: Dataset  # problems that are trained on
-    validation: Dataset | None  # problems that evaluation.* asks; null: none
+    validation: Dataset | None  # problems that evaluation.* asks; null, or a null path: none
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _no_path_is_no_validation(cls, value: Any) -> Any:
+        """So that `data.validation.path=...` can be set where the default is none."""
+        return None if isinstance(value, dict) and value.get("path", "") is None else value
 
 
 # What switches a setting of `Sampling` off.

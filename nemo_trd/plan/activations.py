@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_trd.config.schema import Layout
+from nemo_trd.config.schema import Adapter, Layout
 from nemo_trd.models.family import family_of, head_dim
+from nemo_trd.models.peft import adapted_modules
 
 
 def layer_activation_bytes(
@@ -58,6 +59,30 @@ def layer_activation_bytes(
         split += scores * element + (scores * (element + 1) if dropout else 0)
     split += hf.intermediate_size * element * (3 if gated else 2)
     return tokens * replicated // outside + tokens * split // tp
+
+
+def adapter_activation_bytes(
+    hf: Any, tokens: int, layout: Layout, element: int, adapter: Adapter
+) -> int:
+    """Bytes that one layer's adapter keeps for its backward pass, on one tensor parallel rank.
+
+    They are beside the layer's own. For each target A x, of all tokens where B is split, and a copy
+    of A: those of targets with the same input are joined. With dropout, instead of the copy, what
+    is left of x, and which part that is.
+    """
+    tp = layout.tensor_model_parallel_size
+    whole = own_tokens(tokens, layout)
+    part = whole // tp if layout.sequence_parallel else whole
+    kept = 0
+    for weight in adapted_modules(hf, adapter).values():
+        if weight.layer != 0:
+            continue
+        if weight.split_axis == 1:  # over its inputs
+            inputs, seen, reduced = weight.shape[1] // tp, whole, part
+        else:
+            inputs, seen, reduced = weight.shape[1], part, whole
+        kept += adapter.rank * reduced + inputs * (2 * seen if adapter.dropout else adapter.rank)
+    return kept * element
 
 
 def working_set_bytes(hf: Any, tokens: int, layout: Layout, element: int) -> int:

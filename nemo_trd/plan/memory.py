@@ -16,6 +16,7 @@ from nemo_trd.loss.divergences import chunk_size, logit_bytes
 from nemo_trd.models.dtypes import ELEMENT_BYTES
 from nemo_trd.models.family import PackAlignment, pack_alignment, padded_vocab_size
 from nemo_trd.plan.activations import (
+    adapter_activation_bytes,
     layer_activation_bytes,
     micro_batches_in_flight,
     own_tokens,
@@ -278,7 +279,10 @@ def activation_bytes(config: Config, hf: Any, stage: int, tokens: int) -> int:
     longest = min(tokens, longest_trajectory(config))
 
     def layer(mode: str) -> int:
-        return layer_activation_bytes(hf, tokens, longest, layout, element, recompute=mode)
+        kept = layer_activation_bytes(hf, tokens, longest, layout, element, recompute=mode)
+        if config.student.adapter is not None and mode != "full":
+            kept += adapter_activation_bytes(hf, tokens, layout, element, config.student.adapter)
+        return kept
 
     kept = round(micro_batches_in_flight(layout, stage) * layers * layer(recompute))
     again = layer("none") if recompute == "full" else 0
