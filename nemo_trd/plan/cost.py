@@ -20,7 +20,7 @@ from nemo_trd.plan.context_parallel import rings
 from nemo_trd.plan.memory import GIB, generations, trajectories_per_rank, vocabulary_rows
 from nemo_trd.plan.shapes import adapter_parameters, key_value_bytes, parameters
 
-TERA = 1e12
+GIGA, TERA = 1e9, 1e12
 Role = Literal["student", "teacher"]
 
 
@@ -122,7 +122,7 @@ def step_time(config: Config, student: Any, teacher: Any) -> StepTime:
         longest=sum(time.longest for time in generating.values()),
         teacher=teacher_time,
         student=student_time * bubble(config, "student"),
-        streamed=config.generation.vllm is not None,
+        streamed=config.generation.vllm is not None and not config.teacher_on_student_servers,
         overlap=config.generation.max_staleness > 0,
     )
 
@@ -211,6 +211,7 @@ class Servers:
 def servers(config: Config, role: str, hf: Any) -> Servers:
     """Replicas that generate for a role, "rollout" or "refinement"."""
     cluster, vllm = config.cluster, config.generation.vllm
+    role = _pool_of(config, role)
     count, tp = replicas_and_tp(config, role)
     if vllm is None:
         local = config.generation.local
@@ -220,6 +221,11 @@ def servers(config: Config, role: str, hf: Any) -> Servers:
     element = 1 if pool.server.quantization == "fp8" else 2
     memory = tp * (cluster.gpu_memory_gib - cluster.reserved_gib) * GIB - parameters(hf) * element
     return Servers(count, tp, element, 2, pool.server.max_num_seqs, memory)
+
+
+def _pool_of(config: Config, role: str) -> str:
+    """The role whose servers answer for `role`."""
+    return "rollout" if config.teacher_on_student_servers else role
 
 
 def replicas_and_tp(config: Config, role: str) -> tuple[int, int]:
@@ -307,6 +313,27 @@ def generation_time(
     return GenerationTime(decoding + prefill_seconds, decoding / batches)
 
 
+@dataclass(frozen=True)
+class WeightSync:
+    """What brings the student's weights to its servers after a step."""
+
+    bytes: int  # to each of them
+    servers: int
+    seconds: float  # to all of them, through the network adapter of the rank that sends
+
+
+def weight_sync(config: Config, student: Any) -> WeightSync | None:
+    """Estimate one weight sync; None where no servers sample."""
+    if config.generation.vllm is None or not config.asks_student:
+        return None
+    adapter = config.served_adapter
+    sent = parameters(student) if adapter is None else adapter_parameters(student, adapter)
+    size = sent * ELEMENT_BYTES[config.precision.dtype]
+    count, _ = replicas_and_tp(config, "rollout")
+    seconds = count * size / (config.cluster.assumptions.network_gb * GIGA)
+    return WeightSync(size, count, seconds)
+
+
 def tokens_per_pass(config: Config, role: str) -> float:
     """Tokens of a sequence that a server writes in one pass over the weights."""
     vllm = config.generation.vllm
@@ -354,7 +381,7 @@ def possible_splits(config: Config) -> Iterator[Config]:
         return
     cluster = config.cluster
     total = cluster.training_nodes + cluster.student_server_nodes + cluster.teacher_server_nodes
-    has_refinements = config.asks_teacher
+    has_refinements = config.asks_teacher and not config.teacher_on_student_servers
     layouts = [config.parallel.student]
     if config.teacher.scoring == "megatron":
         layouts.append(config.parallel.teacher)

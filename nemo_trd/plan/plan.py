@@ -82,7 +82,8 @@ def make_plan(config: Config) -> Plan:
         plan.evenest = min(
             splits, key=lambda split: max(split.time.generation, split.time.training)
         )
-    if config.generation.vllm is not None and config.generation.stored is None:
+    on_servers = config.generation.vllm is not None and config.generation.stored is None
+    if on_servers and not config.teacher_on_student_servers:
         plan.evening = evening_servers(config, student.hf, teacher.hf)
     plan.savings = savings(config, student.hf, teacher.hf)
     return plan

@@ -14,6 +14,7 @@ from nemo_trd.plan.cost import (
     micro_batches,
     servers,
     training_rate,
+    weight_sync,
 )
 from nemo_trd.plan.memory import (
     GIB,
@@ -192,6 +193,13 @@ def _servers(plan: Plan) -> str:
             f"{at_once} of them at once in each"
             + (f" ({pool.cache_bytes / GIB:.0f} GiB)" if math.isfinite(pool.cache_bytes) else "")
         )
+    sync = weight_sync(config, plan.student.hf)
+    if sync is not None:
+        what = "all weights" if config.served_adapter is None else "the adapter"
+        lines.append(
+            f"  sync       {what}, {sync.bytes / GIB:.2f} GiB to each of {sync.servers} servers "
+            f"after a step: {_seconds(sync.seconds)}"
+        )
     return "\n".join(lines)
 
 
@@ -322,6 +330,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "largest": largest_part(fullest.parts),
         "advice": list(plan.advice.overrides) if plan.advice else [],
         "gpus": [_gpu(gpu) for gpu in plan.memory],
+        "weight_sync": vars(sync) if (sync := weight_sync(plan.config, plan.student.hf)) else None,
         "flops": vars(plan.flops) if plan.flops else None,
         "step": _split_values(plan.split) if plan.split else None,
         "fastest_split": _split_values(plan.fastest) if plan.fastest else None,

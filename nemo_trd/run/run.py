@@ -240,7 +240,8 @@ class Run:
 
     def sync_weights(self) -> None:
         """Bring the student's weights to its generator. Collective."""
-        weights = self.student.export_hf_weights()
+        alone, student = self.config.served_adapter is not None, self.student
+        weights = student.export_scaled_adapter() if alone else student.export_hf_weights()
         self._generators.load_student(weights, self._state.weight_version)
 
     def advance(self, result: StepResult | None, refinements: Sequence[Refinement]) -> None:

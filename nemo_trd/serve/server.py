@@ -47,7 +47,8 @@ class ServerError(RuntimeError):
 class Server:
     """One vLLM server: started by `start` or `with`, ended by `stop`, or when this process ends.
 
-    `url` is known from `start` on. A `port` of 0 is chosen then.
+    `url` is known from `start` on. A `port` of 0 is chosen then. With a `weight_backend` it takes
+    weights: all of them, or with an `adapter_rank` those of a LoRA adapter of that rank.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Server:
         api_key: SecretStr | None = None,
         devices: Sequence[int] = (),
         weight_backend: str | None = None,
+        adapter_rank: int | None = None,
         sleeps: bool = False,
         trust_remote_code: bool = False,
         field: str = "generation.vllm.server",
@@ -72,6 +74,7 @@ class Server:
         self._api_key = api_key
         self._devices = devices
         self._weight_backend = weight_backend
+        self._adapter_rank = adapter_rank
         self._sleeps = sleeps
         self._trust_remote_code = trust_remote_code
         self._field = field  # of `settings`, for errors
@@ -223,7 +226,7 @@ class Server:
             arguments += ["--middleware", middleware]
         arguments.append("--disable-uvicorn-access-log")
         if self._weight_backend is not None:
-            arguments += worker_arguments()
+            arguments += worker_arguments(self._adapter_rank)
         if self._sleeps and not is_cpu:  # a build for CPUs answers as if it slept, and refuses this
             arguments.append("--enable-sleep-mode")
         if settings.speculation is not None:
@@ -328,6 +331,7 @@ def servers_of(
     api_key: SecretStr | None,
     weight_backend: str | None,
     *,
+    adapter_rank: int | None = None,
     sleeps: bool = False,
     field: str = "generation.vllm",
 ) -> list[Server]:
@@ -346,6 +350,7 @@ def servers_of(
             api_key=api_key,
             devices=pool.devices[number * per_server : (number + 1) * per_server],
             weight_backend=weight_backend,
+            adapter_rank=adapter_rank,
             sleeps=sleeps,
             trust_remote_code=source.trust_remote_code,
             field=f"{field}.server",

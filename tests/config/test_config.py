@@ -164,6 +164,7 @@ NGRAM = "{method: ngram, tokens: 5, lookup_max: 4, lookup_min: 2}"
 DRAFTS = ["generation=vllm", f"generation.vllm.teacher.server.speculation={NGRAM}"]
 GENERATION = ["generation=vllm", "teacher.scoring=generation", "loss.top_k=20"]
 GLOO = "generation.vllm.weight_sync.backend=gloo"
+ALONE = ["generation=vllm", "generation.vllm.weight_sync.what=adapter"]
 REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     # overrides -> what the message says: field, value, rule, fix
     "unknown key": (
@@ -283,6 +284,22 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "dropout of everything": (
         [*LORA, "student.adapter.dropout=1.0"],
         ("student.adapter.dropout = 1.0", "less than 1"),
+    ),
+    "servers of an adapter where there is none": (
+        ALONE,
+        ("weight_sync.what = 'adapter'", "student.adapter=null trains", "set it to merged"),
+    ),
+    "servers of an adapter where there are no servers": (
+        [*LORA, "generation=local", ALONE[1]],
+        ("Could not override 'generation.vllm.weight_sync.what'",),
+    ),
+    "an adapter of a rank that vLLM has no room for": (
+        [*LORA, *ALONE, "student.adapter.rank=513"],
+        ("student.adapter.rank = 513", "ranks of up to 512", "what=merged"),
+    ),
+    "a student's server with adapters of the user's": (
+        ["generation=vllm", "generation.vllm.server.arguments=[--enable-lora]"],
+        ("student.server.arguments = ['--enable-lora'", "weight_sync.what", "leave it out"),
     ),
     "a merged export without an adapter": (
         ["checkpoint.export_merged=true"],
