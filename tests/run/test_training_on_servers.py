@@ -16,10 +16,11 @@ import psutil
 import pytest
 from launch import launch, processes_of, run_ranks
 from safetensors.torch import load_file
-from servers import ENVIRONMENT, HIDDEN, KEY, SHAPE, VOCABULARY, settings_on
+from servers import ENVIRONMENT, HIDDEN, KEY, SHAPE, VOCABULARY, replicas, settings_on
 from tiny_models import make_model
 
 from nemo_trd.records.checkpoint_dir import read_samples_ahead
+from nemo_trd.serve.server import stop_all
 
 pytestmark = [pytest.mark.vllm, pytest.mark.distributed]
 
@@ -66,6 +67,48 @@ def run_training(overrides: list[str], fault: str) -> None:
     exit_code = launch(compose(overrides))
     assert "nemo_trd.generation.local" not in sys.modules  # nothing but the servers samples
     sys.exit(exit_code)
+
+
+def run_until_replicas_are_killed(overrides: list[str], victims: dict[str, int]) -> None:
+    """On every rank: the entry point. Servers are killed while they answer in the second step.
+
+    `victims` are their process groups by URL. Requests go there first, and rank 0 kills each when
+    it has two of them.
+    """
+    import asyncio
+    import signal
+    import sys
+
+    import torch.distributed as dist
+
+    from nemo_trd.config.load import compose
+    from nemo_trd.generation import pool
+    from nemo_trd.generation.api import GENERATE, Connection
+    from nemo_trd.run.sampling import Sampler
+    from nemo_trd.train import launch
+
+    call, sample = Connection.call, Sampler.sample
+    asked = dict.fromkeys(victims, 0)
+    steps: list[int] = []
+
+    def sample_a_step(self: Any, prompts: Any, step: int) -> Any:
+        steps.append(step)
+        return sample(self, prompts, step)
+
+    async def call_and_kill(self: Any, method: str, url: str, path: str, *rest: Any) -> Any:
+        answer = asyncio.ensure_future(call(self, method, url, path, *rest))
+        if path == GENERATE and url in victims and steps[-1:] == [1] and dist.get_rank() == 0:
+            asked[url] += 1
+            if asked[url] == 2:
+                await asyncio.sleep(0.02)
+                os.killpg(victims[url], signal.SIGKILL)
+                print(f"killed {url}, {'too late' if answer.done() else 'which had yet to answer'}")
+        return await answer
+
+    pool._weight = lambda affinity, url: bytes([url in victims])  # type: ignore[assignment]
+    Sampler.sample = sample_a_step  # type: ignore[method-assign]
+    Connection.call = call_and_kill  # type: ignore[method-assign]
+    sys.exit(launch(compose(overrides)))
 
 
 def run_step(overrides: list[str]) -> None:
@@ -150,6 +193,51 @@ def test_a_run_in_two_phases_has_the_same_samples_and_losses(
         line["loss"] for line in metrics(stale_run)
     ]
     assert sampled(tmp_path / "run") == sampled(stale_run)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "staleness"),
+    [
+        (1, 0),
+        (2, 1),
+        pytest.param(1, 1, marks=pytest.mark.slow),
+        pytest.param(2, 0, marks=pytest.mark.slow),
+    ],
+)
+def test_replicas_that_are_killed_in_a_streamed_step_change_no_sample_and_no_loss(
+    ranks: int, staleness: int, served_models: Path, urls: dict[str, str], tmp_path: Path
+) -> None:
+    """Beside a run in two phases whose servers live.
+
+    One of two replicas of each pool dies. The others get the requests that it had, and the weights
+    from then on."""
+    victims = replicas(served_models, f"-victim-{ranks}-{staleness}")
+    shared = [f"generation.max_staleness={staleness}", "train.rollouts_per_prompt=2"]
+    shared += [f"generation.{kind}.max_tokens=32" for kind in ("rollout", "refinement")]
+    shared += ["train.num_steps=3", "generation.vllm.client.backoff_seconds=0.1"]
+    try:
+        for server in victims.values():
+            server.start()
+        phases = settings(served_models, urls, tmp_path / "phases", *shared)
+        launch(ranks, run_training, phases, "two phases", environment=ENVIRONMENT)
+        for server in victims.values():
+            server.wait_until_healthy()
+        pools = [f"generation.vllm.{r}.urls=[{urls[r]},{victims[r].url}]" for r in urls]
+        killed = settings(served_models, urls, tmp_path / "killed", *shared, *pools)
+        groups = {server.url: server.pid for server in victims.values()}
+        output = launch(
+            ranks, run_until_replicas_are_killed, killed, groups, environment=ENVIRONMENT
+        )
+    finally:
+        stop_all(list(victims.values()))
+    for url in groups:
+        assert f"killed {url}, which had yet to answer" in output
+        assert f"{url} is out of service" in output
+    steps = reproducible(tmp_path / "killed")
+    assert len(steps) == 3 and all(step["loss"] > 0 for step in steps)
+    assert steps == reproducible(tmp_path / "phases")
+    for step in range(1, 4):
+        assert sampled_in(tmp_path / "killed", step) == sampled_in(tmp_path / "phases", step)
 
 
 def sampled(run_dir: Path) -> list[Any]:
