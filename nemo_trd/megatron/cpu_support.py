@@ -47,6 +47,7 @@ def install() -> None:
     _stub_paged_stash()
     _patch_devices()
     _patch_random_state()
+    _patch_dispatch()
 
 
 class _NoStream:
@@ -140,3 +141,18 @@ def _patch_random_state() -> None:
     from megatron.core.tensor_parallel import random
 
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _patch_dispatch() -> None:
+    """Give the exchange of tokens between experts' ranks its counts as numbers of the host.
+
+    megatron-core turns them into such where it copies them from a device, and torch wants them.
+    """
+    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    move = dispatcher.maybe_move_tensor_to_cpu
+
+    def moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        tensor = move(tensor, as_numpy, record_stream)
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    dispatcher.maybe_move_tensor_to_cpu = moved
