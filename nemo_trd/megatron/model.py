@@ -288,8 +288,20 @@ def build_model(
         )
         if not is_local:
             model.rotary_pos_emb.inv_freq = frequencies
+        _mark_experts(model, layout)
         models.append(model)
     return models
+
+
+def _mark_experts(model: HiddenStatesModel, layout: Layout) -> None:
+    """Have the gradients of experts summed over the ranks that hold the same ones.
+
+    megatron-core 0.16 marks them so only where ranks share out the experts of a layer.
+    """
+    like_the_rest = layout.expert_tensor_parallel_size == layout.tensor_model_parallel_size
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = layout.expert_model_parallel_size == 1 and like_the_rest
 
 
 def _layer_spec(

@@ -67,6 +67,7 @@ SPARSE_LAYOUTS = {
         "tp2 sp etp2": [*TP2, *SP, *ETP2, *SMALL_BATCHES],
         "cp2 ep2": [*CP2, *EP2, *TEACHER_CP2],
         "etp2": ETP2,
+        "tp2 sp": [*TP2, *SP],
         "pp2": PP2,
     },
     4: {
