@@ -142,6 +142,10 @@ class Layout(Section):
     context_parallel_size: PositiveInt = 1  # ranks over which each sequence is split
     # split what lies between tensor parallel layers over the same ranks
     sequence_parallel: bool = False
+    # Of models with experts alone. Ranks over which the experts of a layer are shared out; with
+    # expert_tensor_parallel_size and the stages of the pipeline it divides the ranks.
+    expert_model_parallel_size: PositiveInt = 1
+    expert_tensor_parallel_size: PositiveInt = 1  # ranks over which each expert is split
     batch_p2p_comm: bool = False  # sends and receives of stages in one call
 
     @property
