@@ -32,6 +32,7 @@ from nemo_trd.plan.shapes import (
     parameters,
     read_model,
     stage_parameters,
+    touched_parameters,
 )
 from nemo_trd.plan.show import text
 
@@ -111,10 +112,13 @@ def test_shipped_shapes_have_the_parameters_that_transformers_counts(file: Path)
     shape = as_namespace(settings, file, "model")
     assert parameters(shape) == sum(p.numel() for p in model.parameters())
     assert parameters(shape) / 1e9 == pytest.approx(size_in_name(file.stem), rel=0.16)
+    if "-A" in file.stem:  # of these so many active
+        active = file.stem.removesuffix("B").rpartition("-A")[2]
+        assert touched_parameters(shape, 1) / 1e9 == pytest.approx(float(active), rel=0.16)
 
 
 def size_in_name(name: str) -> float:
-    (size,) = (part for part in name.split("-") if part.endswith("B"))
+    size = next(part for part in name.split("-") if part.endswith("B"))
     return float(size.removesuffix("B"))
 
 
@@ -182,9 +186,16 @@ def test_full_recompute_keeps_what_autograd_keeps_of_a_real_model(
 ) -> None:
     element = {"bf16": 2, "fp32": 4}[dtype]
     kept = [saved_bytes(architecture, layers, dtype, one_rank) for layers in (2, 4)]
-    shape = as_namespace({**TINY, "model_type": architecture}, Path("x"), "m")
+    shape = as_namespace({**tiny(architecture), "model_type": architecture}, Path("x"), "m")
     formula = layer_activation_bytes(shape, 2 * 64, 64, split(), element, recompute="full")
     assert kept[1] - kept[0] == 2 * formula
+
+
+def tiny(architecture: str) -> dict[str, Any]:
+    from tiny_models import EXPERTS
+
+    sizes = {key: value for key, value in TINY.items() if key != "model_type"}
+    return sizes | (EXPERTS if FAMILIES[architecture].sparse else {})
 
 
 def saved_bytes(architecture: str, layers: int, dtype: str, groups: Any) -> int:
@@ -196,7 +207,7 @@ def saved_bytes(architecture: str, layers: int, dtype: str, groups: Any) -> int:
     from nemo_trd.megatron.model import build_model
     from nemo_trd.megatron.schedule import run_model
 
-    settings = {k: v for k, v in TINY.items() if k != "model_type"} | {"num_hidden_layers": layers}
+    settings = tiny(architecture) | {"num_hidden_layers": layers}
     (model,) = build_model(
         CONFIGS[architecture](**settings),
         split(),
