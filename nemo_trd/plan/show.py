@@ -270,8 +270,8 @@ def _exchange(plan: Plan) -> list[str]:
         if ring.exchange
     ]
     return passed + [
-        f"  {role:<10} a GPU sends {sent.bytes / GIB:,.0f} GiB of tokens to others' experts and back "
-        f"in {_seconds(sent.seconds)}"
+        f"  {role:<10} sends {sent.bytes / GIB:,.0f} GiB a GPU to others' experts and back in "
+        f"{_seconds(sent.seconds)}"
         for role, sent in expert_exchanges(plan.config, *models).items()
         if sent.bytes
     ]

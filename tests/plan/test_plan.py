@@ -21,6 +21,7 @@ from nemo_trd.plan.activations import layer_activation_bytes, micro_batches_in_f
 from nemo_trd.plan.advice import advise, peak
 from nemo_trd.plan.context_parallel import rings
 from nemo_trd.plan.cost import bubble, loss_seconds, step_flops, step_time, with_nodes
+from nemo_trd.plan.expert_exchange import expert_exchanges
 from nemo_trd.plan.main import main
 from nemo_trd.plan.memory import GIB, largest_part, training_memory
 from nemo_trd.plan.plan import Plan, make_plan
@@ -249,6 +250,20 @@ def test_flops_are_the_published_formula(layers: int, hidden: int, heads: int) -
 def test_flops_are_about_two_for_each_parameter_and_token() -> None:
     student, _ = shapes(compose(["experiment=trd_70b"]))
     assert forward_flops(student, 1, 0, logits=1) == pytest.approx(2 * 70.55e9, rel=0.02)
+
+
+def test_experts_cost_what_a_token_passes_through_and_sends() -> None:
+    config = compose(["experiment=trd_30b_a3b", "cluster.assumptions.mean_length=1.0"])
+    student, teacher = shapes(config)
+    embedding = student.vocab_size * student.hidden_size
+    outside = 2 * (touched_parameters(student, 1) - embedding)
+    assert forward_flops(student, 1, 0, logits=1) == pytest.approx(outside, rel=1e-3)  # no norms
+    sent = expert_exchanges(config, student, teacher)
+    assert set(sent) == {"student"}  # servers hold the teacher
+    tokens = 128 * (1024 + 4096) / 16  # of each of sixteen GPUs
+    # To eight experts of 128 on eight GPUs and back, in 48 layers, forwards and backwards, bf16.
+    assert sent["student"].bytes == pytest.approx(tokens * 8 * 7 / 8 * 2048 * 2 * 2 * 48 * 2)
+    assert 30.07e9 < touched_parameters(student, 64) + 1e6 < parameters(student)  # almost all
 
 
 def test_step_counts_the_loss_at_labels_only_and_recomputation() -> None:
