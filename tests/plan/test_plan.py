@@ -263,7 +263,7 @@ def test_experts_cost_what_a_token_passes_through_and_sends() -> None:
     tokens = 128 * (1024 + 4096) / 16  # of each of sixteen GPUs
     # To eight experts of 128 on eight GPUs and back, in 48 layers, forwards and backwards, bf16.
     assert sent["student"].bytes == pytest.approx(tokens * 8 * 7 / 8 * 2048 * 2 * 2 * 48 * 2)
-    assert 30.07e9 < touched_parameters(student, 64) + 1e6 < parameters(student)  # almost all
+    assert 0.98 * parameters(student) < touched_parameters(student, 64) < parameters(student)
 
 
 def test_step_counts_the_loss_at_labels_only_and_recomputation() -> None:
