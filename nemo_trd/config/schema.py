@@ -156,6 +156,15 @@ class Layout(Section):
             * self.context_parallel_size
         )
 
+    @property
+    def expert_holders(self) -> int:
+        """Number of ranks that hold the experts of all stages once."""
+        return (
+            self.expert_tensor_parallel_size
+            * self.expert_model_parallel_size
+            * self.pipeline_model_parallel_size
+        )
+
 
 class Parallel(Section):
     student: Layout  # over all ranks of the training job

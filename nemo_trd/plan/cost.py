@@ -17,8 +17,14 @@ from nemo_trd.loss.divergences import DIVERGENCES, chunk_size
 from nemo_trd.models.dtypes import ELEMENT_BYTES
 from nemo_trd.models.flops import forward_flops
 from nemo_trd.plan.context_parallel import rings
+from nemo_trd.plan.expert_exchange import expert_exchanges
 from nemo_trd.plan.memory import GIB, generations, trajectories_per_rank, vocabulary_rows
-from nemo_trd.plan.shapes import adapter_parameters, key_value_bytes, parameters
+from nemo_trd.plan.shapes import (
+    adapter_parameters,
+    key_value_bytes,
+    parameters,
+    touched_parameters,
+)
 
 GIGA, TERA = 1e9, 1e12
 Role = Literal["student", "teacher"]
@@ -100,6 +106,7 @@ def step_time(config: Config, student: Any, teacher: Any) -> StepTime:
     world = config.cluster.world_size
     rate, teacher_rate = (training_rate(config, fp8) for fp8 in _in_fp8(config))
     ring = rings(config, student, teacher, training_rate(config, False))
+    sent = expert_exchanges(config, student, teacher)
     loss = loss_seconds(config, student, teacher)
     generating = {
         role: generation_time(config, role, hf, context, completion)
@@ -108,6 +115,7 @@ def step_time(config: Config, student: Any, teacher: Any) -> StepTime:
     seconds = {role: time.all for role, time in generating.items()}
     if config.teacher.scoring == "megatron":
         teacher_time = flops.teacher / (world * teacher_rate) + ring["teacher"].waiting
+        teacher_time += sent["teacher"].seconds
         teacher_time *= bubble(config, "teacher")
     elif config.teacher.scoring == "generation":
         teacher_time = 0.0  # its servers score while they write
@@ -116,6 +124,7 @@ def step_time(config: Config, student: Any, teacher: Any) -> StepTime:
         gpus = teacher_servers.count * teacher_servers.tp
         teacher_time = flops.teacher / (gpus * training_rate(config, False)) if gpus else math.inf
     student_time = flops.student / (world * rate) + ring["student"].waiting + loss
+    student_time += sent["student"].seconds
     return StepTime(
         rollout=seconds.get("rollout", 0.0),
         refinement=seconds.get("refinement", 0.0),
@@ -270,10 +279,10 @@ def generation_time(
 ) -> GenerationTime:
     """Estimate the seconds to generate the rollouts or refinements of one step.
 
-    Decoding reads all weights once for each token of the longest completion of a batch, and every
-    sequence's keys and values once for each of its tokens; both at the assumed share of the memory
-    bandwidth. Drafts that are accepted save passes over the weights. Prompts are read at the
-    training rate. Infinite without servers.
+    Decoding reads all weights once for each token of the longest completion of a batch, of experts
+    those that the batch draws, and every sequence's keys and values once for each of its tokens;
+    both at the assumed share of the memory bandwidth. Drafts that are accepted save passes over the
+    weights. Prompts are read at the training rate. Infinite without servers.
     """
     assumptions, role_servers = config.cluster.assumptions, servers(config, role, hf)
     if role_servers.count == 0:
@@ -295,7 +304,8 @@ def generation_time(
         return GenerationTime(math.inf, math.inf)
     batches = -(-per_replica // at_once)
     passes = completion / tokens_per_pass(config, role)
-    bytes_read = batches * passes * parameters(hf) * role_servers.element
+    drawn = touched_parameters(hf, min(per_replica, at_once))
+    bytes_read = batches * passes * drawn * role_servers.element
     bytes_read += (
         per_replica
         * mean
