@@ -165,6 +165,10 @@ class Layout(Section):
             * self.pipeline_model_parallel_size
         )
 
+    def divides(self, world_size: int) -> bool:
+        """Whether so many ranks hold the model a whole number of times, and its experts too."""
+        return not (world_size % self.model_parallel_size or world_size % self.expert_holders)
+
 
 class Parallel(Section):
     student: Layout  # over all ranks of the training job

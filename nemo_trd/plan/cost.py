@@ -401,7 +401,7 @@ def possible_splits(config: Config) -> Iterator[Config]:
             if has_refinements == (teacher == 0):
                 continue
             other = with_nodes(config, training, student, teacher)
-            if any(other.cluster.world_size % x.model_parallel_size for x in layouts):
+            if not all(layout.divides(other.cluster.world_size) for layout in layouts):
                 continue
             roles = [("rollout", student)] + ([("refinement", teacher)] if has_refinements else [])
             if all(

@@ -63,7 +63,7 @@ def make_plan(config: Config) -> Plan:
     layouts = [config.parallel.student]
     if config.teacher.scoring == "megatron":
         layouts.append(config.parallel.teacher)
-    if any(config.cluster.world_size % layout.model_parallel_size for layout in layouts):
+    if not all(layout.divides(config.cluster.world_size) for layout in layouts):
         plan.fallback = on_fewer_gpus(config)
         if plan.fallback is None:
             return plan

@@ -168,6 +168,7 @@ def _verdict(plan: Plan) -> str:
             + ", ".join(
                 f"parallel.{role} TP {layout.tensor_model_parallel_size} "
                 f"CP {layout.context_parallel_size} PP {layout.pipeline_model_parallel_size}"
+                + (f" EP {ep}" if (ep := layout.expert_model_parallel_size) > 1 else "")
                 for role, layout in (
                     ("student", plan.fallback.parallel.student),
                     ("teacher", plan.fallback.parallel.teacher),

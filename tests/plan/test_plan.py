@@ -46,6 +46,7 @@ RECIPES = (
     "trd_70b_32k",
     "trd_70b_lora",
     "trd_8b",
+    "trd_30b_a3b",
     "paper_qwen3_1p7b",
     "paper_qwen3_1p7b_opd",
     "paper_qwen3_4b",
@@ -293,9 +294,9 @@ def test_experts_cost_what_a_token_passes_through_and_sends() -> None:
     assert forward_flops(student, 1, 0, logits=1) == pytest.approx(outside, rel=1e-3)  # no norms
     sent = expert_exchanges(config, student, teacher)
     assert set(sent) == {"student"}  # servers hold the teacher
-    tokens = 128 * (1024 + 4096) / 16  # of each of sixteen GPUs
-    # To eight experts of 128 on eight GPUs and back, in 48 layers, forwards and backwards, bf16.
-    assert sent["student"].bytes == pytest.approx(tokens * 8 * 7 / 8 * 2048 * 2 * 2 * 48 * 2)
+    tokens = 128 * (1024 + 4096) / 8  # of each GPU of a stage
+    # To eight experts of 128 on eight GPUs and back, in 24 layers, forwards and backwards, bf16.
+    assert sent["student"].bytes == pytest.approx(tokens * 8 * 7 / 8 * 2048 * 2 * 2 * 24 * 2)
     assert 0.98 * parameters(student) < touched_parameters(student, 64) < parameters(student)
 
 
@@ -578,6 +579,11 @@ def test_recipe_with_half_its_nodes_names_what_does_not_fit(recipe: str) -> None
         assert plan.fallback.parallel.student.pipeline_model_parallel_size == 2
         assert not plan.fits
         assert largest_part(peak(plan.memory).parts) == "optimizer"
+    elif recipe == "trd_30b_a3b":  # half of the ranks that share out the experts
+        assert plan.fallback is not None
+        assert plan.fallback.parallel.student.expert_model_parallel_size == 4
+        assert "ranks hold the student's experts" in str(plan.findings.problems[0])
+        assert not plan.fits
     else:
         assert "one student server takes" in str(plan.findings.problems[0])
 
