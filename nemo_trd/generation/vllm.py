@@ -142,7 +142,8 @@ class VllmGenerator:
                 self._check([r for r in there if r is not None], sampling, description)
 
                 async def answer(position: int) -> None:
-                    request = await requests[position]
+                    # Whoever makes it known may do so after another one has failed.
+                    request = await asyncio.shield(requests[position])
                     if request is None:
                         return
                     self._check([request], sampling, description)
