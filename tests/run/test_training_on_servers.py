@@ -111,6 +111,36 @@ def run_until_replicas_are_killed(overrides: list[str], victims: dict[str, int])
     sys.exit(launch(compose(overrides)))
 
 
+def run_and_die(overrides: list[str], dies: bool) -> None:
+    """On every rank: the entry point. It is killed where three samples of the last step are there.
+
+    Without that, tells of each sample that an earlier run has kept."""
+    import sys
+
+    from nemo_trd.config.load import compose
+    from nemo_trd.records.under_way import UnderWay
+    from nemo_trd.train import launch
+
+    add, find = UnderWay.add, UnderWay.find
+    added: list[Any] = []
+
+    def add_and_die(self: Any, *sample: Any) -> None:
+        add(self, *sample)
+        added.extend([sample] * (self._step == STEPS - 1))
+        if dies and len(added) == 3:
+            os.kill(os.getpid(), 9)
+
+    def find_and_tell(self: Any, *asked: Any) -> Any:
+        found = find(self, *asked)
+        if found is not None:
+            print(f"found a {'rewrite' if found.logprobs is None else 'rollout'}")
+        return found
+
+    UnderWay.add = add_and_die  # type: ignore[method-assign]
+    UnderWay.find = find_and_tell  # type: ignore[method-assign]
+    sys.exit(launch(compose(overrides)))
+
+
 def run_step(overrides: list[str]) -> None:
     """On every rank: the entry point. To check the teacher's server its model is loaded too.
 
@@ -312,6 +342,36 @@ def test_a_run_far_ahead_of_its_weights_loses_no_sample_when_it_is_stopped(
     for step, refinements in kept.items():
         trained = [tuple(y_o) for y_o, _ in sampled_in(tmp_path / "run", step + 1)]
         assert trained == [r.request.rollout.completion.token_ids for r in refinements]
+
+
+def test_a_run_that_is_killed_far_ahead_of_its_weights_draws_nothing_twice(
+    served_models: Path, urls: dict[str, str], tmp_path: Path
+) -> None:
+    """But for what weights sampled that are lost. Scores that came with rewrites are asked for."""
+    run = settings(served_models, urls, tmp_path / "run", "generation.max_staleness=2")
+    run += ["generation.vllm.weight_sync.in_flight=keep", "checkpoint.save_interval=1"]
+    run += ["teacher.scoring=generation", f"loss.top_k={TOP_K}"]
+    code, _ = run_ranks(1, run_and_die, run, True, environment=ENVIRONMENT)
+    assert code not in (0, -1)
+    checkpoint = (tmp_path / "run" / "checkpoints" / "latest").resolve()
+    ahead = read_samples_ahead(checkpoint)
+    weights = int(checkpoint.name.removeprefix("step_"))
+    assert 1 <= weights < STEPS - 1
+    kept = {"rollout": 0, "rewrite": 0}
+    for step in (step for step in range(weights, STEPS) if step not in ahead):
+        file = tmp_path / "run" / "under_way" / f"step_{step:06d}_rank_0.jsonl"
+        for line in map(json.loads, file.read_text().splitlines()):
+            versions = [line["weight_version"], *(version for version, _ in line["versions"])]
+            kind = "rewrite" if line["logprobs"] is None else "rollout"
+            kept[kind] += max(versions) <= weights
+    output = launch(1, run_and_die, run, False, environment=ENVIRONMENT)
+    assert output.count("found a rollout") == kept["rollout"]
+    assert output.count("found a rewrite") <= kept["rewrite"]
+    assert sum(kept.values()) > 0
+    steps = metrics(tmp_path / "run")
+    assert len(steps) == STEPS and all(step["loss"] > 0 for step in steps)
+    assert all(0 <= step["staleness"] <= 2 and step["redrawn"] == 0 for step in steps)
+    assert not (tmp_path / "run" / "under_way").exists()
 
 
 def test_servers_of_another_model_are_refused_before_the_first_step(
