@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr
@@ -97,7 +98,6 @@ class VllmGenerator:
         self._progress = progress
         self._decode = decode
         self._lock = threading.Lock()  # of the members' loads: one batch at a time
-        self._told_of_json = False
 
     def generate(
         self,
@@ -147,7 +147,8 @@ class VllmGenerator:
                 self._check([r for r in there if r is not None], sampling, description)
 
                 async def answer(position: int) -> None:
-                    request = await requests[position]
+                    # Whoever makes it known may do so after another one has failed.
+                    request = await asyncio.shield(requests[position])
                     if request is None:
                         return
                     self._check([request], sampling, description)
@@ -168,8 +169,8 @@ class VllmGenerator:
             sampled = read_completion(
                 content, url, sampling, self._eos_token_ids, self._logprobs, wanted
             )
-            if wanted:
-                self._tell_of_json(content, url)
+            if wanted and "scores" not in content:
+                _tell_of_json(url)
             self._check_ids(sampled.token_ids, url)
             labels = tuple(label for label, _ in sampled.versions)
             try:
@@ -249,7 +250,8 @@ class VllmGenerator:
             ) -> tuple[TokenScores, int]:
                 scores, versions = read_scores(content, url, ids, start, wanted)
                 self._accept(versions, url)
-                self._tell_of_json(content, url)
+                if "scores" not in content:
+                    _tell_of_json(url)
                 return scores, len(scores.label_logprobs)
 
             name = f"{description} {number}"
@@ -268,16 +270,6 @@ class VllmGenerator:
                 async with asyncio.TaskGroup() as group:
                     scores = [group.create_task(session.ask(job)) for job in jobs]
             return [task.result() for task in scores]
-
-    def _tell_of_json(self, content: Any, url: str) -> None:
-        """Say once that a server sends scores the long way."""
-        if "scores" not in content and not self._told_of_json:
-            self._told_of_json = True
-            log.warning(
-                "%s sends log-probabilities as JSON, several times as many bytes as in binary: it "
-                "was started without nemo_trd_scores.AnswerInArrays (docs/servers.md)",
-                url,
-            )
 
     def _check_ids(self, token_ids: TokenIds, url: str) -> None:
         """Raises AttemptFailed: it holds an id that no server of this model may sample."""
@@ -375,3 +367,13 @@ class VllmGenerator:
                 if longest < limit
                 else "shorten the prompts",
             )
+
+
+@cache
+def _tell_of_json(url: str) -> None:
+    """Say that a server sends scores the long way: once, whoever asks it."""
+    log.warning(
+        "%s sends log-probabilities as JSON, several times as many bytes as in binary: it was "
+        "started without nemo_trd_scores.AnswerInArrays (docs/servers.md)",
+        url,
+    )

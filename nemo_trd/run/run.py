@@ -93,12 +93,11 @@ class Run:
         self.teacher, self._generators = open_teacher_and_generators(
             config, self.student, stop.signalled
         )
-        staleness = config.generation.max_staleness
         self._under_way = UnderWay(
             root.parent / "under_way",
             dist.get_rank(),
             config.digest(),
-            staleness if staleness > 1 else 0,
+            config.generation.max_staleness,
         )
         sampler = Sampler if config.generation.stored is None else StoredSampler
         self.sampler = sampler(
@@ -133,6 +132,7 @@ class Run:
             self.sync_weights()  # whatever a server has been given before
         self.timers = Timers()
         notices += [*defects, *self._checkpointer.begin(inputs.checkpoint)]
+        notices += self._under_way.notices
         compared = self._generators.compared_rollouts
         self.journal = Journal(
             config, inputs, self.student, compared, self.timers, self.step, trackers

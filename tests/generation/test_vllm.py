@@ -376,8 +376,7 @@ def test_scores_in_json_are_taken_and_that_is_said_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with FakeVllm() as server:
-        pool = generator(server)
-        for _ in range(2):
+        for pool in (generator(server), generator(server)):
             (scores,) = pool.score([((5, 6, 7), 1)], Wanted(1), "scores")
             assert scores.top_ids.tolist() == [[6], [7]]
             assert scores.label_logprobs.tolist() == [-0.5, -0.5]
