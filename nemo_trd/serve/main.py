@@ -59,7 +59,6 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Server, Path | None]:
     parser.add_argument(
         "--adapter-rank",
         type=int,
-        choices=range(1, SERVED_RANKS[-1] + 1),
         metavar="N",
         help="with --weight-backend: take only a LoRA adapter of this rank, not whole weights "
         "(weight_sync.what=adapter)",
@@ -75,8 +74,9 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Server, Path | None]:
     parsed = parser.parse_args(arguments)
     if not re.fullmatch(r"(\d+(,\d+)*)?", parsed.devices):
         parser.error(f"--devices {parsed.devices}: give numbers of GPUs, as 0,1")
-    if parsed.adapter_rank is not None and parsed.weight_backend is None:
-        parser.error("--adapter-rank: say with --weight-backend how the adapter comes")
+    rank, highest = parsed.adapter_rank, SERVED_RANKS[-1]
+    if rank is not None and (parsed.weight_backend is None or not 1 <= rank <= highest):
+        parser.error(f"--adapter-rank {rank}: give 1 to {highest}, with a --weight-backend")
     devices = [int(number) for number in parsed.devices.split(",") if number]
     overrides = OmegaConf.from_dotlist(list(parsed.settings))
     merged = OmegaConf.to_container(OmegaConf.merge(defaults.server, overrides), resolve=True)

@@ -103,6 +103,7 @@ class Server:
         assert self._process is None
         python, is_cpu = find_vllm(self.settings.python, f"{self._field}.python")
         self._check_drafts(python)
+        self._check_adapters(is_cpu)
         command = [python, "-P", "-m", "nemo_trd_api_server"]
         self._reserve_address()
         command += self._arguments(is_cpu)
@@ -132,6 +133,15 @@ class Server:
                 "set it to null",
             )
         check_draft_package(drafts, python, field)
+
+    def _check_adapters(self, is_cpu: bool) -> None:
+        if self._adapter_rank is not None and self.settings.dtype == "fp32" and not is_cpu:
+            raise rule_broken(
+                f"{self._field}.dtype",
+                "fp32",
+                "vLLM's kernels for adapters take bf16 and fp16 on GPUs",
+                "set it to bf16, or send whole weights (weight_sync.what=merged)",
+            )
 
     def wait_until_healthy(self) -> None:
         """Wait until it answers, and say every few seconds how far it is.

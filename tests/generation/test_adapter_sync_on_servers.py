@@ -300,7 +300,8 @@ def test_in_opsd_the_servers_of_the_student_rewrite_and_score_without_its_adapte
     own += ["algorithm.mode=opsd", "model.teacher=null", "train.num_steps=3", "optimizer.lr=1e-2"]
     own += ["student.adapter=lora", "student.adapter.rank=16", "checkpoint.export_hf=false"]
     own += ["generation.vllm.weight_sync.what=adapter", "generation.vllm.teacher.replicas=0"]
-    own += ["loss.top_k=64", "refinement.templates.opsd='{problem} {reference_solution} {rollout}'"]
+    own += ["loss.top_k=64", "refinement.max_context_tokens=400"]
+    own += ["refinement.templates.opsd='{problem} {reference_solution} {rollout}'"]
     in_megatron = [*own, f"run.dir={tmp_path / 'in_megatron'}"]
     key = {"NEMO_TRD_API_KEY": KEY.get_secret_value()}
     launch(1, run_in_turn, [[*own, "teacher.scoring=generation"], in_megatron], environment=key)
