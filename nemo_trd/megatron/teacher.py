@@ -1,4 +1,4 @@
-"""The frozen teacher on Megatron: it only ever gives its final hidden states.
+"""The teacher on Megatron: it only ever gives its final hidden states.
 
 The student's last stage turns them into teacher logits chunk by chunk, with a copy of the
 teacher's output weight in the student's vocabulary sharding. So the two models may be split in
@@ -8,8 +8,8 @@ different ways, and no teacher logits travel.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate
 
@@ -31,6 +31,7 @@ from nemo_trd.megatron.hand_over import (
 from nemo_trd.megatron.hf_weights import load_hf_weights
 from nemo_trd.megatron.lora import adapter_off
 from nemo_trd.megatron.model import HiddenStatesModel, build_model, load_hf_config
+from nemo_trd.megatron.moving_average import MovingAverage
 from nemo_trd.megatron.process_groups import process_groups
 from nemo_trd.megatron.schedule import label_rows, run_model, run_schedule
 
@@ -46,13 +47,15 @@ class Teacher:
         self,
         config: Config,
         student_groups: ProcessGroupCollection,
-        base: Sequence[HiddenStatesModel] | None = None,
+        own: Sequence[HiddenStatesModel] | None = None,
+        average: MovingAverage | None = None,
     ) -> None:
         """Load the teacher.
 
         Args:
-            base: stages of a student with an adapter, which without it are the teacher: nothing is
-                loaded then. Its layout is the teacher's.
+            own: the student's own stages, which with other weights are the teacher: nothing is
+                loaded then. Their layout is the teacher's.
+            average: those weights. None: those below the student's adapter.
         """
         source = config.teacher_source
         self._layout = config.parallel.teacher
@@ -61,8 +64,9 @@ class Teacher:
         self._groups = process_groups(self._layout)
         hf = load_hf_config(source.path, source.trust_remote_code)
         self._hidden_size = hf.hidden_size
-        self._is_base = base is not None
-        self._models = base or self._load(config, hf)
+        self._is_student = own is not None
+        self._average = average
+        self._models = own or self._load(config, hf)
         self._dtype = self._models[0].config.params_dtype
         self._sources = last_stage_ranks(self._groups)
         self._destinations = last_stage_ranks(student_groups)
@@ -104,11 +108,24 @@ class Teacher:
         if self._offload_weights:
             self._move(device())
         if own:  # a pipeline runs in lock-step with itself only: replicas may have other numbers
-            with adapter_off(self._models) if self._is_base else nullcontext():
+            with self._as_teacher() if self._is_student else nullcontext():
                 self._forward(own, hand_over)
         if self._offload_weights:
             self._move(torch.device("cpu"))
         return hand_over.finish()
+
+    @contextmanager
+    def _as_teacher(self) -> Iterator[None]:
+        """Have the student's modules compute as the teacher, until the end of the block."""
+        average = self._average
+        with adapter_off(self._models) if average is None else average.in_place():
+            for model in self._models:
+                model.eval()  # an adapter drops nothing
+            try:
+                yield
+            finally:
+                for model in self._models:
+                    model.train()
 
     def _move(self, target: torch.device) -> None:
         for model in self._models:

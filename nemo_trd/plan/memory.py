@@ -101,10 +101,12 @@ def training_memory(config: Config, student: Any, teacher: Any) -> list[GpuMemor
         resident: dict[str, int] = {}
         phases: dict[str, dict[str, int]] = {}
         if has_teacher:
-            if not config.teacher_is_base:
+            if not config.teacher_is_student:
                 resident = _teacher_weights(config, teacher, teacher_stage)
+            elif config.teacher.ema is not None:
+                phases["teacher"] = _average_in_place(config, student, student_stage)
             at_work = _teacher_phase(config, teacher, student_stage, teacher_stage, lengths)
-            phases["teacher"] = resident | at_work
+            phases["teacher"] = phases.get("teacher", {}) | resident | at_work
         phases |= {
             "student": _student_phase(config, student, teacher, student_stage, lengths),
             "export": {"export buffers": _export_bytes(config, student)},
@@ -247,7 +249,12 @@ def _held(config: Config, student: Any, teacher: Any, stage: int) -> dict[str, i
     if config.precision.fp8 is not None:  # TransformerEngine keeps rows and columns, 1 B each
         held["fp8 copies"] = 2 * stage_parameters(student, layout)[stage].linear
     last = stage == layout.pipeline_model_parallel_size - 1
-    if last and config.teacher.scoring == "megatron" and not config.teacher_is_base:
+    if config.teacher.ema is not None:
+        held["teacher average"] = 4 * trained_parameters(config, student, stage)
+    # A frozen one is the student's too; of an average in fp32 it is a part.
+    own = config.student.adapter is None and (config.teacher.ema is None or element != 4)
+    shares = config.teacher_is_student and not own
+    if last and config.teacher.scoring == "megatron" and not shares:
         rows = vocabulary_rows(student, layout)
         held["teacher output weight"] = rows * teacher.hidden_size * element
     if config.generation.backend == "local":
@@ -268,6 +275,14 @@ def _teacher_weights(config: Config, teacher: Any, stage: int) -> dict[str, int]
     in_fp8 = count.linear if config.precision.teacher_fp8 is not None else 0
     element = ELEMENT_BYTES[config.precision.dtype]
     return {"teacher weights": (count.total - in_fp8) * element + in_fp8}
+
+
+def _average_in_place(config: Config, student: Any, stage: int) -> dict[str, int]:
+    """The average in the parameters' dtype, while the student computes with it as the teacher."""
+    if config.precision.dtype == "fp32":
+        return {}
+    element = ELEMENT_BYTES[config.precision.dtype]
+    return {"teacher weights": trained_parameters(config, student, stage) * element}
 
 
 def _teacher_phase(
@@ -395,7 +410,8 @@ def generations(config: Config, student: Any, teacher: Any) -> list[tuple[str, A
 
 
 def checkpoint_bytes(config: Config, student: Any) -> dict[str, int]:
-    """Bytes on disk: one checkpoint (weights, main weights, Adam states), and the exports.
+    """Bytes on disk: one checkpoint (weights, main weights, Adam states, the average of
+    `teacher.ema`), and the exports.
 
     With an adapter a checkpoint has that instead of the weights.
     """
@@ -406,7 +422,8 @@ def checkpoint_bytes(config: Config, student: Any) -> dict[str, int]:
     main = 4 if config.precision.dtype == "bf16" else 0
     export = count * element if config.checkpoint.export_hf else 0
     export += whole * element if config.checkpoint.export_merged else 0
-    return {"checkpoint": count * (element + main + 8), "export": export}
+    average = 0 if config.teacher.ema is None else 4
+    return {"checkpoint": count * (element + main + 8 + average), "export": export}
 
 
 def largest_part(parts: Mapping[str, int]) -> str:

@@ -569,7 +569,7 @@ def test_an_adapter_is_chosen_by_its_name_and_its_settings_changed() -> None:
     assert adapter is not None and (adapter.kind, adapter.rank, adapter.alpha) == ("lora", 8, 128)
     assert compose(["student.adapter=lora", "student.adapter=null"]).student.adapter is None
     smollm2 = ["experiment=smollm2_gsm8k", "data.train.path=x"]
-    assert compose([*smollm2, "student.adapter=lora"]).teacher_is_base
+    assert compose([*smollm2, "student.adapter=lora"]).teacher_is_student
 
 
 @pytest.mark.parametrize("case", REFUSED)
