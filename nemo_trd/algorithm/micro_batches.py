@@ -207,6 +207,11 @@ def _cut(sequences: Sequence[Pair], tokens: int | None) -> list[list[Pair]]:
     return parts
 
 
+def filler(alignment: PackAlignment) -> ContextBatch:
+    """A pack without sequences, and so without labels."""
+    return _packed([], alignment)
+
+
 def _packed(sequences: Sequence[Pair], alignment: PackAlignment, length: int = 0) -> ContextBatch:
     """Pack (context, labels) pairs; label i is predicted at the position before it."""
     # The last label is predicted, never read: its own position would be computed for nothing.

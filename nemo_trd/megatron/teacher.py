@@ -18,6 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from nemo_trd.algorithm.micro_batches import filler
 from nemo_trd.config.schema import Config
 from nemo_trd.data.types import ContextBatch, Microbatch
 from nemo_trd.distributed.process import device
@@ -33,6 +34,10 @@ from nemo_trd.megatron.lora import adapter_off
 from nemo_trd.megatron.model import HiddenStatesModel, build_model, load_hf_config
 from nemo_trd.megatron.process_groups import process_groups
 from nemo_trd.megatron.schedule import label_rows, run_model, run_schedule
+from nemo_trd.models.family import pack_alignment
+
+
+Pack = tuple[ContextBatch, bool]  # and whether its states are handed over; else it is a filler
 
 
 class Teacher:
@@ -61,6 +66,9 @@ class Teacher:
         self._groups = process_groups(self._layout)
         hf = load_hf_config(source.path, source.trust_remote_code)
         self._hidden_size = hf.hidden_size
+        precision = config.precision
+        alignment = pack_alignment(self._layout, precision.teacher_fp8, precision.fp8_recipe)
+        self._filler = filler(alignment)
         self._is_base = base is not None
         self._model = base or self._load(config, hf)
         self._dtype = self._model.config.params_dtype
@@ -90,8 +98,10 @@ class Teacher:
         rank that predicts the label. Elsewhere: None.
         """
         rounds = rounds_of(micro_batches, self._groups.dp.size())
-        mine = self._groups.dp.rank()
-        own = [micro_batches[s][p].teacher for states in rounds for s, p in states[mine : mine + 1]]
+        own = [
+            self._packs_of_round([micro_batches[s][p].teacher for s, p in states])
+            for states in rounds
+        ]
         hand_over = HandOver(
             micro_batches,
             rounds,
@@ -102,36 +112,56 @@ class Teacher:
         )
         if self._offload_weights:
             move(self._model, device())
-        if own:  # a pipeline runs in lock-step with itself only: replicas may have other numbers
+        # A pipeline without shared experts runs in lock-step with itself only: replicas may have
+        # other numbers of packs, this one none.
+        if any(own):
             with adapter_off([self._model]) if self._is_base else nullcontext():
                 self._forward(own, hand_over)
         if self._offload_weights:
             move(self._model, torch.device("cpu"))
         return hand_over.finish()
 
-    def _forward(
-        self, micro_batches: Sequence[Sequence[ContextBatch]], hand_over: HandOver
-    ) -> None:
-        """Pass the packs of micro-batches forward; hand over what the ones before have given."""
-        cp = self._groups.cp
-        packs = [own_context(p, cp.size(), cp.rank()) for packs in micro_batches for p in packs]
-        behind = self._groups.pp.size() - 1 - self._groups.pp.rank()
-        computed = list(accumulate(len(packs) for packs in micro_batches))  # packs, by round
+    def _packs_of_round(self, of_teachers: Sequence[Sequence[ContextBatch]]) -> list[Pack]:
+        """This replica's packs of a round, which may have none for it.
 
-        def keep(pack: ContextBatch, hidden: Tensor, non_loss_data: bool) -> None:
-            rows = label_rows(hidden, pack, self._groups, self._layout.sequence_parallel)
-            hand_over.computed.append(rows)
+        Replicas that share out experts meet in every sparse layer: those with fewer packs pass
+        fillers.
+        """
+        mine = self._groups.dp.rank()
+        own = of_teachers[mine] if mine < len(of_teachers) else ()
+        packs: list[Pack] = [(pack, True) for pack in own]
+        if self._layout.expert_model_parallel_size * self._layout.expert_tensor_parallel_size > 1:
+            most = max(map(len, of_teachers))
+            packs += [(self._filler, False)] * (most - len(own))
+        return packs
+
+    def _forward(self, rounds: Sequence[Sequence[Pack]], hand_over: HandOver) -> None:
+        """Pass the packs of all rounds forward; hand over what the ones before have given."""
+        cp = self._groups.cp
+        packs = [
+            (own_context(pack, cp.size(), cp.rank()), wanted)
+            for of_round in rounds
+            for pack, wanted in of_round
+        ]
+        behind = self._groups.pp.size() - 1 - self._groups.pp.rank()
+        computed = list(accumulate(map(len, rounds)))  # packs, by round
+
+        def keep(pack: Pack, hidden: Tensor, non_loss_data: bool) -> None:
+            batch, wanted = pack
+            rows = label_rows(hidden, batch, self._groups, self._layout.sequence_parallel)
+            if wanted:
+                hand_over.computed.append(rows)
 
         def forward_step(iterator, model):  # noqa: ANN001, ANN202  (megatron's signature)
             number, pack = next(iterator)
             hand_over.start(bisect_right(computed, number - behind))
-            return run_model(model, pack), partial(keep, pack)
+            return run_model(model, pack[0]), partial(keep, pack)
 
         run_schedule(
             [self._model],
             forward_step,
             list(enumerate(packs)),
-            packs,
+            [batch for batch, _ in packs],
             self._groups,
             forward_only=True,
             collect=True,
