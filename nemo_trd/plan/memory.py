@@ -202,9 +202,8 @@ def model_state_bytes(config: Config, student: Any, stage: int) -> dict[str, int
     padding.
     """
     layout, precision = config.parallel.student, config.precision
-    trained = trained_parameters(config, student, stage)
-    count = sum(part.count for part in trained)
-    held = count
+    trained = _trained_parts(config, student, stage)
+    count = held = sum(part.count for part in trained)
     if config.student.adapter is not None:
         held += stage_parameters(student, layout)[stage].total
     main = 4 if precision.dtype == "bf16" else 0  # fp32 weights are their own main weights
@@ -226,7 +225,12 @@ class TrainedParameters:
     holders: int
 
 
-def trained_parameters(config: Config, student: Any, stage: int) -> list[TrainedParameters]:
+def trained_parameters(config: Config, student: Any, stage: int) -> int:
+    """Number of parameters that one rank of a stage trains."""
+    return sum(part.count for part in _trained_parts(config, student, stage))
+
+
+def _trained_parts(config: Config, student: Any, stage: int) -> list[TrainedParameters]:
     """What a rank of a stage trains: outside experts and, where ranks share these out, in them."""
     layout, adapter = config.parallel.student, config.student.adapter
     holders = same_weights(config, layout)
@@ -378,7 +382,7 @@ def save_phase(config: Config, student: Any, stage: int) -> dict[str, dict[str, 
     """
     if not config.optimizer.distributed:
         return {}
-    trained = trained_parameters(config, student, stage)
+    trained = _trained_parts(config, student, stage)
     most = max(part.count - (-part.count // part.holders) for part in trained)
     return {"checkpoint": {"gathered optimizer state": 4 * most}}
 

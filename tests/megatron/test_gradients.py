@@ -86,7 +86,7 @@ SPARSE_LAYOUTS = {
     },
     4: {
         "ep4": EP4,
-        "ep2 dp2": [*EP2, "optimizer.distributed=true", *SMALL_BATCHES],
+        "ep2 dp2": [*EP2, *SMALL_BATCHES],
         "ep2 tp2 sp": [*EP2, *TP2, *SP],
         "ep2 etp2 tp2 sp": [*EP2, *ETP2, *TP2, *SP, *SMALL_BATCHES],
         "ep2 pp2": [*EP2, *PP2, *SMALL_BATCHES],
