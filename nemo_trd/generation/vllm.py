@@ -55,9 +55,10 @@ class VllmGenerator:
     """Samples on the servers at `urls`, which serve one model. Implements `Generator`.
 
     `sync` brings new weights to the servers; without it they keep those they have loaded
-    themselves, version 0. With `logprobs`, completions carry those of their tokens, and with
-    `wanted` scores. Servers with `drafts` take no biases. `decode` is needed where `Sampling.stop`
-    is used.
+    themselves, version 0. `served_model` is the name of an adapter on them; `frozen`
+    says that they are given such an adapter by somebody else, and asked for their base. With
+    `logprobs`, completions carry those of their tokens, and with `wanted` scores. Servers with
+    `drafts` take no biases. `decode` is needed where `Sampling.stop` is used.
 
     A request is idempotent, by its seed: one that fails goes to another replica. A replica that
     fails is asked again when it is healthy, unpaused and has the current weights.
@@ -71,6 +72,8 @@ class VllmGenerator:
         *,
         api_key: SecretStr | None = None,
         sync: WeightSync | None = None,
+        served_model: str | None = None,
+        frozen: bool = False,
         logprobs: bool = False,
         wanted: Wanted | None = None,
         drafts: bool = False,
@@ -87,6 +90,8 @@ class VllmGenerator:
         self._settings = settings
         self._api_key = api_key
         self._sync = sync
+        self._frozen = frozen
+        self._model = {} if served_model is None else {"model": served_model}
         self._logprobs = logprobs
         self._wanted = wanted
         self._drafts = drafts
@@ -180,6 +185,7 @@ class VllmGenerator:
         body = generation_body(request, sampling, self._eos_token_ids, logprobs)
         if wanted:
             body["scores"] = wanted.body()
+        body |= self._model
         body["sampling_params"] |= self.vocabulary.constraint(biases=not self._drafts)
         return Job(name, body, request.affinity, read)
 
@@ -218,6 +224,7 @@ class VllmGenerator:
             scores = scores.first(count) if labels == ids[:count] else None
         kept = None if logprobs is None else logprobs[:count]
         spans = [(version_number(label), start) for label, start in sampled.versions]
+        spans = [] if self._frozen else spans  # of what is not asked for
         versions = tuple((n, start) for n, start in spans if n is not None and start < count)
         several = versions if len(versions) > 1 else ()
         return Completion(labels, reason, version, kept, tail, scores, sampled.drafts, several)
@@ -248,7 +255,8 @@ class VllmGenerator:
                 return scores, len(scores.label_logprobs)
 
             name = f"{description} {number}"
-            jobs.append(Job(name, scoring_body(token_ids, label_start, wanted), None, read))
+            body = scoring_body(token_ids, label_start, wanted) | self._model
+            jobs.append(Job(name, body, None, read))
         if not jobs:
             return []
         return run_loop(self._score(jobs, max(len(ids) for ids, _ in sequences), description))
@@ -298,7 +306,7 @@ class VllmGenerator:
         if self._sync is not None and version_number(label) != self.weight_version:
             await asyncio.to_thread(self._sync.update_replica, url)
             label = await self._version_label(connection, url)
-        if self._settings.stale_weights != "keep":
+        if self._settings.stale_weights != "keep" and not self._frozen:
             self._check_version((label,), url)
         if field_of(await connection.call("GET", url, "/is_paused"), "is_paused", url):
             raise AttemptFailed(url, "it is paused")
@@ -316,6 +324,8 @@ class VllmGenerator:
             StaleWeights: another attempt is to be made.
             RuntimeError: `stale_weights` is "error".
         """
+        if self._frozen:
+            return self.weight_version
         policy = self._settings.stale_weights
         try:
             if oldest is None:
