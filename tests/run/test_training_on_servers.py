@@ -267,7 +267,7 @@ def test_replicas_that_are_killed_in_a_streamed_step_change_no_sample_and_no_los
     """Beside a run in two phases whose servers live.
 
     One of two replicas of each pool dies. The others get the requests that it had, and the weights
-    from then on."""
+    from then on. Sums of models this small do not depend on what else a server computes."""
     victims = replicas(served_models, f"-victim-{ranks}-{staleness}")
     shared = [f"generation.max_staleness={staleness}", "train.rollouts_per_prompt=2"]
     shared += [f"generation.{kind}.max_tokens=32" for kind in ("rollout", "refinement")]
