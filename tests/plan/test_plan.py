@@ -607,6 +607,10 @@ def test_an_adapter_on_70b_takes_three_nodes_a_quarter_longer_than_eight() -> No
     assert [round(time.training) for time in times] == [29, 93, 93]
     assert [round(time.generation) for time in times] == [91, 113, 96]
     assert times[1].total / times[0].total == pytest.approx(1.25, abs=0.03)
+    begun = ("algorithm.mode=opd", "model.teacher.path=models/Llama-3.1-70B-Instruct")
+    begun = (*begun, "student.adapter.init=/not/here")
+    notes = planned("experiment=trd_70b_lora", *begun).findings.notes
+    assert "student.adapter.init = /not/here: not on this machine" in notes
     parts = peak(three.memory).phases["student"]
     assert parts["weights"] / GIB == pytest.approx(17, abs=0.5)
     assert (parts["gradients"] + parts["optimizer"]) / GIB == pytest.approx(5, abs=0.5)
