@@ -15,6 +15,7 @@ from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.rules import check_server_tp
 from nemo_trd.config.schema import Config, ModelSource
 from nemo_trd.models.directory import INDEX_NAME, SINGLE_NAME, check_weights
+from nemo_trd.models.peft import begins_from_directory, check_beginning
 from nemo_trd.models.read import Model
 from nemo_trd.models.served import is_only_served, read_served
 from nemo_trd.plan.cost import concurrent_sequences, server_nodes, servers
@@ -43,6 +44,8 @@ def check(config: Config) -> tuple[Model | None, Model | None, Findings]:
             if is_only_served(config)
             else _model(config.model.teacher, TEACHER, findings)
         )
+    if student is not None:
+        _check_adapter(config, student, findings)
     findings.problems += batch_problems(config, config.cluster.world_size)
     findings.problems += model_problems(config, student, teacher)
     findings.problems += _layout_problems(config)
@@ -93,6 +96,17 @@ def _model(source: ModelSource, name: str, findings: Findings) -> Model | None:
         findings.problems.append(error)
         return None
     return model
+
+
+def _check_adapter(config: Config, student: Model, findings: Findings) -> None:
+    """Check the adapter that the student begins with, where it is on this machine."""
+    adapter = config.student.adapter
+    if adapter is None or not begins_from_directory(adapter):
+        return
+    if Path(adapter.init).exists():
+        findings.problems += check_beginning(student.hf, adapter)
+    else:
+        findings.notes.append(f"student.adapter.init = {adapter.init}: not on this machine")
 
 
 def _check_nodes(config: Config, findings: Findings) -> None:

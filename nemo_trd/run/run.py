@@ -375,7 +375,7 @@ def _checked_base(config: Config, checkpoint: Path | None) -> dict[str, str]:
         return {}
     digest = weights_digest(source, "model.student.path")
     if checkpoint is None:
-        check_base_of_beginning(adapter, digest)
+        check_base_of_beginning(adapter, digest, str(source))
     else:
         check_base(checkpoint, digest)
     return {BASE: digest}
