@@ -321,7 +321,9 @@ def _layer_spec(
         _fused_layer(config, bool(kind)) if fused else _local_layer(config, frequencies, bool(kind))
         for kind in kinds
     ]
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=LayerNormImpl if fused else RMSNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=specs, layer_norm=LayerNormImpl if fused else RMSNorm
+    )
 
 
 def _fused_layer(config: TransformerConfig, sparse: bool) -> ModuleSpec:
@@ -331,9 +333,7 @@ def _fused_layer(config: TransformerConfig, sparse: bool) -> ModuleSpec:
     )
 
 
-def _local_layer(
-    config: TransformerConfig, frequencies: torch.Tensor, sparse: bool
-) -> ModuleSpec:
+def _local_layer(config: TransformerConfig, frequencies: torch.Tensor, sparse: bool) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts if sparse else None,
         qk_layernorm=config.qk_layernorm,

@@ -163,9 +163,7 @@ def experts_of(hf: Any) -> Experts | None:
     if not family_of(hf).sparse:
         return None
     count = getattr(hf, "num_experts", None) or hf.num_local_experts
-    return Experts(
-        count, hf.num_experts_per_tok, hf.moe_intermediate_size, bool(hf.norm_topk_prob)
-    )
+    return Experts(count, hf.num_experts_per_tok, hf.moe_intermediate_size, bool(hf.norm_topk_prob))
 
 
 def is_sparse(hf: Any, layer: int) -> bool:

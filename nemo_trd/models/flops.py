@@ -4,16 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_trd.models.family import head_dim
+from nemo_trd.models.family import dense_layers, experts_of, head_dim
 
 
 def layer_flops(hf: Any, attended: float, *, gated: bool = True) -> float:
-    """FLOPs of one token's forward pass through one layer, with `attended` keys for its query."""
+    """FLOPs of one token's forward pass through one layer, with `attended` keys for its query.
+
+    In a model with experts, of its layers on average.
+    """
     queries = hf.num_attention_heads * head_dim(hf)
     keys = hf.num_key_value_heads * head_dim(hf)
     matrices = hf.hidden_size * (2 * queries + 2 * keys)
-    matrices += hf.hidden_size * hf.intermediate_size * (3 if gated else 2)
+    matrices += hf.hidden_size * active_width(hf) * (3 if gated else 2)
+    if (experts := experts_of(hf)) is not None:
+        sparse = hf.num_hidden_layers - dense_layers(hf)
+        matrices += hf.hidden_size * experts.count * sparse / hf.num_hidden_layers  # the router
     return 2 * matrices + 4 * queries * attended
+
+
+def active_width(hf: Any) -> float:
+    """Intermediate size that a token meets in a layer, over its experts; on average of layers."""
+    experts = experts_of(hf)
+    if experts is None:
+        return hf.intermediate_size
+    layers, dense = hf.num_hidden_layers, dense_layers(hf)
+    sparse = (layers - dense) * experts.per_token * experts.width
+    return (dense * hf.intermediate_size + sparse) / layers
 
 
 def forward_flops(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_trd.config.schema import Layout
-from nemo_trd.models.family import family_of, head_dim
+from nemo_trd.models.family import dense_layers, experts_of, family_of, head_dim
 
 
 def layer_activation_bytes(
@@ -30,7 +30,8 @@ def layer_activation_bytes(
     4 h this is Korthikanti et al.'s s b h (34 + 5 a s / h), their equation 2, and with tensor and
     sequence parallelism equation 4. "selective" drops what grows with the square of the length,
     "full" all but the layer's input; fused attention never stores scores. Context parallel ranks
-    divide the tokens.
+    divide the tokens. In a model with experts it is the mean of all layers, and every expert has
+    equally many tokens: a rank has more where routing is uneven.
 
     Args:
         tokens: number of tokens of the micro-batch, s b.
@@ -56,8 +57,23 @@ def layer_activation_bytes(
     elif recompute == "none":
         scores = heads * length
         split += scores * element + (scores * (element + 1) if dropout else 0)
-    split += hf.intermediate_size * element * (3 if gated else 2)
-    return tokens * replicated // outside + tokens * split // tp
+    dense = dense_layers(hf) / hf.num_hidden_layers
+    split += round(dense * hf.intermediate_size * element * (3 if gated else 2))
+    routed = round((1 - dense) * tokens / outside * routed_bytes(hf, layout, element))
+    return tokens * replicated // outside + tokens * split // tp + routed
+
+
+def routed_bytes(hf: Any, layout: Layout, element: int) -> int:
+    """Bytes that a sparse layer keeps of one token: what its experts compute, and its scores.
+
+    Of each expert the input, which every rank that splits it has whole, and this rank's part of
+    what lies inside. The scores are in fp32, before and behind the softmax.
+    """
+    experts = experts_of(hf)
+    if experts is None:
+        return 0
+    copies = hf.hidden_size * layout.expert_tensor_parallel_size
+    return experts.per_token * (copies + 3 * experts.width) * element + 8 * experts.count
 
 
 def working_set_bytes(hf: Any, tokens: int, layout: Layout, element: int) -> int:
@@ -69,7 +85,12 @@ def working_set_bytes(hf: Any, tokens: int, layout: Layout, element: int) -> int
     """
     tp, cp = layout.tensor_model_parallel_size, layout.context_parallel_size
     own = own_tokens(tokens, layout)
-    working = own * (2 * hf.hidden_size + 3 * hf.intermediate_size // tp) * element
+    working = own * 2 * hf.hidden_size * element
+    outside = tp if layout.sequence_parallel else 1
+    # Of experts also the outputs, on their way back.
+    sparse = own // outside * routed_bytes(hf, layout, element) * 2
+    dense = own * 3 * hf.intermediate_size // tp * element if dense_layers(hf) else 0
+    working += max(dense, sparse)
     if cp > 1:
         heads = 2 * hf.num_key_value_heads + hf.num_attention_heads
         working += cp * own * heads * head_dim(hf) // tp * element

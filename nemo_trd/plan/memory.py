@@ -174,6 +174,31 @@ def same_weights(config: Config, layout: Layout) -> int:
     return replicas(config, layout) * layout.context_parallel_size
 
 
+def same_experts(config: Config, layout: Layout) -> int:
+    """Return the number of ranks that hold the same experts."""
+    shared = layout.expert_tensor_parallel_size * layout.expert_model_parallel_size
+    stage = config.cluster.world_size // layout.pipeline_model_parallel_size
+    return max(1, stage // shared)
+
+
+def optimizer_shares(config: Config, student: Any, stage: int) -> tuple[int, ...]:
+    """Parameters of which a rank of a stage has the states, by distributed optimizer.
+
+    The second is of the experts, where they are split otherwise than the rest.
+    """
+    layout = config.parallel.student
+    trained = trained_parameters(config, student, stage)
+    ranks = layout.expert_tensor_parallel_size, layout.expert_model_parallel_size
+    apart = ranks != (layout.tensor_model_parallel_size, 1)
+    experts = 0
+    if apart and config.student.adapter is None:
+        experts = stage_parameters(student, layout)[stage].experts
+    return (
+        -(-(trained - experts) // same_weights(config, layout)),
+        -(-experts // same_experts(config, layout)),
+    )
+
+
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
@@ -183,18 +208,18 @@ def model_state_bytes(config: Config, student: Any, stage: int) -> dict[str, int
 
     With an adapter all but the weights are of the adapter alone.
     The distributed optimizer shares the last two among the ranks with the same weights: those of
-    data and context parallelism, up to padding.
+    data and context parallelism, and of those of experts those with the same, up to padding.
     """
     layout, precision = config.parallel.student, config.precision
     count = stage_parameters(student, layout)[stage].total
     trained = trained_parameters(config, student, stage)
     held = count if config.student.adapter is None else count + trained
-    shards = same_weights(config, layout) if config.optimizer.distributed else 1
+    kept = sum(optimizer_shares(config, student, stage)) if config.optimizer.distributed else trained
     main = 4 if precision.dtype == "bf16" else 0  # fp32 weights are their own main weights
     return {
         "weights": held * ELEMENT_BYTES[precision.dtype],
         "gradients": trained * 4,
-        "optimizer": -(-trained * (main + 8) // shards),
+        "optimizer": kept * (main + 8),
     }
 
 
@@ -320,9 +345,10 @@ def save_phase(config: Config, student: Any, stage: int) -> dict[str, dict[str, 
     """
     if not config.optimizer.distributed:
         return {}
-    count = trained_parameters(config, student, stage)
-    share = -(-count // same_weights(config, config.parallel.student))
-    return {"checkpoint": {"gathered optimizer state": 4 * (count + share)}}
+    layout = config.parallel.student
+    ranks = same_weights(config, layout), same_experts(config, layout)
+    shares = zip(optimizer_shares(config, student, stage), ranks, strict=True)
+    return {"checkpoint": {"gathered optimizer state": max(4 * n * (r + 1) for n, r in shares)}}
 
 
 def _generation_phases(config: Config, student: Any, teacher: Any) -> dict[str, dict[str, int]]:

@@ -12,7 +12,13 @@ from typing import Any
 from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.schema import Adapter, Layout, ModelSource
 from nemo_trd.models.directory import check_model_type, read_json
-from nemo_trd.models.family import expected_tensors, family_of, head_dim, padded_vocab_size
+from nemo_trd.models.family import (
+    experts_of,
+    expected_tensors,
+    family_of,
+    head_dim,
+    padded_vocab_size,
+)
 from nemo_trd.models.peft import adapter_tensors
 from nemo_trd.models.read import Model
 from nemo_trd.models.rules import check_supported
@@ -35,6 +41,7 @@ REQUIRED = (
     "num_hidden_layers",
     "vocab_size",
 )
+REQUIRED_OF_SPARSE = ("moe_intermediate_size", "num_experts", "num_experts_per_tok")
 
 
 def read_model(source: ModelSource, field: str) -> tuple[Model, str | None]:
@@ -83,7 +90,11 @@ def as_namespace(settings: Mapping[str, Any], directory: Path, field: str) -> Si
         if not family_of(hf).key_value_heads_optional:
             raise _bad_size(directory, field, "num_key_value_heads", None)
         hf.num_key_value_heads = getattr(hf, "num_attention_heads", None)
-    for key in (*REQUIRED, "num_key_value_heads"):
+    required = [*REQUIRED, "num_key_value_heads"]
+    if family_of(hf).sparse:
+        hf.num_experts = getattr(hf, "num_experts", getattr(hf, "num_local_experts", None))
+        required += REQUIRED_OF_SPARSE
+    for key in required:
         value = getattr(hf, key, None)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise _bad_size(directory, field, key, value)
@@ -105,6 +116,7 @@ class StageParameters:
 
     total: int
     linear: int  # of these, in the layers' matrices: what FP8 applies to
+    experts: int  # of these, in experts
     layers: int
 
 
@@ -118,13 +130,26 @@ def parameters(hf: Any) -> int:
     return sum(math.prod(tensor.shape) for tensor in expected_tensors(hf).values())
 
 
+def active_parameters(hf: Any) -> int:
+    """Number of parameters of the whole model that one token meets."""
+    experts = experts_of(hf)
+    per_token = 0 if experts is None else experts.per_token
+    return sum(
+        math.prod(tensor.shape)
+        for tensor in expected_tensors(hf).values()
+        if tensor.expert is None or tensor.expert < per_token
+    )
+
+
 def stage_parameters(hf: Any, layout: Layout) -> list[StageParameters]:
     """Parameters of each pipeline rank, as each of its tensor parallel ranks holds them.
 
-    The vocabulary is padded. A tied output weight is a second copy on the last of several stages.
+    The ranks that share out the experts of a layer have equally many of them. The vocabulary is padded. A tied output weight is a second copy on the last of several stages.
     """
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    total, linear = [0] * pp, [0] * pp
+    total, linear, in_experts = [0] * pp, [0] * pp, [0] * pp
+    experts = experts_of(hf)
+    own = 0 if experts is None else experts.count // layout.expert_model_parallel_size
     vocabulary = padded_vocab_size(hf.vocab_size, tp) // tp * hf.hidden_size
     total[0] += vocabulary
     if not hf.tie_word_embeddings or pp > 1:
@@ -133,16 +158,21 @@ def stage_parameters(hf: Any, layout: Layout) -> list[StageParameters]:
     for name, tensor in expected_tensors(hf).items():
         if name in (family.embedding, family.head):
             continue
-        size = math.prod(tensor.shape) // (1 if tensor.split_axis is None else tp)
+        if tensor.expert is not None and tensor.expert >= own:
+            continue
+        ranks = tp if tensor.expert is None else layout.expert_tensor_parallel_size
+        size = math.prod(tensor.shape) // (1 if tensor.split_axis is None else ranks)
         if tensor.layer is None:
             total[-1] += size  # the final norm
             continue
         stage = _stage(hf, layout, tensor.layer)
         total[stage] += size
+        in_experts[stage] += size if tensor.expert is not None else 0
         if tensor.is_layer_matrix:
             linear[stage] += size
     layers = hf.num_hidden_layers // pp
-    return [StageParameters(t, m, layers) for t, m in zip(total, linear, strict=True)]
+    counts = zip(total, linear, in_experts, strict=True)
+    return [StageParameters(*of_stage, layers) for of_stage in counts]
 
 
 def _stage(hf: Any, layout: Layout, layer: int) -> int:

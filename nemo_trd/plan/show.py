@@ -25,7 +25,13 @@ from nemo_trd.plan.memory import (
     longest_lengths,
     replicas,
 )
-from nemo_trd.plan.shapes import adapter_parameters, has_shape, key_value_bytes, parameters
+from nemo_trd.plan.shapes import (
+    active_parameters,
+    adapter_parameters,
+    has_shape,
+    key_value_bytes,
+    parameters,
+)
 
 if TYPE_CHECKING:
     from nemo_trd.plan.plan import Plan
@@ -83,6 +89,8 @@ def _setup(plan: Plan) -> str:
         size = str(getattr(model.hf, "model_type", ""))
         if has_shape(model.hf):
             size = f"{parameters(model.hf) / 1e9:.2f} B parameters"
+            if (active := active_parameters(model.hf)) < parameters(model.hf):
+                size += f", {active / 1e9:.2f} B active"
         if role == "teacher" and config.teacher_is_base:
             lines.append(f"  {role:<8} the student's own weights, without the adapter")
             continue
@@ -98,6 +106,8 @@ def _setup(plan: Plan) -> str:
         lines.append(
             f"{heading}TP {layout.tensor_model_parallel_size}  "
             + (f"CP {cp}  " if (cp := layout.context_parallel_size) > 1 else "")
+            + (f"EP {ep}  " if (ep := layout.expert_model_parallel_size) > 1 else "")
+            + (f"ETP {etp}  " if (etp := layout.expert_tensor_parallel_size) > 1 else "")
             + f"PP {layout.pipeline_model_parallel_size}"
             + (f"  VPP {v}" if (v := layout.virtual_pipeline_model_parallel_size) else "")
             + f"  DP {replicas(config, layout)}  {config.precision.dtype}"

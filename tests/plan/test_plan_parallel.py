@@ -22,6 +22,15 @@ SHAPE = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 512,
 }
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+EXPERTS["mlp_only_layers"] = [1]
+SPARSE_LAYOUTS = [  # tensor, pipeline, virtual pipeline, experts, parts of an expert
+    (1, 1, None, 1, 1),
+    (1, 1, None, 4, 1),
+    (2, 1, None, 2, 2),
+    (1, 2, 2, 2, 1),
+    (2, 2, None, 1, 1),
+]
 LAYOUTS = [  # tensor, pipeline, virtual pipeline
     (1, 1, None),
     (2, 1, None),
@@ -38,7 +47,8 @@ PADDING = 64 + 256  # elements before a parameter and after a bucket, of a distr
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_bytes_equal_those_of_megatron_in_every_layout(architecture: str) -> None:
     output = launch(4, check_bytes, architecture, timeout=300)
-    assert output.count("compared") == 4 * 2 * len(LAYOUTS) * len(OPTIMIZERS)
+    layouts = SPARSE_LAYOUTS if FAMILIES[architecture].sparse else LAYOUTS
+    assert output.count("compared") == 4 * 2 * len(layouts) * len(OPTIMIZERS)
 
 
 def check_bytes(architecture: str) -> None:
@@ -61,14 +71,20 @@ def check_bytes(architecture: str) -> None:
         for dtype, distributed in OPTIMIZERS
     ]
     for tied in (False, True):
-        hf = CONFIGS[architecture](**SHAPE, tie_word_embeddings=tied)
+        sparse = FAMILIES[architecture].sparse
+        sizes = SHAPE | (EXPERTS if sparse else {})
+        hf = CONFIGS[architecture](**sizes, tie_word_embeddings=tied)
         # What save_pretrained would write, read without transformers.
         shape = as_namespace(json.loads(hf.to_json_string()), Path("tiny"), "model")
-        for tp, pp, virtual in LAYOUTS:
+        for tp, pp, virtual, *experts in SPARSE_LAYOUTS if sparse else LAYOUTS:
+            ep, etp = experts or (1, 1)
             layout = Layout(
                 tensor_model_parallel_size=tp,
                 pipeline_model_parallel_size=pp,
                 virtual_pipeline_model_parallel_size=virtual,
+                sequence_parallel=sparse and tp > 1,
+                expert_model_parallel_size=ep,
+                expert_tensor_parallel_size=etp,
             )
             for config in configs:
                 parallel = config.parallel.model_copy(update={"student": layout})
@@ -104,10 +120,14 @@ def compare(config: Any, hf: Any, shape: Any) -> None:
     slack = PADDING * (len(parameters) + 2) * 4
     assert planned["gradients"] <= gradients < planned["gradients"] + slack, case
     # Ranks share by position in the buffer: together they hold every state exactly once.
+    experts = stage_parameters(shape, layout)[groups.pp.rank()].experts
     total = torch.tensor(optimizer)
-    dist.all_reduce(total, group=groups.dp)
-    assert total == count * 12, case
-    assert planned["optimizer"] == -(-count * 12 // groups.dp.size()), case
+    parts: Any = (count - experts, groups.dp), (experts, groups.expt_dp)
+    if groups.expt_dp.size() == groups.dp.size():
+        parts = ((count, groups.dp),)
+        dist.all_reduce(total, group=groups.dp)
+        assert total == count * 12, case
+    assert planned["optimizer"] == 12 * sum(-(-n // group.size()) for n, group in parts), case
     # In a pipeline a shared embedding, or a part of the stage, may come in an exchange of its own.
     saving = sum(save_phase(config, shape, groups.pp.rank())["checkpoint"].values())
     assert gathered < saving + 2 * slack, case
@@ -130,7 +150,9 @@ def training_bytes(config: Any, models: list[Any], groups: Any) -> tuple[int, in
         chunk.finish_grad_sync()
     optimizer.step()
     gradients = sum(
-        b.grad_data.numel() * b.grad_data.element_size() for c in chunks for b in c.buffers
+        b.grad_data.numel() * b.grad_data.element_size()
+        for c in chunks
+        for b in (*c.buffers, *c.expert_parallel_buffers)
     )
     held = 0
     model_storage = {p.untyped_storage().data_ptr() for m in models for p in m.parameters()}
