@@ -146,7 +146,11 @@ SPARSE = {
 }
 SPARSE_WITH_TRANSFORMER_ENGINE = {
     1: {"alone": []},
-    2: {"ep2": EP2 + TEACHER_EP2 + DISTRIBUTED, "tp2 sp etp2": TP2 + SP + ETP2},
+    2: {
+        "ep2": EP2 + TEACHER_EP2 + DISTRIBUTED,
+        "tp2 sp ep2": TP2 + SP + EP2,
+        "tp2 sp etp2": TP2 + SP + ETP2,
+    },
 }
 
 
