@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import (
+    SERVED_RANKS,
     Config,
     Dataset,
     EstimatorName,
@@ -314,13 +315,16 @@ def _check_layouts_and_servers(config: Config) -> None:
         forward_only = role == "teacher" and not config.teacher_is_student
         layout = getattr(config.parallel, role)
         _check_layout(f"parallel.{role}", layout, forward_only=forward_only)
-        if config.generation.vllm is not None:
+        if config.generation.vllm is not None and not (
+            role == "teacher" and config.teacher_on_student_servers
+        ):
             vllm = config.generation.vllm
             check_pool(f"generation.vllm.{role}", getattr(vllm, role))
     if config.generation.colocate:
         _check_colocated(config)
     if config.generation.vllm is not None:
         _check_run_ahead(config.generation.max_staleness, config.generation.vllm.weight_sync)
+        _check_served_adapter(config, config.generation.vllm)
         _check_servers_of_roles(config, config.generation.vllm)
         call_limit = config.generation.vllm.weight_sync.call_timeout_seconds
         if call_limit >= 60 * config.parallel.timeout_minutes:
@@ -414,6 +418,48 @@ def _check_servers_of_roles(config: Config, vllm: Vllm) -> None:
             "leave it out of arguments"
             if quantized
             else "set it to null for the student; generation.vllm.teacher.server may have it",
+        )
+
+
+def _check_served_adapter(config: Config, vllm: Vllm) -> None:
+    """Rules for what vLLM can add to the weights that it serves."""
+    adapter, field = config.student.adapter, "generation.vllm.weight_sync.what"
+    if vllm.weight_sync.what == "adapter" and adapter is None:
+        raise rule_broken(
+            field,
+            "adapter",
+            "student.adapter=null trains the weights themselves",
+            "set it to merged, or student.adapter=lora",
+        )
+    served = config.served_adapter
+    if served is not None and served.rank > SERVED_RANKS[-1]:
+        raise rule_broken(
+            "student.adapter.rank",
+            served.rank,
+            f"with {field}=adapter vLLM adds it to the weights, and takes ranks of up to "
+            f"{SERVED_RANKS[-1]}",
+            f"lower it, or set {field}=merged",
+        )
+    if config.teacher_on_student_servers:
+        student, teacher = (pool.server.model_dump() for pool in (vllm.student, vllm.teacher))
+        for name, value in teacher.items():
+            if value != student[name]:
+                raise rule_broken(
+                    f"generation.vllm.teacher.server.{name}",
+                    value,
+                    "with generation.vllm.teacher.urls=[] and replicas=0 the student's servers "
+                    f"answer for the teacher, and generation.vllm.student.server.{name} is "
+                    f"{json.dumps(student[name])}",
+                    f"set it to {json.dumps(student[name])}, or give servers of the teacher",
+                )
+    arguments = vllm.student.server.arguments
+    own = [a for a in arguments if re.match(r"--(enable-lora|(max-)?lora-|max-(cpu-)?loras)", a)]
+    if own:
+        raise rule_broken(
+            "generation.vllm.student.server.arguments",
+            arguments,
+            f"{own[0]} is among those that a student's server gets from {field}",
+            "leave it out",
         )
 
 

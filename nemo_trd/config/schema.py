@@ -144,6 +144,10 @@ class Layout(Section):
     context_parallel_size: PositiveInt = 1  # ranks over which each sequence is split
     # split what lies between tensor parallel layers over the same ranks
     sequence_parallel: bool = False
+    # Of models with experts alone. Ranks over which the experts of a layer are shared out; with
+    # expert_tensor_parallel_size and the stages of the pipeline it divides the ranks.
+    expert_model_parallel_size: PositiveInt = 1
+    expert_tensor_parallel_size: PositiveInt = 1  # ranks over which each expert is split
     batch_p2p_comm: bool = False  # sends and receives of stages in one call
 
     @property
@@ -153,6 +157,19 @@ class Layout(Section):
             * self.pipeline_model_parallel_size
             * self.context_parallel_size
         )
+
+    @property
+    def expert_holders(self) -> int:
+        """Number of ranks that hold the experts of all stages once."""
+        return (
+            self.expert_tensor_parallel_size
+            * self.expert_model_parallel_size
+            * self.pipeline_model_parallel_size
+        )
+
+    def divides(self, world_size: int) -> bool:
+        """Whether so many ranks hold the model a whole number of times, and its experts too."""
+        return not (world_size % self.model_parallel_size or world_size % self.expert_holders)
 
 
 class Parallel(Section):
@@ -295,7 +312,13 @@ class PromptRules(Section):
 
 class Data(PromptRules):
     train: Dataset  # problems that are trained on
-    validation: Dataset | None  # problems that evaluation.* asks; null: none
+    validation: Dataset | None  # problems that evaluation.* asks; null, or a null path: none
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _no_path_is_no_validation(cls, value: Any) -> Any:
+        """So that `data.validation.path=...` can be set where the default is none."""
+        return None if isinstance(value, dict) and value.get("path", "") is None else value
 
 
 # What switches a setting of `Sampling` off.
@@ -351,9 +374,16 @@ class LocalGeneration(Section):
     dtype: Literal["fp32", "bf16"]  # of the weights that generate
 
 
+# Ranks for which vLLM 0.32 holds room (--max-lora-rank); an adapter may have a lower one.
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
 class WeightSync(Section):
     """How the student's weights reach its servers; see generation/weight_sync.py."""
 
+    # What servers are given. merged: all weights, with student.adapter merged into them. adapter:
+    # student.adapter alone, on the model that they have loaded.
+    what: Literal["merged", "adapter"] = "merged"
     # How tensors travel. nccl: between GPUs. gloo: between processors. file: through `directory`.
     backend: Literal["nccl", "gloo", "file"]
     # What happens to requests that a server is working on. finish: it finishes them with the old
@@ -368,7 +398,11 @@ class WeightSync(Section):
 
 
 class VllmPool(Section):
-    """The servers of one model. Exactly one of `urls` and `replicas` is given."""
+    """The servers of one model. Exactly one of `urls` and `replicas` is given.
+
+    Neither for the teacher of opsd, with weight_sync.what=adapter: the student's servers then
+    answer for it, without the adapter.
+    """
 
     urls: list[str]  # http://HOST:PORT of servers that run already
     replicas: NonNegativeInt  # servers that the run starts, on the host of its first rank
@@ -676,9 +710,25 @@ class Config(Section):
         return own and (self.student.adapter is not None or self.teacher.ema is not None)
 
     @property
+    def served_adapter(self) -> Adapter | None:
+        """What the student's servers are given; None: all weights."""
+        vllm = self.generation.vllm
+        on_servers = vllm is not None and vllm.weight_sync.what == "adapter"
+        return self.student.adapter if on_servers else None
+
+    @property
     def asks_teacher(self) -> bool:
         """Whether the teacher has work outside Megatron: to rewrite, or to score."""
         return self.draws_rewrites or self.scores_on_servers
+
+    @property
+    def teacher_on_student_servers(self) -> bool:
+        """Whether the student's servers answer for the teacher, too: as its base, unadapted."""
+        vllm = self.generation.vllm
+        if vllm is None or self.served_adapter is None or self.model.teacher is not None:
+            return False
+        without_any = not vllm.teacher.urls and not vllm.teacher.replicas
+        return without_any and self.asks_teacher and self.asks_student
 
     @property
     def asks_student(self) -> bool:

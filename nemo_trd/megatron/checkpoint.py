@@ -39,8 +39,12 @@ from nemo_trd.records.checkpoint_dir import PARTIAL, TrainerState, checkpoint_na
 
 log = logging.getLogger(__name__)
 
-# Optimizer states of a distributed optimizer in a form that any TP, PP and DP can load.
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+# Optimizer states of a distributed optimizer in a form that any TP, PP and DP can load, and any EP:
+# then the states of experts, which have an optimizer of their own, have names like all others.
+SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
 # Newer versions of megatron-core would write in the background through another package.
 _OWN_WRITER: dict[str, Any] = (
     {"async_strategy": "mcore"}

@@ -35,6 +35,7 @@ from nemo_trd.megatron.process_groups import process_groups
 from nemo_trd.megatron.reports import Report, read_labels, read_sums, read_watched
 from nemo_trd.megatron.schedule import is_last_stage, run_model, run_schedule
 from nemo_trd.models.family import shared_vocab_size
+from nemo_trd.models.peft import scale
 from nemo_trd.models.served import is_only_served, read_served
 from nemo_trd.models.vocabulary import load_tokenizer
 from nemo_trd.preflight.models import real_vocab_size
@@ -317,6 +318,13 @@ class Student:
         """Every tensor of the adapter under its name in PEFT, likewise."""
         assert self.adapter is not None
         return lora.export_adapter(self.models, self.hf, self.adapter, self.groups)
+
+    def export_scaled_adapter(self) -> Iterator[tuple[str, Tensor]]:
+        """The same, with B multiplied by the scale: B A x is what is added."""
+        assert self.adapter is not None
+        factor = scale(self.adapter)
+        for name, tensor in self.export_adapter():
+            yield name, tensor * factor if ".lora_B." in name else tensor
 
     def sharded_state_dict(self, metadata: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """What a checkpoint holds of each model of this rank, "chunk0", "chunk1", ...

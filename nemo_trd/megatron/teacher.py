@@ -35,6 +35,8 @@ from nemo_trd.megatron.moving_average import MovingAverage
 from nemo_trd.megatron.process_groups import process_groups
 from nemo_trd.megatron.schedule import label_rows, run_model, run_schedule
 
+Pack = tuple[ContextBatch, bool]  # and whether its states are wanted; else it is a filler
+
 
 class Teacher:
     """Holds this rank's share of the teacher, without gradients or optimizer.
@@ -95,8 +97,10 @@ class Teacher:
         rank that predicts the label. Elsewhere: None.
         """
         rounds = rounds_of(micro_batches, self._groups.dp.size())
-        mine = self._groups.dp.rank()
-        own = [micro_batches[s][p].teacher for states in rounds for s, p in states[mine : mine + 1]]
+        own = [
+            self._packs_of_round([micro_batches[s][p].teacher for s, p in states])
+            for states in rounds
+        ]
         hand_over = HandOver(
             micro_batches,
             rounds,
@@ -107,7 +111,9 @@ class Teacher:
         )
         if self._offload_weights:
             self._move(device())
-        if own:  # a pipeline runs in lock-step with itself only: replicas may have other numbers
+        # A pipeline without shared experts runs in lock-step with itself only: replicas may have
+        # other numbers of packs, this one none.
+        if any(own):
             with self._as_teacher() if self._is_student else nullcontext():
                 self._forward(own, hand_over)
         if self._offload_weights:
@@ -131,39 +137,54 @@ class Teacher:
         for model in self._models:
             move(model, target)
 
-    def _forward(
-        self, micro_batches: Sequence[Sequence[ContextBatch]], hand_over: HandOver
-    ) -> None:
-        """Pass the packs of micro-batches forward; hand over what the ones before have given.
+    def _packs_of_round(self, of_teachers: Sequence[Sequence[ContextBatch]]) -> list[Pack]:
+        """This replica's packs of a round, which may have none for it.
+
+        Replicas that share out experts meet in every sparse layer: those with fewer packs pass
+        fillers.
+        """
+        mine = self._groups.dp.rank()
+        own = of_teachers[mine] if mine < len(of_teachers) else ()
+        packs: list[Pack] = [(pack, True) for pack in own]
+        if self._layout.expert_model_parallel_size * self._layout.expert_tensor_parallel_size > 1:
+            most = max(map(len, of_teachers))
+            packs += [(of_teachers[0][0], False)] * (most - len(own))
+        return packs
+
+    def _forward(self, rounds: Sequence[Sequence[Pack]], hand_over: HandOver) -> None:
+        """Pass the packs of all rounds forward; hand over what the ones before have given.
 
         Where stages interleave, all is handed over at the end: the order of passes is another.
         """
         cp, pp = self._groups.cp, self._groups.pp
-        packs = [own_context(p, cp.size(), cp.rank()) for packs in micro_batches for p in packs]
-        count, interleaved = len(packs), len(self._models) > 1
+        packs = [
+            (own_context(pack, cp.size(), cp.rank()), wanted)
+            for of_round in rounds
+            for pack, wanted in of_round
+        ]
+        interleaved = len(self._models) > 1
         if interleaved:  # it takes a multiple of the stages
-            packs += packs[-1:] * (-count % pp.size())
+            packs += [(packs[-1][0], False)] * (-len(packs) % pp.size())
         behind = pp.size() - 1 - pp.rank()
-        computed = list(accumulate(len(packs) for packs in micro_batches))  # packs, by round
+        computed = list(accumulate(map(len, rounds)))  # packs, by round
 
-        def keep(number: int, hidden: Tensor, non_loss_data: bool) -> None:
-            if number < count:
-                rows = label_rows(
-                    hidden, packs[number], self._groups, self._layout.sequence_parallel
-                )
+        def keep(pack: Pack, hidden: Tensor, non_loss_data: bool) -> None:
+            batch, wanted = pack
+            rows = label_rows(hidden, batch, self._groups, self._layout.sequence_parallel)
+            if wanted:
                 hand_over.computed.append(rows)
 
         def forward_step(iterator, model):  # noqa: ANN001, ANN202  (megatron's signature)
-            number = next(iterator)
+            number, pack = next(iterator)
             if not interleaved:
                 hand_over.start(bisect_right(computed, number - behind))
-            return run_model(model, packs[number]), partial(keep, number)
+            return run_model(model, pack[0]), partial(keep, pack)
 
         run_schedule(
             self._models,
             forward_step,
-            range(len(packs)),
-            packs,
+            list(enumerate(packs)),
+            [batch for batch, _ in packs],
             self._groups,
             forward_only=True,
             collect=True,
