@@ -83,7 +83,7 @@ def plan(
         all_parts = list(itertools.chain(*parts))
         longest = max(_length(_students(part), student.segment) for part in all_parts)
         make = partial(make, student_length=longest)
-    if same_length and config.teacher_is_base:
+    if same_length and config.teacher_is_student:
         packs = [_cut(_teachers(part), train.max_tokens_per_micro_batch) for part in all_parts]
         longest = max(_length(pack, teacher.segment) for pack in itertools.chain(*packs))
         make = partial(make, teacher_length=longest)

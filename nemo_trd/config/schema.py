@@ -48,7 +48,9 @@ def _not_blank(text: str) -> str:
 Name = Annotated[str, AfterValidator(_not_blank)]  # of a file, a directory, a host, ...
 
 
-DivergenceName = Literal["forward_kl", "reverse_kl", "jsd"]
+FullDivergenceName = Literal["forward_kl", "reverse_kl", "jsd"]  # over all of the vocabulary
+EstimatorName = Literal["k1", "k3"]  # of a divergence, from the label's token alone
+DivergenceName = Literal[FullDivergenceName, EstimatorName]
 
 
 class Section(BaseModel):
@@ -181,6 +183,9 @@ class Teacher(Section):
     # that train. server: the loss.top_k most likely tokens, from generation.vllm.teacher.
     # generation: the same, computed while these servers write the rewrites; no second pass.
     scoring: Literal["megatron", "server", "generation"]
+    # In opsd: w_T <- ema w_T + (1 - ema) w_theta after each update, beginning with the step-0
+    # student. null: the teacher stays that student.
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     offload_weights: bool  # keep the teacher's weights on the host between steps
     offload_states: bool  # keep its hidden states in pinned host memory until they are needed
     # Arguments of its chat template where it scores. null: those of the refinement prompt for that
@@ -191,7 +196,9 @@ class Teacher(Section):
 class Loss(Section):
     # D(pi_T, pi_theta) of one token. forward_kl: KL(pi_T || pi_theta), the paper's. reverse_kl:
     # KL(pi_theta || pi_T). jsd: beta KL(pi_T || m) + (1 - beta) KL(pi_theta || m) with m = beta
-    # pi_T + (1 - beta) pi_theta (GKD, arXiv 2306.13649).
+    # pi_T + (1 - beta) pi_theta (GKD, arXiv 2306.13649). k1, k3: estimates of reverse_kl from the
+    # sampled token alone, where labels are the student's own samples. k1: policy gradient with
+    # reward log pi_T - log pi_theta. k3: its gradient is an estimate of forward_kl's.
     divergence: DivergenceName
     beta: Fraction  # of jsd only: 0 is forward_kl, 1 is reverse_kl
     # Compare only the teacher's k most likely tokens of each position. null: all of the vocabulary.
@@ -202,6 +209,9 @@ class Loss(Section):
     # Largest divergence of one token, in nats; beyond it the token has no gradient. null: no limit,
     # as in the paper.
     token_clip: PositiveFloat | None
+    # Largest contribution of one vocabulary entry to the divergence of a token, in nats; beyond it
+    # the entry has no gradient (OPSD's pointwise clip, arXiv 2601.18734). null: no limit.
+    entry_clip: PositiveFloat | None = None
     # Divides the logits of both models before the softmax. Gradients follow: they are not scaled up
     # by its square.
     temperature: PositiveFloat
@@ -352,6 +362,11 @@ class Sampling(Section):
             off = {"off": json.dumps(_OFF[name])}
             raise PydanticCustomError("off", "there is no such value, {off} is off", off)
         return value
+
+    def draws_from(self, temperature: float) -> bool:
+        """Whether tokens are samples of the model's distribution at `temperature` and no other."""
+        off = all(getattr(self, name) == value for name, value in _OFF.items() if name != "stop")
+        return off and self.temperature == temperature
 
 
 class LocalGeneration(Section):
@@ -686,10 +701,13 @@ class Config(Section):
         return self.algorithm.trajectory == "refinement" and self.generation.stored is None
 
     @property
-    def teacher_is_base(self) -> bool:
-        """Whether the teacher in Megatron is the student's own modules without their adapter."""
+    def teacher_is_student(self) -> bool:
+        """Whether the teacher in Megatron is the student's own modules with other weights in them.
+
+        Those below its adapter; with `teacher.ema` the average of what is trained.
+        """
         own = self.model.teacher is None and self.teacher.scoring == "megatron"
-        return own and self.student.adapter is not None
+        return own and (self.student.adapter is not None or self.teacher.ema is not None)
 
     @property
     def served_adapter(self) -> Adapter | None:
@@ -744,12 +762,16 @@ class Config(Section):
             del settings["generation"][where]
         if self.generation.stored is None:  # as before there was this setting
             del settings["generation"]["stored"]
-        if self.teacher.chat_template_kwargs is not None:  # the rest of the section is only speed
-            settings["teacher"] = {"chat_template_kwargs": self.teacher.chat_template_kwargs}
+        of_teacher = ("chat_template_kwargs", "ema")  # the rest of the section is only speed
+        set_ones = {x: value for x in of_teacher if (value := getattr(self.teacher, x)) is not None}
+        if set_ones:
+            settings["teacher"] = set_ones
         if self.refinement.chat_template_kwargs is None:  # as before there was this setting
             del settings["refinement"]["chat_template_kwargs"]
         if self.student.adapter is None:  # likewise
             del settings["student"]
+        if self.loss.entry_clip is None:
+            del settings["loss"]["entry_clip"]
         for knob in ("micro_batch_size", "max_tokens_per_micro_batch", "recompute"):
             del settings["train"][knob]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

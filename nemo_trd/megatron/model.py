@@ -179,10 +179,11 @@ def _expert_settings(hf: PretrainedConfig, layout: Layout, *, grouped: bool) -> 
     experts = experts_of(hf)
     if experts is None:
         return {}
+    pattern = [int(is_sparse(hf, n)) for n in range(hf.num_hidden_layers)]
     return {
         "num_moe_experts": experts.count,
         "moe_ffn_hidden_size": experts.width,
-        "moe_layer_freq": [int(is_sparse(hf, n)) for n in range(hf.num_hidden_layers)],
+        "moe_layer_freq": 1 if all(pattern) else pattern,
         "moe_router_topk": experts.per_token,
         "moe_router_pre_softmax": not experts.normalized,
         "moe_router_dtype": "fp32",
@@ -294,14 +295,17 @@ def build_model(
 
 
 def _mark_experts(model: HiddenStatesModel, layout: Layout) -> None:
-    """Have the gradients of experts summed over the ranks that hold the same ones.
+    """Have the gradients of experts summed over the ranks that hold the same ones, and their norm
+    over all that hold others.
 
-    megatron-core 0.16 marks them so only where ranks share out the experts of a layer.
+    megatron-core 0.16 sums so only where ranks share out the experts of a layer, and takes those of
+    TransformerEngine's layers for copies on every tensor parallel rank.
     """
     like_the_rest = layout.expert_tensor_parallel_size == layout.tensor_model_parallel_size
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:
             parameter.allreduce = layout.expert_model_parallel_size == 1 and like_the_rest
+            parameter.tensor_model_parallel = True
 
 
 def _layer_spec(
@@ -310,12 +314,16 @@ def _layer_spec(
     """The layers of one stage, dense or sparse, and the norm behind the last."""
     fused = config.transformer_impl == "transformer_engine"
     first = get_transformer_layer_offset(config, vp_stage, stage)
-    sparse = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers
+    some = config.moe_layer_freq  # which layers are sparse, or 1: each of them
+    sparse = some if isinstance(some, list) else [config.num_moe_experts] * config.num_layers
+    kinds = sparse[first : first + get_num_layers_to_build(config, vp_stage, stage)]
     specs = [
         _fused_layer(config, bool(kind)) if fused else _local_layer(config, frequencies, bool(kind))
-        for kind in sparse[first : first + get_num_layers_to_build(config, vp_stage, stage)]
+        for kind in kinds
     ]
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=LayerNormImpl if fused else RMSNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=specs, layer_norm=LayerNormImpl if fused else RMSNorm
+    )
 
 
 def _fused_layer(config: TransformerConfig, sparse: bool) -> ModuleSpec:
@@ -325,9 +333,7 @@ def _fused_layer(config: TransformerConfig, sparse: bool) -> ModuleSpec:
     )
 
 
-def _local_layer(
-    config: TransformerConfig, frequencies: torch.Tensor, sparse: bool
-) -> ModuleSpec:
+def _local_layer(config: TransformerConfig, frequencies: torch.Tensor, sparse: bool) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts if sparse else None,
         qk_layernorm=config.qk_layernorm,

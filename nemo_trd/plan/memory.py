@@ -101,10 +101,12 @@ def training_memory(config: Config, student: Any, teacher: Any) -> list[GpuMemor
         resident: dict[str, int] = {}
         phases: dict[str, dict[str, int]] = {}
         if has_teacher:
-            if not config.teacher_is_base:
+            if not config.teacher_is_student:
                 resident = _teacher_weights(config, teacher, teacher_stage)
+            elif config.teacher.ema is not None:
+                phases["teacher"] = _average_in_place(config, student, student_stage)
             at_work = _teacher_phase(config, teacher, student_stage, teacher_stage, lengths)
-            phases["teacher"] = resident | at_work
+            phases["teacher"] = phases.get("teacher", {}) | resident | at_work
         phases |= {
             "student": _student_phase(config, student, teacher, student_stage, lengths),
             "export": {"export buffers": _export_bytes(config, student)},
@@ -200,9 +202,8 @@ def model_state_bytes(config: Config, student: Any, stage: int) -> dict[str, int
     padding.
     """
     layout, precision = config.parallel.student, config.precision
-    trained = trained_parameters(config, student, stage)
-    count = sum(part.count for part in trained)
-    held = count
+    trained = _trained_parts(config, student, stage)
+    count = held = sum(part.count for part in trained)
     if config.student.adapter is not None:
         held += stage_parameters(student, layout)[stage].total
     main = 4 if precision.dtype == "bf16" else 0  # fp32 weights are their own main weights
@@ -224,7 +225,12 @@ class TrainedParameters:
     holders: int
 
 
-def trained_parameters(config: Config, student: Any, stage: int) -> list[TrainedParameters]:
+def trained_parameters(config: Config, student: Any, stage: int) -> int:
+    """Number of parameters that one rank of a stage trains."""
+    return sum(part.count for part in _trained_parts(config, student, stage))
+
+
+def _trained_parts(config: Config, student: Any, stage: int) -> list[TrainedParameters]:
     """What a rank of a stage trains: outside experts and, where ranks share these out, in them."""
     layout, adapter = config.parallel.student, config.student.adapter
     holders = same_weights(config, layout)
@@ -232,7 +238,8 @@ def trained_parameters(config: Config, student: Any, stage: int) -> list[Trained
         count = stage_adapter_parameters(student, layout, adapter)[stage]
         return [TrainedParameters(count, holders)]
     held = stage_parameters(student, layout)[stage]
-    if layout.expert_model_parallel_size == 1:
+    split = layout.expert_tensor_parallel_size, layout.expert_model_parallel_size
+    if split == (layout.tensor_model_parallel_size, 1):  # as all the rest
         return [TrainedParameters(held.total, holders)]
     return [
         TrainedParameters(held.total - held.experts, holders),
@@ -247,7 +254,12 @@ def _held(config: Config, student: Any, teacher: Any, stage: int) -> dict[str, i
     if config.precision.fp8 is not None:  # TransformerEngine keeps rows and columns, 1 B each
         held["fp8 copies"] = 2 * stage_parameters(student, layout)[stage].linear
     last = stage == layout.pipeline_model_parallel_size - 1
-    if last and config.teacher.scoring == "megatron" and not config.teacher_is_base:
+    if config.teacher.ema is not None:
+        held["teacher average"] = 4 * trained_parameters(config, student, stage)
+    # A frozen one is the student's too; of an average in fp32 it is a part.
+    own = config.student.adapter is None and (config.teacher.ema is None or element != 4)
+    shares = config.teacher_is_student and not own
+    if last and config.teacher.scoring == "megatron" and not shares:
         rows = vocabulary_rows(student, layout)
         held["teacher output weight"] = rows * teacher.hidden_size * element
     if config.generation.backend == "local":
@@ -268,6 +280,14 @@ def _teacher_weights(config: Config, teacher: Any, stage: int) -> dict[str, int]
     in_fp8 = count.linear if config.precision.teacher_fp8 is not None else 0
     element = ELEMENT_BYTES[config.precision.dtype]
     return {"teacher weights": (count.total - in_fp8) * element + in_fp8}
+
+
+def _average_in_place(config: Config, student: Any, stage: int) -> dict[str, int]:
+    """The average in the parameters' dtype, while the student computes with it as the teacher."""
+    if config.precision.dtype == "fp32":
+        return {}
+    element = ELEMENT_BYTES[config.precision.dtype]
+    return {"teacher weights": trained_parameters(config, student, stage) * element}
 
 
 def _teacher_phase(
@@ -363,7 +383,7 @@ def save_phase(config: Config, student: Any, stage: int) -> dict[str, dict[str, 
     """
     if not config.optimizer.distributed:
         return {}
-    trained = trained_parameters(config, student, stage)
+    trained = _trained_parts(config, student, stage)
     most = max(part.count - (-part.count // part.holders) for part in trained)
     return {"checkpoint": {"gathered optimizer state": 4 * most}}
 
@@ -395,7 +415,8 @@ def generations(config: Config, student: Any, teacher: Any) -> list[tuple[str, A
 
 
 def checkpoint_bytes(config: Config, student: Any) -> dict[str, int]:
-    """Bytes on disk: one checkpoint (weights, main weights, Adam states), and the exports.
+    """Bytes on disk: one checkpoint (weights, main weights, Adam states, the average of
+    `teacher.ema`), and the exports.
 
     With an adapter a checkpoint has that instead of the weights.
     """
@@ -406,7 +427,8 @@ def checkpoint_bytes(config: Config, student: Any) -> dict[str, int]:
     main = 4 if config.precision.dtype == "bf16" else 0
     export = count * element if config.checkpoint.export_hf else 0
     export += whole * element if config.checkpoint.export_merged else 0
-    return {"checkpoint": count * (element + main + 8), "export": export}
+    average = 0 if config.teacher.ema is None else 4
+    return {"checkpoint": count * (element + main + 8 + average), "export": export}
 
 
 def largest_part(parts: Mapping[str, int]) -> str:

@@ -94,15 +94,17 @@ def _setup(plan: Plan) -> str:
             size = f"{parameters(model.hf) / 1e9:.2f} B parameters"
             if experts_of(model.hf) is not None:
                 size += f", {touched_parameters(model.hf, 1) / 1e9:.2f} B active"
-        if role == "teacher" and config.teacher_is_base:
-            lines.append(f"  {role:<8} the student's own weights, without the adapter")
+        if role == "teacher" and config.teacher_is_student:
+            other = "without the adapter" if config.teacher.ema is None else "averaged over steps"
+            lines.append(f"  {role:<8} the student's own weights, {other}")
             continue
         if role == "student" and (adapter := config.student.adapter) is not None:
             trained = adapter_parameters(model.hf, adapter)
             size += f", of an adapter of rank {adapter.rank} {trained / 1e6:.2f} M are trained"
         heading = f"  {role:<8} {model.directory.name}  {size}  "
         if role == "teacher" and config.scores_on_servers:
-            lines.append(f"{heading}on its servers only, top {config.loss.top_k}")
+            told = f"top {config.loss.top_k}" if config.loss.top_k else "the label alone"
+            lines.append(f"{heading}on its servers only, {told}")
             continue
         layout = getattr(config.parallel, role)
         fp8 = config.precision.fp8 if role == "student" else config.precision.teacher_fp8

@@ -97,6 +97,10 @@ class Generators:
             self.turns.make_room_for_new_weights()
         self.student.load_weights(tensors, version)
 
+    def load_teacher(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Bring the weights of a teacher that follows the student to its generator. Collective."""
+        self.teacher.load_weights(tensors, version)
+
     def score_while_writing(self, wanted: Wanted) -> None:
         """Have the teacher's servers give scores with each rewrite. Collective."""
         self.teacher = self.teacher_on_servers(wanted=wanted)

@@ -239,10 +239,16 @@ class Run:
         return reject_outside_support(refinements, self.student.token_nll, largest_gap)
 
     def sync_weights(self) -> None:
-        """Bring the student's weights to its generator. Collective."""
+        """Bring the generators the student's weights, and those of a teacher that follows it.
+
+        Collective.
+        """
         alone, student = self.config.served_adapter is not None, self.student
+        version = self._state.weight_version
         weights = student.export_scaled_adapter() if alone else student.export_hf_weights()
-        self._generators.load_student(weights, self._state.weight_version)
+        self._generators.load_student(weights, version)
+        if student.average is not None and self.config.draws_rewrites:
+            self._generators.load_teacher(student.export_teacher_weights(), version)
 
     def advance(self, result: StepResult | None, refinements: Sequence[Refinement]) -> None:
         """Count a step, with the same arguments on all ranks.
@@ -369,7 +375,7 @@ def _checked_base(config: Config, checkpoint: Path | None) -> dict[str, str]:
         return {}
     digest = weights_digest(source, "model.student.path")
     if checkpoint is None:
-        check_base_of_beginning(adapter, digest)
+        check_base_of_beginning(adapter, digest, str(source))
     else:
         check_base(checkpoint, digest)
     return {BASE: digest}

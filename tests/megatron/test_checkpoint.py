@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from launch import launch
-from parallel_layouts import CP2, DISTRIBUTED, PP2, TP2, VPP2, trajectories
+from parallel_layouts import CP2, DISTRIBUTED, EP2, ETP2, PP2, SP, TP2, VPP2, trajectories
 from tiny_models import make_model
 
 from nemo_trd.records import latest
@@ -35,10 +35,13 @@ def run_steps(directory: str, overrides: list[str], first: int, last: int, resul
 
     watch = init_distributed(timeout_minutes=2)
     model_paths = [f"model.{role}.path={directory}/{role}" for role in ("student", "teacher")]
+    if "model.teacher=null" in overrides:
+        model_paths.pop()
     settings = ["precision.dtype=fp32", "optimizer.lr=1e-2"]
     config = compose(["model=local", *model_paths, *settings, *overrides])
     student = Student(config)
-    teacher = Teacher(config, student.groups)
+    own = student.models if config.teacher_is_student else None
+    teacher = Teacher(config, student.groups, own, student.average)
     root = Path(directory) / "checkpoints"
     checkpointer = Checkpointer(config.checkpoint, root, student, needed=0)
     if first:
@@ -78,11 +81,11 @@ def steps(
     return json.loads(results.read_text())
 
 
-def models(directory: Path, intermediate_size: int = 48) -> Path:
+def models(directory: Path, intermediate_size: int = 48, family: str = "qwen3") -> Path:
     sizes = {"vocab_size": 120, "hidden_size": 32, "head_dim": 8}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4}
     sizes["intermediate_size"] = intermediate_size
-    make_model(directory / "student", "qwen3", tie_word_embeddings=True, **sizes)
+    make_model(directory / "student", family, tie_word_embeddings=True, **sizes)
     make_model(directory / "teacher", "qwen3", seed=1, **sizes)
     return directory
 
@@ -213,6 +216,17 @@ def test_resuming_on_another_layout_agrees(
         assert step == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("optimizer", [[], DISTRIBUTED], ids=["", "distributed"])
+def test_resuming_agrees_wherever_experts_are(optimizer: list[str], tmp_path: Path) -> None:
+    whole, broken = (models(tmp_path / name, family="qwen3_moe") for name in ("whole", "broken"))
+    expected = steps(whole, 1, optimizer, 0, 2 * HALF)
+    seen = steps(broken, 2, [*EP2, *optimizer], 0, HALF)
+    seen += steps(broken, 2, [*TP2, *SP, *ETP2, *optimizer], HALF, HALF + 1)
+    seen += steps(broken, 1, optimizer, HALF + 1, 2 * HALF)
+    for step, known in zip(seen, expected, strict=True):
+        assert step == pytest.approx(known, rel=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_an_adapter_goes_on_bit_for_bit_and_in_other_layouts(dtype: str, tmp_path: Path) -> None:
     adapter = ["student.adapter=lora", "student.adapter.rank=4", "student.adapter.dropout=0.1"]
@@ -223,6 +237,7 @@ def test_an_adapter_goes_on_bit_for_bit_and_in_other_layouts(dtype: str, tmp_pat
     saved = broken / "checkpoints" / "step_00000002"
     names = (saved / ".metadata").read_bytes()
     assert b"q_proj.lora_A.weight" in names and b"embedding" not in names
+    assert b"teacher." not in names
     other = shutil.copytree(broken, tmp_path / "other", symlinks=True)
     assert steps(broken, 1, adapter, HALF, 2 * HALF) == uninterrupted[HALF:]
     if dtype == "fp32":
@@ -233,6 +248,25 @@ def test_an_adapter_goes_on_bit_for_bit_and_in_other_layouts(dtype: str, tmp_pat
             resumed = steps(part, 2, [*none, *layout], HALF, 2 * HALF)
             for step, known in zip(resumed, expected, strict=True):
                 assert step == pytest.approx(known, rel=1e-5)
+
+
+@pytest.mark.parametrize("adapter", [[], ["student.adapter=lora"]], ids=["", "adapter"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_teacher_that_follows_goes_on_bit_for_bit_and_in_other_layouts(
+    dtype: str, adapter: list[str], tmp_path: Path
+) -> None:
+    ema = ["algorithm.mode=opsd", "model.teacher=null", "teacher.ema=0.8", *adapter]
+    ema += [f"precision.dtype={dtype}"]
+    whole, broken = models(tmp_path / "whole"), models(tmp_path / "broken")
+    uninterrupted = steps(whole, 1, ema, 0, 2 * HALF)
+    assert steps(broken, 1, ema, 0, HALF) == uninterrupted[:HALF]
+    other = shutil.copytree(broken, tmp_path / "other", symlinks=True)
+    assert steps(broken, 1, ema, HALF, 2 * HALF) == uninterrupted[HALF:]
+    if dtype == "fp32":
+        layout = [*TP2, *DISTRIBUTED, "parallel.teacher.tensor_model_parallel_size=2"]
+        resumed = steps(other, 2, [*ema, *layout], HALF, 2 * HALF)
+        for step, known in zip(resumed, uninterrupted[HALF:], strict=True):
+            assert step == pytest.approx(known, rel=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", [[], DISTRIBUTED], ids=["", "distributed"])

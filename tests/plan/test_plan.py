@@ -233,23 +233,11 @@ def saved_bytes(
     """Of the tensors, parameters left out, that a forward pass saves for its backward pass."""
     import torch
     from model_checks import packed
-    from tiny_models import CONFIGS
 
-    from nemo_trd.megatron.lora import add_adapters
-    from nemo_trd.megatron.model import build_model
     from nemo_trd.megatron.schedule import run_model
 
-    settings = tiny(architecture) | {"num_hidden_layers": layers}
-    model_config = CONFIGS[architecture](**settings)
-    (model,) = build_model(
-        model_config,
-        split(),
-        groups,
-        compose([f"precision.dtype={dtype}"]).precision,
-        recompute="full" if adapter is None else "none",
-    )
-    if adapter is not None:
-        add_adapters([model], model_config, adapter, groups, seed=0)
+    recompute = "full" if adapter is None else "none"
+    model = tiny_model(architecture, layers, dtype, groups, adapter, recompute)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
 
@@ -264,7 +252,57 @@ def saved_bytes(
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
+def tiny_model(
+    architecture: str,
+    layers: int,
+    dtype: str,
+    groups: Any,
+    adapter: Adapter | None,
+    recompute: Any,
+) -> Any:
+    """A model of Megatron on one rank, with an adapter on it or none."""
+    from tiny_models import CONFIGS
+
+    from nemo_trd.megatron.lora import add_adapters
+    from nemo_trd.megatron.model import build_model
+
+    hf = CONFIGS[architecture](**(tiny(architecture) | {"num_hidden_layers": layers}))
+    precision = compose([f"precision.dtype={dtype}"]).precision
+    (model,) = build_model(hf, split(), groups, precision, recompute=recompute)
+    if adapter is not None:
+        add_adapters([model], hf, adapter, groups, seed=0)
+    return model
+
+
 # FLOPs: Narayanan et al. 2021
+
+
+def test_frozen_weights_have_no_products_for_gradients(one_rank: Any) -> None:
+    """A step of two layers that are not the first, as torch counts it, is that of the plan."""
+    tokens, shape = 2 * 64, as_namespace({**TINY, "num_hidden_layers": 2}, Path("x"), "m")
+    adapter = compose(["student.adapter=lora", "student.adapter.rank=4"]).student.adapter
+    assert adapter is not None
+    whole, adapted = (
+        counted_flops(3, one_rank, trained) - counted_flops(1, one_rank, trained)
+        for trained in (None, adapter)
+    )
+    frozen = forward_flops(shape, tokens, 0, logits=0)
+    matrices = 2 * adapter_parameters(shape, adapter) * tokens
+    assert whole - adapted == frozen - 3 * matrices
+
+
+def counted_flops(layers: int, groups: Any, adapter: Adapter | None) -> int:
+    """Of a forward and a backward pass over 128 tokens."""
+    import torch
+    from model_checks import packed
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from nemo_trd.megatron.schedule import run_model
+
+    model = tiny_model("llama", layers, "fp32", groups, adapter, "none")
+    with FlopCounterMode(display=False) as counter:
+        run_model(model, packed(torch.zeros(2, 64, dtype=torch.long))).sum().backward()
+    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize(("layers", "hidden", "heads"), [(80, 8192, 64), (96, 12288, 96)])
@@ -639,6 +677,10 @@ def test_an_adapter_on_70b_takes_three_nodes_a_quarter_longer_than_eight() -> No
     assert [round(time.training) for time in times] == [29, 93, 93]
     assert [round(time.generation) for time in times] == [91, 113, 96]
     assert times[1].total / times[0].total == pytest.approx(1.25, abs=0.03)
+    begun = ("algorithm.mode=opd", "model.teacher.path=models/Llama-3.1-70B-Instruct")
+    begun = (*begun, "student.adapter.init=/not/here")
+    notes = planned("experiment=trd_70b_lora", *begun).findings.notes
+    assert "student.adapter.init = /not/here: not on this machine" in notes
     parts = peak(three.memory).phases["student"]
     assert parts["weights"] / GIB == pytest.approx(17, abs=0.5)
     assert (parts["gradients"] + parts["optimizer"]) / GIB == pytest.approx(5, abs=0.5)
