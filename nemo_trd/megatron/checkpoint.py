@@ -39,8 +39,12 @@ from nemo_trd.records.checkpoint_dir import PARTIAL, TrainerState, checkpoint_na
 
 log = logging.getLogger(__name__)
 
-# Optimizer states of a distributed optimizer in a form that any TP, PP and DP can load.
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+# Optimizer states of a distributed optimizer in a form that any TP, PP and DP can load, and any EP:
+# then the states of experts, which have an optimizer of their own, have names like all others.
+SHARDING = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
 # Newer versions of megatron-core would write in the background through another package.
 _OWN_WRITER: dict[str, Any] = (
     {"async_strategy": "mcore"}
@@ -225,6 +229,8 @@ class Checkpointer:
         states = load_models(self._student.models, state_dict, checkpoint, strict=whole)
         load_optimizer(self._student.optimizer, optimizer, checkpoint)
         self._student.scheduler.load_state_dict(states["scheduler"])
+        if self._student.average is not None:
+            self._student.load_average(states["average"])
         rng = checkpoint / "rng" / _rng_file()
         if rng.is_file():
             _restore_rng_state(load_file(rng))
@@ -242,8 +248,9 @@ class Checkpointer:
 
     def _state_dict(self, *, is_loading: bool) -> dict[str, Any]:
         metadata = {**SHARDING, "dp_cp_group": self._student.groups.dp_cp}
-        models = self._student.sharded_state_dict(metadata)
+        models, average = self._student.sharded_state_dict(metadata), self._student.average
         return {
+            **({} if average is None else {"average": average.sharded_state_dict(models)}),
             "model": models,
             "optimizer": self._student.optimizer.sharded_state_dict(
                 models, is_loading=is_loading, metadata=metadata

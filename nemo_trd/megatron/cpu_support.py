@@ -47,6 +47,7 @@ def install() -> None:
     _stub_paged_stash()
     _patch_devices()
     _patch_random_state()
+    _patch_dispatch()
 
 
 class _NoStream:
@@ -140,3 +141,51 @@ def _patch_random_state() -> None:
     from megatron.core.tensor_parallel import random
 
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _patch_dispatch() -> None:
+    """Give the exchange of tokens between experts' ranks its counts as numbers of the host.
+
+    megatron-core turns them into such where it copies them from a device, and torch wants them.
+    """
+    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    move = dispatcher.maybe_move_tensor_to_cpu
+
+    def moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        tensor = move(tensor, as_numpy, record_stream)
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    dispatcher.maybe_move_tensor_to_cpu = moved
+    _patch_uneven_shares()
+
+
+def _patch_uneven_shares() -> None:
+    """Let ranks that split an expert gather and reduce different numbers of tokens.
+
+    Gloo wants one size: shares are filled up to the largest with zeros.
+    """
+    mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    gather, scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def filled(tensor: torch.Tensor, size: int) -> torch.Tensor:
+        return torch.cat([tensor, tensor.new_zeros(size - len(tensor), *tensor.shape[1:])])
+
+    def gathered(
+        own: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if sizes is None or len(set(sizes)) == 1:
+            return gather(own, group, sizes, use_global_buffer)
+        whole = gather(filled(own, max(sizes)), group, None, use_global_buffer)
+        parts = zip(whole.chunk(len(sizes)), sizes, strict=True)
+        return torch.cat([part[:size] for part, size in parts])
+
+    def scattered(
+        whole: torch.Tensor, group: Any, sizes: Any = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if sizes is None or len(set(sizes)) == 1:
+            return scatter(whole, group, sizes, use_global_buffer)
+        even = torch.cat([filled(part, max(sizes)) for part in whole.split(sizes)])
+        return scatter(even, group, None, use_global_buffer)[: sizes[group.rank()]]
+
+    mappings._gather_along_first_dim = gathered
+    mappings._reduce_scatter_along_first_dim = scattered

@@ -4,7 +4,7 @@ Both directions use one description: `_parts` shows where each Hugging Face tens
 slice of it, lies inside Megatron's parameters. Loading copies into those views, exporting gathers
 them, so a round trip is exact. The names of both sides are in `models.family.Family`.
 
-Megatron's layouts: the rows of linear_qkv are, for each group of query heads that share a key,
+Megatron's layouts: each rank has some of the experts of a layer, one behind the other. The rows of linear_qkv are, for each group of query heads that share a key,
 the queries, the key, the value; linear_fc1 holds this rank's rows of gate_proj, then of up_proj;
 the vocabulary is padded with rows that are zero.
 """
@@ -12,6 +12,7 @@ the vocabulary is padded with rows that are zero.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,11 @@ from nemo_trd.models.family import (
 
 # What is added to a linear layer is below it under this name; model files know nothing of it.
 ADAPTER = "adapter"
+# Weights of an expert below its layer: of the local layers, and of TransformerEngine's.
+_EXPERT = re.compile(
+    r"mlp\.experts\.(?:local_experts\.(?P<local>\d+)\.(?P<layer>linear_fc[12])\.weight"
+    r"|(?P<of_group>linear_fc[12])\.weight(?P<grouped>\d+))"
+)
 OwnPart = Callable[[], Tensor]  # gives this rank's slice of a tensor, whole where it is not split
 
 
@@ -77,9 +83,9 @@ def load_hf_weights(
     reader = _Reader(path, hf)
     with torch.no_grad():
         for model in models:
-            for parameter, weight, parts in _parameters(model, hf):
+            for parameter, weight, parts in _parameters(model, hf, groups):
                 for part in parts:
-                    reader.read_into(part, groups.tp.rank())
+                    reader.read_into(part, _splitting(part.whole, groups).rank())
                 if is_float8tensor(parameter):
                     parameter.copy_(weight)
     if any(model.post_process for model in models):
@@ -122,8 +128,8 @@ def export_hf_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the model in full, under its Hugging Face name, one at a time.
 
-    Collective over the tensor and pipeline parallel groups: each rank consumes the iterator to
-    its end and gets every tensor, on the model's device in the model's dtype. Tied models have no
+    Collective over the tensor, expert and pipeline parallel groups: each rank consumes the iterator
+    to its end and gets every tensor, on the model's device in the model's dtype. Tied models have no
     output weight of their own.
 
     Args:
@@ -134,7 +140,7 @@ def export_hf_weights(
     own = {
         part.name: partial(_own_slice, part, added.get(part.name))
         for model in reversed(models)
-        for part in _parts(model, hf)
+        for part in _parts(model, hf, groups)
     }
     return whole_tensors(own, expected_tensors(hf), models[0], groups)
 
@@ -152,24 +158,35 @@ def whole_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every one of `tensors` in full on every rank, one at a time.
 
-    Collective over the tensor and pipeline parallel groups of `model`.
+    Collective over the tensor, expert and pipeline parallel groups of `model`.
 
     Args:
-        own: this rank's slices of those that its stage has.
+        own: this rank's slices of those that it has: all of its stage, but for other ranks' experts.
     """
-    holdings: list[list[str]] = [[] for _ in range(groups.pp.size())]
-    dist.all_gather_object(holdings, list(own), group=groups.pp)
+    # By layers: a rank has of the experts of its stage's layers only some.
+    mine = {name if tensors[name].layer is None else tensors[name].layer for name in own}
+    holdings: list[set[str | int | None]] = [set() for _ in range(groups.pp.size())]
+    dist.all_gather_object(holdings, mine, group=groups.pp)
     device = next(model.parameters()).device
     for name, whole in tensors.items():
         # The embedding of a tied model is on the first stage and, as a copy, on the last.
-        owner = next(stage for stage, names in enumerate(holdings) if name in names)
-        if owner == groups.pp.rank():
-            tensor = _gather(own[name](), whole, groups.tp)
+        key = name if whole.layer is None else whole.layer
+        stage = next(stage for stage, held in enumerate(holdings) if key in held)
+        if stage == groups.pp.rank() and name in own:
+            tensor = _gather(own[name](), whole, _splitting(whole, groups))
         else:
             tensor = torch.empty(whole.shape, dtype=model.config.params_dtype, device=device)
+        if whole.expert is not None and stage == groups.pp.rank() and groups.ep.size() > 1:
+            holder = whole.expert // (model.config.num_moe_experts // groups.ep.size())
+            dist.broadcast(tensor, group=groups.ep, group_src=holder)
         if groups.pp.size() > 1:
-            dist.broadcast(tensor, group=groups.pp, group_src=owner)
+            dist.broadcast(tensor, group=groups.pp, group_src=stage)
         yield name, tensor
+
+
+def _splitting(whole: WeightTensor, groups: ProcessGroupCollection) -> dist.ProcessGroup:
+    """The ranks over which a tensor is split."""
+    return groups.tp if whole.expert is None else groups.expt_tp
 
 
 def _gather(own: Tensor, whole: WeightTensor, group: dist.ProcessGroup) -> Tensor:
@@ -195,6 +212,17 @@ class _Reader:
         file = str(self._stored[name].file)
         if file not in self._open:
             self._open[file] = safe_open(file, framework="pt", device="cpu")
+        stored = self._stored[name]
+        if stored.place is not None:
+            rows, columns = stored.shape
+            edges = [(0, rows), (0, columns)]
+            if axis is not None:
+                edges[axis] = (start, stop)
+            (top, bottom), (left, right) = edges
+            place = stored.place
+            fused = self._open[file].get_slice(place.tensor)
+            top, bottom = top + place.first_row, bottom + place.first_row
+            return fused[place.expert : place.expert + 1, top:bottom, left:right][0]
         whole = self._open[file].get_slice(name)
         if axis is None:
             return whole[:]
@@ -238,14 +266,16 @@ class _Reader:
             )
 
 
-def _parts(model: HiddenStatesModel, hf: PretrainedConfig) -> Iterator[_Part]:
+def _parts(
+    model: HiddenStatesModel, hf: PretrainedConfig, groups: ProcessGroupCollection
+) -> Iterator[_Part]:
     """Where the tensors that `model` holds lie in its parameters."""
-    for _, _, parts in _parameters(model, hf):
+    for _, _, parts in _parameters(model, hf, groups):
         yield from parts
 
 
 def _parameters(
-    model: HiddenStatesModel, hf: PretrainedConfig
+    model: HiddenStatesModel, hf: PretrainedConfig, groups: ProcessGroupCollection
 ) -> Iterator[tuple[Tensor, Tensor, list[_Part]]]:
     """Each parameter of `model`, its values, and the Hugging Face tensors that lie in these.
 
@@ -265,7 +295,14 @@ def _parameters(
             continue
         _, _, index, rest = name.split(".", 3)  # decoder.layers.N
         layer = model.decoder.layers[int(index)].layer_number - 1
-        names = [f"{family.layers}.{layer}.{below}" for below in inner[rest]]
+        expert = _EXPERT.fullmatch(rest)
+        if expert is None:
+            below = inner[rest]
+        else:
+            first = groups.ep.rank() * (model.config.num_moe_experts // groups.ep.size())
+            number = first + int(expert["local"] or expert["grouped"])
+            below = family.expert_parameters(number)[expert["layer"] or expert["of_group"]]
+        names = [f"{family.layers}.{layer}.{tensor}" for tensor in below]
         views = _views(rest, weight, model.config)
         parts = [_Part(n, view, tensors[n]) for n, view in zip(names, views, strict=True)]
         yield parameter, weight, parts
@@ -278,6 +315,6 @@ def _views(parameter: str, weight: Tensor, config: TransformerConfig) -> Sequenc
         # [groups, queries + key + value, head_dim, ...]
         grouped = weight.view(-1, queries + 2, config.kv_channels, *weight.shape[1:])
         return grouped.split([queries, 1, 1], dim=1)
-    if parameter in ("mlp.linear_fc1.weight", "mlp.linear_fc1.bias"):
+    if "linear_fc1.weight" in parameter or parameter == "mlp.linear_fc1.bias":
         return weight.chunk(2)
     return [weight]

@@ -20,12 +20,15 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
+    LayerNormImpl,
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -35,9 +38,11 @@ from nemo_trd.megatron.attention import SegmentAttention
 from nemo_trd.models.directory import check_model_type
 from nemo_trd.models.dtypes import torch_dtype
 from nemo_trd.models.family import (
+    experts_of,
     family_of,
     has_biases,
     head_dim,
+    is_sparse,
     padded_vocab_size,
     rope_parameters,
 )
@@ -157,7 +162,36 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         transformer_impl="transformer_engine" if fused else "local",
         **(full_recompute if recompute == "full" else {}),
+        **_expert_settings(hf, layout, grouped=fused),
     )
+
+
+def _expert_settings(hf: PretrainedConfig, layout: Layout, *, grouped: bool) -> dict[str, Any]:
+    """Megatron's settings of the sparse layers.
+
+    The router of transformers takes the softmax over all experts, chooses the largest, and divides
+    them by their sum if it normalizes: then it is the softmax over the chosen ones, which Megatron
+    computes where it does not take the softmax first. Both choose with torch.topk.
+
+    Args:
+        grouped: whether the products of a layer's experts are one call.
+    """
+    experts = experts_of(hf)
+    if experts is None:
+        return {}
+    pattern = [int(is_sparse(hf, n)) for n in range(hf.num_hidden_layers)]
+    return {
+        "num_moe_experts": experts.count,
+        "moe_ffn_hidden_size": experts.width,
+        "moe_layer_freq": 1 if all(pattern) else pattern,
+        "moe_router_topk": experts.per_token,
+        "moe_router_pre_softmax": not experts.normalized,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_grouped_gemm": grouped,
+        "expert_model_parallel_size": layout.expert_model_parallel_size,
+        "expert_tensor_parallel_size": layout.expert_tensor_parallel_size,
+    }
 
 
 def _keep(weight: torch.Tensor) -> torch.Tensor:
@@ -255,16 +289,53 @@ def build_model(
         )
         if not is_local:
             model.rotary_pos_emb.inv_freq = frequencies
+        _mark_experts(model, layout)
         models.append(model)
     return models
 
 
+def _mark_experts(model: HiddenStatesModel, layout: Layout) -> None:
+    """Have the gradients of experts summed over the ranks that hold the same ones.
+
+    megatron-core 0.16 marks them so only where ranks share out the experts of a layer.
+    """
+    like_the_rest = layout.expert_tensor_parallel_size == layout.tensor_model_parallel_size
+    for name, parameter in model.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = layout.expert_model_parallel_size == 1 and like_the_rest
+
+
 def _layer_spec(
     config: TransformerConfig, frequencies: torch.Tensor, vp_stage: int | None, stage: int
-) -> ModuleSpec | TransformerBlockSubmodules:
-    if config.transformer_impl == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+) -> TransformerBlockSubmodules:
+    """The layers of one stage, dense or sparse, and the norm behind the last."""
+    fused = config.transformer_impl == "transformer_engine"
+    first = get_transformer_layer_offset(config, vp_stage, stage)
+    some = config.moe_layer_freq  # which layers are sparse, or 1: each of them
+    sparse = some if isinstance(some, list) else [config.num_moe_experts] * config.num_layers
+    kinds = sparse[first : first + get_num_layers_to_build(config, vp_stage, stage)]
+    specs = [
+        _fused_layer(config, bool(kind)) if fused else _local_layer(config, frequencies, bool(kind))
+        for kind in kinds
+    ]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=LayerNormImpl if fused else RMSNorm)
+
+
+def _fused_layer(config: TransformerConfig, sparse: bool) -> ModuleSpec:
+    experts = config.num_moe_experts if sparse else None
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=experts, moe_grouped_gemm=sparse, qk_layernorm=config.qk_layernorm
+    )
+
+
+def _local_layer(
+    config: TransformerConfig, frequencies: torch.Tensor, sparse: bool
+) -> ModuleSpec:
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts if sparse else None,
+        qk_layernorm=config.qk_layernorm,
+        normalization="RMSNorm",
+    )
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = ModuleSpec(
@@ -272,16 +343,18 @@ def _layer_spec(
     )
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    count = get_num_layers_to_build(config, vp_stage, stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=RMSNorm)
+    return layer
 
 
 def _set_megatron_globals() -> None:
     """Set the two things that megatron-core keeps globally even with explicit process groups.
 
     Nothing in these models is random (no dropout, no initialisation), so the tracker of random
-    states is the one that tracks nothing.
+    states is the one that tracks nothing. The router of 0.16 asks for a function that its module has
+    with TransformerEngine only.
     """
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
     initialize_rng_tracker(inference_rng_tracker=True)

@@ -33,10 +33,15 @@ def load_optimizer(optimizer: Any, state_dict: dict[str, Any], checkpoint: Path)
             checkpoint already. Its settings stay as they are.
         state_dict: its `sharded_state_dict(is_loading=True)`.
     """
-    torch_optimizer = optimizer.chained_optimizers[0].optimizer
+    parts = [
+        part
+        for part in optimizer.chained_optimizers
+        if not getattr(part, "is_stub_optimizer", False)
+    ]
     saved_tensors = dist_checkpointing.load_tensors_metadata(str(checkpoint))
     if not any(name.startswith(_MEAN) for name in saved_tensors):  # saved before the first update
-        torch_optimizer.state.clear()
+        for part in parts:
+            part.optimizer.state.clear()
         optimizer.reload_model_params()
         return
     for tensor in nested_values(state_dict):
@@ -45,6 +50,24 @@ def load_optimizer(optimizer: Any, state_dict: dict[str, Any], checkpoint: Path)
     # Under a key of its own, or the checkpoint's "optimizer" would be mixed in.
     loaded = dist_checkpointing.load({"own": state_dict}, str(checkpoint))
     updates, states = _updates(loaded["optimizer"]), loaded["own"]
+    for number, part in enumerate(optimizer.chained_optimizers):
+        if part in parts:
+            alone = len(optimizer.chained_optimizers) == 1
+            trees: tuple[Any, Any] = (state_dict, states)  # of several by number
+            asked, own = trees if alone else (tree[number] for tree in trees)
+            _load_part(part, asked, own, updates)
+
+
+def _load_part(
+    optimizer: Any, state_dict: dict[str, Any], states: dict[str, Any], updates: int
+) -> None:
+    """Give one of the optimizers that update the parameters together its loaded states.
+
+    Args:
+        state_dict: what was asked for, of this optimizer.
+        updates: number of them behind the states.
+    """
+    torch_optimizer = optimizer.optimizer
     groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     if "param_state" in state_dict or not isinstance(torch_optimizer, torch.optim.Adam):
         groups = [{**group, "step": updates} for group in groups]
@@ -73,7 +96,9 @@ def _saved_name(name: str, saved_tensors: Container[str]) -> str:
 
 
 def _updates(saved: dict[str, Any]) -> int:
-    """Number of updates behind the states in a checkpoint."""
+    """Number of updates behind the states in a checkpoint, of one optimizer or of several."""
+    if not {"optimizer", "param_groups"} & saved.keys():
+        return max(_updates(part) for part in saved.values() if part)
     adam = saved.get("optimizer", saved)
     if "common_step" in adam.get("state", {}):
         return int(adam["state"]["common_step"])

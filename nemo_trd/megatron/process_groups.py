@@ -14,6 +14,9 @@ from nemo_trd.config.schema import Layout
 def process_groups(layout: Layout) -> ProcessGroupCollection:
     """Process groups of one model over all ranks, in Megatron's rank order tp, cp, dp, pp.
 
+    The ranks of a stage are divided a second time for its experts: those that split an expert, those
+    that share out the experts of a layer, those that hold the same ones.
+
     Student and teacher each have their own, unless their layouts are equal: then they share them,
     since they never compute at the same time. Collective: every rank calls it with the same
     layouts in the same order.
@@ -23,11 +26,15 @@ def process_groups(layout: Layout) -> ProcessGroupCollection:
         layout.tensor_model_parallel_size,
         layout.context_parallel_size,
         layout.pipeline_model_parallel_size,
+        layout.expert_tensor_parallel_size,
+        layout.expert_model_parallel_size,
     )
 
 
 @cache
-def _process_groups(world: dist.ProcessGroup, tp: int, cp: int, pp: int) -> ProcessGroupCollection:
+def _process_groups(
+    world: dist.ProcessGroup, tp: int, cp: int, pp: int, etp: int, ep: int
+) -> ProcessGroupCollection:
     ts, cs, ps = range(tp), range(cp), range(pp)
     ds = range(dist.get_world_size(world) // (tp * cp * pp))
 
@@ -52,11 +59,19 @@ def _process_groups(world: dist.ProcessGroup, tp: int, cp: int, pp: int) -> Proc
     ends = sorted({ps[0], ps[-1]})
     groups.embd = own([rank(t, c, d, p) for p in ends] for d in ds for c in cs for t in ts)
     groups.pos_embd = own([rank(t, c, d, 0)] for d in ds for c in cs for t in ts)
-    # megatron-core asks for these too. There are no experts, and one optimizer instance.
-    groups.ep = own([r] for r in range(dist.get_world_size()))
-    groups.expt_tp = groups.tp_ep = groups.tp
-    groups.tp_ep_pp = groups.mp
-    groups.expt_dp = groups.intra_expt_dp = groups.intra_dp_cp = groups.dp_cp
+    ets, es = range(etp), range(ep)
+    eds = range(dist.get_world_size(world) // (etp * ep * pp))
+
+    def holder(t: int, e: int, d: int, p: int) -> int:
+        return t + len(ets) * (e + len(es) * (d + len(eds) * p))
+
+    groups.expt_tp = own([holder(t, e, d, p) for t in ets] for p in ps for d in eds for e in es)
+    groups.ep = own([holder(t, e, d, p) for e in es] for p in ps for d in eds for t in ets)
+    groups.expt_dp = own([holder(t, e, d, p) for d in eds] for p in ps for e in es for t in ets)
+    groups.tp_ep = own([holder(t, e, d, p) for e in es for t in ets] for p in ps for d in eds)
+    groups.tp_ep_pp = own([holder(t, e, d, p) for p in ps for e in es for t in ets] for d in eds)
+    groups.intra_expt_dp, groups.intra_dp_cp = groups.expt_dp, groups.dp_cp
+    # megatron-core asks for it too; there is one optimizer instance.
     groups.intra_dist_opt = world
     return groups
 

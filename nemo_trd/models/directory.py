@@ -12,13 +12,13 @@ import json
 import logging
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from nemo_trd.config.errors import ConfigError, rule_broken
-from nemo_trd.models.family import FAMILIES, expected_tensors, family_of
+from nemo_trd.models.family import FAMILIES, expected_tensors, family_of, fused_tensors
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +31,22 @@ COPY_AGAIN = "copy the directory again, whole"
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where the rows of an expert's tensor lie in that of all experts, [E, rows, columns]."""
+
+    tensor: str
+    expert: int
+    first_row: int
+
+
+@dataclass(frozen=True)
 class StoredTensor:
     """Where a tensor lies, and its kind, as its file's header says."""
 
     file: Path
     dtype: str  # a key of BYTES_PER_ELEMENT
     shape: tuple[int, ...]
+    place: Place | None = None  # of one that the file holds as a part of another
 
 
 def read_json(file: Path, field: str) -> dict[str, Any]:
@@ -299,13 +309,14 @@ def tensors_of_file(file: Path, field: str) -> dict[str, StoredTensor]:
 def check_weights(directory: Path, hf: Any, field: str) -> dict[str, StoredTensor]:
     """Refuse a directory that does not hold exactly the tensors of the configuration, in shape.
 
-    Returns all that it holds, by name; besides those, a tied model may hold an output weight.
+    Returns all that it holds, by name; besides those, a tied model may hold an output weight. The
+    experts of a layer may be stored in one tensor: they are returned one by one.
 
     Raises:
         ConfigError: see `stored_tensors`; a tensor that is missing, of another shape, or that the
             architecture has no place for (it would be dropped in silence).
     """
-    stored, head = stored_tensors(directory, field), family_of(hf).head
+    stored, head = _expert_by_expert(stored_tensors(directory, field), hf), family_of(hf).head
     expected = {name: tensor.shape for name, tensor in expected_tensors(hf).items()}
     missing = sorted(expected.keys() - stored.keys())
     if missing == [head]:
@@ -344,6 +355,23 @@ def check_weights(directory: Path, hf: Any, field: str) -> dict[str, StoredTenso
             "give a plain model of this architecture, adapters merged",
         )
     return stored
+
+
+def _expert_by_expert(stored: dict[str, StoredTensor], hf: Any) -> dict[str, StoredTensor]:
+    """Replace tensors of all experts of a layer, where their shape is right, by each one's own."""
+    apart = dict(stored)
+    for name, (shape, modules) in fused_tensors(hf).items():
+        if name not in stored or stored[name].shape != shape:
+            continue
+        whole, below = apart.pop(name), name.rpartition(".")[0]
+        for expert in range(shape[0]):
+            first_row = 0
+            for module, rows in modules:
+                apart[f"{below}.{expert}.{module}.weight"] = replace(
+                    whole, shape=(rows, shape[2]), place=Place(name, expert, first_row)
+                )
+                first_row += rows
+    return apart
 
 
 @cache

@@ -7,7 +7,7 @@ A dense family that computes as Llama does, up to the switches of `Family`, take
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nemo_trd.config.schema import Layout
@@ -30,6 +30,17 @@ class LayerNames:
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
+    router: str = "mlp.gate"  # of a sparse layer, which has these three in each expert
+    experts: str = "mlp.experts"
+    expert_gate: str = "gate_proj"  # below f"{experts}.{E}"
+    expert_up: str = "up_proj"
+    expert_down: str = "down_proj"
+    fused_gate_up: str = "gate_up_proj"  # below `experts`: of all experts, [E, 2 f, h]
+    fused_down: str = "down_proj"  # likewise, [E, h, f]
+
+    def expert(self, module: str, number: int) -> str:
+        """Name of a module of an expert, below the name of the layer."""
+        return f"{self.experts}.{number}.{module}"
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,7 @@ class Family:
     qkv_bias: bool = False  # of the query, key and value projections
     optional_biases: bool = False  # of all linear layers: attention_bias and mlp_bias, both or none
     qk_norm: bool = False  # RMSNorm over each head of queries and keys
+    sparse: bool = False  # layers with a router and experts, of which config.json tells
     # transformers takes as many key-value heads as query heads where config.json tells of none.
     key_value_heads_optional: bool = False
     # Those whose frequencies do not depend on the length of a sequence.
@@ -77,6 +89,7 @@ class Family:
             "self_attention.k_layernorm.weight": (names.key_norm,),
             "self_attention.linear_proj.weight": (names.attention_output,),
             "pre_mlp_layernorm.weight": (names.mlp_norm,),
+            "mlp.router.weight": (names.router,),
             "mlp.linear_fc1.layer_norm_weight": (names.mlp_norm,),
             "mlp.linear_fc1.weight": (names.gate, names.up),
             "mlp.linear_fc2.weight": (names.down,),
@@ -91,11 +104,28 @@ class Family:
             tensors[f"{layer}.bias"] = tuple(f"{module}.bias" for module in modules)
         return tensors
 
+    def expert_parameters(self, number: int) -> dict[str, tuple[str, ...]]:
+        """Megatron's linear layers of an expert -> the Hugging Face tensors in each.
+
+        Args:
+            number: of the expert in its layer, over all ranks.
+        """
+        names = self.layer
+        modules = {
+            "linear_fc1": (names.expert_gate, names.expert_up),
+            "linear_fc2": (names.expert_down,),
+        }
+        return {
+            layer: tuple(f"{names.expert(module, number)}.weight" for module in below)
+            for layer, below in modules.items()
+        }
+
 
 FAMILIES = {  # by model_type of config.json
     "llama": Family("LlamaForCausalLM", key_value_heads_optional=True, optional_biases=True),
     "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
     "qwen3": Family("Qwen3ForCausalLM", qk_norm=True),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", qk_norm=True, sparse=True),
 }
 
 
@@ -110,17 +140,58 @@ def has_biases(hf: Any) -> bool:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The experts of each sparse layer of a model.
+
+    count: experts of a layer.
+    per_token: how many of them compute a token.
+    width: intermediate size of one.
+    normalized: whether the weights of a token's experts are divided by their sum.
+    """
+
+    count: int
+    per_token: int
+    width: int
+    normalized: bool
+
+
+def experts_of(hf: Any) -> Experts | None:
+    """Experts of a model's sparse layers; None of a dense model.
+
+    transformers 5 writes `num_local_experts`; 4 and the published files have `num_experts`.
+    """
+    if not family_of(hf).sparse:
+        return None
+    count = getattr(hf, "num_experts", None) or hf.num_local_experts
+    return Experts(count, hf.num_experts_per_tok, hf.moe_intermediate_size, bool(hf.norm_topk_prob))
+
+
+def is_sparse(hf: Any, layer: int) -> bool:
+    """Whether layer number `layer`, from 0, has experts; else it is dense."""
+    if not family_of(hf).sparse or layer in (getattr(hf, "mlp_only_layers", None) or []):
+        return False
+    return (layer + 1) % (getattr(hf, "decoder_sparse_step", None) or 1) == 0
+
+
+def dense_layers(hf: Any) -> int:
+    """Number of layers without experts."""
+    return sum(not is_sparse(hf, layer) for layer in range(hf.num_hidden_layers))
+
+
+@dataclass(frozen=True)
 class WeightTensor:
     """A tensor of a Hugging Face model, and how Megatron shares it out."""
 
     shape: tuple[int, ...]
-    split_axis: int | None = None  # of tensor parallelism; None: every rank holds the whole
+    # Of tensor parallelism, and of an expert's tensors that of experts. None: ranks hold the whole.
+    split_axis: int | None = None
     layer: int | None = None  # None: outside the layers
+    expert: int | None = None  # whose it is, in its layer; None: every rank of the stage has it
 
     @property
-    def is_layer_matrix(self) -> bool:
-        """Whether it is the weight of a linear layer inside a layer."""
-        return self.layer is not None and len(self.shape) == 2
+    def is_linear(self) -> bool:
+        """Whether it is the weight of a linear layer; a router is none."""
+        return len(self.shape) == 2 and self.split_axis is not None
 
 
 def expected_tensors(hf: Any) -> dict[str, WeightTensor]:
@@ -129,6 +200,16 @@ def expected_tensors(hf: Any) -> dict[str, WeightTensor]:
     `hf` is the `PretrainedConfig` of a supported model, or has its attributes. The output weight
     of a tied model is not among them.
     """
+    family, tensors = family_of(hf), outer_tensors(hf)
+    of_kinds = {sparse: layer_tensors(hf, sparse=sparse) for sparse in {False, family.sparse}}
+    for index in range(hf.num_hidden_layers):
+        for name, tensor in of_kinds[is_sparse(hf, index)].items():
+            tensors[f"{family.layers}.{index}.{name}"] = replace(tensor, layer=index)
+    return tensors
+
+
+def outer_tensors(hf: Any) -> dict[str, WeightTensor]:
+    """Those of them outside the layers."""
     family, hidden = family_of(hf), hf.hidden_size
     tensors = {
         family.embedding: WeightTensor((hf.vocab_size, hidden), split_axis=0),
@@ -136,39 +217,94 @@ def expected_tensors(hf: Any) -> dict[str, WeightTensor]:
     }
     if not hf.tie_word_embeddings:
         tensors[family.head] = WeightTensor((hf.vocab_size, hidden), split_axis=0)
-    one_layer = _layer_tensors(hf, family)
-    for index in range(hf.num_hidden_layers):
-        for name, (shape, axis) in one_layer.items():
-            tensors[f"{family.layers}.{index}.{name}"] = WeightTensor(shape, axis, index)
     return tensors
 
 
-def _layer_tensors(hf: Any, family: Family) -> dict[str, tuple[tuple[int, ...], int | None]]:
-    """Name below the layer -> shape, and the axis that tensor parallelism splits."""
-    names, hidden, ffn, head = family.layer, hf.hidden_size, hf.intermediate_size, head_dim(hf)
+def layer_tensors(hf: Any, *, sparse: bool) -> dict[str, WeightTensor]:
+    """Those of a layer, by name below it.
+
+    Args:
+        sparse: whether the layer has experts.
+    """
+    family = family_of(hf)
+    return _attention_tensors(hf, family) | (
+        _sparse_tensors(hf, family) if sparse else _dense_tensors(hf, family)
+    )
+
+
+def fused_tensors(hf: Any) -> dict[str, tuple[tuple[int, ...], tuple[tuple[str, int], ...]]]:
+    """Tensors of all experts of a layer in one, as transformers may write them, by name.
+
+    Of each its shape [E, rows, columns], and the modules whose rows lie in it, one behind the
+    other, with their number of rows.
+    """
+    experts, family, hidden = experts_of(hf), family_of(hf), hf.hidden_size
+    if experts is None:
+        return {}
+    names, width = family.layer, experts.width
+    parts = {
+        names.fused_gate_up: (((names.expert_gate, width), (names.expert_up, width)), hidden),
+        names.fused_down: (((names.expert_down, hidden),), width),
+    }
+    return {
+        f"{family.layers}.{layer}.{names.experts}.{name}": (
+            (experts.count, sum(rows for _, rows in modules), columns),
+            modules,
+        )
+        for layer in range(hf.num_hidden_layers)
+        if is_sparse(hf, layer)
+        for name, (modules, columns) in parts.items()
+    }
+
+
+def _attention_tensors(hf: Any, family: Family) -> dict[str, WeightTensor]:
+    """Of attention and norms, by name below the layer."""
+    names, hidden, head = family.layer, hf.hidden_size, head_dim(hf)
     queries, keys = hf.num_attention_heads * head, hf.num_key_value_heads * head
     norms = {names.attention_norm: hidden, names.mlp_norm: hidden}
     if family.qk_norm:
         norms |= {names.query_norm: head, names.key_norm: head}
-    tensors: dict[str, tuple[tuple[int, ...], int | None]] = {
-        f"{name}.weight": ((size,), None) for name, size in norms.items()
-    }
+    tensors = {f"{name}.weight": WeightTensor((size,)) for name, size in norms.items()}
     biased = has_biases(hf)
     for name, rows in ((names.query, queries), (names.key, keys), (names.value, keys)):
-        tensors[f"{name}.weight"] = ((rows, hidden), 0)
+        tensors[f"{name}.weight"] = WeightTensor((rows, hidden), 0)
         if family.qkv_bias or biased:
-            tensors[f"{name}.bias"] = ((rows,), 0)
+            tensors[f"{name}.bias"] = WeightTensor((rows,), 0)
+    tensors[f"{names.attention_output}.weight"] = WeightTensor((hidden, queries), 1)
     if biased:
-        tensors |= {f"{name}.bias": ((ffn,), 0) for name in (names.gate, names.up)}
-        tensors |= {
-            f"{name}.bias": ((hidden,), None) for name in (names.attention_output, names.down)
-        }
-    return tensors | {
-        f"{names.attention_output}.weight": ((hidden, queries), 1),
-        f"{names.gate}.weight": ((ffn, hidden), 0),
-        f"{names.up}.weight": ((ffn, hidden), 0),
-        f"{names.down}.weight": ((hidden, ffn), 1),
+        tensors[f"{names.attention_output}.bias"] = WeightTensor((hidden,))
+    return tensors
+
+
+def _dense_tensors(hf: Any, family: Family) -> dict[str, WeightTensor]:
+    """Of the feed-forward part of a dense layer, by name below the layer."""
+    names, hidden, ffn = family.layer, hf.hidden_size, hf.intermediate_size
+    tensors = {
+        f"{names.gate}.weight": WeightTensor((ffn, hidden), 0),
+        f"{names.up}.weight": WeightTensor((ffn, hidden), 0),
+        f"{names.down}.weight": WeightTensor((hidden, ffn), 1),
     }
+    if has_biases(hf):
+        tensors |= {f"{name}.bias": WeightTensor((ffn,), 0) for name in (names.gate, names.up)}
+        tensors[f"{names.down}.bias"] = WeightTensor((hidden,))
+    return tensors
+
+
+def _sparse_tensors(hf: Any, family: Family) -> dict[str, WeightTensor]:
+    """Of the router and the experts of a sparse layer, by name below the layer."""
+    names, hidden, experts = family.layer, hf.hidden_size, experts_of(hf)
+    if experts is None:
+        return {}
+    tensors = {f"{names.router}.weight": WeightTensor((experts.count, hidden))}
+    for number in range(experts.count):
+        for module, shape, axis in (
+            (names.expert_gate, (experts.width, hidden), 0),
+            (names.expert_up, (experts.width, hidden), 0),
+            (names.expert_down, (hidden, experts.width), 1),
+        ):
+            name = f"{names.expert(module, number)}.weight"
+            tensors[name] = WeightTensor(shape, axis, expert=number)
+    return tensors
 
 
 def rope_parameters(hf: Any) -> dict[str, Any]:

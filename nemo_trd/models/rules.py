@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.schema import Layout
 from nemo_trd.models.family import (
     FAMILIES,
+    dense_layers,
+    experts_of,
     family_of,
     fp8_multiple,
     head_dim,
@@ -60,6 +62,8 @@ def check_supported(hf: Any) -> None:
     )
     quantization = getattr(hf, "quantization_config", None)
     require("quantization_config", quantization, quantization is None, "weights must be plain")
+    if family.sparse:
+        _check_experts(hf, require)
     rope = rope_parameters(hf)
     require(
         "rope_type",
@@ -73,6 +77,29 @@ def check_supported(hf: Any) -> None:
         require("factor", factor, isinstance(factor, int | float) and factor >= 1, rule)
     partial = rope.get("partial_rotary_factor", 1.0)
     require("partial_rotary_factor", partial, partial == 1.0, "1.0 is supported")
+
+
+def _check_experts(hf: Any, require: Callable[[str, object, bool, str], None]) -> None:
+    """What a config.json with experts must say of them."""
+    shared = getattr(hf, "shared_expert_intermediate_size", None)
+    require(
+        "shared_expert_intermediate_size", shared, not shared, "shared experts are not supported"
+    )
+    sparse = hf.num_hidden_layers - dense_layers(hf)
+    where = {key: getattr(hf, key, None) for key in ("mlp_only_layers", "decoder_sparse_step")}
+    require(", ".join(where), where, sparse > 0, "at least one layer must have experts")
+    experts = experts_of(hf)
+    assert experts is not None
+    chosen = experts.per_token
+    rule = f"of {experts.count} experts (num_experts) no more can be chosen, and not none"
+    require("num_experts_per_tok", chosen, 1 <= chosen <= experts.count, rule)
+    require(
+        "norm_topk_prob",
+        experts.normalized,
+        not (experts.normalized and chosen == 1),
+        "of a single expert (num_experts_per_tok = 1) it makes every weight 1, so the router would "
+        "never learn",
+    )
 
 
 def _unsupported(file: Path, key: str, value: object, rule: str) -> ConfigError:
@@ -92,7 +119,9 @@ def check_layout(hf: Any, layout: Layout, field: str) -> None:
         ConfigError: naming the field, its value and the size that it does not divide.
     """
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+    names = ["num_attention_heads", "num_key_value_heads"]
+    names += ["intermediate_size"] if dense_layers(hf) else []
+    for name in names:
         size = getattr(hf, name)
         if size % tp:
             raise rule_broken(
@@ -109,6 +138,42 @@ def check_layout(hf: Any, layout: Layout, field: str) -> None:
             virtual if virtual > 1 else pp,
             f"{pp * virtual} stages must divide num_hidden_layers of the model, {layers}",
             f"let the stages be a divisor of {layers}",
+        )
+    _check_expert_layout(hf, layout, field)
+
+
+def _check_expert_layout(hf: Any, layout: Layout, field: str) -> None:
+    """Refuse sizes that do not divide the experts, and any where there are none."""
+    experts = experts_of(hf)
+    for key, name in (
+        ("expert_model_parallel_size", "num_experts"),
+        ("expert_tensor_parallel_size", "moe_intermediate_size"),
+    ):
+        ranks = getattr(layout, key)
+        if experts is None:
+            if ranks > 1:
+                raise rule_broken(
+                    f"{field}.{key}",
+                    ranks,
+                    f"it shares out experts, and a model of model_type {hf.model_type} has none",
+                    "set it to 1",
+                )
+            continue
+        size = experts.count if name == "num_experts" else experts.width
+        if size % ranks:
+            raise rule_broken(
+                f"{field}.{key}",
+                ranks,
+                f"it must divide {name} of the model, {size}",
+                f"use a divisor of {size}",
+            )
+    if experts and layout.tensor_model_parallel_size > 1 and not layout.sequence_parallel:
+        raise rule_broken(
+            f"{field}.sequence_parallel",
+            False,
+            "in a model with experts tensor parallel ranks must each route tokens of their own: "
+            f"tensor_model_parallel_size is {layout.tensor_model_parallel_size}",
+            "set it to true",
         )
 
 

@@ -114,7 +114,7 @@ def _check_nodes(config: Config, findings: Findings) -> None:
     cluster, vllm = config.cluster, config.generation.vllm
     used = (
         ("student", "rollout", config.asks_student),
-        ("teacher", "refinement", config.asks_teacher),
+        ("teacher", "refinement", config.asks_teacher and not config.teacher_on_student_servers),
     )
     for name, role, is_used in used:
         nodes, tp = server_nodes(cluster, role)

@@ -164,6 +164,8 @@ NGRAM = "{method: ngram, tokens: 5, lookup_max: 4, lookup_min: 2}"
 DRAFTS = ["generation=vllm", f"generation.vllm.teacher.server.speculation={NGRAM}"]
 GENERATION = ["generation=vllm", "teacher.scoring=generation", "loss.top_k=20"]
 GLOO = "generation.vllm.weight_sync.backend=gloo"
+NO_TEACHERS = ["generation.vllm.teacher.replicas=0"]
+ALONE = ["generation=vllm", "generation.vllm.weight_sync.what=adapter"]
 REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     # overrides -> what the message says: field, value, rule, fix
     "unknown key": (
@@ -284,6 +286,30 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
         [*LORA, "student.adapter.dropout=1.0"],
         ("student.adapter.dropout = 1.0", "less than 1"),
     ),
+    "servers of an adapter where there is none": (
+        ALONE,
+        ("weight_sync.what = 'adapter'", "student.adapter=null trains", "set it to merged"),
+    ),
+    "servers of an adapter where there are no servers": (
+        [*LORA, "generation=local", ALONE[1]],
+        ("Could not override 'generation.vllm.weight_sync.what'",),
+    ),
+    "an adapter of a rank that vLLM has no room for": (
+        [*LORA, *ALONE, "student.adapter.rank=513"],
+        ("student.adapter.rank = 513", "ranks of up to 512", "what=merged"),
+    ),
+    "servers of the student that are to answer otherwise for the teacher": (
+        [*LORA_OPSD, *ALONE, *NO_TEACHERS, "generation.vllm.teacher.server.max_num_seqs=8"],
+        ("teacher.server.max_num_seqs = 8", "student's servers", "student.server.max_num_seqs"),
+    ),
+    "a teacher without servers beside those of whole weights": (
+        [*LORA_OPSD, "generation=vllm", *NO_TEACHERS],
+        ("generation.vllm.teacher.urls = []", "exactly one of urls and replicas"),
+    ),
+    "a student's server with adapters of the user's": (
+        ["generation=vllm", "generation.vllm.server.arguments=[--enable-lora]"],
+        ("student.server.arguments = ['--enable-lora'", "weight_sync.what", "leave it out"),
+    ),
     "a merged export without an adapter": (
         ["checkpoint.export_merged=true"],
         ("checkpoint.export_merged = True", "export/ has them", "set it to false"),
@@ -299,13 +325,6 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "one base split in two ways": (
         [*LORA_OPSD, "parallel.teacher.tensor_model_parallel_size=2"],
         ("parallel.teacher.tensor_model_parallel_size = 2", "split as that is", "set it to 1"),
-    ),
-    "one base in an interleaved schedule": (
-        [
-            *(*LORA_OPSD, "parallel.student.pipeline_model_parallel_size=2"),
-            "parallel.student.virtual_pipeline_model_parallel_size=2",
-        ],
-        ("parallel.student.virtual_pipeline_model_parallel_size = 2", "interleaved", "to null"),
     ),
     "one base in two precisions": (
         [*LORA_OPSD, "precision.teacher_fp8=e4m3"],
@@ -550,7 +569,7 @@ def test_an_adapter_is_chosen_by_its_name_and_its_settings_changed() -> None:
     assert adapter is not None and (adapter.kind, adapter.rank, adapter.alpha) == ("lora", 8, 128)
     assert compose(["student.adapter=lora", "student.adapter=null"]).student.adapter is None
     smollm2 = ["experiment=smollm2_gsm8k", "data.train.path=x"]
-    assert compose([*smollm2, "student.adapter=lora"]).teacher_is_base
+    assert compose([*smollm2, "student.adapter=lora"]).teacher_is_student
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from launch import launch
-from parallel_layouts import CP2, DISTRIBUTED, PP2, TP2, VPP2, trajectories
+from parallel_layouts import CP2, DISTRIBUTED, EP2, ETP2, PP2, SP, TP2, VPP2, trajectories
 from tiny_models import make_model
 
 from nemo_trd.records import latest
@@ -78,11 +78,11 @@ def steps(
     return json.loads(results.read_text())
 
 
-def models(directory: Path, intermediate_size: int = 48) -> Path:
+def models(directory: Path, intermediate_size: int = 48, family: str = "qwen3") -> Path:
     sizes = {"vocab_size": 120, "hidden_size": 32, "head_dim": 8}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4}
     sizes["intermediate_size"] = intermediate_size
-    make_model(directory / "student", "qwen3", tie_word_embeddings=True, **sizes)
+    make_model(directory / "student", family, tie_word_embeddings=True, **sizes)
     make_model(directory / "teacher", "qwen3", seed=1, **sizes)
     return directory
 
@@ -211,6 +211,17 @@ def test_resuming_on_another_layout_agrees(
     resumed += steps(broken, 1, optimizer, HALF + 1, 2 * HALF)  # and back again
     for step, expected in zip(resumed, whole(optimizer)[HALF:], strict=True):
         assert step == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", [[], DISTRIBUTED], ids=["", "distributed"])
+def test_resuming_agrees_wherever_experts_are(optimizer: list[str], tmp_path: Path) -> None:
+    whole, broken = (models(tmp_path / name, family="qwen3_moe") for name in ("whole", "broken"))
+    expected = steps(whole, 1, optimizer, 0, 2 * HALF)
+    seen = steps(broken, 2, [*EP2, *optimizer], 0, HALF)
+    seen += steps(broken, 2, [*TP2, *SP, *ETP2, *optimizer], HALF, HALF + 1)
+    seen += steps(broken, 1, optimizer, HALF + 1, 2 * HALF)
+    for step, known in zip(seen, expected, strict=True):
+        assert step == pytest.approx(known, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

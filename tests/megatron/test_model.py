@@ -10,7 +10,13 @@ import pytest
 import torch
 from model_checks import BF16, FP32, logits, packed, reference_logits
 from tiny_models import CONFIGS, LLAMA3_ROPE, YARN, make_model
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from nemo_trd.config.errors import ConfigError
 from nemo_trd.config.schema import Layout, Precision
@@ -62,6 +68,11 @@ def test_every_family_is_tested() -> None:
         ("qwen2", {"tie_word_embeddings": True}),
         ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
         ("qwen3", {"tie_word_embeddings": True, "head_dim": 24}),
+        ("qwen3_moe", {"norm_topk_prob": False, "tie_word_embeddings": True}),
+        ("qwen3_moe", {"num_experts_per_tok": 1, "norm_topk_prob": False, "num_experts": 3}),
+        # Dense layers among the sparse ones, as wide as an expert and not.
+        ("qwen3_moe", {"mlp_only_layers": [0, 2], "intermediate_size": 48}),
+        ("qwen3_moe", {"decoder_sparse_step": 2}),
     ],
 )
 def test_logits_are_those_of_transformers(
@@ -102,10 +113,10 @@ def test_bf16_models_compute_in_bf16_close_to_fp32(tmp_path: Path, one_rank: Any
 
 def test_parameters_split_over_ranks_are_marked_as_such(tmp_path: Path, one_rank: Any) -> None:
     # Gradient norms count the others once, not once for each tensor parallel rank.
-    (model,) = load(make_model(tmp_path, "qwen3", num_hidden_layers=1), one_rank)
+    (model,) = load(make_model(tmp_path, "qwen3_moe", decoder_sparse_step=2), one_rank)
     for name, parameter in model.named_parameters():
         split = getattr(parameter, "tensor_model_parallel", False)
-        assert split == ("norm" not in name), name
+        assert split == ("norm" not in name and "router" not in name), name
 
 
 @pytest.mark.parametrize(
@@ -120,6 +131,10 @@ def test_parameters_split_over_ranks_are_marked_as_such(tmp_path: Path, one_rank
         (Qwen3Config(rope_parameters={"rope_type": "yarn", "factor": 0.5}), "factor"),
         (Qwen2Config(use_sliding_window=True, max_window_layers=0), "sliding_window"),
         (LlamaConfig(quantization_config={"bits": 4}), "quantization_config"),
+        (Qwen3MoeConfig(shared_expert_intermediate_size=8), "shared_expert_intermediate_size"),
+        (Qwen3MoeConfig(num_experts=4), "num_experts_per_tok"),  # 8
+        (Qwen3MoeConfig(num_experts_per_tok=1, norm_topk_prob=True), "norm_topk_prob"),
+        (Qwen3MoeConfig(decoder_sparse_step=25), "mlp_only_layers, decoder_sparse_step"),
     ],
 )
 def test_what_would_be_computed_differently_is_refused(config: Any, key: str) -> None:
@@ -129,7 +144,7 @@ def test_what_would_be_computed_differently_is_refused(config: Any, key: str) ->
 
 def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
-    with pytest.raises(ConfigError, match=r"config\.json.*'mamba'.*llama, qwen2, qwen3"):
+    with pytest.raises(ConfigError, match=r"config\.json.*'mamba'.*llama, qwen2, qwen3, qwen3_moe"):
         load_hf_config(str(tmp_path))
 
 

@@ -13,11 +13,15 @@ from parallel_layouts import (
     ALL_IN_ONE,
     CP2,
     DISTRIBUTED,
+    EP2,
+    ETP2,
     ONE_EACH,
     PP2,
     SP,
     TEACHER_CP2,
+    TEACHER_EP2,
     TEACHER_PP2,
+    TEACHER_SP,
     TEACHER_TP2,
     TP2,
     VOCABULARY,
@@ -120,6 +124,32 @@ WITH_TRANSFORMER_ENGINE = {
 }
 
 
+# With experts, in student and teacher.
+SPARSE = {
+    1: {"one each": ONE_EACH},
+    2: {
+        "dp2": [],
+        # Replicas of the teacher have different numbers of packs, and one of them none at the end.
+        "ep2 one each": EP2 + TEACHER_EP2 + ONE_EACH,
+        "ep2 distributed": [*EP2, *TEACHER_TP2, *TEACHER_SP, *DISTRIBUTED],
+        "tp2 sp ep2": TP2 + SP + EP2 + TEACHER_PP2,
+        "pp2": [*PP2, *TEACHER_CP2, *TEACHER_EP2, "train.recompute=full"],
+    },
+    4: {
+        "ep2 tp2 sp": EP2 + TP2 + SP + TEACHER_EP2,
+        "ep2 etp2 tp2 sp": EP2 + ETP2 + TP2 + SP + teacher(expert_tensor_parallel_size=4),
+        "pp2 ep2": PP2 + EP2 + TEACHER_PP2 + TEACHER_EP2,
+        "pp2 vpp2 ep2": PP2 + VPP2 + EP2,
+        "ep4 distributed": student(expert_model_parallel_size=4) + DISTRIBUTED,
+        "ep2 cp2 distributed": EP2 + CP2 + DISTRIBUTED + TEACHER_CP2 + TEACHER_EP2,
+    },
+}
+SPARSE_WITH_TRANSFORMER_ENGINE = {
+    1: {"alone": []},
+    2: {"ep2": EP2 + TEACHER_EP2 + DISTRIBUTED, "tp2 sp etp2": TP2 + SP + ETP2},
+}
+
+
 def every_divergence(number: int) -> list[str]:
     """Recipes of layout `number`: all divergences, and with them all modes and contexts in turn.
 
@@ -132,10 +162,11 @@ def every_divergence(number: int) -> list[str]:
     ]
 
 
+SPARSE_RECIPE = "opd refine forward"
 SOME_RECIPES = ["opd refine forward", "opsd prompt jsd", "opd prompt bucket"]
 
 
-def run_cases(directory: str, cases: dict[str, list[str]], results: str) -> None:
+def run_cases(directory: str, family: str, cases: dict[str, list[str]], results: str) -> None:
     """On every rank: train each case from the same weights; rank 0 writes what it saw."""
     import torch.distributed as dist
 
@@ -151,8 +182,10 @@ def run_cases(directory: str, cases: dict[str, list[str]], results: str) -> None
         config = compose(
             [
                 "model=local",
-                f"model.student.path={directory}/student",
-                "model.teacher=null" if opsd else f"model.teacher.path={directory}/teacher",
+                f"model.student.path={directory}/{family}/student",
+                "model.teacher=null"
+                if opsd
+                else f"model.teacher.path={directory}/{family}/teacher",
                 "precision.dtype=fp32",
                 "optimizer.lr=1e-2",
                 "optimizer.eps=1e-4",
@@ -177,8 +210,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("models")
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4}
-    make_model(directory / "student", "qwen3", tie_word_embeddings=True, **sizes)
-    make_model(directory / "teacher", "qwen3", seed=1, **(sizes | {"hidden_size": 48}))
+    for family in ("qwen3", "qwen3_moe"):
+        below = directory / family
+        make_model(below / "student", family, tie_word_embeddings=True, **sizes)
+        make_model(below / "teacher", family, seed=1, **(sizes | {"hidden_size": 48}))
     return directory
 
 
@@ -188,12 +223,13 @@ def run(
     cases: dict[str, list[str]],
     tmp_path: Path,
     transformer_engine: bool = False,
+    family: str = "qwen3",
 ) -> dict[str, Any]:
     results = tmp_path / "results.json"
     launch(
         ranks,
         run_cases,
-        *(str(models), cases, str(results)),
+        *(str(models), family, cases, str(results)),
         timeout=500,
         transformer_engine=transformer_engine,
     )
@@ -204,6 +240,13 @@ def run(
 def reference(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Every recipe on one process."""
     return run(1, models, RECIPES, tmp_path_factory.mktemp("reference"))
+
+
+@pytest.fixture(scope="module")
+def sparse_reference(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One recipe on one process, of models with experts."""
+    cases = {SPARSE_RECIPE: RECIPES[SPARSE_RECIPE]}
+    return run(1, models, cases, tmp_path_factory.mktemp("sparse"), family="qwen3_moe")
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -230,6 +273,28 @@ def test_nor_do_the_layers_of_transformer_engine(
         f"{recipe} | {layout}": [*RECIPES[recipe], *overrides] for layout, overrides in layouts
     }
     check(run(ranks, models, cases, tmp_path, transformer_engine=True), cases, reference)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_nor_does_it_matter_where_experts_are(
+    ranks: int, models: Path, sparse_reference: dict[str, Any], tmp_path: Path
+) -> None:
+    cases = sparse_cases(SPARSE[ranks])
+    check(run(ranks, models, cases, tmp_path, family="qwen3_moe"), cases, sparse_reference)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_nor_that_their_products_are_grouped(
+    ranks: int, models: Path, sparse_reference: dict[str, Any], tmp_path: Path
+) -> None:
+    cases = sparse_cases(SPARSE_WITH_TRANSFORMER_ENGINE[ranks])
+    results = run(ranks, models, cases, tmp_path, transformer_engine=True, family="qwen3_moe")
+    check(results, cases, sparse_reference)
+
+
+def sparse_cases(layouts: dict[str, list[str]]) -> dict[str, list[str]]:
+    recipe = RECIPES[SPARSE_RECIPE]
+    return {f"{SPARSE_RECIPE} | {name}": [*recipe, *o] for name, o in layouts.items()}
 
 
 def check(results: dict[str, Any], cases: dict[str, Any], reference: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from nemo_trd.plan.activations import (
 from nemo_trd.plan.advice import advise, peak
 from nemo_trd.plan.context_parallel import rings
 from nemo_trd.plan.cost import bubble, loss_seconds, step_flops, step_time, with_nodes
+from nemo_trd.plan.expert_exchange import expert_exchanges
 from nemo_trd.plan.main import main
 from nemo_trd.plan.memory import GIB, largest_part, training_memory
 from nemo_trd.plan.plan import Plan, make_plan
@@ -36,6 +37,7 @@ from nemo_trd.plan.shapes import (
     parameters,
     read_model,
     stage_parameters,
+    touched_parameters,
 )
 from nemo_trd.plan.show import text
 
@@ -44,6 +46,7 @@ RECIPES = (
     "trd_70b_32k",
     "trd_70b_lora",
     "trd_8b",
+    "trd_30b_a3b",
     "paper_qwen3_1p7b",
     "paper_qwen3_1p7b_opd",
     "paper_qwen3_4b",
@@ -120,10 +123,13 @@ def test_shipped_shapes_have_the_parameters_that_transformers_counts(file: Path)
     shape = as_namespace(settings, file, "model")
     assert parameters(shape) == sum(p.numel() for p in model.parameters())
     assert parameters(shape) / 1e9 == pytest.approx(size_in_name(file.stem), rel=0.16)
+    if "-A" in file.stem:  # of these so many active
+        active = file.stem.removesuffix("B").rpartition("-A")[2]
+        assert touched_parameters(shape, 1) / 1e9 == pytest.approx(float(active), rel=0.16)
 
 
 def size_in_name(name: str) -> float:
-    (size,) = (part for part in name.split("-") if part.endswith("B"))
+    size = next(part for part in name.split("-") if part.endswith("B"))
     return float(size.removesuffix("B"))
 
 
@@ -191,7 +197,7 @@ def test_full_recompute_keeps_what_autograd_keeps_of_a_real_model(
 ) -> None:
     element = {"bf16": 2, "fp32": 4}[dtype]
     kept = [saved_bytes(architecture, layers, dtype, one_rank) for layers in (2, 4)]
-    shape = as_namespace({**TINY, "model_type": architecture}, Path("x"), "m")
+    shape = as_namespace({**tiny(architecture), "model_type": architecture}, Path("x"), "m")
     formula = layer_activation_bytes(shape, 2 * 64, 64, split(), element, recompute="full")
     assert kept[1] - kept[0] == 2 * formula
 
@@ -207,11 +213,18 @@ def test_an_adapter_keeps_what_autograd_keeps_of_a_real_one(one_rank: Any) -> No
         # Of two layers that are not the first, into which nothing goes that has a gradient.
         three, one = (saved_bytes("llama", n, "bf16", one_rank, adapter) for n in (3, 1))
         kept.append(three - one)
-        formula.append(2 * adapter_activation_bytes(shape, 2 * 64, split(), 2, adapter))
+        formula.append(2 * adapter_activation_bytes(shape, 0, 2 * 64, split(), 2, adapter))
     for less, more in ((0, 1), (2, 3)):  # a higher rank
         assert kept[more] - kept[less] == formula[more] - formula[less] > 0
     more = formula[2] - formula[0]  # with dropout; inputs that are not kept any more are counted
     assert 0.5 * more < kept[2] - kept[0] <= more
+
+
+def tiny(architecture: str) -> dict[str, Any]:
+    from tiny_models import EXPERTS
+
+    sizes = {key: value for key, value in TINY.items() if key != "model_type"}
+    return sizes | (EXPERTS if FAMILIES[architecture].sparse else {})
 
 
 def saved_bytes(
@@ -253,7 +266,7 @@ def tiny_model(
     from nemo_trd.megatron.lora import add_adapters
     from nemo_trd.megatron.model import build_model
 
-    settings = {k: v for k, v in TINY.items() if k != "model_type"} | {"num_hidden_layers": layers}
+    settings = tiny(architecture) | {"num_hidden_layers": layers}
     hf, precision = (
         CONFIGS[architecture](**settings),
         compose([f"precision.dtype={dtype}"]).precision,
@@ -312,6 +325,20 @@ def test_flops_are_the_published_formula(layers: int, hidden: int, heads: int) -
 def test_flops_are_about_two_for_each_parameter_and_token() -> None:
     student, _ = shapes(compose(["experiment=trd_70b"]))
     assert forward_flops(student, 1, 0, logits=1) == pytest.approx(2 * 70.55e9, rel=0.02)
+
+
+def test_experts_cost_what_a_token_passes_through_and_sends() -> None:
+    config = compose(["experiment=trd_30b_a3b", "cluster.assumptions.mean_length=1.0"])
+    student, teacher = shapes(config)
+    embedding = student.vocab_size * student.hidden_size
+    outside = 2 * (touched_parameters(student, 1) - embedding)
+    assert forward_flops(student, 1, 0, logits=1) == pytest.approx(outside, rel=1e-3)  # no norms
+    sent = expert_exchanges(config, student, teacher)
+    assert set(sent) == {"student"}  # servers hold the teacher
+    tokens = 128 * (1024 + 4096) / 8  # of each GPU of a stage
+    # To eight experts of 128 on eight GPUs and back, in 24 layers, forwards and backwards, bf16.
+    assert sent["student"].bytes == pytest.approx(tokens * 8 * 7 / 8 * 2048 * 2 * 2 * 24 * 2)
+    assert 0.98 * parameters(student) < touched_parameters(student, 64) < parameters(student)
 
 
 def test_step_counts_the_loss_at_labels_only_and_recomputation() -> None:
@@ -593,6 +620,11 @@ def test_recipe_with_half_its_nodes_names_what_does_not_fit(recipe: str) -> None
         assert plan.fallback.parallel.student.pipeline_model_parallel_size == 2
         assert not plan.fits
         assert largest_part(peak(plan.memory).parts) == "optimizer"
+    elif recipe == "trd_30b_a3b":  # half of the ranks that share out the experts
+        assert plan.fallback is not None
+        assert plan.fallback.parallel.student.expert_model_parallel_size == 4
+        assert "ranks hold the student's experts" in str(plan.findings.problems[0])
+        assert not plan.fits
     else:
         assert "one student server takes" in str(plan.findings.problems[0])
 

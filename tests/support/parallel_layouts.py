@@ -12,7 +12,7 @@ def student(**sizes: int | bool) -> list[str]:
     return [f"parallel.student.{key}={value}" for key, value in sizes.items()]
 
 
-def teacher(**sizes: int) -> list[str]:
+def teacher(**sizes: int | bool) -> list[str]:
     return [f"parallel.teacher.{key}={value}" for key, value in sizes.items()]
 
 
@@ -24,6 +24,10 @@ VPP2 = student(virtual_pipeline_model_parallel_size=2)
 TEACHER_TP2 = teacher(tensor_model_parallel_size=2)
 TEACHER_CP2 = teacher(context_parallel_size=2)
 TEACHER_PP2 = teacher(pipeline_model_parallel_size=2)
+EP2 = student(expert_model_parallel_size=2)
+ETP2 = student(expert_tensor_parallel_size=2)
+TEACHER_SP = teacher(sequence_parallel=True)
+TEACHER_EP2 = teacher(expert_model_parallel_size=2)
 ONE_EACH = ["train.max_tokens_per_micro_batch=null", "train.micro_batch_size=1"]
 ALL_IN_ONE = ["train.max_tokens_per_micro_batch=100000"]
 DISTRIBUTED = ["optimizer.distributed=true", "optimizer.overlap_grad_reduce=true"]

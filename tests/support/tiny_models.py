@@ -12,7 +12,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 # Every family that `nemo_trd.models.family` supports. By name, not by class: the transformers of
 # NeMo-Aligner's environment has no Qwen3.
-CONFIGS = {name: partial(AutoConfig.for_model, name) for name in ("llama", "qwen2", "qwen3")}
+CONFIGS = {
+    name: partial(AutoConfig.for_model, name) for name in ("llama", "qwen2", "qwen3", "qwen3_moe")
+}
+# Of a token the fourth part of the experts, and a width of its own.
+EXPERTS = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "norm_topk_prob": True,
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -62,6 +71,8 @@ def make_model(
         "eos_token_id": 3,
         "pad_token_id": 0,
     }
+    if architecture == "qwen3_moe":
+        settings |= EXPERTS
     settings |= config
     if architecture == "qwen2":
         settings.pop("head_dim")

@@ -243,6 +243,37 @@ def generic_gemm(
     return product, bias_gradient, None, extra_output
 
 
+def te_general_grouped_gemm(
+    a: list[Any],
+    transpose_a: bool,
+    b: list[Any],
+    transpose_b: bool,
+    out: list[Tensor],
+    out_dtype: DType,
+    rows: list[int] | None,
+    bias: list[Tensor],
+    bias_dtype: DType,
+    single_output: bool,
+    gelu_in: list[Tensor],
+    grad: bool,
+    workspaces: list[Tensor],
+    workspace_size: int,
+    accumulate: bool,
+    use_split_accumulator: bool,
+    multiprocessors: int,
+) -> list[Tensor]:
+    """`generic_gemm` of each pair; into one tensor, each into its rows, where there is a single one."""
+    if any(x.numel() for x in bias):
+        raise NotImplementedError("a grouped product with a bias: not in the stand-in")
+    results = torch.split(out[0], rows) if single_output else out
+    for x, y, result, space in zip(a, b, results, workspaces * len(a), strict=False):
+        common = (None, out_dtype, None, bias_dtype, False, None, grad, space, workspace_size)
+        generic_gemm(
+            *(x, transpose_a, y, transpose_b, result, *common, accumulate, use_split_accumulator)
+        )
+    return bias
+
+
 def _format(tensor: Any) -> str:
     return (
         tensor._fp8_dtype.name if formats.is_quantized(tensor) else str(tensor.dtype)
