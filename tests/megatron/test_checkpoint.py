@@ -250,8 +250,9 @@ def test_an_adapter_goes_on_bit_for_bit_and_in_other_layouts(dtype: str, tmp_pat
                 assert step == pytest.approx(known, rel=1e-5)
 
 
-@pytest.mark.parametrize("adapter", [[], ["student.adapter=lora"]], ids=["", "adapter"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("dtype", "adapter"), [("fp32", []), ("fp32", ["student.adapter=lora"]), ("bf16", [])]
+)
 def test_a_teacher_that_follows_goes_on_bit_for_bit_and_in_other_layouts(
     dtype: str, adapter: list[str], tmp_path: Path
 ) -> None:
