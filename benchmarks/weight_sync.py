@@ -6,12 +6,13 @@
 A student on Megatron, in this process, with an adapter of `--rank` on all linear layers, and two
 servers of its base: one for `weight_sync.what=merged`, one for `adapter`. In each of `--repeats`
 rounds A and B are drawn anew and go to both servers, in turns; then each is asked for one token,
-which is when vLLM puts an adapter in use, and for more along with their log-probabilities. One
-round before them warms up.
+which is when vLLM puts an adapter in use, for one after another prompt, and for more with their
+log-probabilities, which are compared. One round before them warms up.
 
     bytes        that leave the trainer
     sync         seconds from the first tensor until the server answers again
-    first_token  seconds of the first request after it, of 256 tokens
+    first_token  seconds of the first request after it, one token after a prompt of 256
+    next_token   seconds of the second one, after another prompt of 256
 
 Each server has a thread; the one that is not asked idles. The exit status is 1 when the adapter
 alone is not `LESS` times fewer bytes, or log-probabilities of the servers differ by more than
@@ -24,6 +25,7 @@ import argparse
 import json
 import os
 import secrets
+import signal
 import sys
 import tempfile
 import time
@@ -49,7 +51,7 @@ from nemo_trd.serve.server import Server, start_all, stop_all
 KINDS = ("merged", "adapter")
 LESS = 10  # times fewer bytes
 CLOSE = 1e-4  # nats
-SECONDS = ("sync", "first_token")
+SECONDS = ("sync", "first_token", "next_token")
 
 
 def configured(args: argparse.Namespace, root: Path, what: str) -> Config:
@@ -102,7 +104,10 @@ def one_round(
         synced = time.monotonic()
         ask(generator, prompt, 1)
         figures[what] = {"bytes": float(sum(sizes)), "sync": synced - started}
-        figures[what]["first_token"] = time.monotonic() - synced
+        answered = time.monotonic()
+        figures[what]["first_token"] = answered - synced
+        ask(generator, prompt[::-1], 1)
+        figures[what]["next_token"] = time.monotonic() - answered
         told.append(ask(generator, prompt, 16))
     pairs = zip(*told, strict=True)
     return figures, max(abs(merged - alone) for merged, alone in pairs)
@@ -187,13 +192,11 @@ def generator(config: Config, url: str, key: SecretStr) -> VllmGenerator:
 
 def table(result: Mapping[str, Any]) -> str:
     """Bytes and seconds by kind, as Markdown."""
-    lines = ["| | MB | sync, s | first token, s |", "|---|---:|---:|---:|"]
+    lines = ["| | MB | sync, s | first token, s | next token, s |", "|---|---:|---:|---:|---:|"]
     for what in KINDS:
         row = result[what]
-        lines.append(
-            f"| `{what}` | {row['bytes'] / 1e6:,.1f} | {row['sync']:.2f} | "
-            f"{row['first_token']:.2f} |"
-        )
+        seconds = " | ".join(f"{row[name]:.2f}" for name in SECONDS)
+        lines.append(f"| `{what}` | {row['bytes'] / 1e6:,.1f} | {seconds} |")
     lines += [
         "",
         f"{result['times_fewer_bytes']:.1f} times fewer bytes; log-probabilities of the servers "
@@ -214,6 +217,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     os.environ["OMP_NUM_THREADS"] = "1"  # the servers inherit it
     with tempfile.TemporaryDirectory(prefix="weight-sync-") as root:
         result = measure(args, Path(root))

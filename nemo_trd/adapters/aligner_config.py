@@ -130,7 +130,7 @@ def _translate(cfg: DictConfig, settings: DictConfig) -> None:
 
 def _translate_adapter(cfg: DictConfig, settings: DictConfig) -> None:
     """The settings of Aligner's LoRA, as far as Hugging Face PEFT's LoRA has them too."""
-    tuning = OmegaConf.select(cfg, "model.peft.lora_tuning") or {}
+    tuning: Any = OmegaConf.select(cfg, "model.peft.lora_tuning") or {}
     if tuning.get("alpha") is None and tuning.get("adapter_dim") is not None:
         settings.student.adapter.alpha = tuning.adapter_dim  # as in NeMo
     _only(cfg, "model.peft.lora_tuning.variant", "canonical", "q, k, v, gate and up have an A each")

@@ -107,7 +107,7 @@ def _jsd(
     if clip is not None:
         slopes = r.mul_(s).mul_(1 - beta)
         entries = of_t.mul_(beta).add_(slopes)
-        return _with_entry_clip(clip, entries, torch.zeros_like(s[:, 0]), slopes, 0, s, total)
+        return _with_entry_clip(clip, entries, s.new_zeros(len(s)), slopes, 0, s, total)
     mean_s, mean_t = total((s * r).sum(-1), of_t.sum(-1))
     gradient = r.sub_(mean_s[:, None]).mul_(s).mul_(1 - beta)
     return unclipped(beta * mean_t + (1 - beta) * mean_s, gradient)

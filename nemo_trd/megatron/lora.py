@@ -231,10 +231,10 @@ class _Maker:
         """The adapter of one of `LINEAR` in a layer; None where none of its outputs is a target."""
         chosen: Sequence[str] = self._settings.targets
         names = {t: f"{self._layers}.{layer}.{self._modules[t]}" for t in LINEAR[path]}
-        weights = [self._weights[f"{module}.weight"] for module in names.values()]
         pairs = {t: self._pair(module, config) for t, module in names.items() if t in chosen}
         if not pairs:
             return None
+        weights = [self._weights[f"{module}.weight"] for module in names.values()]
         tp = self._groups.tp.size()
         splits_inputs = weights[0].split_axis == 1
         outputs = [w.shape[0] // (1 if splits_inputs else tp) for w in weights]

@@ -295,14 +295,17 @@ def build_model(
 
 
 def _mark_experts(model: HiddenStatesModel, layout: Layout) -> None:
-    """Have the gradients of experts summed over the ranks that hold the same ones.
+    """Have the gradients of experts summed over the ranks that hold the same ones, and their norm
+    over all that hold others.
 
-    megatron-core 0.16 marks them so only where ranks share out the experts of a layer.
+    megatron-core 0.16 sums so only where ranks share out the experts of a layer, and takes those of
+    TransformerEngine's layers for copies on every tensor parallel rank.
     """
     like_the_rest = layout.expert_tensor_parallel_size == layout.tensor_model_parallel_size
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:
             parameter.allreduce = layout.expert_model_parallel_size == 1 and like_the_rest
+            parameter.tensor_model_parallel = True
 
 
 def _layer_spec(
@@ -318,7 +321,9 @@ def _layer_spec(
         _fused_layer(config, bool(kind)) if fused else _local_layer(config, frequencies, bool(kind))
         for kind in kinds
     ]
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=LayerNormImpl if fused else RMSNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=specs, layer_norm=LayerNormImpl if fused else RMSNorm
+    )
 
 
 def _fused_layer(config: TransformerConfig, sparse: bool) -> ModuleSpec:
@@ -328,9 +333,7 @@ def _fused_layer(config: TransformerConfig, sparse: bool) -> ModuleSpec:
     )
 
 
-def _local_layer(
-    config: TransformerConfig, frequencies: torch.Tensor, sparse: bool
-) -> ModuleSpec:
+def _local_layer(config: TransformerConfig, frequencies: torch.Tensor, sparse: bool) -> ModuleSpec:
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts if sparse else None,
         qk_layernorm=config.qk_layernorm,

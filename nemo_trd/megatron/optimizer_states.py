@@ -50,11 +50,11 @@ def load_optimizer(optimizer: Any, state_dict: dict[str, Any], checkpoint: Path)
     # Under a key of its own, or the checkpoint's "optimizer" would be mixed in.
     loaded = dist_checkpointing.load({"own": state_dict}, str(checkpoint))
     updates, states = _updates(loaded["optimizer"]), loaded["own"]
+    several = len(optimizer.chained_optimizers) > 1
     for number, part in enumerate(optimizer.chained_optimizers):
         if part in parts:
-            alone = len(optimizer.chained_optimizers) == 1
-            trees: tuple[Any, Any] = (state_dict, states)  # of several by number
-            asked, own = trees if alone else (tree[number] for tree in trees)
+            trees: list[Any] = [state_dict, states]
+            asked, own = (tree[number] if several else tree for tree in trees)
             _load_part(part, asked, own, updates)
 
 

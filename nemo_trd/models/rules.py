@@ -177,6 +177,23 @@ def _check_expert_layout(hf: Any, layout: Layout, field: str) -> None:
         )
 
 
+def check_adapter_targets(hf: Any, targets: Iterable[str]) -> None:
+    """Refuse an adapter on what has none.
+
+    Raises:
+        ConfigError: a target in the feed-forward part of a model with experts.
+    """
+    refused = [target for target in targets if target in ("gate", "up", "down")]
+    if experts_of(hf) is not None and refused:
+        raise rule_broken(
+            "student.adapter.targets",
+            list(targets),
+            f"experts (model_type {hf.model_type}) take no adapter: transformers computes with all "
+            "experts of a layer as one tensor, for which PEFT has no pair of matrices an expert",
+            "leave gate, up and down out; q, k, v and o are possible",
+        )
+
+
 def check_fp8(hf: Any, layout: Layout, field: str, recipe: str) -> None:
     """Refuse a layout in which a rank's matrices are none that FP8 products take.
 
@@ -189,6 +206,13 @@ def check_fp8(hf: Any, layout: Layout, field: str, recipe: str) -> None:
         ConfigError: naming the dimension of the matrices on one rank.
     """
     tp, multiple = layout.tensor_model_parallel_size, fp8_multiple(recipe)
+    if experts_of(hf) is not None:
+        raise rule_broken(
+            "precision.fp8 (of the teacher precision.teacher_fp8)",
+            recipe,
+            f"a model of model_type {hf.model_type} has experts, and these are not computed in FP8",
+            "set it to null",
+        )
     queries, keys = (
         heads * head_dim(hf) // tp for heads in (hf.num_attention_heads, hf.num_key_value_heads)
     )

@@ -15,6 +15,7 @@ from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.rules import check_server_tp
 from nemo_trd.config.schema import Config, ModelSource
 from nemo_trd.models.directory import INDEX_NAME, SINGLE_NAME, check_weights
+from nemo_trd.models.family import experts_of
 from nemo_trd.models.peft import begins_from_directory, check_beginning
 from nemo_trd.models.read import Model
 from nemo_trd.models.served import is_only_served, read_served
@@ -185,10 +186,12 @@ def _server_problems(config: Config, student: Model, teacher: Model) -> Iterator
         if not has_shape(hf):
             continue
         name = "student" if role == "rollout" else "teacher"
-        pool = servers(config, role, hf)
+        pool, experts = servers(config, role, hf), experts_of(hf)
         for size, key in (
             (hf.num_attention_heads, "num_attention_heads"),
-            (hf.intermediate_size, "intermediate_size"),
+            (hf.intermediate_size, "intermediate_size")
+            if experts is None
+            else (experts.width, "moe_intermediate_size"),
         ):
             if size % pool.tp:
                 yield rule_broken(

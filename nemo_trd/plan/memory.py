@@ -238,7 +238,8 @@ def _trained_parts(config: Config, student: Any, stage: int) -> list[TrainedPara
         count = stage_adapter_parameters(student, layout, adapter)[stage]
         return [TrainedParameters(count, holders)]
     held = stage_parameters(student, layout)[stage]
-    if layout.expert_model_parallel_size == 1:
+    split = layout.expert_tensor_parallel_size, layout.expert_model_parallel_size
+    if split == (layout.tensor_model_parallel_size, 1):  # as all the rest
         return [TrainedParameters(held.total, holders)]
     return [
         TrainedParameters(held.total - held.experts, holders),

@@ -17,7 +17,7 @@ from nemo_trd.config.schema import Config, Layout, ModelSource
 from nemo_trd.models.family import shared_vocab_size
 from nemo_trd.models.peft import check_beginning
 from nemo_trd.models.read import Model, read_directory, read_tokenizer
-from nemo_trd.models.rules import check_fp8, check_layout
+from nemo_trd.models.rules import check_adapter_targets, check_fp8, check_layout
 from nemo_trd.models.served import check_served_weights, is_only_served, read_served
 from nemo_trd.preflight.batch import batch_problems
 from nemo_trd.preflight.machine import machine_problems
@@ -77,6 +77,7 @@ def model_problems(
     """
     if student is not None:
         yield from _layout_problems(config, "student", student)
+        yield from _adapter_problems(config, student)
     if teacher is not None and config.teacher.scoring == "megatron":
         yield from _layout_problems(config, "teacher", teacher)
     if student is not None and teacher is not None:
@@ -128,6 +129,16 @@ def _layout_problems(
         check_layout(model.hf, layout, field)
         if (precision.fp8 if role == "student" else precision.teacher_fp8) is not None:
             check_fp8(model.hf, layout, field, precision.fp8_recipe)
+    except ConfigError as error:
+        yield error
+
+
+def _adapter_problems(config: Config, student: Model) -> Iterator[ConfigError]:
+    """Yield a broken rule where an adapter has a target that the student has no adapter for."""
+    if config.student.adapter is None:
+        return
+    try:
+        check_adapter_targets(student.hf, config.student.adapter.targets)
     except ConfigError as error:
         yield error
 

@@ -231,6 +231,7 @@ def model_identity(hf: Any, adapter: Adapter | None = None) -> dict[str, Any]:
         "head_dim",
         "vocab_size",
         "tie_word_embeddings",
+        *("moe_intermediate_size", "num_local_experts", "mlp_only_layers", "decoder_sparse_step"),
     )
     identity = {field: getattr(hf, field, None) for field in fields}
     if adapter is None:

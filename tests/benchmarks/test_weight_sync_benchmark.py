@@ -36,16 +36,17 @@ def test_bytes_are_compared_and_seconds_are_medians_without_the_first_round(benc
     seconds = [(9.0, 9.0), (2.0, 0.1), (4.0, 0.3), (3.0, 0.2)]
     rounds = [
         {
-            "merged": {"bytes": 4000.0, "sync": sync, "first_token": token},
-            "adapter": {"bytes": 100.0, "sync": sync / 10, "first_token": token},
+            "merged": {"bytes": 4000.0, "sync": sync, "first_token": token, "next_token": 0.1},
+            "adapter": {"bytes": 100.0, "sync": sync / 10, "first_token": 1.0, "next_token": 0.5},
         }
         for sync, token in seconds
     ]
     result = benchmark.summed_up(rounds)
-    assert result["merged"] == {"bytes": 4000, "sync": 3.0, "first_token": 0.2}
+    merged = {"bytes": 4000, "sync": 3.0, "first_token": 0.2, "next_token": 0.1}
+    assert result["merged"] == merged
     assert result["adapter"]["sync"] == pytest.approx(0.3)
     shown = benchmark.table({**result, "difference": 2e-6})
-    assert "| `merged` | 0.0 | 3.00 | 0.20 |" in shown
+    assert "| `merged` | 0.0 | 3.00 | 0.20 | 0.10 |" in shown
     assert "40.0 times fewer bytes" in shown and "2.0e-06" in shown
 
 

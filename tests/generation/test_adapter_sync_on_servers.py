@@ -283,6 +283,24 @@ def test_kept_requests_go_on_with_the_new_adapter(
     pytest.fail("the rest is not what the new adapter says")
 
 
+def test_requests_with_and_without_the_adapter_are_computed_in_one_step(
+    model: Path, servers: dict[str, Server], make_sync: Any
+) -> None:
+    url = servers["tp1"].url
+    sync = make_sync("file", [url])
+    sync.load_weights(scaled(adapter_of(model, SUBSET, 1)).items(), 80)
+    ask = partial(complete, url, PROMPT, max_tokens=60, ignore_eos=True, logprobs=1)
+    alone = [ask(**of) for of in ({}, ADAPTED)]
+    assert alone[0]["token_ids"] != alone[1]["token_ids"]
+    with ThreadPoolExecutor(6) as threads:
+        together = [threads.submit(ask, **of) for of in [{}, ADAPTED] * 3]
+    for number, answer in enumerate(together):
+        expected, found = alone[number % 2], answer.result()
+        assert found["token_ids"] == expected["token_ids"], number
+        both = (torch.tensor(a["logprobs"]["token_logprobs"]) for a in (expected, found))
+        torch.testing.assert_close(*both, rtol=0, atol=TOLERANCE)
+
+
 def run_in_turn(runs: list[list[str]]) -> None:
     from nemo_trd.config.load import compose
     from nemo_trd.train import launch

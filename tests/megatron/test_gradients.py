@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from launch import launch
+from model_checks import of_each_expert
 from oracles import DIVERGENCES, ESTIMATORS, TAILS, make_loss
 from safetensors.torch import load_file, save_file
 from tiny_models import YARN, make_model
@@ -185,21 +186,6 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
             expected[f"{model} {recipe}"] = mean.item(), gradients, unclipped
     torch.save(expected, root / "expected.pt")
     return root
-
-
-def of_each_expert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those of all experts of a layer, as transformers computes with them, one by one."""
-    apart = {}
-    for name, tensor in tensors.items():
-        below, _, last = name.rpartition(".")
-        modules = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(last)
-        if modules is None:
-            apart[name] = tensor
-            continue
-        for number, expert in enumerate(tensor):
-            for module, part in zip(modules, expert.chunk(len(modules)), strict=True):
-                apart[f"{below}.{number}.{module}.weight"] = part
-    return apart
 
 
 def make_rivals(path: Path) -> None:

@@ -52,6 +52,21 @@ def test_a_round_trip_is_exact(
     assert_same(round_trip(tmp_path, one_rank, precision), stored_tensors(tmp_path))
 
 
+def test_experts_of_a_layer_may_be_stored_in_one_tensor(tmp_path: Path, one_rank: Any) -> None:
+    single = make_model(tmp_path / "single", "qwen3_moe", mlp_only_layers=[2])
+    fused = tmp_path / "fused"
+    model = AutoModelForCausalLM.from_pretrained(single)
+    model.save_pretrained(fused, save_original_format=False)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in stored_tensors(fused)
+    expected = stored_tensors(single)
+    assert_same(round_trip(fused, one_rank, FP32), expected)
+    weights = load_file(fused / "model.safetensors")
+    del weights["model.layers.1.mlp.experts.down_proj"]
+    save_file(weights, fused / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lack model\.layers\.1\.mlp\.experts\.0\.down_proj"):
+        round_trip(fused, one_rank, FP32)
+
+
 @pytest.mark.parametrize("source", [torch.bfloat16, torch.float16])
 def test_16_bit_files_load_into_an_fp32_model_exactly(
     tmp_path: Path, one_rank: Any, source: torch.dtype

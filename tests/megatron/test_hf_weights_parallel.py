@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from launch import launch
 from tiny_models import LLAMA3_ROPE, make_model
+from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.distributed
 
@@ -19,24 +20,38 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"max_shard_size": "60KB"},
     "qwen3-tied": {"tie_word_embeddings": True},
 }
+SPARSE_MODELS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"max_shard_size": "60KB", "mlp_only_layers": [1]},
+    "qwen3_moe-fused": {"tie_word_embeddings": True},  # stored with all experts in one tensor
+}
 
 
 def layout(
-    tp: int = 1, pp: int = 1, virtual: int | None = None, sp: bool = False
+    tp: int = 1,
+    pp: int = 1,
+    virtual: int | None = None,
+    sp: bool = False,
+    ep: int = 1,
+    etp: int = 1,
 ) -> dict[str, Any]:
     return {
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": pp,
         "virtual_pipeline_model_parallel_size": virtual,
         "sequence_parallel": sp,
+        "expert_model_parallel_size": ep,
+        "expert_tensor_parallel_size": etp,
     }
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    for name, settings in MODELS.items():
+    for name, settings in (MODELS | SPARSE_MODELS).items():
         make_model(root / name, name.split("-")[0], **settings)
+    fused = root / "qwen3_moe-fused"
+    model = AutoModelForCausalLM.from_pretrained(fused)
+    model.save_pretrained(fused, save_original_format=False)
     return root
 
 
@@ -45,20 +60,34 @@ def test_two_ranks_agree_with_transformers_and_round_trip_exactly(
     transformer_engine: bool, directory: Path
 ) -> None:
     layouts = [layout(), layout(tp=2), layout(tp=2, sp=True), layout(pp=2), layout(pp=2, virtual=2)]
-    arguments = (str(directory), layouts)
+    arguments = (str(directory), layouts, list(MODELS))
     launch(2, check_layouts, *arguments, timeout=300, transformer_engine=transformer_engine)
 
 
 def test_four_ranks_agree_with_transformers_and_round_trip_exactly(directory: Path) -> None:
     layouts = [layout(tp=4), layout(tp=4, sp=True), layout(tp=2, pp=2), layout(pp=4)]
     layouts.append(layout(tp=2, pp=2, virtual=2, sp=True))
-    launch(4, check_layouts, str(directory), layouts, timeout=300)
+    launch(4, check_layouts, str(directory), layouts, list(MODELS), timeout=300)
 
 
-def check_layouts(directory: str, layouts: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("transformer_engine", [False, True])
+def test_so_do_two_ranks_with_experts(transformer_engine: bool, directory: Path) -> None:
+    layouts = [layout(), layout(ep=2), layout(pp=2, virtual=2), layout(etp=2)]
+    layouts.append(layout(tp=2, sp=True, ep=2))
+    arguments = (str(directory), layouts, list(SPARSE_MODELS))
+    launch(2, check_layouts, *arguments, timeout=300, transformer_engine=transformer_engine)
+
+
+@pytest.mark.slow
+def test_so_do_four_ranks_with_experts(directory: Path) -> None:
+    layouts = [layout(ep=4), layout(ep=2, pp=2), layout(tp=2, sp=True, ep=2, etp=2)]
+    launch(4, check_layouts, str(directory), layouts, list(SPARSE_MODELS), timeout=300)
+
+
+def check_layouts(directory: str, layouts: list[dict[str, Any]], names: list[str]) -> None:
     import torch
     import torch.distributed as dist
-    from model_checks import FP32, logits, reference_logits, stored_tensors
+    from model_checks import FP32, logits, of_each_expert, reference_logits, stored_tensors
 
     from nemo_trd.config.schema import Layout
     from nemo_trd.megatron.hf_weights import export_hf_weights, load_hf_weights, read_output_weight
@@ -68,11 +97,11 @@ def check_layouts(directory: str, layouts: list[dict[str, Any]]) -> None:
 
     dist.init_process_group("gloo")
     tokens = torch.randint(0, 300, (2, 96), generator=torch.Generator().manual_seed(1))
-    expected = {name: reference_logits(f"{directory}/{name}", tokens) for name in MODELS}
+    expected = {name: reference_logits(f"{directory}/{name}", tokens) for name in names}
     for settings in layouts:
         chosen = Layout(**settings)
         groups = process_groups(chosen)
-        for name in MODELS:
+        for name in names:
             path = f"{directory}/{name}"
             hf = load_hf_config(path)
             models = build_model(hf, chosen, groups, FP32)
@@ -83,7 +112,7 @@ def check_layouts(directory: str, layouts: list[dict[str, Any]]) -> None:
             if dist.get_rank() == 0:
                 print(f"{error:.1e} {case}")
             assert error < 1e-4, (case, error)
-            stored = stored_tensors(path)
+            stored = of_each_expert(stored_tensors(path))
             exported = {n: t.clone() for n, t in export_hf_weights(models, hf, groups)}
             assert exported.keys() == stored.keys(), case
             for tensor in stored:

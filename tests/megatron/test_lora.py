@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from launch import launch
-from model_checks import logits
+from model_checks import logits, of_each_expert
 from oracles import make_loss
 from parallel_layouts import (
     CP2,
     DISTRIBUTED,
+    EP2,
     PP2,
     SP,
     TEACHER_CP2,
@@ -44,6 +45,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "qwen2": {"rank": 16, "alpha": 12, "rslora": True, "targets": ["q", "v", "down"]},
     "qwen3": {"rank": 4, "alpha": 4, "rslora": True, "targets": ["k", "o", "up", "gate"]},
 }
+DENSE = list(ADAPTERS)
+ADAPTERS["qwen3_moe"] = {"rank": 4, "alpha": 8, "rslora": False, "targets": ["q", "v", "o"]}
 TWO_LAYERS = {"num_hidden_layers": 4, "intermediate_size": 48, "num_attention_heads": 4}
 SIZES = {**TWO_LAYERS, "vocab_size": VOCABULARY, "hidden_size": 32, "num_key_value_heads": 2}
 OPD, OPSD = ["algorithm.mode=opd"], ["algorithm.mode=opsd", "model.teacher=null"]
@@ -67,6 +70,10 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {
 
 
 WITH_FILLERS = ("tp2", "dp2 distributed", "tp2 dp2 distributed")
+SPARSE_LAYOUTS: dict[int, dict[str, list[str]]] = {
+    1: {"recomputed": ["train.recompute=full"]},
+    2: {"ep2 distributed": EP2 + DISTRIBUTED, "tp2 sp ep2": TP2 + SP + EP2},
+}
 
 
 def settings(architecture: str, init: str = "kaiming", **others: Any) -> Adapter:
@@ -99,7 +106,10 @@ def peft_adapter(base: Path, out: Path, architecture: str) -> Any:
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     adapted.save_pretrained(out)
-    base_model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    # Grouped products of experts know no float64.
+    base_model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float64, experts_implementation="eager"
+    )
     return PeftModel.from_pretrained(base_model, out, is_trainable=True).double()
 
 
@@ -134,13 +144,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for name, parameter in adapted.named_parameters()
             if parameter.grad is not None
         }
-        merged = dict(adapted.merge_and_unload().state_dict())
+        merged = of_each_expert(dict(adapted.merge_and_unload().state_dict()))
         expected[architecture] = (total / count).item(), gradients, merged
     torch.save(expected, root / "expected.pt")
     return root
 
 
-def check_layouts(directory: str, layouts: dict[str, list[str]]) -> None:
+def check_layouts(directory: str, layouts: dict[str, list[str]], names: list[str]) -> None:
     """On every rank: loss, gradients and merged weights of each model against PEFT's."""
     from nemo_trd.distributed.process import init_distributed
     from nemo_trd.megatron.student import Student
@@ -148,8 +158,8 @@ def check_layouts(directory: str, layouts: dict[str, list[str]]) -> None:
 
     watch = init_distributed(timeout_minutes=2)
     expected = torch.load(Path(directory) / "expected.pt")
-    for (layout, chosen), (number, model) in product(layouts.items(), enumerate(ADAPTERS)):
-        where = f"{layout}, {model}"
+    for (layout, chosen), model in product(layouts.items(), names):
+        where, number = f"{layout}, {model}", list(ADAPTERS).index(model)
         config = compose(
             [
                 *("model=local", "precision.dtype=fp32", "train.max_tokens_per_micro_batch=80"),
@@ -177,7 +187,8 @@ def check_layouts(directory: str, layouts: dict[str, list[str]]) -> None:
         assert own.update()["grad_norm"] == pytest.approx(norm, rel=RELATIVE), where
         check_frozen(own)
     for chosen in layouts.values():
-        check_one_base(Path(directory), chosen)
+        if names == DENSE:
+            check_one_base(Path(directory), chosen)
     print("as PEFT has it", flush=True)
     watch.close()
 
@@ -238,7 +249,14 @@ def check_frozen(own: Any) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_loss_gradients_and_merged_weights_are_those_of_peft(ranks: int, directory: Path) -> None:
-    output = launch(ranks, check_layouts, str(directory), LAYOUTS[ranks])
+    output = launch(ranks, check_layouts, str(directory), LAYOUTS[ranks], DENSE)
+    assert output.count("as PEFT has it") == ranks
+
+
+@pytest.mark.parametrize("ranks", SPARSE_LAYOUTS)
+def test_so_are_they_beside_frozen_experts(ranks: int, directory: Path) -> None:
+    arguments = (str(directory), SPARSE_LAYOUTS[ranks], ["qwen3_moe"])
+    output = launch(ranks, check_layouts, *arguments)
     assert output.count("as PEFT has it") == ranks
 
 
@@ -248,7 +266,7 @@ def test_so_are_they_with_the_layers_of_transformer_engine(
 ) -> None:
     """Whose norms are in the linear layers: the adapter sees the normalised input."""
     layouts = {layout: LAYOUTS[ranks][layout]}
-    output = launch(ranks, check_layouts, str(directory), layouts, transformer_engine=True)
+    output = launch(ranks, check_layouts, str(directory), layouts, DENSE, transformer_engine=True)
     assert output.count("as PEFT has it") == ranks
 
 
@@ -383,6 +401,7 @@ def test_adapters_begin_as_those_of_peft_do(directory: Path, one_rank: Any) -> N
         kind = True if init == "kaiming" else init
         lora = LoraConfig(r=16, target_modules=["q_proj", "down_proj"], init_lora_weights=kind)
         base = AutoModelForCausalLM.from_pretrained(directory / "llama", dtype=torch.float32)
+        torch.manual_seed(0)  # of PEFT's draw
         for name, theirs in get_peft_model(base, lora).named_parameters():
             if "lora_" not in name:
                 continue

@@ -202,6 +202,30 @@ def test_a_layout_that_does_not_divide_the_model_is_refused(sizes: Any, field: s
         check_layout(hf, layout, "parallel.student")
 
 
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"expert_model_parallel_size": 3}, "expert_model_parallel_size = 3.*num_experts.* 8"),
+        (
+            {"expert_tensor_parallel_size": 5},
+            "expert_tensor_parallel_size = 5.*moe_intermediate_size.* 48",
+        ),
+        ({"tensor_model_parallel_size": 2}, "sequence_parallel = False.*set it to true"),
+    ],
+)
+def test_a_layout_that_does_not_divide_the_experts_is_refused(sizes: Any, message: str) -> None:
+    hf = Qwen3MoeConfig(num_experts=8, moe_intermediate_size=48)
+    layout = SINGLE.model_copy(update=sizes)
+    with pytest.raises(ConfigError, match=rf"parallel\.teacher\.{message}"):
+        check_layout(hf, layout, "parallel.teacher")
+
+
+@pytest.mark.parametrize("key", ["expert_model_parallel_size", "expert_tensor_parallel_size"])
+def test_a_dense_model_has_no_experts_to_share_out(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key} = 2.*qwen3 has none.*set it to 1"):
+        check_layout(Qwen3Config(), SINGLE.model_copy(update={key: 2}), "parallel.student")
+
+
 @without_transformer_engine
 def test_the_factory_refuses_fp8_too() -> None:
     with pytest.raises(ConfigError, match="fp8 = 'hybrid'"):

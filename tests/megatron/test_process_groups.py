@@ -8,6 +8,10 @@ from launch import launch
 pytestmark = pytest.mark.distributed
 
 SIZES = [(1, 2, 2, 2), (2, 2, 1, 2), (2, 1, 3, 2), (1, 4, 1, 3), (2, 2, 2, 1)]  # tp, cp, dp, pp
+# Beside tp, cp and pp of 8 ranks: parts of an expert, ranks that share out the experts of a layer.
+EXPERTS = [(1, 1, 1, 1, 8), (2, 1, 1, 2, 4), (2, 2, 1, 1, 2), (2, 1, 2, 1, 4), (1, 2, 2, 2, 2)]
+EXPERT_NAMES = {"expt_tp": "tp", "ep": "ep", "expt_dp": "dp", "tp_ep": "tp-ep"}
+EXPERT_NAMES |= {"tp_ep_pp": "tp-ep-pp"}
 NAMES = {"tp": "tp", "cp": "cp", "dp": "dp", "pp": "pp", "dp_cp": "dp-cp", "tp_cp": "tp-cp"}
 NAMES |= {"mp": "tp-pp", "tp_dp_cp": "tp-dp-cp"}
 
@@ -37,4 +41,21 @@ def check_groups() -> None:
                 groups = process_groups(layout)
                 for ours, name in NAMES.items():
                     (members,) = (r for r in theirs.get_ranks(name) if rank in r)
+                    assert dist.get_process_group_ranks(getattr(groups, ours)) == members, ours
+    for tp, cp, pp, etp, ep in EXPERTS:
+        layout = Layout(
+            tensor_model_parallel_size=tp,
+            context_parallel_size=cp,
+            pipeline_model_parallel_size=pp,
+            expert_tensor_parallel_size=etp,
+            expert_model_parallel_size=ep,
+        )
+        of_experts = RankGenerator(
+            tp=etp, ep=ep, dp=8 // (etp * ep * pp), pp=pp, cp=1, order="tp-cp-ep-dp-pp"
+        )
+        for rank in range(8):
+            with rank_of(rank, 8):
+                groups = process_groups(layout)
+                for ours, name in EXPERT_NAMES.items():
+                    (members,) = (r for r in of_experts.get_ranks(name) if rank in r)
                     assert dist.get_process_group_ranks(getattr(groups, ours)) == members, ours

@@ -27,7 +27,13 @@ from nemo_trd.plan.context_parallel import rings
 from nemo_trd.plan.cost import bubble, loss_seconds, step_flops, step_time, with_nodes
 from nemo_trd.plan.expert_exchange import expert_exchanges
 from nemo_trd.plan.main import main
-from nemo_trd.plan.memory import GIB, largest_part, training_memory
+from nemo_trd.plan.memory import (
+    GIB,
+    checkpoint_bytes,
+    largest_part,
+    training_memory,
+    vocabulary_rows,
+)
 from nemo_trd.plan.plan import Plan, make_plan
 from nemo_trd.plan.shapes import (
     SHIPPED,
@@ -266,11 +272,8 @@ def tiny_model(
     from nemo_trd.megatron.lora import add_adapters
     from nemo_trd.megatron.model import build_model
 
-    settings = tiny(architecture) | {"num_hidden_layers": layers}
-    hf, precision = (
-        CONFIGS[architecture](**settings),
-        compose([f"precision.dtype={dtype}"]).precision,
-    )
+    hf = CONFIGS[architecture](**(tiny(architecture) | {"num_hidden_layers": layers}))
+    precision = compose([f"precision.dtype={dtype}"]).precision
     (model,) = build_model(hf, split(), groups, precision, recompute=recompute)
     if adapter is not None:
         add_adapters([model], hf, adapter, groups, seed=0)
@@ -355,13 +358,20 @@ def test_step_counts_the_loss_at_labels_only_and_recomputation() -> None:
 # Memory
 
 
-@pytest.mark.parametrize("divergence", list(DIVERGENCES))
-@pytest.mark.parametrize("top_k", [None, 32])
+@pytest.mark.parametrize(
+    ("divergence", "limit"),
+    [
+        (name, limit)
+        for name, divergence in DIVERGENCES.items()
+        for limit in ("top_k=null", "top_k=32", "entry_clip=0.001")
+        if divergence.estimates is None or limit == "top_k=null"
+    ],
+)
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_loss_workspace_is_what_the_loss_allocates(
     divergence: str,
-    top_k: int | None,
+    limit: str,
     temperature: float,
     dtype: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -377,7 +387,7 @@ def test_loss_workspace_is_what_the_loss_allocates(
     config = compose(
         [
             f"loss.divergence={divergence}",
-            f"loss.top_k={'null' if top_k is None else top_k}",
+            *(f"loss.{limit}", "algorithm.trajectory=rollout"),
             f"loss.chunk_size={chunk}",
             f"loss.temperature={temperature}",
             f"precision.dtype={dtype}",
@@ -530,6 +540,33 @@ def test_in_process_generation_is_counted_on_the_training_gpus(tmp_path: Path) -
     assert gpu.phases["refinement"]["KV cache"] == 64 * (2048 + 1024) * key_value_bytes(shape, 4)
     assert gpu.parts["generation weights"] == 2 * parameters(shape) * 4
     assert plan.exit_code == 0
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_teacher_that_follows_is_an_average_and_no_second_model(
+    dtype: str, tmp_path: Path
+) -> None:
+    settings = ["algorithm.mode=opsd", "model.teacher=null", f"precision.dtype={dtype}"]
+    stages = "pipeline_model_parallel_size=2"
+    settings += [f"parallel.student.{stages}", f"parallel.teacher.{stages}"]
+    settings += [f"model.student.path={directory(tmp_path)}", "cluster.gpus_per_node=2"]
+    frozen, follows = (planned(*settings, *more) for more in ([], ["teacher.ema=0.9"]))
+    own, _ = shapes(follows.config)
+    for kind, old in zip(follows.memory, frozen.memory, strict=True):
+        trained = kind.parts["gradients"] // 4
+        for phase, parts in kind.phases.items():
+            assert parts["teacher average"] == 4 * trained, phase
+        in_place = kind.phases["teacher"].get("teacher weights", 0)
+        assert in_place == (0 if dtype == "fp32" else 2 * trained)
+        assert "teacher weights" not in kind.phases["student"]
+        assert old.phases["student"]["teacher weights"] > 0
+        output_weight = kind.phases["student"].get("teacher output weight", 0)
+        last = kind.student_stage == 1
+        rows = vocabulary_rows(own, follows.config.parallel.student)
+        assert output_weight == (2 * rows * own.hidden_size if last and dtype == "bf16" else 0)
+    sizes = [checkpoint_bytes(p.config, own)["checkpoint"] for p in (follows, frozen)]
+    assert sizes[0] - sizes[1] == 4 * parameters(own)
+    assert "the student's own weights, averaged over steps" in text(follows)
 
 
 def test_with_an_adapter_there_is_one_base_without_gradients_or_states() -> None:

@@ -471,6 +471,16 @@ RULES: dict[str, tuple[list[str], int, tuple[str, ...]]] = {
         3,
         ("world size = 3", "the teacher takes", "1 x 1 x 2 ranks, which must divide it"),
     ),
+    "ranks of experts": (
+        ["parallel.student.expert_model_parallel_size=2"],
+        3,
+        ("parallel.student.expert_model_parallel_size = 2", "1 x 2 x 1", "world size, 3"),
+    ),
+    "experts of a dense model": (
+        ["parallel.teacher.expert_tensor_parallel_size=2"],
+        2,
+        ("parallel.teacher.expert_tensor_parallel_size = 2", "has none", "set it to 1"),
+    ),
     "run directory": (
         ["run.dir=models/student/config.json/x"],
         1,

@@ -84,3 +84,18 @@ def stored_tensors(directory: Path | str) -> dict[str, Tensor]:
     for file in sorted(Path(directory).glob("*.safetensors")):
         tensors |= load_file(file)
     return tensors
+
+
+def of_each_expert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of all experts of a layer, as transformers computes with them, one by one."""
+    apart = {}
+    for name, tensor in tensors.items():
+        below, _, last = name.rpartition(".")
+        modules = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(last)
+        if modules is None:
+            apart[name] = tensor
+            continue
+        for number, expert in enumerate(tensor):
+            for module, part in zip(modules, expert.chunk(len(modules)), strict=True):
+                apart[f"{below}.{number}.{module}.weight"] = part
+    return apart

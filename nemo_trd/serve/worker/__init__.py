@@ -22,8 +22,10 @@ def worker_arguments(adapter_rank: int | None) -> list[str]:
     With an `adapter_rank` it keeps the model that it loads, and takes LoRA adapters of that rank;
     a request is answered with the adapter if it names `ADAPTER_NAME` as its model.
     """
-    backend = "nemo_trd" if adapter_rank is None else "nemo_trd_adapter"
-    arguments = ["--worker-extension-cls", "nemo_trd_worker.WorkerExtension"]
+    backend, module = "nemo_trd", "nemo_trd_worker"
+    if adapter_rank is not None:
+        backend = module = "nemo_trd_adapter"
+    arguments = ["--worker-extension-cls", f"{module}.WorkerExtension"]
     arguments += ["--weight-transfer-config", json.dumps({"backend": backend})]
     if adapter_rank is not None:
         held = next(rank for rank in SERVED_RANKS if rank >= adapter_rank)

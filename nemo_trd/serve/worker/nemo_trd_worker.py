@@ -1,7 +1,6 @@
 """Imported in every worker process of a vLLM server; see `worker_arguments` in __init__.py.
 
-Registers two weight transfer backends, each for files, gloo and NCCL: `nemo_trd` takes a whole
-model, `nemo_trd_adapter` a LoRA adapter of the model that the server has loaded. Adds methods to
+Registers the weight transfer backend `nemo_trd`, for files, gloo and NCCL, and adds methods to
 every worker that are reached through /collective_rpc. Written for vLLM 0.32. Imports nothing but
 torch, safetensors and vllm.
 """
@@ -32,12 +31,6 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.lora.lora_model import LoRAModel
-from vllm.lora.lora_weights import LoRALayerWeights
-from vllm.lora.peft_helper import PEFTHelper
-from vllm.lora.request import LoRARequest
-from vllm.lora.utils import parse_fine_tuned_lora_name
-from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
@@ -45,8 +38,6 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.utils.nccl import unpinned_nccl_env
-
-ADAPTER_PATH = "trained"  # as `worker_arguments` has it
 
 
 @dataclass
@@ -246,108 +237,6 @@ class ModelReceiver(Receiver):
         finalize_layerwise_reload(self.model, self.model_config)
 
 
-class AdapterReceiver(Receiver):
-    """Takes A and B of a LoRA adapter under their names in PEFT; B has been scaled.
-
-    Until all have come the model computes with those before. vLLM forgets adapters when it likes
-    (`reset_lora_state` after every update, and when another one needs the place) and loads them for
-    the next request: `_load_trained` gives it these.
-    """
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._received: dict[str, torch.Tensor] = {}
-
-    def _start(self) -> None:
-        self._received = {}
-
-    def _take(self, name: str, tensor: torch.Tensor) -> None:
-        if not name.endswith((".lora_A.weight", ".lora_B.weight")):
-            raise ValueError(
-                f"{name} is of no adapter, and this server takes nothing else. Fix: start it with "
-                "the run's weight_sync.what=merged (nemo_trd.serve: no --adapter-rank)"
-            )
-        self._received[name] = tensor.cpu()
-
-    def missing(self) -> list[str]:
-        manager = self.model.lora_manager
-        given = _pairs(self._received, self.model)
-        wrong = [] if given else ["the adapter"]
-        for name, layer in manager.modules.items():
-            for part, shape in _parts(manager, name, layer.base_layer):
-                pair = given.pop(part, None)
-                if pair and not _fits(pair, shape, manager.lora_config.max_lora_rank):
-                    wrong.append(f"{part} [{shape[0]}, {shape[1]}]")
-        if self.parallel_config.pipeline_parallel_size == 1:  # else a layer may be elsewhere
-            wrong += [f"{name}, which this model has not" for name in given]
-        return wrong
-
-    def _finish(self) -> None:
-        self.model.trained_adapter, self._received = self._received, {}
-
-    def abandon(self) -> None:
-        self._received = {}
-
-
-def _pairs(tensors: dict[str, torch.Tensor], model: Any) -> dict[str, dict[bool, torch.Tensor]]:
-    """A (under True) and B (False) of each layer, by vLLM's name of it."""
-    pairs: dict[str, dict[bool, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        module, is_a = parse_fine_tuned_lora_name(name, _renamed(model))
-        pairs.setdefault(module, {})[is_a] = tensor
-    return pairs
-
-
-def _renamed(model: Any) -> Any:
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
-    return mapper and mapper.get_rename_mapper()
-
-
-def _parts(manager: Any, name: str, layer: Any) -> list[tuple[str, tuple[int, int]]]:
-    """Linear layers of the Hugging Face model that vLLM computes in one, with [outputs, inputs]."""
-    names = manager.packed_modules.get(name, [name])
-    if len(names) == 1:
-        outputs = [layer.output_size]
-    elif hasattr(layer, "total_num_kv_heads"):  # of q, k and v
-        keys = layer.total_num_kv_heads
-        outputs = [layer.total_num_heads * layer.head_size, keys * layer.head_size]
-        outputs.append(keys * layer.v_head_size)
-    else:
-        outputs = layer.output_sizes
-    return [(part, (n, layer.input_size)) for part, n in zip(names, outputs, strict=True)]
-
-
-def _fits(pair: dict[bool, torch.Tensor], shape: tuple[int, int], max_rank: int) -> bool:
-    """Whether there are A [rank, inputs] and B [outputs, rank]. vLLM copies as much as fits."""
-    if len(pair) < 2:
-        return False
-    a, b = pair[True].shape, pair[False].shape
-    return (b[0], a[1]) == shape and a[0] == b[1] <= max_rank
-
-
-def _load_trained(manager: WorkerLoRAManager, request: LoRARequest) -> LoRAModel:
-    """Do as vLLM does, but take what the trainer has sent where it would read from `ADAPTER_PATH`.
-
-    Before the first update that is an adapter that adds nothing.
-    """
-    if request.lora_path != ADAPTER_PATH:
-        return _load_from_files(manager, request)
-    number, model = request.lora_int_id, manager._adapter_manager.model
-    tensors = getattr(model, "trained_adapter", {})
-    if not tensors:  # vLLM wants one pair, and passes by what the model has not
-        nothing = LoRALayerWeights("", 1, 1, torch.zeros(1, 1), torch.zeros(1, 1))
-        return LoRAModel(number, 1, {"": nothing})
-    rank = next(tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name)
-    return LoRAModel.from_lora_tensors(
-        number,
-        tensors,
-        PEFTHelper(r=rank, lora_alpha=rank, target_modules=[]),  # a scale of 1
-        device="cpu",
-        dtype=manager.lora_config.lora_dtype,
-        weights_mapper=_renamed(model),
-    )
-
-
 def _partly_loaded(model: torch.nn.Module) -> list[str]:
     """Layers made of several tensors of which some did not come.
 
@@ -380,9 +269,6 @@ def _repack_tied(model: torch.nn.Module) -> None:
 
 if "nemo_trd" not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine("nemo_trd", ModelReceiver)
-    WeightTransferEngineFactory.register_engine("nemo_trd_adapter", AdapterReceiver)
-    _load_from_files = WorkerLoRAManager._load_adapter
-    WorkerLoRAManager._load_adapter = _load_trained  # type: ignore[method-assign]
 
 
 class WorkerExtension:
