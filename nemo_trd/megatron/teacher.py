@@ -36,7 +36,6 @@ from nemo_trd.megatron.process_groups import process_groups
 from nemo_trd.megatron.schedule import label_rows, run_model, run_schedule
 from nemo_trd.models.family import pack_alignment
 
-
 Pack = tuple[ContextBatch, bool]  # and whether its states are handed over; else it is a filler
 
 

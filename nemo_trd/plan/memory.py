@@ -214,7 +214,9 @@ def model_state_bytes(config: Config, student: Any, stage: int) -> dict[str, int
     count = stage_parameters(student, layout)[stage].total
     trained = trained_parameters(config, student, stage)
     held = count if config.student.adapter is None else count + trained
-    kept = sum(optimizer_shares(config, student, stage)) if config.optimizer.distributed else trained
+    kept = (
+        sum(optimizer_shares(config, student, stage)) if config.optimizer.distributed else trained
+    )
     main = 4 if precision.dtype == "bf16" else 0  # fp32 weights are their own main weights
     return {
         "weights": held * ELEMENT_BYTES[precision.dtype],

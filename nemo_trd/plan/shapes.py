@@ -13,8 +13,8 @@ from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.schema import Adapter, Layout, ModelSource
 from nemo_trd.models.directory import check_model_type, read_json
 from nemo_trd.models.family import (
-    experts_of,
     expected_tensors,
+    experts_of,
     family_of,
     head_dim,
     padded_vocab_size,
@@ -144,7 +144,8 @@ def active_parameters(hf: Any) -> int:
 def stage_parameters(hf: Any, layout: Layout) -> list[StageParameters]:
     """Parameters of each pipeline rank, as each of its tensor parallel ranks holds them.
 
-    The ranks that share out the experts of a layer have equally many of them. The vocabulary is padded. A tied output weight is a second copy on the last of several stages.
+    The ranks that share out the experts of a layer have equally many of them. The vocabulary is
+    padded. A tied output weight is a second copy on the last of several stages.
     """
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     total, linear, in_experts = [0] * pp, [0] * pp, [0] * pp
