@@ -17,6 +17,7 @@ from nemo_trd.loss.divergences import DIVERGENCES, chunk_size
 from nemo_trd.models.dtypes import ELEMENT_BYTES
 from nemo_trd.models.flops import forward_flops
 from nemo_trd.plan.context_parallel import rings
+from nemo_trd.plan.expert_exchange import exchange_seconds
 from nemo_trd.plan.memory import GIB, generations, trajectories_per_rank, vocabulary_rows
 from nemo_trd.plan.shapes import adapter_parameters, key_value_bytes, parameters
 
@@ -100,6 +101,7 @@ def step_time(config: Config, student: Any, teacher: Any) -> StepTime:
     world = config.cluster.world_size
     rate, teacher_rate = (training_rate(config, fp8) for fp8 in _in_fp8(config))
     ring = rings(config, student, teacher, training_rate(config, False))
+    experts = exchange_seconds(config, student, teacher)
     loss = loss_seconds(config, student, teacher)
     generating = {
         role: generation_time(config, role, hf, context, completion)
@@ -108,6 +110,7 @@ def step_time(config: Config, student: Any, teacher: Any) -> StepTime:
     seconds = {role: time.all for role, time in generating.items()}
     if config.teacher.scoring == "megatron":
         teacher_time = flops.teacher / (world * teacher_rate) + ring["teacher"].waiting
+        teacher_time += experts["teacher"]
         teacher_time *= bubble(config, "teacher")
     elif config.teacher.scoring == "generation":
         teacher_time = 0.0  # its servers score while they write
@@ -116,6 +119,7 @@ def step_time(config: Config, student: Any, teacher: Any) -> StepTime:
         gpus = teacher_servers.count * teacher_servers.tp
         teacher_time = flops.teacher / (gpus * training_rate(config, False)) if gpus else math.inf
     student_time = flops.student / (world * rate) + ring["student"].waiting + loss
+    student_time += experts["student"]
     return StepTime(
         rollout=seconds.get("rollout", 0.0),
         refinement=seconds.get("refinement", 0.0),

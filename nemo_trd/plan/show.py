@@ -15,6 +15,7 @@ from nemo_trd.plan.cost import (
     servers,
     training_rate,
 )
+from nemo_trd.plan.expert_exchange import exchange_seconds, exchanged_bytes
 from nemo_trd.plan.memory import (
     GIB,
     GpuMemory,
@@ -258,13 +259,20 @@ def _generation(time: StepTime) -> str:
 
 
 def _exchange(plan: Plan) -> list[str]:
-    """Lines about context parallelism, one for each model that has it."""
+    """Lines about context and expert parallelism, one for each model that has them."""
     assert plan.student is not None and plan.teacher is not None
-    rate = training_rate(plan.config, False)
-    return [
+    rate, models = training_rate(plan.config, False), (plan.student.hf, plan.teacher.hf)
+    seconds = exchange_seconds(plan.config, *models)
+    to_experts = [
+        f"  {role:<10} sends {sent / GIB:.2f} GiB a GPU to experts of other ranks and back, for "
+        f"{_seconds(seconds[role])}"
+        for role, sent in exchanged_bytes(plan.config, *models).items()
+        if sent
+    ]
+    return to_experts + [
         f"  {role:<10} passes keys and values on for {_seconds(ring.exchange)}, while it attends "
         f"to them for {_seconds(ring.attention)}"
-        for role, ring in rings(plan.config, plan.student.hf, plan.teacher.hf, rate).items()
+        for role, ring in rings(plan.config, *models, rate).items()
         if ring.exchange
     ]
 

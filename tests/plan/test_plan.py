@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from composed_once import compose
+from tiny_models import EXPERTS
 
 from nemo_trd.config.errors import ConfigError
 from nemo_trd.config.schema import Config, Layout, ModelSource
@@ -21,11 +22,13 @@ from nemo_trd.plan.activations import layer_activation_bytes, micro_batches_in_f
 from nemo_trd.plan.advice import advise, peak
 from nemo_trd.plan.context_parallel import rings
 from nemo_trd.plan.cost import bubble, loss_seconds, step_flops, step_time, with_nodes
+from nemo_trd.plan.expert_exchange import exchange_seconds, exchanged_bytes
 from nemo_trd.plan.main import main
 from nemo_trd.plan.memory import GIB, largest_part, training_memory
 from nemo_trd.plan.plan import Plan, make_plan
 from nemo_trd.plan.shapes import (
     SHIPPED,
+    active_parameters,
     adapter_parameters,
     as_namespace,
     key_value_bytes,
@@ -114,8 +117,36 @@ def test_shipped_shapes_have_the_parameters_that_transformers_counts(file: Path)
 
 
 def size_in_name(name: str) -> float:
-    (size,) = (part for part in name.split("-") if part.endswith("B"))
+    (size,) = (part for part in name.split("-") if part.endswith("B") and part[0] != "A")
     return float(size.removesuffix("B"))
+
+
+@pytest.mark.parametrize(("name", "billions"), [("Qwen3-30B-A3B", 3.3), ("Qwen3-235B-A22B", 22)])
+def test_active_parameters_are_those_that_are_published(name: str, billions: float) -> None:
+    shape, _ = read_model(ModelSource(path=name, trust_remote_code=False), "model")
+    assert active_parameters(shape.hf) / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+def test_tokens_go_to_the_experts_of_other_ranks_and_back() -> None:
+    config = compose(
+        [
+            *("cluster.gpus_per_node=8", "cluster.training_nodes=1", "precision.dtype=bf16"),
+            *("train.recompute=none", "train.prompts_per_step=16", "train.rollouts_per_prompt=1"),
+            *("data.max_prompt_tokens=40", "generation.rollout.max_tokens=60"),
+            *("generation.refinement.max_tokens=60", "cluster.assumptions.mean_length=0.5"),
+            "parallel.student.expert_model_parallel_size=4",
+        ]
+    )
+    source = ModelSource(path="Qwen3-30B-A3B", trust_remote_code=False)
+    shape = read_model(source, "model")[0].hf
+    # 16 trajectories of 50 tokens on 8 GPUs; 48 layers, 8 experts a token, 3 of 4 elsewhere; there
+    # and back, forward and backward, 2048 elements of 2 bytes.
+    expected = (16 * 50 / 8) * 48 * 8 * 3 / 4 * 2 * 2 * 2048 * 2
+    sent = exchanged_bytes(config, shape, shape)
+    assert sent["student"] == pytest.approx(expected)
+    assert sent["teacher"] == 0.0  # its experts are all on each rank
+    seconds = exchange_seconds(config, shape, shape)["student"]
+    assert seconds == pytest.approx(expected / (config.cluster.assumptions.nvlink_gb * 1e9))
 
 
 def test_stages_together_hold_the_model_and_its_padding() -> None:
@@ -182,7 +213,7 @@ def test_full_recompute_keeps_what_autograd_keeps_of_a_real_model(
 ) -> None:
     element = {"bf16": 2, "fp32": 4}[dtype]
     kept = [saved_bytes(architecture, layers, dtype, one_rank) for layers in (2, 4)]
-    shape = as_namespace({**TINY, "model_type": architecture}, Path("x"), "m")
+    shape = as_namespace({**TINY, **EXPERTS, "model_type": architecture}, Path("x"), "m")
     formula = layer_activation_bytes(shape, 2 * 64, 64, split(), element, recompute="full")
     assert kept[1] - kept[0] == 2 * formula
 
@@ -197,6 +228,7 @@ def saved_bytes(architecture: str, layers: int, dtype: str, groups: Any) -> int:
     from nemo_trd.megatron.schedule import run_model
 
     settings = {k: v for k, v in TINY.items() if k != "model_type"} | {"num_hidden_layers": layers}
+    settings |= EXPERTS if FAMILIES[architecture].sparse else {}
     (model,) = build_model(
         CONFIGS[architecture](**settings),
         split(),
