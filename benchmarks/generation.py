@@ -12,6 +12,15 @@ twice: streamed, as a run asks for them, and in two phases, all rollouts before 
 Both are ratios of sums over `--repeats` pairs, which take turns in who comes first: what one of a
 pair has left in the servers' prefix caches, and what else the machine does, falls on both alike.
 
+No step reaches the ideal. The teacher has nothing to do until the first rollout has ended, and the
+student after the last one, whose rewrite still takes its time. Where all completions are equally
+long that is `--concurrency` / `--prompts` of either phase: with 8 of 32 a streamed step takes 1.25
+times the ideal at best, with the default of 8 of 128 1.06 times. So the ratio tells about the way
+of asking only where a step has many times as many prompts as requests are under way. This process
+is not free either, where two servers hold two cores:
+
+    client_seconds  processor seconds of this process for a sample, its rollout and its rewrite
+
 Then the same teacher's server is asked for its log-probabilities of 64 ids a label, in every way:
 
     bytes    a label takes in JSON and in binary
@@ -179,7 +188,7 @@ def second_pass(args: argparse.Namespace, config: Config, url: str, key: str) ->
     for repeat in range(args.repeats + 1):
         texts = [
             tuple(rng.randrange(args.vocabulary) for _ in range(args.max_tokens))
-            for _ in range(args.prompts)
+            for _ in range(args.texts)
         ]
         asked = [GenerationRequest(text, seed) for seed, text in enumerate(texts)]
         times = [time.perf_counter()]
@@ -221,7 +230,7 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     cores = {"student": args.student_cores, "teacher": args.teacher_cores}
     pairs: list[dict[str, Seconds]] = []
-    different = 0
+    different, client = 0, 0.0
     with servers(args, root, key, cores) as urls:
         config = configured(args, root, urls)
         by_kind = {kind: sampler(config, urls, key, kind == "streamed") for kind in KINDS}
@@ -229,6 +238,7 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
         prompts = load_prompts(config.data.train, "data.train", config.data, tokenizer).prompts
         for repeat in range(args.repeats + 1):
             of_step = prompts_of_step(prompts, repeat, args.prompts, config.run.seed)
+            begin = time.process_time()
             drawn = {
                 kind: by_kind[kind].sample(of_step, repeat)
                 for kind in (KINDS if repeat % 2 else reversed(KINDS))
@@ -236,16 +246,18 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
             pair = {kind: drawn[kind].seconds for kind in KINDS}
             print({kind: round(whole(pair[kind]), 2) for kind in KINDS}, file=sys.stderr)
             if repeat:
+                client += time.process_time() - begin
                 pairs.append(pair)
                 both = zip(*(sampled(drawn[kind]) for kind in KINDS), strict=True)
                 different += sum(one != other for one, other in both)
         scores = transport(args, urls["teacher"], key)
         scores["seconds"] = second_pass(args, config, urls["teacher"], key)
     dist.destroy_process_group()
-    sizes = ("hidden", "layers", "vocabulary", "prompts", "max_tokens", "concurrency")
+    sizes = ("hidden", "layers", "vocabulary", "prompts", "max_tokens", "concurrency", "texts")
     return {
         **ratios(pairs),
         "limit": LIMIT,
+        "client_seconds": client / (len(KINDS) * args.repeats * args.prompts),
         "different_samples": different,
         "scores": scores,
         "pairs": [{**pair, **ratios([pair])} for pair in pairs],
@@ -270,6 +282,7 @@ def table(result: Mapping[str, Any]) -> str:
             f"ratio {ratio:.3f}, ideal {ideal:.3f}: {ratio / ideal:.2f} times it, {verdict}",
             "by pair: " + ", ".join(f"{p['ratio']:.3f} ({p['ideal_ratio']:.3f})" for p in pairs),
             f"samples that differ: {result['different_samples']}",
+            f"client: {1000 * result['client_seconds']:.1f} ms of a processor for a sample",
             "",
             *score_lines(result["scores"]),
         ]
@@ -296,10 +309,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=384, help=f"a multiple of {HEAD_DIM}")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocabulary", type=int, default=64, help="tokens, the EOS among them")
-    parser.add_argument("--prompts", type=int, default=48, help="of each of a pair")
-    parser.add_argument("--max-tokens", type=int, default=128, help="of a rollout and of a rewrite")
+    parser.add_argument("--prompts", type=int, default=128, help="of each of a pair")
+    parser.add_argument("--max-tokens", type=int, default=96, help="of a rollout and of a rewrite")
     parser.add_argument("--concurrency", type=int, default=8, help="requests with one server")
     parser.add_argument("--repeats", type=int, default=4, help="pairs")
+    parser.add_argument("--texts", type=int, default=48, help="to write and score")
     parser.add_argument("--answers", type=int, default=20, help="with scores, of each form")
     parser.add_argument("--student-cores", type=int, nargs="+", default=[0])
     parser.add_argument("--teacher-cores", type=int, nargs="+", default=[1])

@@ -40,8 +40,7 @@ import torch
 from torch import Tensor
 
 from nemo_trd.config.schema import Loss
-from nemo_trd.loss.divergences import DIVERGENCES
-from nemo_trd.loss.formulas import dense_divergence
+from nemo_trd.loss.formulas import CLOSED_FORMS, dense_divergence
 from nemo_trd.loss.fused import fused_divergence
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -270,7 +269,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--divergence", choices=list(DIVERGENCES), default="forward_kl")
+    parser.add_argument("--divergence", choices=list(CLOSED_FORMS), default="forward_kl")
     parser.add_argument("--beta", type=float, default=0.5, help="of jsd")
     parser.add_argument("--chunk-size", type=int, default=256, help="of liger and ours")
     parser.add_argument("--repeats", type=int, default=1, help="the fastest counts (GPU: 3)")

@@ -208,6 +208,9 @@ def _draw(
         problems.teacher_tokenizer,
         under_way,
     )
+    if dist.get_rank() == 0:
+        for notice in under_way.notices:
+            log.warning("%s", notice)
     for step in range(file.steps, len(steps)):
         exit_code = stop.exit_code()
         if exit_code is not None:

@@ -34,13 +34,31 @@ NAMES = {
     "model.optim.betas": "optimizer.betas",
     "model.optim.sched.min_lr": "optimizer.min_lr",
 }
+# The same of an adapter, where `model.peft.peft_scheme` is lora.
+ADAPTER_NAMES = {
+    "model.peft.lora_tuning.adapter_dim": "student.adapter.rank",
+    "model.peft.lora_tuning.alpha": "student.adapter.alpha",
+    "model.peft.lora_tuning.adapter_dropout": "student.adapter.dropout",
+    "model.peft.restore_from_path": "student.adapter.init",
+}
 # What is translated below, and what is the experiment manager's alone.
 OTHERS = {
-    "model.data.validation",
+    *("model.data.validation", "model.peft.peft_scheme", "model.peft.lora_tuning.target_modules"),
+    *("model.peft.lora_tuning.variant", "model.peft.lora_tuning.dropout_position"),
     *("model.trd", "model.global_batch_size", "model.optim.sched.warmup_steps"),
     *("model.optim.sched.name", "trainer.precision", "exp_manager", "name"),
 }
 SCHEDULES = {"CosineAnnealing": "cosine", "linear": "linear", "constant": "constant"}
+SCHEMES = {"none": "none", "lora": "lora"}
+TARGETS = {
+    "attention_qkv": ["q", "k", "v"],
+    "attention_dense": ["o"],
+    "mlp_fc1": ["gate", "up"],
+    "mlp_fc2": ["down"],
+    "attention": ["q", "k", "v", "o"],
+    "mlp": ["gate", "up", "down"],
+    "all": ["q", "k", "v", "o", "gate", "up", "down"],
+}
 PRECISIONS = {"bf16": "bf16", "bf16-mixed": "bf16", "32": "fp32", "32-true": "fp32"}
 
 
@@ -58,13 +76,19 @@ def config_from_aligner(cfg: DictConfig) -> Config:
             raise rule_broken(key, value, "nothing reads this key", "remove it")
     trd = container["model"]["trd"]
     groups = [f"{group}={name}" for group, name in trd.pop("groups", {}).items()]
+    adapted = OmegaConf.select(cfg, "model.peft.peft_scheme") is not None
+    adapted = adapted and _choice(cfg, "model.peft.peft_scheme", SCHEMES) == "lora"
+    if adapted:
+        groups.append("student.adapter=lora")
     base: Any = OmegaConf.to_container(composed(groups))
     settings: Any = OmegaConf.merge(base, trd)
-    for key, name in NAMES.items():
+    for key, name in (NAMES | (ADAPTER_NAMES if adapted else {})).items():
         value = OmegaConf.select(cfg, key)
         if value is not None:
             OmegaConf.update(settings, name, value)
     _translate(cfg, settings)
+    if adapted:
+        _translate_adapter(cfg, settings)
     return validate(settings)
 
 
@@ -104,6 +128,29 @@ def _translate(cfg: DictConfig, settings: DictConfig) -> None:
         settings.data.validation = {**settings.data.train, "path": cfg.model.data.validation}
 
 
+def _translate_adapter(cfg: DictConfig, settings: DictConfig) -> None:
+    """The settings of Aligner's LoRA, as far as Hugging Face PEFT's LoRA has them too."""
+    tuning: Any = OmegaConf.select(cfg, "model.peft.lora_tuning") or {}
+    if tuning.get("alpha") is None and tuning.get("adapter_dim") is not None:
+        settings.student.adapter.alpha = tuning.adapter_dim  # as in NeMo
+    _only(cfg, "model.peft.lora_tuning.variant", "canonical", "q, k, v, gate and up have an A each")
+    position = "model.peft.lora_tuning.dropout_position"
+    _only(cfg, position, "pre", "dropout acts on the input of A")
+    field = "model.peft.lora_tuning.target_modules"
+    targets: list[str] = []
+    for module in tuning.get("target_modules") or ["attention_qkv"]:  # NeMo's default
+        if module not in TARGETS:
+            raise rule_broken(field, module, f"known here: {', '.join(TARGETS)}", "choose of them")
+        targets += [target for target in TARGETS[module] if target not in targets]
+    settings.student.adapter.targets = targets
+
+
+def _only(cfg: DictConfig, key: str, allowed: str, rule: str) -> None:
+    value = OmegaConf.select(cfg, key)
+    if value not in (None, allowed):
+        raise rule_broken(key, value, rule, f"set it to {allowed}, or leave it out")
+
+
 def _choice(cfg: DictConfig, key: str, names: dict[str, str]) -> str:
     value = str(OmegaConf.select(cfg, key))
     if value not in names:
@@ -114,7 +161,7 @@ def _choice(cfg: DictConfig, key: str, names: dict[str, str]) -> str:
 def _is_known(key: str) -> bool:
     parts = key.split(".")
     prefixes = {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
-    return bool(prefixes & (NAMES.keys() | OTHERS))
+    return bool(prefixes & (NAMES.keys() | ADAPTER_NAMES.keys() | OTHERS))
 
 
 def _leaves(tree: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:

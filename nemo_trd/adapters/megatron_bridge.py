@@ -142,6 +142,13 @@ class TRD:
                 "Bridge's recipe says what of its model is trained",
                 "set it to null",
             )
+        if config.teacher.ema is not None:
+            raise rule_broken(
+                "teacher.ema",
+                config.teacher.ema,
+                "Bridge owns the student's weights, and nothing here follows them",
+                "set it to null",
+            )
         self.config = config
         self.micro_batches: deque[Item] = deque()
         self.forward_step = TRDForwardStep(left=lambda: len(self.micro_batches))

@@ -60,7 +60,8 @@ def plan(
     Args:
         cost: of a trajectory, in any unit; ranks get equal sums of it.
         multiple: of which every rank's number of micro-batches is one.
-        same_length: fill the student's side of all micro-batches up to one length.
+        same_length: fill the student's side of all micro-batches up to one length, and the
+            teacher's where it is the student's own modules.
         count: number of micro-batches of every rank; those that are missing are fillers.
     """
     parallel, precision, train = config.parallel, config.precision, config.train
@@ -71,20 +72,41 @@ def plan(
         assert all(len(rank) <= count for rank in parts), (count, [len(rank) for rank in parts])
         parts = [rank + [[]] * (count - len(rank)) for rank in parts]
     student = pack_alignment(parallel.student, precision.fp8, precision.fp8_recipe)
-    lengths = [_student_tokens(part, student.segment) for part in itertools.chain(*parts)]
+    teacher = pack_alignment(parallel.teacher, precision.teacher_fp8, precision.fp8_recipe)
     make = partial(
         make_micro_batch,
         student=student,
-        teacher=pack_alignment(parallel.teacher, precision.teacher_fp8, precision.fp8_recipe),
+        teacher=teacher,
         teacher_tokens=train.max_tokens_per_micro_batch,
-        student_length=max(lengths) if same_length else 0,
     )
+    if same_length:
+        all_parts = list(itertools.chain(*parts))
+        longest = max(_length(_students(part), student.segment) for part in all_parts)
+        make = partial(make, student_length=longest)
+    if same_length and config.teacher_is_student:
+        packs = [_cut(_teachers(part), train.max_tokens_per_micro_batch) for part in all_parts]
+        longest = max(_length(pack, teacher.segment) for pack in itertools.chain(*packs))
+        make = partial(make, teacher_length=longest)
     return [[make(part) for part in rank] for rank in parts]
 
 
-def _student_tokens(trajectories: Sequence[Trajectory], multiple: int) -> int:
-    """Tokens of the student's pack, each sequence aligned."""
-    return sum(_round_up(sequence_lengths(t)[0], multiple) for t in trajectories)
+def _students(trajectories: Sequence[Trajectory]) -> list[Pair]:
+    return [(t.student_context, t.labels) for t in trajectories]
+
+
+def _teachers(trajectories: Sequence[Trajectory]) -> list[Pair]:
+    return [(t.teacher_context, t.labels) for t in trajectories]
+
+
+def _length(sequences: Sequence[Pair], multiple: int) -> int:
+    """Tokens of a pack, each sequence aligned."""
+    return sum(_round_up(_inputs(pair), multiple) for pair in sequences)
+
+
+def _inputs(pair: Pair) -> int:
+    """Number of tokens that are read: the last label is predicted, and computed for nothing."""
+    context, labels = pair
+    return len(context) + len(labels) - 1
 
 
 def fill(
@@ -168,6 +190,7 @@ def make_micro_batch(
     teacher: PackAlignment = UNALIGNED,
     teacher_tokens: int | None = None,
     student_length: int = 0,
+    teacher_length: int = 0,
 ) -> Microbatch:
     """Build the tensors of one micro-batch; without trajectories a filler without labels.
 
@@ -176,16 +199,15 @@ def make_micro_batch(
     Args:
         student, teacher: alignments of the two models' packs.
         teacher_tokens: beyond which the teacher's side is cut into several packs.
-        student_length: tokens to which the student's pack is filled up.
+        student_length, teacher_length: tokens to which packs are filled up.
     """
     labels = [token for t in trajectories for token in t.labels]
     owners = [i for i, t in enumerate(trajectories) for _ in t.labels]
     numbers = [number for t in trajectories for number in range(len(t.labels))]
-    students = [(t.student_context, t.labels) for t in trajectories]
-    teachers = [(t.teacher_context, t.labels) for t in trajectories]
+    cut = _cut(_teachers(trajectories), teacher_tokens)
     return Microbatch(
-        student=_packed(students, student, student_length),
-        teacher=tuple(_packed(part, teacher) for part in _cut(teachers, teacher_tokens)),
+        student=_packed(_students(trajectories), student, student_length),
+        teacher=tuple(_packed(part, teacher, teacher_length) for part in cut),
         labels=torch.tensor(labels, dtype=torch.long),
         trajectory_index=torch.tensor(owners, dtype=torch.long),
         label_index=torch.tensor(numbers, dtype=torch.long),
@@ -197,19 +219,14 @@ def _cut(sequences: Sequence[Pair], tokens: int | None) -> list[list[Pair]]:
     """Parts, in order, of no more than `tokens` tokens, or of one sequence."""
     parts: list[list[Pair]] = [[]]
     held = 0
-    for context, labels in sequences:
-        length = len(context) + len(labels) - 1
+    for pair in sequences:
+        length = _inputs(pair)
         if tokens is not None and parts[-1] and held + length > tokens:
             parts.append([])
             held = 0
-        parts[-1].append((context, labels))
+        parts[-1].append(pair)
         held += length
     return parts
-
-
-def filler(alignment: PackAlignment) -> ContextBatch:
-    """A pack without sequences, and so without labels."""
-    return _packed([], alignment)
 
 
 def _packed(sequences: Sequence[Pair], alignment: PackAlignment, length: int = 0) -> ContextBatch:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from typing import get_args
 from urllib.parse import urlsplit
 
 from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import (
+    SERVED_RANKS,
     Config,
     Dataset,
+    EstimatorName,
     Layout,
     ServedPool,
     Speculation,
@@ -29,10 +32,14 @@ def check_consistent(config: Config) -> None:
     _check_models_and_data(config)
     _check_refinement(config)
     _check_training(config)
+    _check_loss(config)
     if config.generation.stored is not None:
         _check_stored(config, config.generation.stored)
     _check_precision(config)
     _check_adapter(config)
+    _check_moving_teacher(config)
+    if config.teacher_is_student:
+        _check_shared_modules(config)
     _check_layouts_and_servers(config)
 
 
@@ -110,12 +117,41 @@ def _check_training(config: Config) -> None:
             f"it may not exceed optimizer.lr = {config.optimizer.lr}",
             "lower it",
         )
-    if config.loss.divergence != "jsd" and config.loss.beta != 0.5:
+
+
+def _check_loss(config: Config) -> None:
+    loss = config.loss
+    if loss.divergence != "jsd" and loss.beta != 0.5:
         raise rule_broken(
             "loss.beta",
-            config.loss.beta,
-            f"loss.divergence={config.loss.divergence} does not use it",
+            loss.beta,
+            f"loss.divergence={loss.divergence} does not use it",
             "remove it, or set loss.divergence=jsd",
+        )
+    if loss.divergence not in get_args(EstimatorName):
+        return
+    for field, value in (("top_k", loss.top_k), ("entry_clip", loss.entry_clip)):
+        if value is not None:
+            raise rule_broken(
+                f"loss.{field}",
+                value,
+                f"loss.divergence={loss.divergence} looks at the sampled token alone",
+                "set it to null, or loss.divergence=reverse_kl",
+            )
+    samples = f"loss.divergence={loss.divergence} is an estimate where labels are samples of the "
+    if config.algorithm.trajectory != "rollout":
+        raise rule_broken(
+            "algorithm.trajectory",
+            config.algorithm.trajectory,
+            f"{samples}student, and a rewrite is one of the teacher",
+            "set it to rollout, or loss.divergence=reverse_kl",
+        )
+    if config.generation.stored is not None:
+        raise rule_broken(
+            "generation.stored",
+            config.generation.stored.rollout,
+            f"{samples}student that is trained, and stored rollouts are of the one before training",
+            "set it to null, or loss.divergence=reverse_kl",
         )
 
 
@@ -200,7 +236,8 @@ def _check_adapter(config: Config) -> None:
             "from their history",
             "set it to tensorwise",
         )
-    if config.model.teacher is None and adapter.init not in ("kaiming", "gaussian"):
+    own_teacher = config.model.teacher is None and config.teacher.ema is None
+    if own_teacher and adapter.init not in ("kaiming", "gaussian"):
         raise rule_broken(
             "student.adapter.init",
             adapter.init,
@@ -208,22 +245,42 @@ def _check_adapter(config: Config) -> None:
             "without its adapter",
             "merge the adapter into model.student.path, and set student.adapter.init=kaiming",
         )
-    if config.teacher_is_base:
-        _check_shared_base(config)
 
 
-def _check_shared_base(config: Config) -> None:
+def _check_moving_teacher(config: Config) -> None:
+    """Rules for a teacher that follows the student."""
+    ema = config.teacher.ema
+    if ema is None:
+        return
+    if config.algorithm.mode != "opsd":
+        raise rule_broken(
+            "teacher.ema",
+            ema,
+            f"in algorithm.mode={config.algorithm.mode} the teacher is another model, and stays",
+            "set it to null, or algorithm.mode=opsd",
+        )
+    servers = "the teacher's servers have the weights of the step-0 student, and get no others"
+    if config.scores_on_servers:
+        raise rule_broken(
+            "teacher.scoring",
+            config.teacher.scoring,
+            f"with teacher.ema = {ema:g} the teacher's weights change, and {servers}",
+            "set it to megatron, or teacher.ema=null",
+        )
+    if config.draws_rewrites and config.generation.vllm is not None:
+        raise rule_broken(
+            "generation.backend",
+            config.generation.backend,
+            f"with teacher.ema = {ema:g} the teacher that rewrites changes, and {servers}",
+            "choose generation=local, algorithm.trajectory=rollout, or teacher.ema=null",
+        )
+
+
+def _check_shared_modules(config: Config) -> None:
     """Rules for a teacher that is the student's own modules: what holds for one holds for both."""
     student, precision = config.parallel.student, config.precision
-    shared = "with student.adapter the teacher of algorithm.mode=opsd is the student's own weights"
-    if student.virtual_pipeline_model_parallel_size is not None:
-        raise rule_broken(
-            "parallel.student.virtual_pipeline_model_parallel_size",
-            student.virtual_pipeline_model_parallel_size,
-            f"{shared}, and its micro-batches have lengths that an interleaved schedule does not "
-            "take",
-            "set it to null",
-        )
+    setting = "student.adapter" if config.teacher.ema is None else "teacher.ema"
+    shared = f"with {setting} the teacher of algorithm.mode=opsd is the student's own modules"
     for field, value in student.model_dump().items():
         other = getattr(config.parallel.teacher, field)
         if other != value:
@@ -255,14 +312,19 @@ def _check_layouts_and_servers(config: Config) -> None:
     if config.teacher.scoring == "generation":
         _check_scoring_by_generation(config)
     for role in ("student", "teacher"):
-        _check_layout(f"parallel.{role}", getattr(config.parallel, role), role)
-        if config.generation.vllm is not None:
+        forward_only = role == "teacher" and not config.teacher_is_student
+        layout = getattr(config.parallel, role)
+        _check_layout(f"parallel.{role}", layout, forward_only=forward_only)
+        if config.generation.vllm is not None and not (
+            role == "teacher" and config.teacher_on_student_servers
+        ):
             vllm = config.generation.vllm
             check_pool(f"generation.vllm.{role}", getattr(vllm, role))
     if config.generation.colocate:
         _check_colocated(config)
     if config.generation.vllm is not None:
         _check_run_ahead(config.generation.max_staleness, config.generation.vllm.weight_sync)
+        _check_served_adapter(config, config.generation.vllm)
         _check_servers_of_roles(config, config.generation.vllm)
         call_limit = config.generation.vllm.weight_sync.call_timeout_seconds
         if call_limit >= 60 * config.parallel.timeout_minutes:
@@ -322,7 +384,7 @@ def _check_colocated(config: Config) -> None:
                 "with generation.colocate the run starts the servers, on the GPUs of its ranks",
                 f"set replicas and devices, {apart}",
             )
-    stays = config.teacher.scoring == "megatron" and not config.teacher_is_base
+    stays = config.teacher.scoring == "megatron" and not config.teacher_is_student
     if stays and not config.teacher.offload_weights:
         raise rule_broken(
             "teacher.offload_weights",
@@ -356,6 +418,48 @@ def _check_servers_of_roles(config: Config, vllm: Vllm) -> None:
             "leave it out of arguments"
             if quantized
             else "set it to null for the student; generation.vllm.teacher.server may have it",
+        )
+
+
+def _check_served_adapter(config: Config, vllm: Vllm) -> None:
+    """Rules for what vLLM can add to the weights that it serves."""
+    adapter, field = config.student.adapter, "generation.vllm.weight_sync.what"
+    if vllm.weight_sync.what == "adapter" and adapter is None:
+        raise rule_broken(
+            field,
+            "adapter",
+            "student.adapter=null trains the weights themselves",
+            "set it to merged, or student.adapter=lora",
+        )
+    served = config.served_adapter
+    if served is not None and served.rank > SERVED_RANKS[-1]:
+        raise rule_broken(
+            "student.adapter.rank",
+            served.rank,
+            f"with {field}=adapter vLLM adds it to the weights, and takes ranks of up to "
+            f"{SERVED_RANKS[-1]}",
+            f"lower it, or set {field}=merged",
+        )
+    if config.teacher_on_student_servers:
+        student, teacher = (pool.server.model_dump() for pool in (vllm.student, vllm.teacher))
+        for name, value in teacher.items():
+            if value != student[name]:
+                raise rule_broken(
+                    f"generation.vllm.teacher.server.{name}",
+                    value,
+                    "with generation.vllm.teacher.urls=[] and replicas=0 the student's servers "
+                    f"answer for the teacher, and generation.vllm.student.server.{name} is "
+                    f"{json.dumps(student[name])}",
+                    f"set it to {json.dumps(student[name])}, or give servers of the teacher",
+                )
+    arguments = vllm.student.server.arguments
+    own = [a for a in arguments if re.match(r"--(enable-lora|(max-)?lora-|max-(cpu-)?loras)", a)]
+    if own:
+        raise rule_broken(
+            "generation.vllm.student.server.arguments",
+            arguments,
+            f"{own[0]} is among those that a student's server gets from {field}",
+            "leave it out",
         )
 
 
@@ -415,7 +519,7 @@ def _check_server_scoring(config: Config) -> None:
             f"vLLM servers score, and generation.backend={generation.backend} has none",
             f"choose generation=vllm, {megatron}",
         )
-    if loss.top_k is None:
+    if loss.top_k is None and loss.divergence not in get_args(EstimatorName):
         raise rule_broken(
             "loss.top_k",
             None,
@@ -431,11 +535,12 @@ def _check_server_scoring(config: Config) -> None:
         )
     arguments = generation.vllm.teacher.server.arguments
     limits = re.findall(r"--max[-_]logprobs[ =](\d+)", " ".join(arguments))
-    if limits and int(limits[-1]) < loss.top_k:
+    top_k = loss.top_k or 1
+    if limits and int(limits[-1]) < top_k:
         raise rule_broken(
             "generation.vllm.teacher.server.arguments",
             arguments,
-            f"--max-logprobs must allow for loss.top_k = {loss.top_k}",
+            f"--max-logprobs must allow for loss.top_k = {top_k}",
             "leave it out: servers are started without a limit",
         )
     for field, value, off in (
@@ -551,9 +656,9 @@ def check_dataset(field: str, dataset: Dataset, verifier: VerifierName) -> None:
         )
 
 
-def _check_layout(field: str, layout: Layout, role: str) -> None:
+def _check_layout(field: str, layout: Layout, *, forward_only: bool) -> None:
     virtual = layout.virtual_pipeline_model_parallel_size
-    if role == "teacher" and virtual is not None:
+    if forward_only and virtual is not None:
         raise rule_broken(
             f"{field}.virtual_pipeline_model_parallel_size",
             virtual,

@@ -48,7 +48,9 @@ def _not_blank(text: str) -> str:
 Name = Annotated[str, AfterValidator(_not_blank)]  # of a file, a directory, a host, ...
 
 
-DivergenceName = Literal["forward_kl", "reverse_kl", "jsd"]
+FullDivergenceName = Literal["forward_kl", "reverse_kl", "jsd"]  # over all of the vocabulary
+EstimatorName = Literal["k1", "k3"]  # of a divergence, from the label's token alone
+DivergenceName = Literal[FullDivergenceName, EstimatorName]
 
 
 class Section(BaseModel):
@@ -137,7 +139,7 @@ class Layout(Section):
 
     tensor_model_parallel_size: PositiveInt  # ranks over which each layer is split
     pipeline_model_parallel_size: PositiveInt  # stages, each with a part of the layers
-    # parts of a stage in the interleaved schedule, student only; null: 1F1B
+    # parts of a stage in the interleaved schedule, where a model is trained; null: 1F1B
     virtual_pipeline_model_parallel_size: PositiveInt | None = None
     context_parallel_size: PositiveInt = 1  # ranks over which each sequence is split
     # split what lies between tensor parallel layers over the same ranks
@@ -156,6 +158,19 @@ class Layout(Section):
             * self.context_parallel_size
         )
 
+    @property
+    def expert_holders(self) -> int:
+        """Number of ranks that hold the experts of all stages once."""
+        return (
+            self.expert_tensor_parallel_size
+            * self.expert_model_parallel_size
+            * self.pipeline_model_parallel_size
+        )
+
+    def divides(self, world_size: int) -> bool:
+        """Whether so many ranks hold the model a whole number of times, and its experts too."""
+        return not (world_size % self.model_parallel_size or world_size % self.expert_holders)
+
 
 class Parallel(Section):
     student: Layout  # over all ranks of the training job
@@ -168,6 +183,9 @@ class Teacher(Section):
     # that train. server: the loss.top_k most likely tokens, from generation.vllm.teacher.
     # generation: the same, computed while these servers write the rewrites; no second pass.
     scoring: Literal["megatron", "server", "generation"]
+    # In opsd: w_T <- ema w_T + (1 - ema) w_theta after each update, beginning with the step-0
+    # student. null: the teacher stays that student.
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     offload_weights: bool  # keep the teacher's weights on the host between steps
     offload_states: bool  # keep its hidden states in pinned host memory until they are needed
     # Arguments of its chat template where it scores. null: those of the refinement prompt for that
@@ -178,7 +196,9 @@ class Teacher(Section):
 class Loss(Section):
     # D(pi_T, pi_theta) of one token. forward_kl: KL(pi_T || pi_theta), the paper's. reverse_kl:
     # KL(pi_theta || pi_T). jsd: beta KL(pi_T || m) + (1 - beta) KL(pi_theta || m) with m = beta
-    # pi_T + (1 - beta) pi_theta (GKD, arXiv 2306.13649).
+    # pi_T + (1 - beta) pi_theta (GKD, arXiv 2306.13649). k1, k3: estimates of reverse_kl from the
+    # sampled token alone, where labels are the student's own samples. k1: policy gradient with
+    # reward log pi_T - log pi_theta. k3: its gradient is an estimate of forward_kl's.
     divergence: DivergenceName
     beta: Fraction  # of jsd only: 0 is forward_kl, 1 is reverse_kl
     # Compare only the teacher's k most likely tokens of each position. null: all of the vocabulary.
@@ -189,6 +209,9 @@ class Loss(Section):
     # Largest divergence of one token, in nats; beyond it the token has no gradient. null: no limit,
     # as in the paper.
     token_clip: PositiveFloat | None
+    # Largest contribution of one vocabulary entry to the divergence of a token, in nats; beyond it
+    # the entry has no gradient (OPSD's pointwise clip, arXiv 2601.18734). null: no limit.
+    entry_clip: PositiveFloat | None = None
     # Divides the logits of both models before the softmax. Gradients follow: they are not scaled up
     # by its square.
     temperature: PositiveFloat
@@ -289,7 +312,13 @@ class PromptRules(Section):
 
 class Data(PromptRules):
     train: Dataset  # problems that are trained on
-    validation: Dataset | None  # problems that evaluation.* asks; null: none
+    validation: Dataset | None  # problems that evaluation.* asks; null, or a null path: none
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _no_path_is_no_validation(cls, value: Any) -> Any:
+        """So that `data.validation.path=...` can be set where the default is none."""
+        return None if isinstance(value, dict) and value.get("path", "") is None else value
 
 
 # What switches a setting of `Sampling` off.
@@ -334,15 +363,27 @@ class Sampling(Section):
             raise PydanticCustomError("off", "there is no such value, {off} is off", off)
         return value
 
+    def draws_from(self, temperature: float) -> bool:
+        """Whether tokens are samples of the model's distribution at `temperature` and no other."""
+        off = all(getattr(self, name) == value for name, value in _OFF.items() if name != "stop")
+        return off and self.temperature == temperature
+
 
 class LocalGeneration(Section):
     batch_size: PositiveInt  # sequences per call of Hugging Face `generate`
     dtype: Literal["fp32", "bf16"]  # of the weights that generate
 
 
+# Ranks for which vLLM 0.32 holds room (--max-lora-rank); an adapter may have a lower one.
+SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
 class WeightSync(Section):
     """How the student's weights reach its servers; see generation/weight_sync.py."""
 
+    # What servers are given. merged: all weights, with student.adapter merged into them. adapter:
+    # student.adapter alone, on the model that they have loaded.
+    what: Literal["merged", "adapter"] = "merged"
     # How tensors travel. nccl: between GPUs. gloo: between processors. file: through `directory`.
     backend: Literal["nccl", "gloo", "file"]
     # What happens to requests that a server is working on. finish: it finishes them with the old
@@ -357,7 +398,11 @@ class WeightSync(Section):
 
 
 class VllmPool(Section):
-    """The servers of one model. Exactly one of `urls` and `replicas` is given."""
+    """The servers of one model. Exactly one of `urls` and `replicas` is given.
+
+    Neither for the teacher of opsd, with weight_sync.what=adapter: the student's servers then
+    answer for it, without the adapter.
+    """
 
     urls: list[str]  # http://HOST:PORT of servers that run already
     replicas: NonNegativeInt  # servers that the run starts, on the host of its first rank
@@ -656,15 +701,34 @@ class Config(Section):
         return self.algorithm.trajectory == "refinement" and self.generation.stored is None
 
     @property
-    def teacher_is_base(self) -> bool:
-        """Whether the teacher in Megatron is the student's own modules without their adapter."""
+    def teacher_is_student(self) -> bool:
+        """Whether the teacher in Megatron is the student's own modules with other weights in them.
+
+        Those below its adapter; with `teacher.ema` the average of what is trained.
+        """
         own = self.model.teacher is None and self.teacher.scoring == "megatron"
-        return own and self.student.adapter is not None
+        return own and (self.student.adapter is not None or self.teacher.ema is not None)
+
+    @property
+    def served_adapter(self) -> Adapter | None:
+        """What the student's servers are given; None: all weights."""
+        vllm = self.generation.vllm
+        on_servers = vllm is not None and vllm.weight_sync.what == "adapter"
+        return self.student.adapter if on_servers else None
 
     @property
     def asks_teacher(self) -> bool:
         """Whether the teacher has work outside Megatron: to rewrite, or to score."""
         return self.draws_rewrites or self.scores_on_servers
+
+    @property
+    def teacher_on_student_servers(self) -> bool:
+        """Whether the student's servers answer for the teacher, too: as its base, unadapted."""
+        vllm = self.generation.vllm
+        if vllm is None or self.served_adapter is None or self.model.teacher is not None:
+            return False
+        without_any = not vllm.teacher.urls and not vllm.teacher.replicas
+        return without_any and self.asks_teacher and self.asks_student
 
     @property
     def asks_student(self) -> bool:
@@ -698,12 +762,16 @@ class Config(Section):
             del settings["generation"][where]
         if self.generation.stored is None:  # as before there was this setting
             del settings["generation"]["stored"]
-        if self.teacher.chat_template_kwargs is not None:  # the rest of the section is only speed
-            settings["teacher"] = {"chat_template_kwargs": self.teacher.chat_template_kwargs}
+        of_teacher = ("chat_template_kwargs", "ema")  # the rest of the section is only speed
+        set_ones = {x: value for x in of_teacher if (value := getattr(self.teacher, x)) is not None}
+        if set_ones:
+            settings["teacher"] = set_ones
         if self.refinement.chat_template_kwargs is None:  # as before there was this setting
             del settings["refinement"]["chat_template_kwargs"]
         if self.student.adapter is None:  # likewise
             del settings["student"]
+        if self.loss.entry_clip is None:
+            del settings["loss"]["entry_clip"]
         for knob in ("micro_batch_size", "max_tokens_per_micro_batch", "recompute"):
             del settings["train"][knob]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

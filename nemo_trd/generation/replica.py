@@ -117,7 +117,7 @@ class Replica:
             if state["failure"]:
                 raise ReplicaError(self.url, "update_weights", state["failure"])
             if state["missing"]:
-                text = f"not all tensors came for {state['missing']}"
+                text = f"not all tensors came, or wrong ones, for {state['missing']}"
                 raise ReplicaError(self.url, "finish_weight_update", text)
         self._post("/finish_weight_update", {"weight_version": str(version)})
         self._linked_version = str(version)

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr
@@ -54,9 +55,10 @@ class VllmGenerator:
     """Samples on the servers at `urls`, which serve one model. Implements `Generator`.
 
     `sync` brings new weights to the servers; without it they keep those they have loaded
-    themselves, version 0. With `logprobs`, completions carry those of their tokens, and with
-    `wanted` scores. Servers with `drafts` take no biases. `decode` is needed where `Sampling.stop`
-    is used.
+    themselves, version 0. `served_model` is the name of an adapter on them; `frozen`
+    says that they are given such an adapter by somebody else, and asked for their base. With
+    `logprobs`, completions carry those of their tokens, and with `wanted` scores. Servers with
+    `drafts` take no biases. `decode` is needed where `Sampling.stop` is used.
 
     A request is idempotent, by its seed: one that fails goes to another replica. A replica that
     fails is asked again when it is healthy, unpaused and has the current weights.
@@ -70,6 +72,8 @@ class VllmGenerator:
         *,
         api_key: SecretStr | None = None,
         sync: WeightSync | None = None,
+        served_model: str | None = None,
+        frozen: bool = False,
         logprobs: bool = False,
         wanted: Wanted | None = None,
         drafts: bool = False,
@@ -86,13 +90,14 @@ class VllmGenerator:
         self._settings = settings
         self._api_key = api_key
         self._sync = sync
+        self._frozen = frozen
+        self._model = {} if served_model is None else {"model": served_model}
         self._logprobs = logprobs
         self._wanted = wanted
         self._drafts = drafts
         self._progress = progress
         self._decode = decode
         self._lock = threading.Lock()  # of the members' loads: one batch at a time
-        self._told_of_json = False
 
     def generate(
         self,
@@ -142,7 +147,8 @@ class VllmGenerator:
                 self._check([r for r in there if r is not None], sampling, description)
 
                 async def answer(position: int) -> None:
-                    request = await requests[position]
+                    # Whoever makes it known may do so after another one has failed.
+                    request = await asyncio.shield(requests[position])
                     if request is None:
                         return
                     self._check([request], sampling, description)
@@ -163,8 +169,8 @@ class VllmGenerator:
             sampled = read_completion(
                 content, url, sampling, self._eos_token_ids, self._logprobs, wanted
             )
-            if wanted:
-                self._tell_of_json(content, url)
+            if wanted and "scores" not in content:
+                _tell_of_json(url)
             self._check_ids(sampled.token_ids, url)
             labels = tuple(label for label, _ in sampled.versions)
             try:
@@ -179,6 +185,7 @@ class VllmGenerator:
         body = generation_body(request, sampling, self._eos_token_ids, logprobs)
         if wanted:
             body["scores"] = wanted.body()
+        body |= self._model
         body["sampling_params"] |= self.vocabulary.constraint(biases=not self._drafts)
         return Job(name, body, request.affinity, read)
 
@@ -217,6 +224,7 @@ class VllmGenerator:
             scores = scores.first(count) if labels == ids[:count] else None
         kept = None if logprobs is None else logprobs[:count]
         spans = [(version_number(label), start) for label, start in sampled.versions]
+        spans = [] if self._frozen else spans  # of what is not asked for
         versions = tuple((n, start) for n, start in spans if n is not None and start < count)
         several = versions if len(versions) > 1 else ()
         return Completion(labels, reason, version, kept, tail, scores, sampled.drafts, several)
@@ -242,11 +250,13 @@ class VllmGenerator:
             ) -> tuple[TokenScores, int]:
                 scores, versions = read_scores(content, url, ids, start, wanted)
                 self._accept(versions, url)
-                self._tell_of_json(content, url)
+                if "scores" not in content:
+                    _tell_of_json(url)
                 return scores, len(scores.label_logprobs)
 
             name = f"{description} {number}"
-            jobs.append(Job(name, scoring_body(token_ids, label_start, wanted), None, read))
+            body = scoring_body(token_ids, label_start, wanted) | self._model
+            jobs.append(Job(name, body, None, read))
         if not jobs:
             return []
         return run_loop(self._score(jobs, max(len(ids) for ids, _ in sequences), description))
@@ -260,16 +270,6 @@ class VllmGenerator:
                 async with asyncio.TaskGroup() as group:
                     scores = [group.create_task(session.ask(job)) for job in jobs]
             return [task.result() for task in scores]
-
-    def _tell_of_json(self, content: Any, url: str) -> None:
-        """Say once that a server sends scores the long way."""
-        if "scores" not in content and not self._told_of_json:
-            self._told_of_json = True
-            log.warning(
-                "%s sends log-probabilities as JSON, several times as many bytes as in binary: it "
-                "was started without nemo_trd_scores.AnswerInArrays (docs/servers.md)",
-                url,
-            )
 
     def _check_ids(self, token_ids: TokenIds, url: str) -> None:
         """Raises AttemptFailed: it holds an id that no server of this model may sample."""
@@ -306,7 +306,7 @@ class VllmGenerator:
         if self._sync is not None and version_number(label) != self.weight_version:
             await asyncio.to_thread(self._sync.update_replica, url)
             label = await self._version_label(connection, url)
-        if self._settings.stale_weights != "keep":
+        if self._settings.stale_weights != "keep" and not self._frozen:
             self._check_version((label,), url)
         if field_of(await connection.call("GET", url, "/is_paused"), "is_paused", url):
             raise AttemptFailed(url, "it is paused")
@@ -324,6 +324,8 @@ class VllmGenerator:
             StaleWeights: another attempt is to be made.
             RuntimeError: `stale_weights` is "error".
         """
+        if self._frozen:
+            return self.weight_version
         policy = self._settings.stale_weights
         try:
             if oldest is None:
@@ -365,3 +367,13 @@ class VllmGenerator:
                 if longest < limit
                 else "shorten the prompts",
             )
+
+
+@cache
+def _tell_of_json(url: str) -> None:
+    """Say that a server sends scores the long way: once, whoever asks it."""
+    log.warning(
+        "%s sends log-probabilities as JSON, several times as many bytes as in binary: it was "
+        "started without nemo_trd_scores.AnswerInArrays (docs/servers.md)",
+        url,
+    )

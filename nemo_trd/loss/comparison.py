@@ -17,24 +17,25 @@ import torch
 from torch import Tensor
 
 from nemo_trd.config.schema import Loss
-from nemo_trd.loss.formulas import closed_form
+from nemo_trd.loss.formulas import ESTIMATORS, Compared, closed_form, unclipped
 from nemo_trd.loss.logits import CPU_BLOCK_BYTES
 from nemo_trd.loss.top_k import TopK, on_support, on_top_k
-from nemo_trd.loss.vocab_shard import VocabShard, at_labels, log_softmax, pick
+from nemo_trd.loss.vocab_shard import VocabShard, add, at_labels, log_softmax, pick
 
 METRICS = (
-    "divergence",  # what is trained on: after the clip
+    "divergence",  # what is trained on: after both clips
     "student_nll",  # of the labels
     "teacher_nll",
     "student_entropy",
     "teacher_entropy",
     "top1_agreement",  # positions where both have the same most likely token
     "clipped",  # positions beyond loss.token_clip
+    "clipped_entries",  # entries beyond loss.entry_clip, a number for each position
     "teacher_tail_mass",  # teacher probability outside its top k
 )
 
 # Of a chunk: the student's tempered logits [n, v], the teacher's or its top k, labels [n] ->
-# statistics [len(METRICS) + 1, n], the last row the divergence before the clip; and the gradient
+# statistics [len(METRICS) + 1, n], the last row the divergence before any clip; and the gradient
 # [n, v] in the student's tempered logits, in the dtype of the weights.
 Comparing = Callable[[Tensor, Tensor | TopK, Tensor], tuple[Tensor, Tensor]]
 
@@ -97,22 +98,21 @@ def compare(
         compared = _with_top_k(z_s, teacher, labels, loss, shard)
     else:
         compared = _with_logits(z_s, teacher, labels, loss, shard)
-    value, gradient = compared.value, compared.gradient
-    if loss.token_clip is None:
-        clipped_value, clipped = value, torch.zeros_like(value)
-    else:
-        clipped_value, clipped = value.clamp(max=loss.token_clip), value > loss.token_clip
+    value, trained, entries, gradient = compared.divergence
+    clipped = torch.zeros_like(value)
+    if loss.token_clip is not None:
+        clipped = trained > loss.token_clip
+        trained = trained.clamp(max=loss.token_clip)
         gradient = gradient.mul_(~clipped[:, None])
     both = (*compared.nll, *compared.entropy, compared.agreement)
-    rows = (clipped_value, *both, clipped, compared.tail, value)
+    rows = (trained, *both, clipped, entries, compared.tail, value)
     return torch.stack([row.to(z_s.dtype) for row in rows]), gradient.to(dtype)
 
 
 class _Comparison(NamedTuple):
     """Comparison of both models at n positions; pairs are student and teacher."""
 
-    value: Tensor  # [n]
-    gradient: Tensor  # [n, v] in the student's tempered logits
+    divergence: Compared
     tail: Tensor  # [n], the teacher's probability outside its top k
     nll: tuple[Tensor, Tensor]
     entropy: tuple[Tensor, Tensor]
@@ -131,13 +131,15 @@ def _with_logits(
     nll_s, nll_t, entropy_s, entropy_t = shard.total(
         -at_labels(log_s, labels, shard), -at_labels(log_t, labels, shard), entropy_s, entropy_t
     )
-    if loss.top_k is None:
-        value, gradient = closed_form(loss)(log_s, log_t, s, t, shard.total)
-        tail = torch.zeros_like(value)
+    tail = torch.zeros_like(nll_t)
+    if loss.divergence in ESTIMATORS:
+        divergence = _estimated(s, nll_s, nll_t, labels, loss, shard)
+    elif loss.top_k is None:
+        divergence = closed_form(loss)(log_s, log_t, s, t, shard.total)
     else:
         del log_s, log_t, s, t
-        value, gradient, tail = on_top_k(z_s, z_t, loss, shard)
-    return _Comparison(value, gradient, tail, (nll_s, nll_t), (entropy_s, entropy_t), agreement)
+        divergence, tail = on_top_k(z_s, z_t, loss, shard)
+    return _Comparison(divergence, tail, (nll_s, nll_t), (entropy_s, entropy_t), agreement)
 
 
 def _with_top_k(
@@ -152,8 +154,20 @@ def _with_top_k(
     )
     best = log_s.amax(-1) if shard.columns else torch.full_like(nll, -math.inf)
     agreement = at_best == shard.gather(best).amax(0)
-    del log_s
-    top, tail = teacher.log_probs.to(z_s.dtype), teacher.log_tail().to(z_s.dtype)
-    value, gradient, tail_mass = on_support(z_s, teacher.ids, top, tail, loss, shard)
-    unknown, nll_t = torch.zeros_like(nll), -teacher.label_log_probs
-    return _Comparison(value, gradient, tail_mass, (nll, nll_t), (entropy, unknown), agreement)
+    unknown, nll_t = torch.zeros_like(nll), -teacher.label_log_probs.to(z_s.dtype)
+    if loss.divergence in ESTIMATORS:
+        divergence, tail_mass = _estimated(log_s.exp_(), nll, nll_t, labels, loss, shard), unknown
+    else:
+        del log_s
+        top, tail = teacher.log_probs.to(z_s.dtype), teacher.log_tail().to(z_s.dtype)
+        divergence, tail_mass = on_support(z_s, teacher.ids, top, tail, loss, shard)
+    return _Comparison(divergence, tail_mass, (nll, nll_t), (entropy, unknown), agreement)
+
+
+def _estimated(
+    s: Tensor, nll_s: Tensor, nll_t: Tensor, labels: Tensor, loss: Loss, shard: VocabShard
+) -> Compared:
+    """From the labels' tokens alone; d log s(label) / dz is 1[label] - s. Overwrites s."""
+    value, slope = ESTIMATORS[loss.divergence](-nll_s, -nll_t)  # type: ignore[index]
+    gradient = s.mul_(-slope[:, None])
+    return unclipped(value, add(gradient, labels[:, None], slope[:, None], shard))

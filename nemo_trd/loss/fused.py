@@ -22,6 +22,7 @@ from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import Loss
 from nemo_trd.loss.comparison import METRICS, comparing
 from nemo_trd.loss.divergences import chunk_size
+from nemo_trd.loss.formulas import ESTIMATORS
 from nemo_trd.loss.logits import full_precision, logits_of
 from nemo_trd.loss.top_k import TopK, most_likely
 from nemo_trd.loss.vocab_shard import VocabShard, at_labels, log_softmax, own_shard
@@ -37,7 +38,7 @@ class DivergenceOutput:
     count: number of tokens.
     metrics: sums over tokens, one scalar for each of `METRICS`, at the loss's temperature; but no
         `teacher_entropy` of a teacher that is known by its top k.
-    token_divergence: [n], detached, before the clip: inf and NaN stay visible in it.
+    token_divergence: [n], detached, before any clip: inf and NaN stay visible in it.
     token_nll: [2, n], detached: the student's and the teacher's, of the labels, in nats.
     """
 
@@ -105,12 +106,14 @@ def divergence_from_top_k(
     weight_gradient: Tensor | None = None,
 ) -> DivergenceOutput:
     """As `fused_divergence`, of a teacher of which the `loss.top_k` most likely ids at the same n
-    labels are known, at temperature 1: the same on all ranks of `group`.
+    labels are known (any number for an estimator), at temperature 1: the same on all ranks of
+    `group`.
 
     Raises:
         ConfigError: a label or an id of the teacher outside the vocabulary, likewise.
     """
-    assert teacher.ids.shape == (labels.numel(), loss.top_k) and loss.temperature == 1
+    assert len(teacher.ids) == labels.numel() and loss.temperature == 1
+    assert loss.divergence in ESTIMATORS or teacher.ids.shape[1] == loss.top_k
     if loss.top_k == vocab_size:  # nothing is left for a bucket
         loss = loss.model_copy(update={"top_k_tail": "renormalize"})
     check_ids(TOP_K_IDS, teacher.ids, vocab_size)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_trd.config.schema import Loss
-from nemo_trd.loss.formulas import closed_form
+from nemo_trd.loss.formulas import Compared, closed_form
 from nemo_trd.loss.vocab_shard import VocabShard, add, pick, without
 
 
@@ -49,14 +49,11 @@ class TopK:
         return tail.clamp(min=torch.finfo(torch.float32).eps).log()
 
 
-def on_top_k(
-    z_s: Tensor, z_t: Tensor, loss: Loss, shard: VocabShard
-) -> tuple[Tensor, Tensor, Tensor]:
+def on_top_k(z_s: Tensor, z_t: Tensor, loss: Loss, shard: VocabShard) -> tuple[Compared, Tensor]:
     """The divergence of two smaller distributions: over the teacher's k most likely ids, and,
     with `top_k_tail: bucket`, one category more that holds all other ids.
 
-    Returns: divergence [n], gradient in the student's tempered logits [n, v] on this shard, and
-        the teacher's probability outside its top k [n].
+    Returns: the divergence, and the teacher's probability outside its top k [n].
     """
     assert loss.top_k is not None
     ids, top_t = most_likely(z_t, loss.top_k, shard)
@@ -66,7 +63,7 @@ def on_top_k(
 
 def on_support(
     z_s: Tensor, ids: Tensor, top_t: Tensor, tail_t: Tensor, loss: Loss, shard: VocabShard
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Compared, Tensor]:
     """As `on_top_k`, over ids [n, k] of which the teacher's logits [n, k] are given, and the
     log-sum-exp of its logits at all other ids [n]; both up to a constant of each row.
 
@@ -83,11 +80,12 @@ def on_support(
         tail_s = shard.logsumexp(others_s)[:, None]
         top_s, top_t = torch.cat([top_s, tail_s], -1), torch.cat([top_t, tail_t[:, None]], -1)
     log_s, log_t = torch.log_softmax(top_s, -1), torch.log_softmax(top_t, -1)
-    value, d_top = closed_form(loss)(log_s, log_t, log_s.exp(), log_t.exp(), lambda *sums: sums)
+    of_support = closed_form(loss)(log_s, log_t, log_s.exp(), log_t.exp(), lambda *sums: sums)
+    d_top = of_support.gradient
 
     # d tail_s / d z is the student's distribution inside the bucket, zero on the top k.
     gradient = (others_s - tail_s).exp_().mul_(d_top[:, -1:]) if bucket else torch.zeros_like(z_s)
-    return value, add(gradient, ids, d_top[:, :k], shard), tail_mass
+    return of_support._replace(gradient=add(gradient, ids, d_top[:, :k], shard)), tail_mass
 
 
 def most_likely(z: Tensor, k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:

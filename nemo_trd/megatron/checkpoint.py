@@ -229,6 +229,8 @@ class Checkpointer:
         states = load_models(self._student.models, state_dict, checkpoint, strict=whole)
         load_optimizer(self._student.optimizer, optimizer, checkpoint)
         self._student.scheduler.load_state_dict(states["scheduler"])
+        if self._student.average is not None:
+            self._student.load_average(states["average"])
         rng = checkpoint / "rng" / _rng_file()
         if rng.is_file():
             _restore_rng_state(load_file(rng))
@@ -246,8 +248,9 @@ class Checkpointer:
 
     def _state_dict(self, *, is_loading: bool) -> dict[str, Any]:
         metadata = {**SHARDING, "dp_cp_group": self._student.groups.dp_cp}
-        models = self._student.sharded_state_dict(metadata)
+        models, average = self._student.sharded_state_dict(metadata), self._student.average
         return {
+            **({} if average is None else {"average": average.sharded_state_dict(models)}),
             "model": models,
             "optimizer": self._student.optimizer.sharded_state_dict(
                 models, is_loading=is_loading, metadata=metadata

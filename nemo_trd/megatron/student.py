@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,12 +28,14 @@ from nemo_trd.megatron.hf_weights import export_hf_weights, load_hf_weights
 from nemo_trd.megatron.learning_rate import scheduler
 from nemo_trd.megatron.loss_head import LossHead
 from nemo_trd.megatron.model import build_model, load_hf_config
+from nemo_trd.megatron.moving_average import MovingAverage
 from nemo_trd.megatron.offload import offloaded
 from nemo_trd.megatron.optimizer import make_optimizer, optimizer_tensors
 from nemo_trd.megatron.process_groups import process_groups
 from nemo_trd.megatron.reports import Report, read_labels, read_sums, read_watched
 from nemo_trd.megatron.schedule import is_last_stage, run_model, run_schedule
 from nemo_trd.models.family import shared_vocab_size
+from nemo_trd.models.peft import scale
 from nemo_trd.models.served import is_only_served, read_served
 from nemo_trd.models.vocabulary import load_tokenizer
 from nemo_trd.preflight.models import real_vocab_size
@@ -48,7 +50,10 @@ class StepResult:
 
 
 class Student:
-    """Holds this rank's share of the student and of its optimizer. All methods are collective."""
+    """Holds this rank's share of the student and of its optimizer. All methods are collective.
+
+    average: the weights of a teacher that follows the student (`teacher.ema`), else None.
+    """
 
     def __init__(self, config: Config) -> None:
         source = config.model.student
@@ -68,6 +73,8 @@ class Student:
         self.adapter = config.student.adapter
         if self.adapter is not None:
             lora.add_adapters(self.models, self.hf, self.adapter, self.groups, config.run.seed)
+        ema = config.teacher.ema
+        self.average = None if ema is None else MovingAverage(self.models, ema)
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             check_for_nan_in_grad=False,  # nemo_trd.megatron.finite does, when the passes are done
@@ -105,8 +112,10 @@ class Student:
         in_megatron = config.teacher.scoring == "megatron"
         if in_megatron and not is_only_served(config) and is_last_stage(self.groups):
             weight = self.models[-1].output_weight()
-            if config.teacher_is_base:  # no adapter is on it
+            if not trained and config.teacher_is_student:  # no adapter is on it
                 head.teacher_weight = weight
+            elif self.average is not None:
+                head.teacher_weight = self.average.of(weight)
             else:
                 head.read_teacher_weight(config.teacher_source, weight)
         return head
@@ -166,7 +175,22 @@ class Student:
         self.scheduler.step(increment=1)
         updated, grad_norm, _ = self.optimizer.step()
         assert updated, "only loss scaling skips updates, and bf16 and fp32 have none"
+        if self.average is not None:
+            self.average.update()
+            self._follow_average()
         return {"grad_norm": float(grad_norm), "lr": self.optimizer.param_groups[0]["lr"]}
+
+    def load_average(self, saved: Mapping[str, Tensor]) -> None:
+        """Take over the average of a checkpoint."""
+        assert self.average is not None
+        self.average.load(saved)
+        self._follow_average()
+
+    def _follow_average(self) -> None:
+        """Give the loss head the teacher's output weight as it is now."""
+        assert self.average is not None
+        if self.adapter is None and self._head.teacher_weight is not None:
+            self._head.teacher_weight = self.average.of(self.models[-1].output_weight())
 
     @torch.no_grad()
     def compare(
@@ -268,7 +292,8 @@ class Student:
         weights += [b.param_data for b in buffers if b.param_data is not None]
         head = self._head.teacher_weight
         states = optimizer_tensors(self.optimizer)
-        kept = [*weights, *states, *([] if head is None else [head])]
+        average = [] if self.average is None else self.average.tensors
+        kept = [*weights, *states, *average, *([] if head is None else [head])]
         with offloaded(kept, forgotten=[buffer.grad_data for buffer in buffers]):
             yield
 
@@ -280,10 +305,26 @@ class Student:
         added = {} if self.adapter is None else lora.added_to_weights(self.models, self.adapter)
         return export_hf_weights(self.models, self.hf, self.groups, added)
 
+    def export_teacher_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The average of the student's weights, as `export_hf_weights`.
+
+        The student computes with it until the iterator is at its end or closed.
+        """
+        assert self.average is not None
+        with self.average.in_place():
+            yield from self.export_hf_weights()
+
     def export_adapter(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the adapter under its name in PEFT, likewise."""
         assert self.adapter is not None
         return lora.export_adapter(self.models, self.hf, self.adapter, self.groups)
+
+    def export_scaled_adapter(self) -> Iterator[tuple[str, Tensor]]:
+        """The same, with B multiplied by the scale: B A x is what is added."""
+        assert self.adapter is not None
+        factor = scale(self.adapter)
+        for name, tensor in self.export_adapter():
+            yield name, tensor * factor if ".lora_B." in name else tensor
 
     def sharded_state_dict(self, metadata: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """What a checkpoint holds of each model of this rank, "chunk0", "chunk1", ...

@@ -189,9 +189,9 @@ class WeightTensor:
     expert: int | None = None  # whose it is, in its layer; None: every rank of the stage has it
 
     @property
-    def is_layer_matrix(self) -> bool:
-        """Whether it is the weight of a linear layer inside a layer."""
-        return self.layer is not None and len(self.shape) == 2
+    def is_linear(self) -> bool:
+        """Whether it is the weight of a linear layer; a router is none."""
+        return len(self.shape) == 2 and self.split_axis is not None
 
 
 def expected_tensors(hf: Any) -> dict[str, WeightTensor]:
@@ -200,6 +200,16 @@ def expected_tensors(hf: Any) -> dict[str, WeightTensor]:
     `hf` is the `PretrainedConfig` of a supported model, or has its attributes. The output weight
     of a tied model is not among them.
     """
+    family, tensors = family_of(hf), outer_tensors(hf)
+    of_kinds = {sparse: layer_tensors(hf, sparse=sparse) for sparse in {False, family.sparse}}
+    for index in range(hf.num_hidden_layers):
+        for name, tensor in of_kinds[is_sparse(hf, index)].items():
+            tensors[f"{family.layers}.{index}.{name}"] = replace(tensor, layer=index)
+    return tensors
+
+
+def outer_tensors(hf: Any) -> dict[str, WeightTensor]:
+    """Those of them outside the layers."""
     family, hidden = family_of(hf), hf.hidden_size
     tensors = {
         family.embedding: WeightTensor((hf.vocab_size, hidden), split_axis=0),
@@ -207,13 +217,19 @@ def expected_tensors(hf: Any) -> dict[str, WeightTensor]:
     }
     if not hf.tie_word_embeddings:
         tensors[family.head] = WeightTensor((hf.vocab_size, hidden), split_axis=0)
-    attention, dense, sparse = (
-        part(hf, family) for part in (_attention_tensors, _dense_tensors, _sparse_tensors)
-    )
-    for index in range(hf.num_hidden_layers):
-        for name, tensor in (attention | (sparse if is_sparse(hf, index) else dense)).items():
-            tensors[f"{family.layers}.{index}.{name}"] = replace(tensor, layer=index)
     return tensors
+
+
+def layer_tensors(hf: Any, *, sparse: bool) -> dict[str, WeightTensor]:
+    """Those of a layer, by name below it.
+
+    Args:
+        sparse: whether the layer has experts.
+    """
+    family = family_of(hf)
+    return _attention_tensors(hf, family) | (
+        _sparse_tensors(hf, family) if sparse else _dense_tensors(hf, family)
+    )
 
 
 def fused_tensors(hf: Any) -> dict[str, tuple[tuple[int, ...], tuple[tuple[str, int], ...]]]:

@@ -7,29 +7,22 @@ from typing import Any
 from nemo_trd.models.family import dense_layers, experts_of, head_dim
 
 
-def layer_flops(hf: Any, attended: float, *, gated: bool = True) -> float:
+def layer_flops(hf: Any, attended: float, *, sparse: bool = False, gated: bool = True) -> float:
     """FLOPs of one token's forward pass through one layer, with `attended` keys for its query.
 
-    In a model with experts, of its layers on average.
+    Args:
+        sparse: whether the layer has experts, of which a token passes through some.
     """
     queries = hf.num_attention_heads * head_dim(hf)
     keys = hf.num_key_value_heads * head_dim(hf)
     matrices = hf.hidden_size * (2 * queries + 2 * keys)
-    matrices += hf.hidden_size * active_width(hf) * (3 if gated else 2)
-    if (experts := experts_of(hf)) is not None:
-        sparse = hf.num_hidden_layers - dense_layers(hf)
-        matrices += hf.hidden_size * experts.count * sparse / hf.num_hidden_layers  # the router
+    if sparse:
+        experts = experts_of(hf)
+        assert experts is not None
+        matrices += hf.hidden_size * (experts.count + 3 * experts.per_token * experts.width)
+    else:
+        matrices += hf.hidden_size * hf.intermediate_size * (3 if gated else 2)
     return 2 * matrices + 4 * queries * attended
-
-
-def active_width(hf: Any) -> float:
-    """Intermediate size that a token meets in a layer, over its experts; on average of layers."""
-    experts = experts_of(hf)
-    if experts is None:
-        return hf.intermediate_size
-    layers, dense = hf.num_hidden_layers, dense_layers(hf)
-    sparse = (layers - dense) * experts.per_token * experts.width
-    return (dense * hf.intermediate_size + sparse) / layers
 
 
 def forward_flops(
@@ -42,5 +35,8 @@ def forward_flops(
     2021, "Efficient Large-Scale Language Model Training on GPU Clusters", appendix); under a
     causal mask a token attends to (s + 1) / 2 on average.
     """
-    layers = tokens * hf.num_hidden_layers * layer_flops(hf, attended, gated=gated)
-    return layers + logits * 2 * hf.hidden_size * hf.vocab_size
+    dense = dense_layers(hf)
+    layers = dense * layer_flops(hf, attended, gated=gated) if dense else 0.0
+    if sparse := hf.num_hidden_layers - dense:
+        layers += sparse * layer_flops(hf, attended, sparse=True)
+    return tokens * layers + logits * 2 * hf.hidden_size * hf.vocab_size

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,8 @@ from nemo_trd.models.directory import (
     tensors_of_file,
 )
 from nemo_trd.models.family import LayerNames, WeightTensor, expected_tensors, family_of
+
+log = logging.getLogger(__name__)
 
 FIELD = "student.adapter.init"
 BASE_DIGEST = "base_sha256"  # in the header of adapter_model.safetensors
@@ -196,11 +199,14 @@ def read_adapter(directory: Path) -> tuple[dict[str, Any], dict[str, StoredTenso
     return settings, tensors_of_file(weights, FIELD)
 
 
-def check_base_of_beginning(adapter: Adapter, digest: str) -> None:
+def check_base_of_beginning(adapter: Adapter, digest: str, base: str) -> None:
     """Refuse an adapter that says that it was trained on other weights.
+
+    Warns where it does not say so, as adapters of PEFT do not, and names another model.
 
     Args:
         digest: `weights_digest` of the model that it is put on.
+        base: the directory of that model.
 
     Raises:
         ConfigError
@@ -209,10 +215,17 @@ def check_base_of_beginning(adapter: Adapter, digest: str) -> None:
 
     if not begins_from_directory(adapter):
         return
-    file = Path(adapter.init) / ADAPTER_WEIGHTS
-    with safe_open(file, framework="pt") as opened:
-        recorded = (opened.metadata() or {}).get(BASE_DIGEST, digest)
-    if recorded != digest:
+    directory = Path(adapter.init)
+    with safe_open(directory / ADAPTER_WEIGHTS, framework="pt") as opened:
+        recorded = (opened.metadata() or {}).get(BASE_DIGEST)
+    named = read_json(directory / ADAPTER_NAME, FIELD).get("base_model_name_or_path")
+    if recorded is None and named and Path(named).name != Path(base).resolve().name:
+        log.warning(
+            "%s = %s was trained on %s, it says, and records no digest of those weights; "
+            "model.student.path is %s",
+            *(FIELD, adapter.init, named, base),
+        )
+    if recorded not in (None, digest):
         raise rule_broken(
             FIELD,
             adapter.init,

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_trd.config.schema import Layout
+from nemo_trd.config.schema import Adapter, Layout
 from nemo_trd.models.family import dense_layers, experts_of, family_of, head_dim
+from nemo_trd.models.peft import adapted_modules
 
 
 def layer_activation_bytes(
@@ -19,6 +20,7 @@ def layer_activation_bytes(
     layout: Layout,
     element: int,
     *,
+    sparse: bool = False,
     gated: bool = True,
     dropout: bool = False,
     fused_attention: bool = True,
@@ -30,13 +32,14 @@ def layer_activation_bytes(
     4 h this is Korthikanti et al.'s s b h (34 + 5 a s / h), their equation 2, and with tensor and
     sequence parallelism equation 4. "selective" drops what grows with the square of the length,
     "full" all but the layer's input; fused attention never stores scores. Context parallel ranks
-    divide the tokens. In a model with experts it is the mean of all layers, and every expert has
-    equally many tokens: a rank has more where routing is uneven.
+    divide the tokens. A layer with experts keeps of each token what its experts get and compute;
+    every rank is taken to get as many tokens as it sends.
 
     Args:
         tokens: number of tokens of the micro-batch, s b.
         length: number of tokens of one sequence, s.
         element: bytes of one activation.
+        sparse: whether the layer has experts.
     """
     tp = layout.tensor_model_parallel_size
     outside = tp if layout.sequence_parallel else 1
@@ -57,23 +60,47 @@ def layer_activation_bytes(
     elif recompute == "none":
         scores = heads * length
         split += scores * element + (scores * (element + 1) if dropout else 0)
-    dense = dense_layers(hf) / hf.num_hidden_layers
-    split += round(dense * hf.intermediate_size * element * (3 if gated else 2))
-    routed = round((1 - dense) * tokens / outside * routed_bytes(hf, layout, element))
-    return tokens * replicated // outside + tokens * split // tp + routed
+    if sparse:
+        replicated += _routed(hf, layout, element)
+    else:
+        split += hf.intermediate_size * element * (3 if gated else 2)
+    return tokens * replicated // outside + tokens * split // tp
 
 
-def routed_bytes(hf: Any, layout: Layout, element: int) -> int:
-    """Bytes that a sparse layer keeps of one token: what its experts compute, and its scores.
+def adapter_activation_bytes(
+    hf: Any, layer: int, tokens: int, layout: Layout, element: int, adapter: Adapter
+) -> int:
+    """Bytes that a layer's adapter keeps for its backward pass, on one tensor parallel rank.
 
-    Of each expert the input, which every rank that splits it has whole, and this rank's part of
-    what lies inside. The scores are in fp32, before and behind the softmax.
+    They are beside the layer's own. For each target A x, of all tokens where B is split, and a copy
+    of A: those of targets with the same input are joined. With dropout, instead of the copy, what
+    is left of x, and which part that is.
+    """
+    tp = layout.tensor_model_parallel_size
+    whole = own_tokens(tokens, layout)
+    part = whole // tp if layout.sequence_parallel else whole
+    kept = 0
+    for weight in adapted_modules(hf, adapter).values():
+        if weight.layer != layer:
+            continue
+        if weight.split_axis == 1:  # over its inputs
+            inputs, seen, reduced = weight.shape[1] // tp, whole, part
+        else:
+            inputs, seen, reduced = weight.shape[1], part, whole
+        kept += adapter.rank * reduced + inputs * (2 * seen if adapter.dropout else adapter.rank)
+    return kept * element
+
+
+def _routed(hf: Any, layout: Layout, element: int) -> int:
+    """Bytes of a token in its experts: what they get, gate, up, their product; the router's scores.
+
+    Ranks that split an expert all get its tokens, and compute a part of its width.
     """
     experts = experts_of(hf)
-    if experts is None:
-        return 0
-    copies = hf.hidden_size * layout.expert_tensor_parallel_size
-    return experts.per_token * (copies + 3 * experts.width) * element + 8 * experts.count
+    assert experts is not None
+    gathered = layout.expert_tensor_parallel_size
+    scores = 2 * 4 * experts.count  # logits and probabilities, fp32
+    return experts.per_token * (gathered * hf.hidden_size + 3 * experts.width) * element + scores
 
 
 def working_set_bytes(hf: Any, tokens: int, layout: Layout, element: int) -> int:
@@ -85,12 +112,14 @@ def working_set_bytes(hf: Any, tokens: int, layout: Layout, element: int) -> int
     """
     tp, cp = layout.tensor_model_parallel_size, layout.context_parallel_size
     own = own_tokens(tokens, layout)
-    working = own * 2 * hf.hidden_size * element
-    outside = tp if layout.sequence_parallel else 1
-    # Of experts also the outputs, on their way back.
-    sparse = own // outside * routed_bytes(hf, layout, element) * 2
-    dense = own * 3 * hf.intermediate_size // tp * element if dense_layers(hf) else 0
-    working += max(dense, sparse)
+    mlp = [0]
+    if dense_layers(hf):
+        mlp.append(own * (3 * hf.intermediate_size // tp))
+    if experts := experts_of(hf):
+        # Tokens in the order of experts, before and after the exchange; gate, up and product.
+        routed = own // (tp if layout.sequence_parallel else 1) * experts.per_token
+        mlp.append(routed * (2 * hf.hidden_size + 3 * experts.width))
+    working = (own * 2 * hf.hidden_size + max(mlp)) * element
     if cp > 1:
         heads = 2 * hf.num_key_value_heads + hf.num_attention_heads
         working += cp * own * heads * head_dim(hf) // tp * element

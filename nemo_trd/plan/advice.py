@@ -18,6 +18,7 @@ SIZES = (  # of a layout, in the order in which they are enlarged
     "pipeline_model_parallel_size",
     "context_parallel_size",
 )
+EXPERTS = "expert_model_parallel_size"
 LEAST_GAIN = 0.01  # share of memory; a further change saves more, or nodes would be added forever
 
 
@@ -86,6 +87,8 @@ def on_fewer_gpus(config: Config) -> Config | None:
                 layout = layout.model_copy(update={key: getattr(layout, key) // 2})
         if world % layout.model_parallel_size:
             return None
+        while world % layout.expert_holders and getattr(layout, EXPERTS) % 2 == 0:
+            layout = layout.model_copy(update={EXPERTS: getattr(layout, EXPERTS) // 2})
         fitted = _with(fitted, "parallel", **{role: layout})
     return None if fitted == config else fitted
 
@@ -125,7 +128,7 @@ def _larger_layouts(config: Config, student: Any, teacher: Any) -> Iterator[tupl
         roles.append(("teacher", teacher))
     for role, hf in roles:
         layout: Layout = getattr(config.parallel, role)
-        for key in SIZES:
+        for key in (*SIZES, EXPERTS):
             size = 2 * getattr(layout, key)
             if key.startswith("tensor") and size > config.cluster.gpus_per_node:
                 continue

@@ -16,6 +16,7 @@ from nemo_trd.config.rules import check_server_tp
 from nemo_trd.config.schema import Config, ModelSource
 from nemo_trd.models.directory import INDEX_NAME, SINGLE_NAME, check_weights
 from nemo_trd.models.family import experts_of
+from nemo_trd.models.peft import begins_from_directory, check_beginning
 from nemo_trd.models.read import Model
 from nemo_trd.models.served import is_only_served, read_served
 from nemo_trd.plan.cost import concurrent_sequences, server_nodes, servers
@@ -44,6 +45,8 @@ def check(config: Config) -> tuple[Model | None, Model | None, Findings]:
             if is_only_served(config)
             else _model(config.model.teacher, TEACHER, findings)
         )
+    if student is not None:
+        _check_adapter(config, student, findings)
     findings.problems += batch_problems(config, config.cluster.world_size)
     findings.problems += model_problems(config, student, teacher)
     findings.problems += _layout_problems(config)
@@ -96,12 +99,23 @@ def _model(source: ModelSource, name: str, findings: Findings) -> Model | None:
     return model
 
 
+def _check_adapter(config: Config, student: Model, findings: Findings) -> None:
+    """Check the adapter that the student begins with, where it is on this machine."""
+    adapter = config.student.adapter
+    if adapter is None or not begins_from_directory(adapter):
+        return
+    if Path(adapter.init).exists():
+        findings.problems += check_beginning(student.hf, adapter)
+    else:
+        findings.notes.append(f"student.adapter.init = {adapter.init}: not on this machine")
+
+
 def _check_nodes(config: Config, findings: Findings) -> None:
     """Check that servers have nodes of their own exactly where servers generate something."""
     cluster, vllm = config.cluster, config.generation.vllm
     used = (
         ("student", "rollout", config.asks_student),
-        ("teacher", "refinement", config.asks_teacher),
+        ("teacher", "refinement", config.asks_teacher and not config.teacher_on_student_servers),
     )
     for name, role, is_used in used:
         nodes, tp = server_nodes(cluster, role)
@@ -172,8 +186,7 @@ def _server_problems(config: Config, student: Model, teacher: Model) -> Iterator
         if not has_shape(hf):
             continue
         name = "student" if role == "rollout" else "teacher"
-        pool = servers(config, role, hf)
-        experts = experts_of(hf)
+        pool, experts = servers(config, role, hf), experts_of(hf)
         for size, key in (
             (hf.num_attention_heads, "num_attention_heads"),
             (hf.intermediate_size, "intermediate_size")

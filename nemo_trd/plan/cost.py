@@ -17,11 +17,16 @@ from nemo_trd.loss.divergences import DIVERGENCES, chunk_size
 from nemo_trd.models.dtypes import ELEMENT_BYTES
 from nemo_trd.models.flops import forward_flops
 from nemo_trd.plan.context_parallel import rings
-from nemo_trd.plan.expert_exchange import exchange_seconds
+from nemo_trd.plan.expert_exchange import expert_exchanges
 from nemo_trd.plan.memory import GIB, generations, trajectories_per_rank, vocabulary_rows
-from nemo_trd.plan.shapes import adapter_parameters, key_value_bytes, parameters
+from nemo_trd.plan.shapes import (
+    adapter_parameters,
+    key_value_bytes,
+    parameters,
+    touched_parameters,
+)
 
-TERA = 1e12
+GIGA, TERA = 1e9, 1e12
 Role = Literal["student", "teacher"]
 
 
@@ -101,7 +106,7 @@ def step_time(config: Config, student: Any, teacher: Any) -> StepTime:
     world = config.cluster.world_size
     rate, teacher_rate = (training_rate(config, fp8) for fp8 in _in_fp8(config))
     ring = rings(config, student, teacher, training_rate(config, False))
-    experts = exchange_seconds(config, student, teacher)
+    sent = expert_exchanges(config, student, teacher)
     loss = loss_seconds(config, student, teacher)
     generating = {
         role: generation_time(config, role, hf, context, completion)
@@ -110,7 +115,7 @@ def step_time(config: Config, student: Any, teacher: Any) -> StepTime:
     seconds = {role: time.all for role, time in generating.items()}
     if config.teacher.scoring == "megatron":
         teacher_time = flops.teacher / (world * teacher_rate) + ring["teacher"].waiting
-        teacher_time += experts["teacher"]
+        teacher_time += sent["teacher"].seconds
         teacher_time *= bubble(config, "teacher")
     elif config.teacher.scoring == "generation":
         teacher_time = 0.0  # its servers score while they write
@@ -119,14 +124,14 @@ def step_time(config: Config, student: Any, teacher: Any) -> StepTime:
         gpus = teacher_servers.count * teacher_servers.tp
         teacher_time = flops.teacher / (gpus * training_rate(config, False)) if gpus else math.inf
     student_time = flops.student / (world * rate) + ring["student"].waiting + loss
-    student_time += experts["student"]
+    student_time += sent["student"].seconds
     return StepTime(
         rollout=seconds.get("rollout", 0.0),
         refinement=seconds.get("refinement", 0.0),
         longest=sum(time.longest for time in generating.values()),
         teacher=teacher_time,
         student=student_time * bubble(config, "student"),
-        streamed=config.generation.vllm is not None,
+        streamed=config.generation.vllm is not None and not config.teacher_on_student_servers,
         overlap=config.generation.max_staleness > 0,
     )
 
@@ -215,6 +220,7 @@ class Servers:
 def servers(config: Config, role: str, hf: Any) -> Servers:
     """Replicas that generate for a role, "rollout" or "refinement"."""
     cluster, vllm = config.cluster, config.generation.vllm
+    role = _pool_of(config, role)
     count, tp = replicas_and_tp(config, role)
     if vllm is None:
         local = config.generation.local
@@ -224,6 +230,11 @@ def servers(config: Config, role: str, hf: Any) -> Servers:
     element = 1 if pool.server.quantization == "fp8" else 2
     memory = tp * (cluster.gpu_memory_gib - cluster.reserved_gib) * GIB - parameters(hf) * element
     return Servers(count, tp, element, 2, pool.server.max_num_seqs, memory)
+
+
+def _pool_of(config: Config, role: str) -> str:
+    """The role whose servers answer for `role`."""
+    return "rollout" if config.teacher_on_student_servers else role
 
 
 def replicas_and_tp(config: Config, role: str) -> tuple[int, int]:
@@ -268,10 +279,10 @@ def generation_time(
 ) -> GenerationTime:
     """Estimate the seconds to generate the rollouts or refinements of one step.
 
-    Decoding reads all weights once for each token of the longest completion of a batch, and every
-    sequence's keys and values once for each of its tokens; both at the assumed share of the memory
-    bandwidth. Drafts that are accepted save passes over the weights. Prompts are read at the
-    training rate. Infinite without servers.
+    Decoding reads all weights once for each token of the longest completion of a batch, of experts
+    those that the batch draws, and every sequence's keys and values once for each of its tokens;
+    both at the assumed share of the memory bandwidth. Drafts that are accepted save passes over the
+    weights. Prompts are read at the training rate. Infinite without servers.
     """
     assumptions, role_servers = config.cluster.assumptions, servers(config, role, hf)
     if role_servers.count == 0:
@@ -293,7 +304,8 @@ def generation_time(
         return GenerationTime(math.inf, math.inf)
     batches = -(-per_replica // at_once)
     passes = completion / tokens_per_pass(config, role)
-    bytes_read = batches * passes * parameters(hf) * role_servers.element
+    drawn = touched_parameters(hf, min(per_replica, at_once))
+    bytes_read = batches * passes * drawn * role_servers.element
     bytes_read += (
         per_replica
         * mean
@@ -309,6 +321,27 @@ def generation_time(
     prefill_seconds = prefill / (gpus * training_rate(config, False))
     decoding = bytes_read / bandwidth
     return GenerationTime(decoding + prefill_seconds, decoding / batches)
+
+
+@dataclass(frozen=True)
+class WeightSync:
+    """What brings the student's weights to its servers after a step."""
+
+    bytes: int  # to each of them
+    servers: int
+    seconds: float  # to all of them, through the network adapter of the rank that sends
+
+
+def weight_sync(config: Config, student: Any) -> WeightSync | None:
+    """Estimate one weight sync; None where no servers sample."""
+    if config.generation.vllm is None or not config.asks_student:
+        return None
+    adapter = config.served_adapter
+    sent = parameters(student) if adapter is None else adapter_parameters(student, adapter)
+    size = sent * ELEMENT_BYTES[config.precision.dtype]
+    count, _ = replicas_and_tp(config, "rollout")
+    seconds = count * size / (config.cluster.assumptions.network_gb * GIGA)
+    return WeightSync(size, count, seconds)
 
 
 def tokens_per_pass(config: Config, role: str) -> float:
@@ -358,7 +391,7 @@ def possible_splits(config: Config) -> Iterator[Config]:
         return
     cluster = config.cluster
     total = cluster.training_nodes + cluster.student_server_nodes + cluster.teacher_server_nodes
-    has_refinements = config.asks_teacher
+    has_refinements = config.asks_teacher and not config.teacher_on_student_servers
     layouts = [config.parallel.student]
     if config.teacher.scoring == "megatron":
         layouts.append(config.parallel.teacher)
@@ -368,7 +401,7 @@ def possible_splits(config: Config) -> Iterator[Config]:
             if has_refinements == (teacher == 0):
                 continue
             other = with_nodes(config, training, student, teacher)
-            if any(other.cluster.world_size % x.model_parallel_size for x in layouts):
+            if not all(layout.divides(other.cluster.world_size) for layout in layouts):
                 continue
             roles = [("rollout", student)] + ([("refinement", teacher)] if has_refinements else [])
             if all(

@@ -1,52 +1,49 @@
-"""The all-to-all exchange of tokens between the ranks that share out the experts of a layer."""
+"""Exchange of tokens between the ranks that share out the experts of a layer."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from nemo_trd.config.lengths import longest_answer, longest_contexts
 from nemo_trd.config.schema import Config, Layout
-from nemo_trd.models.dtypes import ELEMENT_BYTES
 from nemo_trd.models.family import dense_layers, experts_of
 
 
-def exchanged_bytes(config: Config, student: Any, teacher: Any) -> dict[str, float]:
-    """Bytes that a GPU sends to others in a step for the experts of each model, by role.
+@dataclass(frozen=True)
+class ExpertExchange:
+    """What a GPU sends to others' experts in a step, and back; nothing is computed meanwhile."""
 
-    At mean lengths, and with tokens routed evenly. In every sparse layer each token goes to its
-    experts and back, in the backward pass its gradients do.
+    bytes: float
+    seconds: float
+
+
+def expert_exchanges(config: Config, student: Any, teacher: Any) -> dict[str, ExpertExchange]:
+    """Exchange of expert parallel ranks by role, at mean lengths and peak bandwidth.
+
+    Each token goes to its experts' ranks and its results come back, in bf16, in a forward pass and
+    likewise in a backward pass. Experts are taken to be drawn alike: of EP ranks one is its own.
     """
     mean, answer = config.cluster.assumptions.mean_length, longest_answer(config)
     lengths = [mean * (context + answer) for _, context in longest_contexts(config)]
-    parallel = config.parallel
     passes = 3 if config.train.recompute == "full" else 2
-    sent = {"student": passes * _one_pass(config, parallel.student, student, lengths[0])}
+    parallel = config.parallel
+    result = {"student": _exchange(config, parallel.student, student, passes * lengths[0])}
     if config.teacher.scoring == "megatron":
-        sent["teacher"] = _one_pass(config, parallel.teacher, teacher, lengths[1])
-    return sent
+        result["teacher"] = _exchange(config, parallel.teacher, teacher, lengths[1])
+    return result
 
 
-def exchange_seconds(config: Config, student: Any, teacher: Any) -> dict[str, float]:
-    """Seconds a step of this exchange by role, at peak bandwidth. Nothing is computed meanwhile."""
-    return {
-        role: sent / _bandwidth(config, getattr(config.parallel, role))
-        for role, sent in exchanged_bytes(config, student, teacher).items()
-    }
-
-
-def _bandwidth(config: Config, layout: Layout) -> float:
-    """Bytes a second between the ranks that hold the experts of a layer."""
-    ranks = layout.expert_tensor_parallel_size * layout.expert_model_parallel_size
-    assumptions = config.cluster.assumptions
-    one_node = ranks <= config.cluster.gpus_per_node  # they are neighbours
-    return (assumptions.nvlink_gb if one_node else assumptions.network_gb) * 1e9
-
-
-def _one_pass(config: Config, layout: Layout, hf: Any, length: float) -> float:
-    experts, ep = experts_of(hf), layout.expert_model_parallel_size
+def _exchange(config: Config, layout: Layout, hf: Any, tokens: float) -> ExpertExchange:
+    experts = experts_of(hf)
     if experts is None:
-        return 0.0
-    tokens = config.train.trajectories_per_step * length / config.cluster.world_size
-    copies = tokens * experts.per_token * (hf.num_hidden_layers - dense_layers(hf)) * (ep - 1) / ep
-    # Pipeline stages have a part of the layers each, and all of a replica's tokens.
-    return 2 * copies * hf.hidden_size * ELEMENT_BYTES[config.precision.dtype]
+        return ExpertExchange(0.0, 0.0)
+    ep, etp = layout.expert_model_parallel_size, layout.expert_tensor_parallel_size
+    world, assumptions = config.cluster.world_size, config.cluster.assumptions
+    one_node = ep * etp <= config.cluster.gpus_per_node
+    bandwidth = (assumptions.nvlink_gb if one_node else assumptions.network_gb) * 1e9
+    copies = experts.per_token * ((ep - 1) / ep + etp - 1)  # of a token that go to other ranks
+    sparse = hf.num_hidden_layers - dense_layers(hf)
+    of_a_token = sparse * copies * hf.hidden_size * 2 * 2  # there and back, bf16
+    moved = config.train.trajectories_per_step * tokens * of_a_token / world
+    return ExpertExchange(moved, moved / bandwidth)

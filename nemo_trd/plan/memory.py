@@ -6,6 +6,7 @@ hidden states, loss workspace, key-value caches. Lengths are the longest that th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,15 @@ from nemo_trd.config.lengths import longest_answer, longest_trajectory
 from nemo_trd.config.schema import Config, Layout
 from nemo_trd.loss.divergences import chunk_size, logit_bytes
 from nemo_trd.models.dtypes import ELEMENT_BYTES
-from nemo_trd.models.family import PackAlignment, pack_alignment, padded_vocab_size
+from nemo_trd.models.family import (
+    PackAlignment,
+    dense_layers,
+    is_sparse,
+    pack_alignment,
+    padded_vocab_size,
+)
 from nemo_trd.plan.activations import (
+    adapter_activation_bytes,
     layer_activation_bytes,
     micro_batches_in_flight,
     own_tokens,
@@ -24,6 +32,7 @@ from nemo_trd.plan.activations import (
 from nemo_trd.plan.shapes import (
     adapter_parameters,
     key_value_bytes,
+    layers_of_stage,
     parameters,
     stage_adapter_parameters,
     stage_parameters,
@@ -92,10 +101,12 @@ def training_memory(config: Config, student: Any, teacher: Any) -> list[GpuMemor
         resident: dict[str, int] = {}
         phases: dict[str, dict[str, int]] = {}
         if has_teacher:
-            if not config.teacher_is_base:
+            if not config.teacher_is_student:
                 resident = _teacher_weights(config, teacher, teacher_stage)
+            elif config.teacher.ema is not None:
+                phases["teacher"] = _average_in_place(config, student, student_stage)
             at_work = _teacher_phase(config, teacher, student_stage, teacher_stage, lengths)
-            phases["teacher"] = resident | at_work
+            phases["teacher"] = phases.get("teacher", {}) | resident | at_work
         phases |= {
             "student": _student_phase(config, student, teacher, student_stage, lengths),
             "export": {"export buffers": _export_bytes(config, student)},
@@ -176,27 +187,7 @@ def same_weights(config: Config, layout: Layout) -> int:
 
 def same_experts(config: Config, layout: Layout) -> int:
     """Return the number of ranks that hold the same experts."""
-    shared = layout.expert_tensor_parallel_size * layout.expert_model_parallel_size
-    stage = config.cluster.world_size // layout.pipeline_model_parallel_size
-    return max(1, stage // shared)
-
-
-def optimizer_shares(config: Config, student: Any, stage: int) -> tuple[int, ...]:
-    """Parameters of which a rank of a stage has the states, by distributed optimizer.
-
-    The second is of the experts, where they are split otherwise than the rest.
-    """
-    layout = config.parallel.student
-    trained = trained_parameters(config, student, stage)
-    ranks = layout.expert_tensor_parallel_size, layout.expert_model_parallel_size
-    apart = ranks != (layout.tensor_model_parallel_size, 1)
-    experts = 0
-    if apart and config.student.adapter is None:
-        experts = stage_parameters(student, layout)[stage].experts
-    return (
-        -(-(trained - experts) // same_weights(config, layout)),
-        -(-experts // same_experts(config, layout)),
-    )
+    return max(1, config.cluster.world_size // layout.expert_holders)
 
 
 def _round_up(number: int, multiple: int) -> int:
@@ -207,30 +198,53 @@ def model_state_bytes(config: Config, student: Any, stage: int) -> dict[str, int
     """Bytes of weights, fp32 gradients, fp32 main weights and Adam's two moments on one rank.
 
     With an adapter all but the weights are of the adapter alone.
-    The distributed optimizer shares the last two among the ranks with the same weights: those of
-    data and context parallelism, and of those of experts those with the same, up to padding.
+    The distributed optimizer shares the last two among the ranks with the same weights, up to
+    padding.
     """
     layout, precision = config.parallel.student, config.precision
-    count = stage_parameters(student, layout)[stage].total
-    trained = trained_parameters(config, student, stage)
-    held = count if config.student.adapter is None else count + trained
-    kept = (
-        sum(optimizer_shares(config, student, stage)) if config.optimizer.distributed else trained
-    )
+    trained = _trained_parts(config, student, stage)
+    count = held = sum(part.count for part in trained)
+    if config.student.adapter is not None:
+        held += stage_parameters(student, layout)[stage].total
     main = 4 if precision.dtype == "bf16" else 0  # fp32 weights are their own main weights
     return {
         "weights": held * ELEMENT_BYTES[precision.dtype],
-        "gradients": trained * 4,
-        "optimizer": kept * (main + 8),
+        "gradients": count * 4,
+        "optimizer": sum(
+            -(-part.count * (main + 8) // (part.holders if config.optimizer.distributed else 1))
+            for part in trained
+        ),
     }
+
+
+@dataclass(frozen=True)
+class TrainedParameters:
+    """Number of parameters that one rank trains, and of ranks that hold the same ones."""
+
+    count: int
+    holders: int
 
 
 def trained_parameters(config: Config, student: Any, stage: int) -> int:
     """Number of parameters that one rank of a stage trains."""
+    return sum(part.count for part in _trained_parts(config, student, stage))
+
+
+def _trained_parts(config: Config, student: Any, stage: int) -> list[TrainedParameters]:
+    """What a rank of a stage trains: outside experts and, where ranks share these out, in them."""
     layout, adapter = config.parallel.student, config.student.adapter
-    if adapter is None:
-        return stage_parameters(student, layout)[stage].total
-    return stage_adapter_parameters(student, layout, adapter)[stage]
+    holders = same_weights(config, layout)
+    if adapter is not None:
+        count = stage_adapter_parameters(student, layout, adapter)[stage]
+        return [TrainedParameters(count, holders)]
+    held = stage_parameters(student, layout)[stage]
+    split = layout.expert_tensor_parallel_size, layout.expert_model_parallel_size
+    if split == (layout.tensor_model_parallel_size, 1):  # as all the rest
+        return [TrainedParameters(held.total, holders)]
+    return [
+        TrainedParameters(held.total - held.experts, holders),
+        TrainedParameters(held.experts, same_experts(config, layout)),
+    ]
 
 
 def _held(config: Config, student: Any, teacher: Any, stage: int) -> dict[str, int]:
@@ -240,7 +254,12 @@ def _held(config: Config, student: Any, teacher: Any, stage: int) -> dict[str, i
     if config.precision.fp8 is not None:  # TransformerEngine keeps rows and columns, 1 B each
         held["fp8 copies"] = 2 * stage_parameters(student, layout)[stage].linear
     last = stage == layout.pipeline_model_parallel_size - 1
-    if last and config.teacher.scoring == "megatron" and not config.teacher_is_base:
+    if config.teacher.ema is not None:
+        held["teacher average"] = 4 * trained_parameters(config, student, stage)
+    # A frozen one is the student's too; of an average in fp32 it is a part.
+    own = config.student.adapter is None and (config.teacher.ema is None or element != 4)
+    shares = config.teacher_is_student and not own
+    if last and config.teacher.scoring == "megatron" and not shares:
         rows = vocabulary_rows(student, layout)
         held["teacher output weight"] = rows * teacher.hidden_size * element
     if config.generation.backend == "local":
@@ -261,6 +280,14 @@ def _teacher_weights(config: Config, teacher: Any, stage: int) -> dict[str, int]
     in_fp8 = count.linear if config.precision.teacher_fp8 is not None else 0
     element = ELEMENT_BYTES[config.precision.dtype]
     return {"teacher weights": (count.total - in_fp8) * element + in_fp8}
+
+
+def _average_in_place(config: Config, student: Any, stage: int) -> dict[str, int]:
+    """The average in the parameters' dtype, while the student computes with it as the teacher."""
+    if config.precision.dtype == "fp32":
+        return {}
+    element = ELEMENT_BYTES[config.precision.dtype]
+    return {"teacher weights": trained_parameters(config, student, stage) * element}
 
 
 def _teacher_phase(
@@ -301,14 +328,23 @@ def activation_bytes(config: Config, hf: Any, stage: int, tokens: int) -> int:
     """Bytes kept for the backward passes in flight, and the working set of the layer at work."""
     layout, element = config.parallel.student, ELEMENT_BYTES[config.precision.dtype]
     recompute = config.train.recompute
-    layers = hf.num_hidden_layers // layout.pipeline_model_parallel_size
     longest = min(tokens, longest_trajectory(config))
+    layers = layers_of_stage(hf, layout, stage)
+    kinds = Counter(is_sparse(hf, n) for n in layers)
 
-    def layer(mode: str) -> int:
-        return layer_activation_bytes(hf, tokens, longest, layout, element, recompute=mode)
+    def layer(mode: str, sparse: bool) -> int:
+        kept = layer_activation_bytes(
+            hf, tokens, longest, layout, element, sparse=sparse, recompute=mode
+        )
+        if config.student.adapter is not None and mode != "full":
+            number = next(n for n in layers if is_sparse(hf, n) == sparse)
+            adapter = config.student.adapter
+            kept += adapter_activation_bytes(hf, number, tokens, layout, element, adapter)
+        return kept
 
-    kept = round(micro_batches_in_flight(layout, stage) * layers * layer(recompute))
-    again = layer("none") if recompute == "full" else 0
+    of_all = sum(count * layer(recompute, sparse) for sparse, count in kinds.items())
+    kept = round(micro_batches_in_flight(layout, stage) * of_all)
+    again = max(layer("none", sparse) for sparse in kinds) if recompute == "full" else 0
     return kept + again + working_set_bytes(hf, tokens, layout, element)
 
 
@@ -333,7 +369,7 @@ def _export_bytes(config: Config, student: Any) -> int:
     element = ELEMENT_BYTES[config.precision.dtype]
     largest = max(
         padded_vocab_size(student.vocab_size, config.parallel.student.tensor_model_parallel_size),
-        student.intermediate_size,
+        student.intermediate_size if dense_layers(student) else 0,
     )
     return 3 * largest * student.hidden_size * element
 
@@ -343,14 +379,13 @@ def save_phase(config: Config, student: Any, stage: int) -> dict[str, dict[str, 
 
     `DistributedOptimizer.get_parameter_state_dp_zero` brings main weights, means and variances one
     after the other to every rank's GPU: this rank's share, and all shares. In a pipeline it may be
-    less at a time.
+    less at a time. Experts have buffers of their own, and their turn after the others.
     """
     if not config.optimizer.distributed:
         return {}
-    layout = config.parallel.student
-    ranks = same_weights(config, layout), same_experts(config, layout)
-    shares = zip(optimizer_shares(config, student, stage), ranks, strict=True)
-    return {"checkpoint": {"gathered optimizer state": max(4 * n * (r + 1) for n, r in shares)}}
+    trained = _trained_parts(config, student, stage)
+    most = max(part.count - (-part.count // part.holders) for part in trained)
+    return {"checkpoint": {"gathered optimizer state": 4 * most}}
 
 
 def _generation_phases(config: Config, student: Any, teacher: Any) -> dict[str, dict[str, int]]:
@@ -380,7 +415,8 @@ def generations(config: Config, student: Any, teacher: Any) -> list[tuple[str, A
 
 
 def checkpoint_bytes(config: Config, student: Any) -> dict[str, int]:
-    """Bytes on disk: one checkpoint (weights, main weights, Adam states), and the exports.
+    """Bytes on disk: one checkpoint (weights, main weights, Adam states, the average of
+    `teacher.ema`), and the exports.
 
     With an adapter a checkpoint has that instead of the weights.
     """
@@ -391,7 +427,8 @@ def checkpoint_bytes(config: Config, student: Any) -> dict[str, int]:
     main = 4 if config.precision.dtype == "bf16" else 0
     export = count * element if config.checkpoint.export_hf else 0
     export += whole * element if config.checkpoint.export_merged else 0
-    return {"checkpoint": count * (element + main + 8), "export": export}
+    average = 0 if config.teacher.ema is None else 4
+    return {"checkpoint": count * (element + main + 8 + average), "export": export}
 
 
 def largest_part(parts: Mapping[str, int]) -> str:

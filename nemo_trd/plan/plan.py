@@ -63,7 +63,7 @@ def make_plan(config: Config) -> Plan:
     layouts = [config.parallel.student]
     if config.teacher.scoring == "megatron":
         layouts.append(config.parallel.teacher)
-    if any(config.cluster.world_size % layout.model_parallel_size for layout in layouts):
+    if not all(layout.divides(config.cluster.world_size) for layout in layouts):
         plan.fallback = on_fewer_gpus(config)
         if plan.fallback is None:
             return plan
@@ -82,7 +82,8 @@ def make_plan(config: Config) -> Plan:
         plan.evenest = min(
             splits, key=lambda split: max(split.time.generation, split.time.training)
         )
-    if config.generation.vllm is not None and config.generation.stored is None:
+    on_servers = config.generation.vllm is not None and config.generation.stored is None
+    if on_servers and not config.teacher_on_student_servers:
         plan.evening = evening_servers(config, student.hf, teacher.hf)
     plan.savings = savings(config, student.hf, teacher.hf)
     return plan

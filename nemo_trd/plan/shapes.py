@@ -13,10 +13,14 @@ from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.schema import Adapter, Layout, ModelSource
 from nemo_trd.models.directory import check_model_type, read_json
 from nemo_trd.models.family import (
-    expected_tensors,
+    WeightTensor,
+    dense_layers,
     experts_of,
     family_of,
     head_dim,
+    is_sparse,
+    layer_tensors,
+    outer_tensors,
     padded_vocab_size,
 )
 from nemo_trd.models.peft import adapter_tensors
@@ -31,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "head_dim": None,
     "hidden_act": "silu",
     "mlp_bias": False,
+    "norm_topk_prob": False,
     "tie_word_embeddings": False,
 }
 REQUIRED = (
@@ -41,7 +46,7 @@ REQUIRED = (
     "num_hidden_layers",
     "vocab_size",
 )
-REQUIRED_OF_SPARSE = ("moe_intermediate_size", "num_experts", "num_experts_per_tok")
+REQUIRED_OF_EXPERTS = ("moe_intermediate_size", "num_experts", "num_experts_per_tok")
 
 
 def read_model(source: ModelSource, field: str) -> tuple[Model, str | None]:
@@ -90,11 +95,12 @@ def as_namespace(settings: Mapping[str, Any], directory: Path, field: str) -> Si
         if not family_of(hf).key_value_heads_optional:
             raise _bad_size(directory, field, "num_key_value_heads", None)
         hf.num_key_value_heads = getattr(hf, "num_attention_heads", None)
-    required = [*REQUIRED, "num_key_value_heads"]
+    keys = [*REQUIRED, "num_key_value_heads"]
     if family_of(hf).sparse:
-        hf.num_experts = getattr(hf, "num_experts", getattr(hf, "num_local_experts", None))
-        required += REQUIRED_OF_SPARSE
-    for key in required:
+        keys += REQUIRED_OF_EXPERTS
+        if not hasattr(hf, "num_experts"):  # as transformers 5 names it
+            hf.num_experts = getattr(hf, "num_local_experts", None)
+    for key in keys:
         value = getattr(hf, key, None)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise _bad_size(directory, field, key, value)
@@ -117,7 +123,6 @@ class StageParameters:
     total: int
     linear: int  # of these, in the layers' matrices: what FP8 applies to
     experts: int  # of these, in experts
-    layers: int
 
 
 def has_shape(hf: Any) -> bool:
@@ -127,53 +132,83 @@ def has_shape(hf: Any) -> bool:
 
 def parameters(hf: Any) -> int:
     """Number of parameters of the whole model, unpadded; a tied output weight counts once."""
-    return sum(math.prod(tensor.shape) for tensor in expected_tensors(hf).values())
+    dense = dense_layers(hf)
+    layers = dense * _count(layer_tensors(hf, sparse=False)) if dense else 0
+    if sparse := hf.num_hidden_layers - dense:
+        layers += sparse * _count(layer_tensors(hf, sparse=True))
+    return layers + _count(outer_tensors(hf))
 
 
-def active_parameters(hf: Any) -> int:
-    """Number of parameters of the whole model that one token meets."""
+def expert_parameters(hf: Any) -> int:
+    """Of these, how many are in experts."""
     experts = experts_of(hf)
-    per_token = 0 if experts is None else experts.per_token
-    return sum(
-        math.prod(tensor.shape)
-        for tensor in expected_tensors(hf).values()
-        if tensor.expert is None or tensor.expert < per_token
-    )
+    if experts is None:
+        return 0
+    sparse = hf.num_hidden_layers - dense_layers(hf)
+    return sparse * experts.count * 3 * hf.hidden_size * experts.width
+
+
+def _count(tensors: Mapping[str, WeightTensor]) -> int:
+    return sum(math.prod(tensor.shape) for tensor in tensors.values())
+
+
+def touched_parameters(hf: Any, tokens: float) -> float:
+    """Number of parameters that a pass of `tokens` tokens reads, with experts drawn alike.
+
+    Of one token these are the model's active parameters.
+    """
+    experts = experts_of(hf)
+    if experts is None:
+        return parameters(hf)
+    share = 1 - (1 - experts.per_token / experts.count) ** tokens
+    return parameters(hf) - (1 - share) * expert_parameters(hf)
 
 
 def stage_parameters(hf: Any, layout: Layout) -> list[StageParameters]:
     """Parameters of each pipeline rank, as each of its tensor parallel ranks holds them.
 
-    The ranks that share out the experts of a layer have equally many of them. The vocabulary is
-    padded. A tied output weight is a second copy on the last of several stages.
+    The vocabulary is padded. A tied output weight is a second copy on the last of several stages.
     """
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    total, linear, in_experts = [0] * pp, [0] * pp, [0] * pp
-    experts = experts_of(hf)
-    own = 0 if experts is None else experts.count // layout.expert_model_parallel_size
     vocabulary = padded_vocab_size(hf.vocab_size, tp) // tp * hf.hidden_size
-    total[0] += vocabulary
-    if not hf.tie_word_embeddings or pp > 1:
-        total[-1] += vocabulary
-    family = family_of(hf)
-    for name, tensor in expected_tensors(hf).items():
-        if name in (family.embedding, family.head):
-            continue
-        if tensor.expert is not None and tensor.expert >= own:
-            continue
-        ranks = tp if tensor.expert is None else layout.expert_tensor_parallel_size
-        size = math.prod(tensor.shape) // (1 if tensor.split_axis is None else ranks)
-        if tensor.layer is None:
-            total[-1] += size  # the final norm
-            continue
-        stage = _stage(hf, layout, tensor.layer)
-        total[stage] += size
-        in_experts[stage] += size if tensor.expert is not None else 0
-        if tensor.is_layer_matrix:
-            linear[stage] += size
-    layers = hf.num_hidden_layers // pp
-    counts = zip(total, linear, in_experts, strict=True)
-    return [StageParameters(*of_stage, layers) for of_stage in counts]
+    of_kinds = {
+        sparse: _layer_parameters(layer_tensors(hf, sparse=sparse), layout)
+        for sparse in {is_sparse(hf, layer) for layer in range(hf.num_hidden_layers)}
+    }
+    stages = []
+    for stage in range(pp):
+        total = vocabulary if stage == 0 else 0
+        if stage == pp - 1:
+            total += hf.hidden_size  # the final norm
+            total += vocabulary if not hf.tie_word_embeddings or pp > 1 else 0
+        layers = [of_kinds[is_sparse(hf, n)] for n in layers_of_stage(hf, layout, stage)]
+        stages.append(
+            StageParameters(
+                total + sum(layer.total for layer in layers),
+                sum(layer.linear for layer in layers),
+                sum(layer.experts for layer in layers),
+            )
+        )
+    return stages
+
+
+def _layer_parameters(tensors: Mapping[str, WeightTensor], layout: Layout) -> StageParameters:
+    """What one rank holds of a layer."""
+    tp, etp = layout.tensor_model_parallel_size, layout.expert_tensor_parallel_size
+    experts = [math.prod(t.shape) // etp for t in tensors.values() if t.expert is not None]
+    own_experts = sum(experts) // layout.expert_model_parallel_size
+    total = linear = own_experts
+    for tensor in tensors.values():
+        if tensor.expert is None:
+            size = math.prod(tensor.shape) // (1 if tensor.split_axis is None else tp)
+            total += size
+            linear += size if tensor.is_linear else 0
+    return StageParameters(total, linear, own_experts)
+
+
+def layers_of_stage(hf: Any, layout: Layout, stage: int) -> list[int]:
+    """Numbers of the layers that a pipeline rank has, from 0."""
+    return [n for n in range(hf.num_hidden_layers) if _stage(hf, layout, n) == stage]
 
 
 def _stage(hf: Any, layout: Layout, layer: int) -> int:

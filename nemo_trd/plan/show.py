@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from nemo_trd.models.family import experts_of
 from nemo_trd.plan.advice import capacity, peak
 from nemo_trd.plan.context_parallel import rings
 from nemo_trd.plan.cost import (
@@ -14,8 +15,9 @@ from nemo_trd.plan.cost import (
     micro_batches,
     servers,
     training_rate,
+    weight_sync,
 )
-from nemo_trd.plan.expert_exchange import exchange_seconds, exchanged_bytes
+from nemo_trd.plan.expert_exchange import expert_exchanges
 from nemo_trd.plan.memory import (
     GIB,
     GpuMemory,
@@ -27,11 +29,11 @@ from nemo_trd.plan.memory import (
     replicas,
 )
 from nemo_trd.plan.shapes import (
-    active_parameters,
     adapter_parameters,
     has_shape,
     key_value_bytes,
     parameters,
+    touched_parameters,
 )
 
 if TYPE_CHECKING:
@@ -90,26 +92,28 @@ def _setup(plan: Plan) -> str:
         size = str(getattr(model.hf, "model_type", ""))
         if has_shape(model.hf):
             size = f"{parameters(model.hf) / 1e9:.2f} B parameters"
-            if (active := active_parameters(model.hf)) < parameters(model.hf):
-                size += f", {active / 1e9:.2f} B active"
-        if role == "teacher" and config.teacher_is_base:
-            lines.append(f"  {role:<8} the student's own weights, without the adapter")
+            if experts_of(model.hf) is not None:
+                size += f", {touched_parameters(model.hf, 1) / 1e9:.2f} B active"
+        if role == "teacher" and config.teacher_is_student:
+            other = "without the adapter" if config.teacher.ema is None else "averaged over steps"
+            lines.append(f"  {role:<8} the student's own weights, {other}")
             continue
         if role == "student" and (adapter := config.student.adapter) is not None:
             trained = adapter_parameters(model.hf, adapter)
             size += f", of an adapter of rank {adapter.rank} {trained / 1e6:.2f} M are trained"
         heading = f"  {role:<8} {model.directory.name}  {size}  "
         if role == "teacher" and config.scores_on_servers:
-            lines.append(f"{heading}on its servers only, top {config.loss.top_k}")
+            told = f"top {config.loss.top_k}" if config.loss.top_k else "the label alone"
+            lines.append(f"{heading}on its servers only, {told}")
             continue
         layout = getattr(config.parallel, role)
         fp8 = config.precision.fp8 if role == "student" else config.precision.teacher_fp8
         lines.append(
             f"{heading}TP {layout.tensor_model_parallel_size}  "
             + (f"CP {cp}  " if (cp := layout.context_parallel_size) > 1 else "")
-            + (f"EP {ep}  " if (ep := layout.expert_model_parallel_size) > 1 else "")
-            + (f"ETP {etp}  " if (etp := layout.expert_tensor_parallel_size) > 1 else "")
             + f"PP {layout.pipeline_model_parallel_size}"
+            + (f"  EP {ep}" if (ep := layout.expert_model_parallel_size) > 1 else "")
+            + (f"  ETP {etp}" if (etp := layout.expert_tensor_parallel_size) > 1 else "")
             + (f"  VPP {v}" if (v := layout.virtual_pipeline_model_parallel_size) else "")
             + f"  DP {replicas(config, layout)}  {config.precision.dtype}"
             + (f" + FP8 {fp8}" if fp8 else "")
@@ -166,6 +170,7 @@ def _verdict(plan: Plan) -> str:
             + ", ".join(
                 f"parallel.{role} TP {layout.tensor_model_parallel_size} "
                 f"CP {layout.context_parallel_size} PP {layout.pipeline_model_parallel_size}"
+                + (f" EP {ep}" if (ep := layout.expert_model_parallel_size) > 1 else "")
                 for role, layout in (
                     ("student", plan.fallback.parallel.student),
                     ("teacher", plan.fallback.parallel.teacher),
@@ -202,6 +207,13 @@ def _servers(plan: Plan) -> str:
             f"{context + completion:,} tokens has {cache / GIB:.2f} GiB of keys and values; "
             f"{at_once} of them at once in each"
             + (f" ({pool.cache_bytes / GIB:.0f} GiB)" if math.isfinite(pool.cache_bytes) else "")
+        )
+    sync = weight_sync(config, plan.student.hf)
+    if sync is not None:
+        what = "all weights" if config.served_adapter is None else "the adapter"
+        lines.append(
+            f"  sync       {what}, {sync.bytes / GIB:.2f} GiB to each of {sync.servers} servers "
+            f"after a step: {_seconds(sync.seconds)}"
         )
     return "\n".join(lines)
 
@@ -259,21 +271,20 @@ def _generation(time: StepTime) -> str:
 
 
 def _exchange(plan: Plan) -> list[str]:
-    """Lines about context and expert parallelism, one for each model that has them."""
+    """Lines about context and expert parallelism, one for each model that has it."""
     assert plan.student is not None and plan.teacher is not None
     rate, models = training_rate(plan.config, False), (plan.student.hf, plan.teacher.hf)
-    seconds = exchange_seconds(plan.config, *models)
-    to_experts = [
-        f"  {role:<10} sends {sent / GIB:.2f} GiB a GPU to experts of other ranks and back, for "
-        f"{_seconds(seconds[role])}"
-        for role, sent in exchanged_bytes(plan.config, *models).items()
-        if sent
-    ]
-    return to_experts + [
+    passed = [
         f"  {role:<10} passes keys and values on for {_seconds(ring.exchange)}, while it attends "
         f"to them for {_seconds(ring.attention)}"
         for role, ring in rings(plan.config, *models, rate).items()
         if ring.exchange
+    ]
+    return passed + [
+        f"  {role:<10} sends {sent.bytes / GIB:,.0f} GiB a GPU to others' experts and back in "
+        f"{_seconds(sent.seconds)}"
+        for role, sent in expert_exchanges(plan.config, *models).items()
+        if sent.bytes
     ]
 
 
@@ -340,6 +351,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "largest": largest_part(fullest.parts),
         "advice": list(plan.advice.overrides) if plan.advice else [],
         "gpus": [_gpu(gpu) for gpu in plan.memory],
+        "weight_sync": vars(sync) if (sync := weight_sync(plan.config, plan.student.hf)) else None,
         "flops": vars(plan.flops) if plan.flops else None,
         "step": _split_values(plan.split) if plan.split else None,
         "fastest_split": _split_values(plan.fastest) if plan.fastest else None,

@@ -27,9 +27,16 @@ from nemo_trd.algorithm.refinement import fitting_prompts
 from nemo_trd.config.arguments import path
 from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.load import validate
-from nemo_trd.config.schema import Config, Models, ModelSource
+from nemo_trd.config.schema import (
+    Config,
+    DivergenceName,
+    FullDivergenceName,
+    Models,
+    ModelSource,
+)
 from nemo_trd.data.prompts import load_prompts
 from nemo_trd.generation.local import load_model
+from nemo_trd.loss.divergences import DIVERGENCES
 from nemo_trd.models.dtypes import torch_dtype
 from nemo_trd.models.family import shared_vocab_size
 from nemo_trd.models.read import Model
@@ -82,7 +89,7 @@ def prefix_failure(
         teacher=str(of_teacher.directory),
         mode=config.algorithm.mode,
         teacher_context=config.algorithm.teacher_context,
-        divergence=config.loss.divergence,
+        divergence=_divergence(config.loss.divergence),
         beta=config.loss.beta,
         temperature=config.loss.temperature,
         locator=answers.locator,
@@ -92,6 +99,11 @@ def prefix_failure(
         groups=groups(measured, *bootstrap),
         curves=curves(measured, *bootstrap),
     )
+
+
+def _divergence(name: DivergenceName) -> FullDivergenceName:
+    """The divergence over the vocabulary that a run trains with, or by an estimate of it."""
+    return DIVERGENCES[name].estimates or name  # type: ignore[return-value]
 
 
 def _answers(

@@ -60,7 +60,7 @@ def measure(
 
     Args:
         student, teacher: Hugging Face models.
-        loss: `beta` of the JSD, temperature and chunk size. Top-k and clip play no part.
+        loss: `beta` of the JSD, temperature and chunk size. Top-k and clips play no part.
         max_tokens: of one batch, padding included; a longer trajectory is a batch of its own.
 
     Raises:
@@ -153,10 +153,11 @@ def _figures(
         "top2_gap": top[:, 0] - top[:, 1],
     }
     for name in DIVERGENCES:
-        formula = closed_form(loss.model_copy(update={"divergence": name}))
+        formula = closed_form(loss.model_copy(update={"divergence": name, "entry_clip": None}))
         inputs = (log_s.clone(), log_t.clone(), s.clone(), t.clone())
-        columns[name], gradient = formula(*inputs, lambda *sums: sums)
-        gradient.div_(loss.temperature)  # from tempered logits to logits
+        compared = formula(*inputs, lambda *sums: sums)
+        columns[name] = compared.value
+        gradient = compared.gradient.div_(loss.temperature)  # from tempered logits to logits
         columns[f"{name}_gradient"] = _norm(gradient)
         columns[f"{name}_hidden_gradient"] = _norm(gradient.to(weight_s.dtype) @ weight_s)
     columns |= _choice_figures(s, t, choices)

@@ -31,9 +31,7 @@ def batch_problems(config: Config, world_size: int) -> Iterator[ConfigError]:
                 f"start a multiple of {layout.model_parallel_size} ranks, or change "
                 f"parallel.{role}",
             )
-        experts = layout.expert_tensor_parallel_size * layout.expert_model_parallel_size
-        holders = experts * layout.pipeline_model_parallel_size
-        if experts > 1 and world_size % holders:
+        elif world_size % layout.expert_holders:
             yield rule_broken(
                 f"parallel.{role}.expert_model_parallel_size",
                 layout.expert_model_parallel_size,
@@ -41,7 +39,7 @@ def batch_problems(config: Config, world_size: int) -> Iterator[ConfigError]:
                 f"{layout.expert_tensor_parallel_size} x {layout.expert_model_parallel_size} x "
                 f"{layout.pipeline_model_parallel_size} ranks hold the {role}'s experts, and they "
                 f"must divide the world size, {world_size}",
-                f"start a multiple of {holders} ranks, or lower it",
+                f"start a multiple of {layout.expert_holders} ranks, or lower it",
             )
     if train.micro_batch_size is not None:
         ranks = max(1, world_size // config.parallel.student.model_parallel_size)

@@ -36,7 +36,8 @@ def server_length_problems(
     if vllm is None:
         return
     for longest in _longest_sequences(config, teacher_context, longest_answer, positions):
-        pool = vllm.student if longest.role == "student" else vllm.teacher
+        shared = config.teacher_on_student_servers
+        pool = vllm.student if longest.role == "student" or shared else vllm.teacher
         started = pool.server.max_model_len if pool.replicas else None
         limit = min((n for n in (longest.positions, started) if n is not None), default=None)
         if limit is None or longest.context + longest.answer + longest.scored <= limit:

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
-from nemo_trd.config.schema import DivergenceName
+from nemo_trd.config.schema import FullDivergenceName
 
 FILE = "prefix_failure.json"
 Source = Literal["rollout", "refinement"]
@@ -20,7 +20,7 @@ Locator = Literal["toy", "first_difference"]  # what says where a rollout went w
 # from the place where the rollout went wrong, negative before it.
 Alignment = Literal["relative", "absolute", "distance"]
 Part = Literal["whole", "before", "at", "after"]  # of a trajectory, by that place
-DIVERGENCES: tuple[DivergenceName, ...] = get_args(DivergenceName)
+DIVERGENCES: tuple[FullDivergenceName, ...] = get_args(FullDivergenceName)
 
 
 class Record(BaseModel):
@@ -56,8 +56,8 @@ class PartFigures(Record):
     trajectories: int
     tokens: int
     token_share: Estimate  # of the tokens of the same trajectories
-    gradient_share: dict[DivergenceName, Estimate]  # of the sum of norms of d loss / d logits
-    hidden_gradient_share: dict[DivergenceName, Estimate]  # of d loss / d hidden
+    gradient_share: dict[FullDivergenceName, Estimate]  # of the sum of norms of d loss / d logits
+    hidden_gradient_share: dict[FullDivergenceName, Estimate]  # of d loss / d hidden
     means: dict[str, Estimate]  # over tokens
     counts: dict[str, int]  # tokens for which a figure of `means` is defined, where not all
 
@@ -90,7 +90,7 @@ class PrefixFailure(Record):
     teacher: str
     mode: Literal["opd", "opsd"]
     teacher_context: TeacherContext  # of the run, for rewrites
-    divergence: DivergenceName  # that the run trains with
+    divergence: FullDivergenceName  # that the run trains with, or by an estimate of it
     beta: float
     temperature: float
     locator: Locator

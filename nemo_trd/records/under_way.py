@@ -1,87 +1,143 @@
-"""Completions of the step under way, written as they come: a run that dies loses none of them.
+"""Completions of the steps under way, written as they come: a run that dies loses none of them.
 
-RUN_DIR/under_way/rank_0.jsonl   one completion a line, of the step that the rank samples
+RUN_DIR/under_way/step_000005_rank_0.jsonl   one completion a line, that the rank asked for
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from nemo_trd.data.types import Completion, GenerationRequest
+from nemo_trd.records.step_lines import write_atomically
 
 
 class UnderWay:
-    """Keeps what is generated for one step, and finds what a run that died in it has kept.
+    """Keeps what is generated for steps that have yet to train, and finds what a run has kept.
 
-    Kept completions serve until the weights change: those that come may bear the number of weights
-    that were lost. Those of all ranks are read: the next run may have another number of ranks.
+    Where one died, a completion serves if weights sampled it that the new run has had, too: those
+    of higher versions are lost, and others will bear their numbers. Those of all ranks are read:
+    the next run may have another number of ranks.
+
+    `notices` tell of damaged lines. A last line that a kill has cut off is none.
 
     Args:
         directory: shared by all ranks.
         settings: digest of the settings on which completions depend.
-        staleness: how much older than the current weights those may be that sampled a completion.
+        max_staleness: that of `generation`. So many steps to come are sampled while one trains.
     """
 
-    def __init__(self, directory: Path, rank: int, settings: str, staleness: int = 0) -> None:
+    def __init__(self, directory: Path, rank: int, settings: str, max_staleness: int = 0) -> None:
         self._directory = directory
-        self._file = directory / f"rank_{rank}.jsonl"
+        self._rank = rank
         self._settings = settings
-        self._staleness = staleness
+        self._steps_ahead = max_staleness
+        # Up to 1 the weights that sample a step are known beforehand, from 2 on they may be older.
+        self._staleness = max_staleness if max_staleness > 1 else 0
         self._step: int | None = None
-        self._weight_version: int | None = None
-        self._kept: dict[str, Completion] = {}
-        for file in sorted(directory.glob("rank_*.jsonl")):
-            self._kept |= _read(file)
+        self._kept: dict[int, dict[str, Completion]] = {}  # by step
+        self.notices: list[str] = []
+        for step, _, file in self._files():
+            lines, damaged = _read(file)
+            self._kept.setdefault(step, {}).update(lines)
+            if damaged:
+                again = "what they held is sampled again"
+                self.notices.append(f"{file}: {damaged} damaged lines; {again}")
 
     def begin(self, step: int, weight_version: int) -> None:
-        """Begin with a step of these weights: from the second one on, with an empty record."""
-        if self._step not in (None, step):
-            self._file.unlink(missing_ok=True)
-        if self._weight_version not in (None, weight_version):
-            self._kept = {}
-        self._step, self._weight_version = step, weight_version
+        """Begin with a step of these weights, and forget those that have trained."""
+        if self._step is None:
+            self._forget_lost_weights(weight_version)
+        self._step, first = step, step - self._steps_ahead
+        self._kept = {s: kept for s, kept in self._kept.items() if s >= first}
+        for other, rank, file in self._files():
+            if rank == self._rank and other < first:
+                file.unlink()
+
+    def _forget_lost_weights(self, version: int) -> None:
+        """Drop what later weights than `version` sampled, and torn lines of this rank."""
+        self._kept = {
+            step: {request: c for request, c in kept.items() if _newest(c) <= version}
+            for step, kept in self._kept.items()
+        }
+        for _, rank, file in self._files():
+            if rank == self._rank:
+                own, _ = _read(file)
+                _write(file, {r: c for r, c in own.items() if _newest(c) <= version})
 
     def find(self, request: GenerationRequest, weight_version: int) -> Completion | None:
         """The completion of an equal request, if weights that may have sampled it."""
-        kept = self._kept.get(self._key(request))
+        key = self._key(request)
+        kept = next((kept[key] for kept in self._kept.values() if key in kept), None)
         if kept is None or not 0 <= weight_version - kept.weight_version <= self._staleness:
             return None
         return kept
 
     def add(self, request: GenerationRequest, completion: Completion) -> None:
         """Write a completion down."""
-        record = {"request": self._key(request), **asdict(completion)}
+        assert self._step is not None
         self._directory.mkdir(parents=True, exist_ok=True)
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with self._file(self._step, self._rank).open("a", encoding="utf-8") as file:
+            file.write(_line(self._key(request), completion))
 
     def end(self) -> None:
-        """Delete the record: no step is left."""
-        self._file.unlink(missing_ok=True)
+        """Delete this rank's record: no step is left."""
+        for _, rank, file in self._files():
+            if rank == self._rank:
+                file.unlink()
         with suppress(OSError):  # other ranks have not come here yet
             self._directory.rmdir()
 
-    def drop_other_ranks(self, world_size: int) -> None:
-        """Delete records of ranks that there are no more. For one rank, when all have read them."""
-        own = {f"rank_{rank}.jsonl" for rank in range(world_size)}
-        for file in self._directory.glob("rank_*.jsonl"):
-            if file.name not in own:
+    def take_over(self, world_size: int) -> None:
+        """Take the records of ranks that there are no more. For rank 0, when all have read them."""
+        for step, rank, file in self._files():
+            if rank >= world_size:
+                own = self._file(step, self._rank)
+                lines, _ = _read(own) if own.exists() else ({}, 0)
+                _write(own, lines | _read(file)[0])
                 file.unlink()
+
+    def _file(self, step: int, rank: int) -> Path:
+        return self._directory / f"step_{step:06d}_rank_{rank}.jsonl"
+
+    def _files(self) -> Iterator[tuple[int, int, Path]]:
+        """Step and rank of each file, and the file."""
+        for file in sorted(self._directory.glob("step_*_rank_*.jsonl")):
+            if found := re.fullmatch(r"step_(\d+)_rank_(\d+)\.jsonl", file.name):
+                yield int(found[1]), int(found[2]), file
 
     def _key(self, request: GenerationRequest) -> str:
         asked = f"{self._settings} {request.seed} {request.prompt_token_ids}"
         return hashlib.blake2b(asked.encode(), digest_size=16).hexdigest()
 
 
-def _read(file: Path) -> dict[str, Completion]:
-    """Completions by request; a kill while writing leaves a line that is none."""
-    kept = {}
-    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+def _newest(completion: Completion) -> int:
+    """The latest version of the weights that sampled it."""
+    return max([completion.weight_version, *(version for version, _ in completion.versions)])
+
+
+def _line(request: str, completion: Completion) -> str:
+    return json.dumps({"request": request, **asdict(completion)}) + "\n"
+
+
+def _write(file: Path, completions: dict[str, Completion]) -> None:
+    write_atomically(file, "".join(_line(*item) for item in completions.items()))
+
+
+def _read(file: Path) -> tuple[dict[str, Completion], int]:
+    """Completions by request, and the number of damaged lines.
+
+    A last line without an end is none of them: a kill while it was written leaves one.
+    """
+    kept, damaged = {}, 0
+    *lines, _ = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    for line in lines:
         try:
             record: dict[str, Any] = json.loads(line)
             request = record.pop("request")
@@ -90,5 +146,5 @@ def _read(file: Path) -> dict[str, Completion]:
             record["versions"] = tuple(map(tuple, record.get("versions", ())))
             kept[request] = Completion(**record)
         except (ValueError, TypeError, KeyError, AttributeError):
-            continue
-    return kept
+            damaged += 1
+    return kept, damaged

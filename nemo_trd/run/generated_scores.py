@@ -28,8 +28,8 @@ class GeneratedScores:
     def begin(self, step: int) -> None:
         """Begin to sample a step. Scores of those that have yet to train stay."""
         first = step - max(1, self._steps_ahead)
-        self._by_step = {s: scores for s, scores in self._by_step.items() if first <= s < step}
-        self._by_step[step] = {}
+        kept = {s: scores for s, scores in self._by_step.items() if first <= s < step}
+        self._by_step = {**kept, step: {}}  # at one go: another thread may look for scores
 
     def keep(self, step: int, context: TokenIds, completion: Completion) -> Completion:
         """Keep the scores of what was written after `context`. Returns it without them."""

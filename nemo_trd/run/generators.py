@@ -97,6 +97,10 @@ class Generators:
             self.turns.make_room_for_new_weights()
         self.student.load_weights(tensors, version)
 
+    def load_teacher(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Bring the weights of a teacher that follows the student to its generator. Collective."""
+        self.teacher.load_weights(tensors, version)
+
     def score_while_writing(self, wanted: Wanted) -> None:
         """Have the teacher's servers give scores with each rewrite. Collective."""
         self.teacher = self.teacher_on_servers(wanted=wanted)
@@ -138,12 +142,18 @@ class Generators:
             of_student = servers["student"]
             sync = WeightSync(of_student.urls, vllm.weight_sync, of_student.api_key)
             self._stack.callback(sync.close)
-            self.student = self.teacher = make(student, of_student, sync=sync, logprobs=True)
-        if "teacher" not in models:
+            adapted = config.served_adapter is not None
+            self.student = make(student, of_student, sync=sync, adapted=adapted, logprobs=True)
+            self.teacher = self.student
+        if not config.asks_teacher:
             return
-        drafts = vllm.teacher.server.speculation is not None
+        shared = config.teacher_on_student_servers
         self.teacher_on_servers = partial(
-            make, config.teacher_source, servers["teacher"], drafts=drafts
+            make,
+            config.teacher_source,
+            servers["student" if shared else "teacher"],
+            frozen=shared,
+            drafts=vllm.teacher.server.speculation is not None,
         )
         if vllm.teacher.urls:
             self.teacher_servers = servers["teacher"]
@@ -153,6 +163,7 @@ class Generators:
     def _served_models(self, vllm: Vllm) -> dict[str, ServedModel]:
         """The models whose servers have work, by role."""
         config, logs = self._config, self._config.run_dir / "servers"
+        adapter = config.served_adapter
         models = {}
         if config.asks_student:
             models["student"] = ServedModel(
@@ -161,9 +172,10 @@ class Generators:
                 "generation.vllm.student",
                 logs / "student",
                 vllm.weight_sync.backend,
+                adapter.rank if adapter else None,
                 sleeps=config.generation.colocate,
             )
-        if config.asks_teacher:
+        if config.asks_teacher and not config.teacher_on_student_servers:
             models["teacher"] = ServedModel(
                 config.teacher_source,
                 vllm.teacher,

@@ -21,6 +21,7 @@ from nemo_trd.config.schema import Config
 from nemo_trd.data.types import Refinement, Rollout, Trajectory
 from nemo_trd.distributed.exchange import from_first_rank, merge_shares, own_share
 from nemo_trd.evaluate.accuracy import Accuracy
+from nemo_trd.loss.divergences import DIVERGENCES
 from nemo_trd.megatron.student import StepResult, Student
 from nemo_trd.records import latest
 from nemo_trd.records.run_logger import RunLogger
@@ -90,6 +91,17 @@ class Journal:
                 prompts,
                 per_step,
                 per_step / prompts,
+            )
+        estimated = DIVERGENCES[config.loss.divergence].estimates
+        if estimated is not None and not config.generation.rollout.draws_from(
+            config.loss.temperature
+        ):
+            log.warning(
+                "loss.divergence=%s is a biased estimate of %s: generation.rollout does not sample "
+                "from the student's whole distribution at loss.temperature = %g",
+                config.loss.divergence,
+                estimated,
+                config.loss.temperature,
             )
         for notice in notices:
             log.warning("%s", notice)

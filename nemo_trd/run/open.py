@@ -1,4 +1,4 @@
-"""Opening what a run works with beside its student: the frozen teacher and the generators."""
+"""Opening what a run works with beside its student: the teacher and the generators."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def open_teacher_and_generators(
     """The teacher that `teacher.scoring` names, and the generators. Collective.
 
     A teacher in Megatron is loaded first: servers are started when it is known to be whole. Where
-    it is the student without its adapter nothing is loaded.
+    it is the student's own modules nothing is loaded.
 
     Raises:
         ConfigError: on all ranks.
@@ -30,13 +30,13 @@ def open_teacher_and_generators(
         GenerationFailed: the teacher's servers do not score.
     """
     if config.teacher.scoring == "megatron":
-        base = student.models[0] if config.teacher_is_base else None
-        in_megatron = Teacher(config, student.groups, base)
+        own = student.models if config.teacher_is_student else None
+        in_megatron = Teacher(config, student.groups, own, student.average)
         return in_megatron, _open_generators(config, student, stopping)
     generators = _open_generators(config, student, stopping)
     scorer = generators.teacher_on_servers()  # does not wait for what `teacher` generates
-    assert config.loss.top_k is not None
-    wanted = wanted_scores(config.loss.top_k, student.vocab_size, scorer.vocabulary)
+    top_k = config.loss.top_k or 1  # without: the label's own log-probability comes with any
+    wanted = wanted_scores(top_k, student.vocab_size, scorer.vocabulary)
     if config.teacher.scoring == "generation":
         generators.score_while_writing(wanted)
     generated = generators.generated_scores

@@ -98,7 +98,7 @@ def changes_since(checkpoint: Path, config: Config) -> tuple[list[Change], str]:
 
 
 def check_matches(checkpoint: Path, model: dict[str, Any], config: Config) -> None:
-    """Refuse a checkpoint of another model, or of another precision.
+    """Refuse a checkpoint of another model or precision, or without a teacher that has moved.
 
     Raises:
         ConfigError: with the first field that differs.
@@ -121,6 +121,14 @@ def check_matches(checkpoint: Path, model: dict[str, Any], config: Config) -> No
             f"{checkpoint} holds a run in {dtype}, and the weights and states of one precision "
             "do not continue in the other",
             f"set precision.dtype={dtype}, or start again with another run.dir",
+        )
+    ema = config.teacher.ema
+    if ema is not None and state.settings.get("teacher", {}).get("ema") is None:
+        raise rule_broken(
+            "teacher.ema",
+            ema,
+            f"{checkpoint} holds no average of the student's weights",
+            "set it to null, or start again with another run.dir",
         )
 
 

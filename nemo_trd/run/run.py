@@ -93,12 +93,11 @@ class Run:
         self.teacher, self._generators = open_teacher_and_generators(
             config, self.student, stop.signalled
         )
-        staleness = config.generation.max_staleness
         self._under_way = UnderWay(
             root.parent / "under_way",
             dist.get_rank(),
             config.digest(),
-            staleness if staleness > 1 else 0,
+            config.generation.max_staleness,
         )
         sampler = Sampler if config.generation.stored is None else StoredSampler
         self.sampler = sampler(
@@ -133,6 +132,7 @@ class Run:
             self.sync_weights()  # whatever a server has been given before
         self.timers = Timers()
         notices += [*defects, *self._checkpointer.begin(inputs.checkpoint)]
+        notices += self._under_way.notices
         compared = self._generators.compared_rollouts
         self.journal = Journal(
             config, inputs, self.student, compared, self.timers, self.step, trackers
@@ -239,9 +239,16 @@ class Run:
         return reject_outside_support(refinements, self.student.token_nll, largest_gap)
 
     def sync_weights(self) -> None:
-        """Bring the student's weights to its generator. Collective."""
-        weights = self.student.export_hf_weights()
-        self._generators.load_student(weights, self._state.weight_version)
+        """Bring the generators the student's weights, and those of a teacher that follows it.
+
+        Collective.
+        """
+        alone, student = self.config.served_adapter is not None, self.student
+        version = self._state.weight_version
+        weights = student.export_scaled_adapter() if alone else student.export_hf_weights()
+        self._generators.load_student(weights, version)
+        if student.average is not None and self.config.draws_rewrites:
+            self._generators.load_teacher(student.export_teacher_weights(), version)
 
     def advance(self, result: StepResult | None, refinements: Sequence[Refinement]) -> None:
         """Count a step, with the same arguments on all ranks.
@@ -368,7 +375,7 @@ def _checked_base(config: Config, checkpoint: Path | None) -> dict[str, str]:
         return {}
     digest = weights_digest(source, "model.student.path")
     if checkpoint is None:
-        check_base_of_beginning(adapter, digest)
+        check_base_of_beginning(adapter, digest, str(source))
     else:
         check_base(checkpoint, digest)
     return {BASE: digest}

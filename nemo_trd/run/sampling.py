@@ -73,7 +73,7 @@ class Sampler:
         """Collective.
 
         Args:
-            under_way: keeps the completions of the step that is being sampled.
+            under_way: keeps the completions of the steps that have yet to train.
             generated_scores: keeps the scores that come with the rewrites.
             turn: within which generators are asked.
         """
@@ -91,7 +91,7 @@ class Sampler:
         self._group = dist.new_group(backend="gloo")
         self._group_of_others = dist.new_group(backend="gloo")
         if under_way is not None and dist.get_rank() == 0:  # all ranks have read what there was
-            under_way.drop_other_ranks(dist.get_world_size())
+            under_way.take_over(dist.get_world_size())
 
     def sample(self, prompts: Sequence[Prompt], step: int) -> Drawn:
         """Draw y_o ~ pi_theta(. | x), `train.rollouts_per_prompt` for each prompt, and rewrites.

@@ -25,7 +25,7 @@ from nemo_trd.config.arguments import path
 from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.load import conf_dir
 from nemo_trd.config.rules import check_drafts
-from nemo_trd.config.schema import VllmServer
+from nemo_trd.config.schema import SERVED_RANKS, VllmServer
 from nemo_trd.records.step_lines import write_atomically
 from nemo_trd.serve.api_key import read_api_key
 from nemo_trd.serve.server import Server, ServerError
@@ -56,6 +56,13 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Server, Path | None]:
     parser.add_argument("--log-file", type=path, default=Path("vllm.log"))
     parser.add_argument("--url-file", type=path, help="written with the URL when it is healthy")
     parser.add_argument("--weight-backend", choices=("nccl", "gloo", "file"))
+    parser.add_argument(
+        "--adapter-rank",
+        type=int,
+        metavar="N",
+        help="with --weight-backend: take only a LoRA adapter of this rank, not whole weights "
+        "(weight_sync.what=adapter)",
+    )
     parser.add_argument("--devices", default="", metavar="0,1", help="GPUs; default: all visible")
     parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--api-key-env", default=defaults.api_key_env, metavar="NAME")
@@ -67,6 +74,9 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Server, Path | None]:
     parsed = parser.parse_args(arguments)
     if not re.fullmatch(r"(\d+(,\d+)*)?", parsed.devices):
         parser.error(f"--devices {parsed.devices}: give numbers of GPUs, as 0,1")
+    rank, highest = parsed.adapter_rank, SERVED_RANKS[-1]
+    if rank is not None and (parsed.weight_backend is None or not 1 <= rank <= highest):
+        parser.error(f"--adapter-rank {rank}: give 1 to {highest}, with a --weight-backend")
     devices = [int(number) for number in parsed.devices.split(",") if number]
     overrides = OmegaConf.from_dotlist(list(parsed.settings))
     merged = OmegaConf.to_container(OmegaConf.merge(defaults.server, overrides), resolve=True)
@@ -95,6 +105,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Server, Path | None]:
         api_key=api_key,
         devices=devices,
         weight_backend=parsed.weight_backend,
+        adapter_rank=parsed.adapter_rank,
         trust_remote_code=parsed.trust_remote_code,
     )
     return server, parsed.url_file

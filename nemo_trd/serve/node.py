@@ -65,6 +65,7 @@ def servers_of_node(config: Config, role: Role, host: str, logs: Path) -> list[S
         )
     check_server_tp(config, role)
     source = config.model.student if role == "student" else config.teacher_source
+    adapter = config.served_adapter
     return [
         Server(
             source.path,
@@ -74,6 +75,7 @@ def servers_of_node(config: Config, role: Role, host: str, logs: Path) -> list[S
             api_key=api_key,
             devices=range(number * tp, (number + 1) * tp),
             weight_backend=vllm.weight_sync.backend if role == "student" else None,
+            adapter_rank=adapter.rank if adapter and role == "student" else None,
             trust_remote_code=source.trust_remote_code,
             field=f"generation.vllm.{role}.server",
         )

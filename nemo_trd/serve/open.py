@@ -25,6 +25,7 @@ from nemo_trd.config.schema import (
 )
 from nemo_trd.serve.api_key import read_api_key
 from nemo_trd.serve.server import servers_of, start_all, stop_all
+from nemo_trd.serve.worker import ADAPTER_NAME
 
 if TYPE_CHECKING:
     from nemo_trd.generation.api import Wanted
@@ -42,6 +43,7 @@ class ServedModel:
     field: str  # the setting that holds the pool, for errors
     log_files: Path  # servers that are started write to `log_files`-0.log and so on
     weight_backend: str | None = None  # None: they keep the weights that they have loaded
+    adapter_rank: int | None = None  # of the LoRA adapter that they are given; None: all weights
     sleeps: bool = False  # they may be told to give the memory of their GPUs back
 
 
@@ -76,6 +78,7 @@ def open_servers(
             model.log_files,
             own,
             model.weight_backend,
+            adapter_rank=model.adapter_rank,
             sleeps=model.sleeps,
             field=model.field,
         )
@@ -101,6 +104,8 @@ def generator_on_servers(
     *,
     student: ModelSource | None = None,
     sync: WeightSync | None = None,
+    adapted: bool = False,
+    frozen: bool = False,
     logprobs: bool = False,
     wanted: Wanted | None = None,
     drafts: bool = False,
@@ -109,7 +114,8 @@ def generator_on_servers(
 ) -> VllmGenerator:
     """Generates with the model of `source` on `servers`; see `VllmGenerator`.
 
-    With a `student`, it says nothing that the student's tokenizer does not know.
+    With a `student`, it says nothing that the student's tokenizer does not know. `adapted`: with
+    the adapter that the servers are given; `frozen`: without it.
 
     Raises:
         ConfigError: a generation_config.json that cannot be read.
@@ -124,6 +130,8 @@ def generator_on_servers(
         client,
         api_key=servers.api_key,
         sync=sync,
+        served_model=ADAPTER_NAME if adapted else None,
+        frozen=frozen,
         logprobs=logprobs,
         wanted=wanted,
         drafts=drafts,

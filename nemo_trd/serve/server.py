@@ -47,7 +47,8 @@ class ServerError(RuntimeError):
 class Server:
     """One vLLM server: started by `start` or `with`, ended by `stop`, or when this process ends.
 
-    `url` is known from `start` on. A `port` of 0 is chosen then.
+    `url` is known from `start` on. A `port` of 0 is chosen then. With a `weight_backend` it takes
+    weights: all of them, or with an `adapter_rank` those of a LoRA adapter of that rank.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Server:
         api_key: SecretStr | None = None,
         devices: Sequence[int] = (),
         weight_backend: str | None = None,
+        adapter_rank: int | None = None,
         sleeps: bool = False,
         trust_remote_code: bool = False,
         field: str = "generation.vllm.server",
@@ -72,6 +74,7 @@ class Server:
         self._api_key = api_key
         self._devices = devices
         self._weight_backend = weight_backend
+        self._adapter_rank = adapter_rank
         self._sleeps = sleeps
         self._trust_remote_code = trust_remote_code
         self._field = field  # of `settings`, for errors
@@ -100,6 +103,7 @@ class Server:
         assert self._process is None
         python, is_cpu = find_vllm(self.settings.python, f"{self._field}.python")
         self._check_drafts(python)
+        self._check_adapters(is_cpu)
         command = [python, "-P", "-m", "nemo_trd_api_server"]
         self._reserve_address()
         command += self._arguments(is_cpu)
@@ -129,6 +133,15 @@ class Server:
                 "set it to null",
             )
         check_draft_package(drafts, python, field)
+
+    def _check_adapters(self, is_cpu: bool) -> None:
+        if self._adapter_rank is not None and self.settings.dtype == "fp32" and not is_cpu:
+            raise rule_broken(
+                f"{self._field}.dtype",
+                "fp32",
+                "vLLM's kernels for adapters take bf16 and fp16 on GPUs",
+                "set it to bf16, or send whole weights (weight_sync.what=merged)",
+            )
 
     def wait_until_healthy(self) -> None:
         """Wait until it answers, and say every few seconds how far it is.
@@ -223,7 +236,7 @@ class Server:
             arguments += ["--middleware", middleware]
         arguments.append("--disable-uvicorn-access-log")
         if self._weight_backend is not None:
-            arguments += worker_arguments()
+            arguments += worker_arguments(self._adapter_rank)
         if self._sleeps and not is_cpu:  # a build for CPUs answers as if it slept, and refuses this
             arguments.append("--enable-sleep-mode")
         if settings.speculation is not None:
@@ -328,6 +341,7 @@ def servers_of(
     api_key: SecretStr | None,
     weight_backend: str | None,
     *,
+    adapter_rank: int | None = None,
     sleeps: bool = False,
     field: str = "generation.vllm",
 ) -> list[Server]:
@@ -346,6 +360,7 @@ def servers_of(
             api_key=api_key,
             devices=pool.devices[number * per_server : (number + 1) * per_server],
             weight_backend=weight_backend,
+            adapter_rank=adapter_rank,
             sleeps=sleeps,
             trust_remote_code=source.trust_remote_code,
             field=f"{field}.server",

@@ -14,6 +14,8 @@ from nemo_trd.config.load import compose
 
 RECIPE = Path(__file__).parents[2] / "examples" / "nemo_aligner" / "conf" / "gpt_trd.yaml"
 
+LORA = {"model__peft__peft_scheme": "lora"}
+
 
 def recipe(**changes: Any) -> DictConfig:
     """The example, with what it asks for; keys of `changes` have __ for a dot."""
@@ -64,6 +66,34 @@ def test_example_recipe_says_the_same_as_our_own_settings() -> None:
     assert config_from_aligner(cfg) == expected
 
 
+def test_an_adapter_has_aligners_names() -> None:
+    assert config_from_aligner(recipe()).student.adapter is None
+    adapted = recipe(
+        model__peft__peft_scheme="lora",
+        model__peft__restore_from_path="/adapters/mine",
+        model__peft__lora_tuning__target_modules=["mlp_fc2", "attention"],
+        model__peft__lora_tuning__adapter_dim=8,
+        model__peft__lora_tuning__alpha=None,
+        model__peft__lora_tuning__adapter_dropout=0.1,
+    )
+    (expected,) = (
+        compose(
+            [
+                *("student.adapter=lora", "student.adapter.rank=8", "student.adapter.alpha=8"),
+                *("student.adapter.dropout=0.1", "student.adapter.init=/adapters/mine"),
+                "student.adapter.targets=[down,q,k,v,o]",
+            ]
+        )
+        .student.model_dump()
+        .values()
+    )
+    adapter = config_from_aligner(adapted).student.adapter
+    assert adapter is not None and adapter.model_dump() == expected
+    cfg = recipe()
+    del cfg.model.peft
+    assert config_from_aligner(cfg).student.adapter is None
+
+
 def test_without_validation_data_nothing_is_evaluated() -> None:
     config = config_from_aligner(recipe())
     assert config.data.validation is None and config.evaluation.interval is None
@@ -80,6 +110,21 @@ def test_without_validation_data_nothing_is_evaluated() -> None:
         ({"trainer__precision": 16}, ["trainer.precision", "bf16"]),
         ({"model__global_batch_size": 6, "trainer__trd__num_rollouts_per_prompt": 4}, ["divide"]),
         ({"model__optim__sched__warmup_steps": 101}, ["warmup_steps", "trainer.trd.max_steps"]),
+        ({"model__peft__peft_scheme": "sdlora"}, ["model.peft.peft_scheme", "none, lora"]),
+        ({"model__peft__lora_tuning__weight_tying": True}, ["weight_tying", "nothing reads"]),
+        (
+            {**LORA, "model__peft__lora_tuning__target_modules": ["all", "lm_head"]},
+            ["model.peft.lora_tuning.target_modules = 'lm_head'", "mlp_fc1"],
+        ),
+        (
+            {**LORA, "model__peft__lora_tuning__variant": "nemo"},
+            ["model.peft.lora_tuning.variant", "an A each", "canonical"],
+        ),
+        (
+            {**LORA, "model__peft__lora_tuning__dropout_position": "post"},
+            ["model.peft.lora_tuning.dropout_position", "input of A"],
+        ),
+        ({**LORA, "model__peft__lora_tuning__adapter_dim": 0}, ["student.adapter.rank = 0"]),
         ({"exp_manager__max_time_per_run": "00:03:55:00"}, ["max_time_per_run", "SIGUSR1"]),
     ],
 )

@@ -39,11 +39,13 @@ def test_ratios_are_of_sums_over_the_pairs(benchmark: Any) -> None:
         "client": {"json": 1.5, "binary": 0.01},
         "seconds": {"with_scores": 2.0},
     }
-    shown = benchmark.table({**result, "different_samples": 0, "scores": scores})
+    shown = benchmark.table(
+        {**result, "different_samples": 0, "client_seconds": 0.005, "scores": scores}
+    )
     assert "| 6000 | 520 | 11.5 |" in shown and "| 1.5000 | 0.0100 | 150.0 |" in shown
     assert "with scores: 2.00 s for 1,000 labels" in shown
     assert "| refinement | 1.67 | 1.27 |" in shown and "MORE THAN 1.15" in shown
-    assert "0.875 (0.750)" in shown
+    assert "0.875 (0.750)" in shown and "client: 5.0 ms" in shown
 
 
 def test_the_two_phases_ask_the_teacher_after_the_last_rollout(benchmark: Any) -> None:

@@ -13,8 +13,6 @@ import oracles
 import pytest
 from scripts import load_script
 
-from nemo_trd.loss.divergences import DIVERGENCES
-
 FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "loss.py"
 SIZES = {"tokens": 96, "vocab": 500, "hidden": 16, "chunk_size": 32, "threads": 1}
 NEEDED = {"modelopt": oracles.MODELOPT, "trl": oracles.TRL, "liger": "liger_kernel.chunked_loss"}
@@ -36,7 +34,7 @@ def measured(benchmark: Any, strategy: str, **settings: Any) -> dict[str, Any]:
 def test_every_strategy_computes_the_loss_of_dense(benchmark: Any, strategy: str) -> None:
     if strategy in NEEDED:
         oracles.need(NEEDED[strategy])
-    for divergence in DIVERGENCES:
+    for divergence in oracles.DIVERGENCES:
         if (strategy, divergence) == ("modelopt", "jsd"):
             continue
         dense = measured(benchmark, "dense", divergence=divergence)

@@ -162,8 +162,11 @@ LORA_OPSD = [*LORA, *OPSD]
 SERVER = ["generation=vllm", "teacher.scoring=server", "loss.top_k=20"]
 NGRAM = "{method: ngram, tokens: 5, lookup_max: 4, lookup_min: 2}"
 DRAFTS = ["generation=vllm", f"generation.vllm.teacher.server.speculation={NGRAM}"]
+ROLLOUT = "algorithm.trajectory=rollout"
 GENERATION = ["generation=vllm", "teacher.scoring=generation", "loss.top_k=20"]
 GLOO = "generation.vllm.weight_sync.backend=gloo"
+NO_TEACHERS = ["generation.vllm.teacher.replicas=0"]
+ALONE = ["generation=vllm", "generation.vllm.weight_sync.what=adapter"]
 REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     # overrides -> what the message says: field, value, rule, fix
     "unknown key": (
@@ -180,7 +183,7 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "unknown key like no other": (
         ["+teacher.x=1"],
-        ("teacher.x = 1", "known keys here: chat_template_kwargs, offload_states"),
+        ("teacher.x = 1", "known keys here: chat_template_kwargs, ema, offload_states"),
     ),
     "unknown file": (["model=nope"], ("model/nope", "local", "toy")),
     "override without a value": (["train.num_steps"], ("train.num_steps", "missing EQUAL")),
@@ -284,6 +287,30 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
         [*LORA, "student.adapter.dropout=1.0"],
         ("student.adapter.dropout = 1.0", "less than 1"),
     ),
+    "servers of an adapter where there is none": (
+        ALONE,
+        ("weight_sync.what = 'adapter'", "student.adapter=null trains", "set it to merged"),
+    ),
+    "servers of an adapter where there are no servers": (
+        [*LORA, "generation=local", ALONE[1]],
+        ("Could not override 'generation.vllm.weight_sync.what'",),
+    ),
+    "an adapter of a rank that vLLM has no room for": (
+        [*LORA, *ALONE, "student.adapter.rank=513"],
+        ("student.adapter.rank = 513", "ranks of up to 512", "what=merged"),
+    ),
+    "servers of the student that are to answer otherwise for the teacher": (
+        [*LORA_OPSD, *ALONE, *NO_TEACHERS, "generation.vllm.teacher.server.max_num_seqs=8"],
+        ("teacher.server.max_num_seqs = 8", "student's servers", "student.server.max_num_seqs"),
+    ),
+    "a teacher without servers beside those of whole weights": (
+        [*LORA_OPSD, "generation=vllm", *NO_TEACHERS],
+        ("generation.vllm.teacher.urls = []", "exactly one of urls and replicas"),
+    ),
+    "a student's server with adapters of the user's": (
+        ["generation=vllm", "generation.vllm.server.arguments=[--enable-lora]"],
+        ("student.server.arguments = ['--enable-lora'", "weight_sync.what", "leave it out"),
+    ),
     "a merged export without an adapter": (
         ["checkpoint.export_merged=true"],
         ("checkpoint.export_merged = True", "export/ has them", "set it to false"),
@@ -299,13 +326,6 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "one base split in two ways": (
         [*LORA_OPSD, "parallel.teacher.tensor_model_parallel_size=2"],
         ("parallel.teacher.tensor_model_parallel_size = 2", "split as that is", "set it to 1"),
-    ),
-    "one base in an interleaved schedule": (
-        [
-            *(*LORA_OPSD, "parallel.student.pipeline_model_parallel_size=2"),
-            "parallel.student.virtual_pipeline_model_parallel_size=2",
-        ],
-        ("parallel.student.virtual_pipeline_model_parallel_size = 2", "interleaved", "to null"),
     ),
     "one base in two precisions": (
         [*LORA_OPSD, "precision.teacher_fp8=e4m3"],
@@ -330,6 +350,42 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "beta that is not used": (
         ["loss.beta=0.1"],
         ("loss.beta = 0.1", "does not use it", "loss.divergence=jsd"),
+    ),
+    "estimate along rewrites": (
+        ["loss.divergence=k1"],
+        ("algorithm.trajectory = 'refinement'", "samples of the student", "set it to rollout"),
+    ),
+    "estimate from stored rollouts": (
+        ["loss.divergence=k3", ROLLOUT, "generation=stored", "generation.stored.rollout=y"],
+        ("generation.stored = 'y'", "before training", "set it to null"),
+    ),
+    "estimate over most likely tokens": (
+        ["loss.divergence=k1", ROLLOUT, "loss.top_k=8"],
+        ("loss.top_k = 8", "sampled token alone", "set it to null"),
+    ),
+    "estimate with a clip of entries": (
+        ["loss.divergence=k3", ROLLOUT, "loss.entry_clip=0.1"],
+        ("loss.entry_clip = 0.1", "sampled token alone", "set it to null"),
+    ),
+    "another model that follows": (
+        ["teacher.ema=0.99"],
+        ("teacher.ema = 0.99", "another model", "algorithm.mode=opsd"),
+    ),
+    "average that never moves": (
+        [*OPSD, "teacher.ema=1.0"],
+        ("teacher.ema = 1.0", "less than 1"),
+    ),
+    "average that is split in another way": (
+        [*OPSD, "teacher.ema=0.99", "parallel.teacher.tensor_model_parallel_size=2"],
+        ("parallel.teacher.tensor_model_parallel_size = 2", "with teacher.ema", "set it to 1"),
+    ),
+    "average that servers score with": (
+        [*OPSD, *SERVER, "teacher.ema=0.99"],
+        ("teacher.scoring = 'server'", "get no others", "set it to megatron"),
+    ),
+    "average that servers rewrite with": (
+        [*OPSD, "generation=vllm", "teacher.ema=0.99"],
+        ("generation.backend = 'vllm'", "rewrites changes", "algorithm.trajectory=rollout"),
     ),
     "interleaved teacher": (
         [
@@ -550,7 +606,7 @@ def test_an_adapter_is_chosen_by_its_name_and_its_settings_changed() -> None:
     assert adapter is not None and (adapter.kind, adapter.rank, adapter.alpha) == ("lora", 8, 128)
     assert compose(["student.adapter=lora", "student.adapter=null"]).student.adapter is None
     smollm2 = ["experiment=smollm2_gsm8k", "data.train.path=x"]
-    assert compose([*smollm2, "student.adapter=lora"]).teacher_is_base
+    assert compose([*smollm2, "student.adapter=lora"]).teacher_is_student
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -691,6 +747,7 @@ def test_digest_does_not_depend_on_where_and_how_a_run_is_computed(override: str
         "refinement.max_context_tokens=99",
         "refinement.chat_template_kwargs={}",
         "teacher.chat_template_kwargs={}",
+        "loss.entry_clip=0.1",
         "data.max_prompt_tokens=32",
         "generation.rollout.temperature=1.0",
         "optimizer.lr=1.0",
@@ -700,6 +757,32 @@ def test_digest_does_not_depend_on_where_and_how_a_run_is_computed(override: str
 )
 def test_digest_changes_with_what_changes_the_numbers(override: str) -> None:
     assert compose([override]).digest() != compose_once([]).digest()
+
+
+def test_digest_changes_with_a_teacher_that_follows() -> None:
+    assert compose([*OPSD, "teacher.ema=0.9"]).digest() != compose(OPSD).digest()
+
+
+def test_servers_need_no_top_k_to_score_for_an_estimate() -> None:
+    config = compose(["generation=vllm", "teacher.scoring=server", ROLLOUT, "loss.divergence=k1"])
+    assert config.loss.top_k is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ([], False),
+        (["temperature=1.0", "top_p=1.0", "top_k=0"], True),
+        (["temperature=1.0", "top_p=1.0", "top_k=0", "min_p=0.1"], False),
+        (["temperature=1.0", "top_p=1.0", "top_k=0", "repetition_penalty=1.1"], False),
+    ],
+)
+def test_samples_are_of_the_whole_distribution_where_nothing_is_cut(
+    changes: list[str], same: bool
+) -> None:
+    sampling = compose([f"generation.rollout.{change}" for change in changes]).generation.rollout
+    assert sampling.draws_from(1.0) == same
+    assert not sampling.draws_from(0.5)
 
 
 def test_digest_does_not_depend_on_the_servers() -> None:

@@ -53,8 +53,16 @@ def refused(data: str, path: Path, *overrides: str) -> str:
     return str(error.value)
 
 
+# What conf/data/deepscaler.yaml adds to a problem.
+BOXED = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+def problem_of(prompt: Prompt) -> str:
+    return prompt.problem.removesuffix(BOXED)
+
+
 def known(prompt: Prompt) -> tuple[str, str | None, Any]:
-    return prompt.problem, prompt.reference_solution, prompt.answer
+    return problem_of(prompt), prompt.reference_solution, prompt.answer
 
 
 # --- the files of conf/data ---
@@ -129,6 +137,7 @@ def test_published_layouts_are_read_directly(data: str, write: str, tmp_path: Pa
     WRITERS[write](path, [row])
     mode = OPSD if reference is not None else ()
     [prompt] = load(data, path, *mode).prompts
+    assert prompt.problem.endswith(BOXED) == (data == "deepscaler")
     if data == "taco":
         assert prompt.problem.startswith(f"{problem}\n\nWrite a Python program")
         problem = prompt.problem
@@ -272,9 +281,9 @@ def test_files_of_another_split_stay_unread(tmp_path: Path) -> None:
     for split in ("train", "test"):
         named = [{**row, "problem": split}]
         write_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet", named)
-    assert [p.problem for p in load("deepscaler", tmp_path).prompts] == ["train"]
+    assert [problem_of(p) for p in load("deepscaler", tmp_path).prompts] == ["train"]
     [prompt] = load("deepscaler", tmp_path, "data.train.split=test").prompts
-    assert prompt.problem == "test"
+    assert problem_of(prompt) == "test"
     message = refused("deepscaler", tmp_path, "data.train.split=validation")
     assert message.startswith("data.train.split = 'validation'") and "test, train" in message
     write_lines(tmp_path / "data" / "train-00000-of-00001.jsonl", [row])
@@ -355,7 +364,7 @@ def test_bad_rows_of_arrays_and_parquet_are_left_out_with_their_place(
     table = pyarrow.table({"problem": texts, "answer": pyarrow.array([1.0, 2.0, 3.0])})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     loaded = load("deepscaler", tmp_path / "a.parquet", "data.max_bad_share=0.5")
-    assert [(p.index, p.problem, p.answer) for p in loaded.prompts] == [
+    assert [(p.index, problem_of(p), p.answer) for p in loaded.prompts] == [
         (0, "a", "1"),
         (2, "c", "3"),
     ]

@@ -213,6 +213,27 @@ def test_completion_of_other_weights_can_be_kept_or_end_the_run() -> None:
             )
 
 
+def test_an_adapter_is_named_and_its_base_has_one_version_whatever_the_adapter_has() -> None:
+    """Both on one server, as with opsd's teacher on the student's servers."""
+    asked, sequence = requests(3), ((5, 6, 7), 1)
+    with FakeVllm() as server:
+        server.version = "7"
+        adapted = generator(server, served_model="adapter")
+        adapted.weight_version = 7
+        assert adapted.generate(asked, SAMPLING, "rollouts") == expected(asked, version=7)
+        adapted.score([sequence], Wanted(1), "rollouts")
+        assert server.models == {"adapter"}
+        server.models.clear()
+        base = generator(server, frozen=True, client={"stale_weights": "error"})
+        assert base.generate(asked, SAMPLING, "rewrites") == expected(asked)
+        base.score([sequence], Wanted(1), "rewrites")
+        assert server.models == {None}
+        server.paused = True
+        waiting = generator(server, frozen=True, client={"recovery_timeout_seconds": 0.1})
+        with pytest.raises(AllReplicasDown, match="it is paused"):
+            waiting.generate(asked, SAMPLING, "rewrites")
+
+
 def test_logprobs_come_when_asked_for() -> None:
     asked = requests(3)
     with FakeVllm() as server:
@@ -376,8 +397,7 @@ def test_scores_in_json_are_taken_and_that_is_said_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with FakeVllm() as server:
-        pool = generator(server)
-        for _ in range(2):
+        for pool in (generator(server), generator(server)):
             (scores,) = pool.score([((5, 6, 7), 1)], Wanted(1), "scores")
             assert scores.top_ids.tolist() == [[6], [7]]
             assert scores.label_logprobs.tolist() == [-0.5, -0.5]

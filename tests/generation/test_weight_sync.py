@@ -187,7 +187,7 @@ def test_a_failure_in_any_phase_leaves_that_server_out_and_a_later_sync_repairs_
     "state, told",
     [
         ({"failure": "OSError: no such file", "missing": []}, "update_weights: OSError: no such"),
-        ({"failure": None, "missing": ["a"]}, "finish_weight_update: not all tensors came for"),
+        ({"failure": None, "missing": ["a"]}, "finish_weight_update: not all tensors came, or"),
     ],
 )
 def test_a_server_whose_worker_reports_a_failure_does_not_serve(

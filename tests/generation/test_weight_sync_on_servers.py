@@ -15,25 +15,30 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from fake_nccl import compile_fake_nccl, use_fake_nccl
 from launch import launch
 from pydantic import SecretStr
+from synced_servers import (
+    KEY,
+    PROMPT,
+    SERVER,
+    TOLERANCE,
+    complete,
+    errors,
+    next_token_error,
+    settings,
+    state,
+)
 from tiny_models import make_model
 
 from nemo_trd.config.schema import Layout, VllmServer
-from nemo_trd.config.schema import WeightSync as Settings
 from nemo_trd.generation.weight_sync import WeightSync
-from nemo_trd.serve.server import SERVED_NAME, Server, start_all, stop_all
+from nemo_trd.serve.server import Server, start_all, stop_all
 
 pytestmark = pytest.mark.vllm
 
-KEY = SecretStr("weight-sync-test-key")
-HEADERS = {"Authorization": f"Bearer {KEY.get_secret_value()}"}
-TOLERANCE = 1e-4
-PROMPT = [(7 * i) % 290 + 5 for i in range(300)]  # two blocks of the prefix cache, and more
 SMALL = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -44,16 +49,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32} | SMALL,
     "llama": {"head_dim": 80, "tie_word_embeddings": True} | SMALL,
 }
-SERVER = VllmServer(
-    python=None,
-    dtype="fp32",
-    tensor_parallel_size=1,
-    max_model_len=2048,
-    max_num_seqs=8,
-    arguments=[],
-    start_timeout_seconds=600.0,
-    stop_timeout_seconds=5.0,
-)
 Export = Callable[[int], Iterator[tuple[str, torch.Tensor]]]
 
 
@@ -140,20 +135,6 @@ class _Student:
         return logits(self.models, one, self.hf.vocab_size, self.groups)[0].log_softmax(-1)
 
 
-def settings(directory: Path, backend: str, in_flight: str = "finish") -> Settings:
-    return Settings.model_validate(
-        {
-            "backend": backend,
-            "in_flight": in_flight,
-            "directory": str(directory / "sync"),
-            "bucket_bytes": 50_000,
-            "pause_timeout_seconds": 20.0,
-            "call_timeout_seconds": 20.0,
-            "timeout_seconds": 40.0,
-        }
-    )
-
-
 @pytest.fixture
 def make_sync(directory: Path, replicas: list[str]) -> Iterator[Callable[..., WeightSync]]:
     with contextlib.ExitStack() as made:
@@ -164,43 +145,6 @@ def make_sync(directory: Path, replicas: list[str]) -> Iterator[Callable[..., We
             return sync
 
         yield make
-
-
-def complete(url: str, prompt: Sequence[int], **sampling: Any) -> dict[str, Any]:
-    body = {"model": SERVED_NAME, "prompt": list(prompt), "temperature": 0, "max_tokens": 1}
-    body |= {"return_token_ids": True, "return_tokens_as_token_ids": True} | sampling
-    answer = httpx.post(f"{url}/v1/completions", json=body, headers=HEADERS, timeout=300)
-    assert answer.status_code == 200, answer.text
-    return answer.json()["choices"][0]
-
-
-def prompt_error(url: str, expected: torch.Tensor) -> float:
-    """Largest difference of the log-probabilities of the prompt's tokens."""
-    scored = complete(url, PROMPT, prompt_logprobs=0)["prompt_logprobs"][1:]
-    actual = [scored[i][str(token)]["logprob"] for i, token in enumerate(PROMPT[1:])]
-    wanted = expected[torch.arange(len(PROMPT) - 1), PROMPT[1:]]
-    return (torch.tensor(actual) - wanted).abs().max().item()
-
-
-def next_token_error(url: str, expected: torch.Tensor) -> float:
-    """Largest difference for the token after the prompt. Uses the prefix cache, unlike scoring."""
-    top = complete(url, PROMPT, logprobs=20)["logprobs"]["top_logprobs"][0]
-    ids = [int(name.removeprefix("token_id:")) for name in top]
-    actual = torch.tensor(list(top.values()))
-    return (actual - expected[-1, ids]).abs().max().item()
-
-
-def errors(url: str, expected: torch.Tensor) -> float:
-    # Scoring computes the prompt anew and leaves that in the cache: it comes last.
-    from_cache = next_token_error(url, expected)
-    return max(from_cache, prompt_error(url, expected))
-
-
-def state(url: str) -> tuple[str, bool]:
-    """(version, whether it is paused)"""
-    with httpx.Client(base_url=url, headers=HEADERS, timeout=60) as client:
-        version = client.get("/weight_info").json()["weight_version"]
-        return version, client.get("/is_paused").json()["is_paused"]
 
 
 @pytest.mark.parametrize(

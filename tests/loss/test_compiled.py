@@ -11,7 +11,7 @@ import torch._dynamo
 import torch.distributed as dist
 from launch import launch
 from loss_inputs import VOCAB, Inputs, distance, make_inputs, reference, run
-from oracles import DIVERGENCES, make_loss
+from oracles import DIVERGENCES, ESTIMATORS, make_loss
 
 from nemo_trd.config.schema import Loss
 from nemo_trd.loss import comparison
@@ -33,6 +33,19 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_kernels_of_inductor_give_value_and_gradients(name: str, compiled: None) -> None:
     check(make_inputs(), make_loss(name, temperature=1.7, token_clip=2.0, chunk_size=CHUNK))
+
+
+def test_kernels_of_inductor_clip_entries(compiled: None) -> None:
+    check(make_inputs(), make_loss("forward_kl", entry_clip=0.05, chunk_size=CHUNK))
+
+
+@pytest.mark.parametrize("name", ["k1", "k3", "reverse_kl", "jsd"])
+def test_estimates_and_clips_of_entries_are_one_graph(
+    name: str, compiled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", TRACED)
+    clip = None if name in ESTIMATORS else 0.05
+    check(make_inputs(), make_loss(name, entry_clip=clip, chunk_size=CHUNK))
 
 
 def test_top_k_is_one_graph(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:

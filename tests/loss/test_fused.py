@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_inputs import PADDED, VOCAB, Inputs, as_inputs, distance, make_inputs, reference, run
-from oracles import DIVERGENCES, TAILS, make_loss
+from oracles import DIVERGENCES, ESTIMATORS, TAILS, make_loss
 
 from nemo_trd.config.errors import ConfigError
-from nemo_trd.config.schema import DivergenceName
-from nemo_trd.loss import divergences
+from nemo_trd.config.schema import DivergenceName, EstimatorName, FullDivergenceName
+from nemo_trd.loss import divergences, formulas
 from nemo_trd.loss import fused as losses
-from nemo_trd.loss.formulas import CLOSED_FORMS, DEFINITIONS, dense_divergence
+from nemo_trd.loss.formulas import dense_divergence
 from nemo_trd.loss.fused import fused_divergence, token_nll
 
 every_divergence = pytest.mark.parametrize("name", DIVERGENCES)
@@ -392,6 +392,93 @@ def test_clip_caps_tokens_and_their_gradient(name: str) -> None:
     assert distance(inputs.student_weight.grad, d_weight) < 1e-5
 
 
+@every_divergence
+@every_tail
+@pytest.mark.parametrize("clip", [0.003, 0.05, 50.0])
+def test_entries_are_clipped_as_float64_dense_autograd_does(
+    name: str, tail: str, clip: float
+) -> None:
+    """Most of those that are positive, some, and none."""
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        inputs = make_inputs(dtype=dtype)
+        plain = run(inputs, make_loss(name, tail, temperature=1.7))
+        whole = plain.token_divergence, inputs.student_hidden.grad, inputs.student_weight.grad
+        loss = make_loss(name, tail, temperature=1.7, entry_clip=clip)
+        out = run(inputs, loss)
+        value, d_hidden, d_weight = reference(inputs, loss)
+        assert out.loss_sum.item() == pytest.approx(value.sum().item(), rel=tolerance)
+        assert distance(inputs.student_hidden.grad, d_hidden) < tolerance
+        assert distance(inputs.student_weight.grad, d_weight) < tolerance
+        torch.testing.assert_close(out.token_divergence, whole[0])  # before the clip
+        beyond = out.metrics["clipped_entries"] / out.count
+        if clip == 50:
+            assert beyond == 0
+            assert distance(inputs.student_hidden.grad, whole[1]) < 1e-6
+            assert distance(inputs.student_weight.grad, whole[2]) < 1e-6
+        else:
+            assert beyond > (0.5 if tail == "full" else 0.05)
+            assert distance(inputs.student_hidden.grad, whole[1]) > 0.01
+
+
+@every_divergence
+def test_number_of_clipped_entries_is_counted(name: str) -> None:
+    inputs, loss = make_inputs(), make_loss(name, entry_clip=0.01, token_clip=0.2)
+    logits = [
+        (hidden.double() @ weight.double()[:VOCAB].t()).log_softmax(-1)
+        for hidden, weight in (inputs[:2], inputs[2:4])
+    ]
+    entries = formulas.DEFINITIONS[loss.divergence](*logits, loss)
+    out = run(inputs, loss)
+    assert out.metrics["clipped_entries"] == (entries > 0.01).sum() > 0
+    limited = entries.clamp(max=0.01).sum(-1)  # the clip of tokens is that of what is left
+    assert out.metrics["clipped"] == (limited > 0.2).sum()
+    assert out.loss_sum.item() == pytest.approx(limited.clamp(max=0.2).sum().item(), rel=1e-5)
+
+
+@every_divergence
+def test_where_models_agree_the_clip_of_entries_leaves_no_gradient(name: str) -> None:
+    student_hidden, student_weight, *_, labels = make_inputs()
+    same = student_hidden.detach(), student_weight.detach()
+    inputs = Inputs(student_hidden, student_weight, *same, labels)
+    out = run(inputs, make_loss(name, entry_clip=0.05))
+    assert out.token_divergence.abs().max() < 1e-7 and out.metrics["clipped_entries"] == 0
+    assert inputs.student_hidden.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize(("temperature", "clip"), [(1.0, None), (1.7, None), (1.0, 1.0)])
+def test_estimates_and_their_gradients_are_those_of_float64_dense_autograd(
+    name: str, temperature: float, clip: float | None
+) -> None:
+    loss = make_loss(name, temperature=temperature, token_clip=clip)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        inputs = make_inputs(dtype=dtype)
+        out = run(inputs, loss)
+        value, d_hidden, d_weight = reference(inputs, loss)
+        assert out.loss_sum.item() == pytest.approx(value.sum().item(), rel=tolerance)
+        assert distance(inputs.student_hidden.grad, d_hidden) < tolerance
+        assert distance(inputs.student_weight.grad, d_weight) < tolerance
+        assert (out.metrics["clipped"] > 0) == (clip is not None)
+
+
+@pytest.mark.parametrize(("name", "followed"), [("k1", "reverse_kl"), ("k3", "forward_kl")])
+def test_over_samples_of_the_student_estimates_have_the_mean_of_reverse_kl_and_a_known_slope(
+    name: str, followed: str
+) -> None:
+    """Every token once, with the student's probability of it."""
+    student, teacher = torch.randn(2, VOCAB, dtype=torch.float64)
+    every_label = torch.arange(VOCAB)
+    rows = as_inputs(student.expand(VOCAB, -1), teacher.expand(VOCAB, -1))
+    rows = rows._replace(labels=every_label)
+    estimates = run(rows, make_loss(name), upstream=1.0).token_divergence
+    s = student.softmax(-1)
+    one = as_inputs(student[None], teacher[None])
+    exact = run(one, make_loss("reverse_kl")).token_divergence[0]
+    torch.testing.assert_close(s @ estimates, exact)
+    run(one, make_loss(followed), upstream=1.0)
+    torch.testing.assert_close(s @ rows.student_hidden.grad, one.student_hidden.grad[0])
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("side", ["student_hidden", "teacher_hidden"])
 @every_divergence
@@ -400,7 +487,7 @@ def test_non_finite_states_show_in_their_token(bad: float, side: str, name: str,
     inputs = make_inputs()
     with torch.no_grad():
         getattr(inputs, side)[6, 2] = bad
-    out = run(inputs, make_loss(name, tail, token_clip=1.0))
+    out = run(inputs, make_loss(name, tail, token_clip=1.0, entry_clip=0.5))
     finite = out.token_divergence.isfinite()
     assert not finite[6] and finite.sum() == 9
 
@@ -423,6 +510,7 @@ def test_metrics_are_those_of_the_full_distributions(tail: str) -> None:
         "teacher_entropy": -(log_t.exp() * log_t).sum(),
         "top1_agreement": (log_s.argmax(-1) == log_t.argmax(-1)).sum(),
         "clipped": 0,
+        "clipped_entries": 0,
         "teacher_tail_mass": 0 if tail == "full" else top[:, 7:].sum(),
     }
     assert set(out.metrics) == set(expected)
@@ -472,5 +560,7 @@ def test_chunk_size_follows_device_and_shard_of_the_vocabulary() -> None:
 
 
 def test_every_divergence_has_a_record_and_both_formulas() -> None:
-    names = set(get_args(DivergenceName))
-    assert names == divergences.DIVERGENCES.keys() == CLOSED_FORMS.keys() == DEFINITIONS.keys()
+    assert set(get_args(DivergenceName)) == divergences.DIVERGENCES.keys()
+    full, estimators = set(get_args(FullDivergenceName)), set(get_args(EstimatorName))
+    assert full == formulas.CLOSED_FORMS.keys() == formulas.DEFINITIONS.keys()
+    assert estimators == formulas.ESTIMATORS.keys() == formulas.ESTIMATES.keys()

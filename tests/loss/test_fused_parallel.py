@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from launch import launch
-from oracles import DIVERGENCES, TAILS, make_loss
+from oracles import DIVERGENCES, ESTIMATORS, TAILS, make_loss
 from torch import Tensor
 
 from nemo_trd.config.schema import Loss
@@ -46,11 +46,17 @@ def check_all() -> None:
         # 50 of 64 ids are real: with 4 ranks the last shard holds 2 of them. 20: it holds none.
         check_against_dense(loss, (50, 20)[number % 2], sequence_parallel, tied)
     check_against_dense(make_loss(token_clip=5.0), 50, False, False)
+    for name, tail, vocab in product(DIVERGENCES, TAILS, (50, 20)):
+        loss = make_loss(name, tail, temperature=1.7, entry_clip=0.1)
+        check_against_dense(loss, vocab, vocab == 20, tied=False)
+    for name, vocab in product(ESTIMATORS, (50, 20)):
+        check_against_dense(make_loss(name, temperature=1.7), vocab, True, tied=False)
     for name, tail in product(DIVERGENCES, TAILS):
         check_bf16(make_loss(name, tail, chunk_size=8))
         check_equal_models(make_loss(name, tail))
     for name in DIVERGENCES:
         check_plain_oracle(make_loss(name, temperature=1.7))
+        check_plain_oracle(make_loss(name, entry_clip=0.1))
         check_peaked_teacher(make_loss(name))
     for tail in TAILS:
         check_no_token(tail)
@@ -115,7 +121,7 @@ def check_against_dense(loss: Loss, vocab: int, sequence_parallel: bool, tied: b
         exact_hidden.retain_grad()
     exact_rows = exact_hidden.transpose(0, 1).flatten(0, 1)[positions]
     teacher_logits = ht.double() @ wt.double()[:vocab].t()
-    value = dense_divergence(exact_rows @ exact[:vocab].t(), teacher_logits, loss)
+    value = dense_divergence(exact_rows @ exact[:vocab].t(), teacher_logits, loss, labels)
     (0.5 * value.sum()).backward()
     where = f"{loss}, {vocab} ids, {sequence_parallel=}, {tied=}"
     assert distance(out.loss_sum.detach(), value.sum().detach()) < 1e-5, where

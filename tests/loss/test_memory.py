@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from loss_inputs import VOCAB, make_inputs, run
-from oracles import DIVERGENCES, TAILS, make_loss
+from oracles import DIVERGENCES, ESTIMATORS, TAILS, make_loss
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nemo_trd.config.schema import Loss
 from nemo_trd.loss import fused as losses
+from nemo_trd.loss.divergences import logit_bytes
 from nemo_trd.loss.fused import METRICS, fused_divergence
 
 every_divergence = pytest.mark.parametrize("name", DIVERGENCES)
@@ -64,10 +66,13 @@ def allocations(function: Callable[[], Any], directory: Path) -> tuple[int, int]
 
 @every_divergence
 @every_tail
-def test_no_tensor_is_larger_than_a_chunk_of_logits(name: str, tail: str) -> None:
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_no_tensor_is_larger_than_a_chunk_of_logits(
+    name: str, tail: str, clip: float | None
+) -> None:
     inputs = make_inputs(150)
     with Operations() as seen:
-        run(inputs, make_loss(name, tail, chunk_size=33))
+        run(inputs, make_loss(name, tail, entry_clip=clip, chunk_size=33))
     assert seen.largest == 33 * VOCAB
 
 
@@ -97,17 +102,28 @@ def test_a_logit_of_a_chunk_takes_28_to_33_bytes(
     name: str, tail: str, temperature: float, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     """Of student and teacher together, and of all that is computed from it."""
+    loss = make_loss(name, tail, temperature=temperature)
+    # The top k and the statistics are what is beyond 33.
+    assert 28 <= bytes_per_logit(loss, dtype, tmp_path) < 33.1
+
+
+@pytest.mark.parametrize("name", [*DIVERGENCES, *ESTIMATORS])
+def test_so_it_does_with_a_clip_of_entries_and_for_estimates(name: str, tmp_path: Path) -> None:
+    loss = make_loss(name, entry_clip=0.01 if name in DIVERGENCES else None)
+    counted = logit_bytes(loss)
+    assert counted - 1 <= bytes_per_logit(loss, torch.float32, tmp_path) < counted + 0.1
+
+
+def bytes_per_logit(loss: Loss, dtype: torch.dtype, directory: Path) -> float:
     vocab, chunk = 1000, 20
 
     def peak(chunk_size: int) -> int:
         inputs = make_inputs(2 * chunk, dtype, vocab=vocab, padded=vocab)
-        loss = make_loss(name, tail, temperature=temperature, chunk_size=chunk_size)
-        return allocations(lambda: run(inputs, loss, vocab=vocab), tmp_path)[0]
+        chunked = loss.model_copy(update={"chunk_size": chunk_size})
+        return allocations(lambda: run(inputs, chunked, vocab=vocab), directory)[0]
 
     peak(chunk)
-    bytes_per_logit = (peak(2 * chunk) - peak(chunk)) / (chunk * vocab)
-    # The top k and the statistics are what is beyond 33.
-    assert 28 <= bytes_per_logit < 33.1
+    return (peak(2 * chunk) - peak(chunk)) / (chunk * vocab)
 
 
 @every_divergence

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 from loss_inputs import VOCAB, Inputs, distance, make_inputs, reference, run
-from oracles import DIVERGENCES, make_loss
+from oracles import DIVERGENCES, ESTIMATORS, make_loss
 
 from nemo_trd.config.errors import ConfigError
 from nemo_trd.config.schema import Loss
@@ -32,13 +32,13 @@ def run_known(inputs: Inputs, teacher: TopK, loss: Loss, upstream: float = 0.5) 
     return out
 
 
-@pytest.mark.parametrize("clip", [None, 3.0])
+@pytest.mark.parametrize(("clip", "entry_clip"), [(None, None), (3.0, None), (None, 0.1)])
 @pytest.mark.parametrize(("name", "tail"), list(product(DIVERGENCES, ("bucket", "renormalize"))))
 def test_values_and_gradients_are_those_of_float64_autograd_and_of_the_dense_teachers_top_k(
-    name: str, tail: str, clip: float | None
+    name: str, tail: str, clip: float | None, entry_clip: float | None
 ) -> None:
     inputs = make_inputs()
-    loss = make_loss(name, tail, token_clip=clip)
+    loss = make_loss(name, tail, token_clip=clip, entry_clip=entry_clip)
     dense = run(inputs, loss)
     dense_gradients = [x.grad for x in inputs[:2]]
     out = run_known(inputs, known_of(inputs, 7), loss)
@@ -50,6 +50,19 @@ def test_values_and_gradients_are_those_of_float64_autograd_and_of_the_dense_tea
         assert distance(x.grad, dense_gradient) < 1e-6
     # The entropy of the whole distribution is all that is not known.
     assert set(dense.metrics) - set(out.metrics) == {"teacher_entropy"}
+    for key, metric in out.metrics.items():
+        torch.testing.assert_close(metric, dense.metrics[key], rtol=1e-5, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_estimates_need_the_labels_log_probability_alone(name: str) -> None:
+    inputs, loss = make_inputs(), make_loss(name)
+    dense = run(inputs, loss)
+    gradients = [x.grad for x in inputs[:2]]
+    out = run_known(inputs, known_of(inputs, 1), loss)
+    torch.testing.assert_close(out.token_divergence, dense.token_divergence, rtol=1e-5, atol=1e-6)
+    for x, expected in zip(inputs[:2], gradients, strict=True):
+        assert distance(x.grad, expected) < 1e-6
     for key, metric in out.metrics.items():
         torch.testing.assert_close(metric, dense.metrics[key], rtol=1e-5, atol=1e-6, msg=key)
 

@@ -35,10 +35,13 @@ def run_steps(directory: str, overrides: list[str], first: int, last: int, resul
 
     watch = init_distributed(timeout_minutes=2)
     model_paths = [f"model.{role}.path={directory}/{role}" for role in ("student", "teacher")]
+    if "model.teacher=null" in overrides:
+        model_paths.pop()
     settings = ["precision.dtype=fp32", "optimizer.lr=1e-2"]
     config = compose(["model=local", *model_paths, *settings, *overrides])
     student = Student(config)
-    teacher = Teacher(config, student.groups)
+    own = student.models if config.teacher_is_student else None
+    teacher = Teacher(config, student.groups, own, student.average)
     root = Path(directory) / "checkpoints"
     checkpointer = Checkpointer(config.checkpoint, root, student, needed=0)
     if first:
@@ -234,6 +237,7 @@ def test_an_adapter_goes_on_bit_for_bit_and_in_other_layouts(dtype: str, tmp_pat
     saved = broken / "checkpoints" / "step_00000002"
     names = (saved / ".metadata").read_bytes()
     assert b"q_proj.lora_A.weight" in names and b"embedding" not in names
+    assert b"teacher." not in names
     other = shutil.copytree(broken, tmp_path / "other", symlinks=True)
     assert steps(broken, 1, adapter, HALF, 2 * HALF) == uninterrupted[HALF:]
     if dtype == "fp32":
@@ -244,6 +248,25 @@ def test_an_adapter_goes_on_bit_for_bit_and_in_other_layouts(dtype: str, tmp_pat
             resumed = steps(part, 2, [*none, *layout], HALF, 2 * HALF)
             for step, known in zip(resumed, expected, strict=True):
                 assert step == pytest.approx(known, rel=1e-5)
+
+
+@pytest.mark.parametrize("adapter", [[], ["student.adapter=lora"]], ids=["", "adapter"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_teacher_that_follows_goes_on_bit_for_bit_and_in_other_layouts(
+    dtype: str, adapter: list[str], tmp_path: Path
+) -> None:
+    ema = ["algorithm.mode=opsd", "model.teacher=null", "teacher.ema=0.8", *adapter]
+    ema += [f"precision.dtype={dtype}"]
+    whole, broken = models(tmp_path / "whole"), models(tmp_path / "broken")
+    uninterrupted = steps(whole, 1, ema, 0, 2 * HALF)
+    assert steps(broken, 1, ema, 0, HALF) == uninterrupted[:HALF]
+    other = shutil.copytree(broken, tmp_path / "other", symlinks=True)
+    assert steps(broken, 1, ema, HALF, 2 * HALF) == uninterrupted[HALF:]
+    if dtype == "fp32":
+        layout = [*TP2, *DISTRIBUTED, "parallel.teacher.tensor_model_parallel_size=2"]
+        resumed = steps(other, 2, [*ema, *layout], HALF, 2 * HALF)
+        for step, known in zip(resumed, uninterrupted[HALF:], strict=True):
+            assert step == pytest.approx(known, rel=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", [[], DISTRIBUTED], ids=["", "distributed"])

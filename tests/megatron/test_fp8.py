@@ -86,7 +86,7 @@ def run_cases(directory: str, cases: dict[str, list[str]], results: str) -> None
         products = transformer_engine_torch.matrix_products
         seen[name]["products"] = {" ".join(formats): n for formats, n in products.items()}
         if config.precision.teacher_fp8 is not None:
-            check_weights(teacher._model, config)
+            check_weights(teacher._models[0], config)
         for first, again in zip(states, teacher.states(plan), strict=True):
             assert first is None or torch.equal(first, again), name
     if dist.get_rank() == 0:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from launch import launch
 from model_checks import of_each_expert
-from oracles import DIVERGENCES, TAILS, make_loss
+from oracles import DIVERGENCES, ESTIMATORS, TAILS, make_loss
 from safetensors.torch import load_file, save_file
 from tiny_models import YARN, make_model
 from torch import Tensor
@@ -39,7 +39,9 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
 # Both temperatures meet chunks that do and do not divide 32.
 NUMBERS = ((1.7, 8), (1.0, 5), (1.7, 5), (1.0, 8))
 RECIPES = {
-    f"{name} {tail}": (name, tail, *NUMBERS[i % 4])
+    f"{name} {tail}": make_loss(
+        name, tail, temperature=NUMBERS[i % 4][0], chunk_size=NUMBERS[i % 4][1]
+    )
     for i, (name, tail) in enumerate(product(DIVERGENCES, TAILS))
 }
 # Each model has every divergence and every tail.
@@ -47,6 +49,18 @@ RECIPES_OF = {
     model: [recipe for i, recipe in enumerate(RECIPES) if (i + i // 3) % 3 == number]
     for number, model in enumerate(("llama", "qwen2", "qwen3"))
 }
+# And each a clip of entries and an estimate.
+CLIPS = {
+    "llama": ("forward_kl", "full"),
+    "qwen2": ("reverse_kl", "bucket"),
+    "qwen3": ("jsd", "full"),
+}
+for i, (model, (name, tail)) in enumerate(CLIPS.items()):
+    estimator = ESTIMATORS[i % 2]
+    clipped = make_loss(name, tail, entry_clip=3e-4, temperature=1.7, chunk_size=5)
+    own = {f"{name} {tail}, clip": clipped, f"{estimator} {model}": make_loss(estimator)}
+    RECIPES |= own
+    RECIPES_OF[model] += own
 # With experts. More recipes would say nothing more: the loss does not know the layers.
 SPARSE_RECIPES_OF = {"qwen3_moe": ["forward_kl renormalize"]}
 TP2 = ["parallel.student.tensor_model_parallel_size=2"]
@@ -150,25 +164,26 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with torch.no_grad():
             expected[model] = {t.name: label_nll(student, t) for t in trajectories()}
         for recipe in (RECIPES_OF | SPARSE_RECIPES_OF)[model]:
-            name, tail, temperature, chunk_size = RECIPES[recipe]
-            loss = make_loss(name, tail, temperature=temperature, chunk_size=chunk_size)
-            at_labels = {}
+            loss = RECIPES[recipe]
+            at_labels, unclipped = {}, {}
             for t in trajectories():
                 with torch.no_grad():
                     other = label_logits(teacher, t.teacher_context, t.labels)
                 logits = label_logits(student, t.student_context, t.labels)
-                at_labels[t.name] = dense_divergence(logits, other, loss)
+                labels = torch.tensor(t.labels)
+                at_labels[t.name] = dense_divergence(logits, other, loss, labels)
+                whole = loss.model_copy(update={"entry_clip": None})
+                unclipped[t.name] = dense_divergence(logits, other, whole, labels).detach()
             student.zero_grad()
             mean = torch.cat(list(at_labels.values())).sum() / sum(LABELS)
+            before_clip = torch.cat(list(unclipped.values())).sum() / sum(LABELS)
+            assert loss.entry_clip is None or mean < 0.9 * before_clip
             mean.backward()
             gradients = of_each_expert({n: p.grad.clone() for n, p in student.named_parameters()})
-            values = {name: divergence.detach() for name, divergence in at_labels.items()}
             if model in SPARSE_RECIPES_OF:
-                without_tokens = [
-                    name for name, gradient in gradients.items() if not gradient.any()
-                ]
+                without_tokens = [name for name, value in gradients.items() if not value.any()]
                 assert sorted({name.split(".")[5] for name in without_tokens}) == ["4"]
-            expected[f"{model} {recipe}"] = mean.item(), gradients, values
+            expected[f"{model} {recipe}"] = mean.item(), gradients, unclipped
     torch.save(expected, root / "expected.pt")
     return root
 
@@ -200,9 +215,7 @@ def check_layouts(
         if student.groups.pp.size() == 1:
             check_segments_are_apart(student, plan[student.groups.dp.rank()][0].student)
         for recipe in recipes_of[model]:
-            name, tail, temperature, chunk_size = RECIPES[recipe]
-            loss = make_loss(name, tail, temperature=temperature, chunk_size=chunk_size)
-            student._head.loss = loss
+            student._head.loss = RECIPES[recipe]
             measured = loss_and_gradients(student, plan, states)
             compare(measured, expected[f"{model} {recipe}"], f"{layout}, {model}, {recipe}")
     print("all gradients agree", flush=True)

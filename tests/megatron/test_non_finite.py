@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import pytest
@@ -18,13 +19,14 @@ NAME = "prompt 2 sample 0 (refinement)"  # which meets the bad value
 CONTEXT = 4  # tokens of every student context; the teacher's has one more
 SETTINGS = ["model=local", "precision.dtype=fp32", "optimizer.lr=1e-2"]
 SETTINGS += ["train.max_tokens_per_micro_batch=null", "train.micro_batch_size=2"]
+ADAPTER = ["student.adapter=lora", "student.adapter.rank=4"]
 
 
 # Layout -> the first token of the rank that meets the bad value, and the position there. Of the 12
 # tokens of prompt 2, padded, the second context parallel rank holds those from 3 to 8.
 LAYOUTS = {
     "tp2 pp2": (TP2 + PP2, 2, CONTEXT),
-    "tp2 sp dp2": (TP2 + SP, 2, CONTEXT),
+    "tp2 sp dp2, an adapter": (TP2 + SP + ADAPTER, 2, CONTEXT),
     "cp2 dp2": (CP2, (2 + 7 * 3) % 60, 1),
 }
 
@@ -76,13 +78,14 @@ def states_poisoned(model: Any, token: int, bad: float, position: int) -> Iterat
 
 
 def fail_and_go_on(overrides: list[str]) -> None:
-    """One process, both optimizers."""
+    """One process, both optimizers, all parameters or an adapter."""
     from nemo_trd.config.load import compose
     from nemo_trd.distributed.process import init_distributed
 
     watch = init_distributed(timeout_minutes=2)
-    for distributed in ("false", "true"):
-        check_failed_steps(compose([*overrides, f"optimizer.distributed={distributed}"]))
+    for distributed, trained in product(("false", "true"), ([], ADAPTER)):
+        chosen = [*trained, f"optimizer.distributed={distributed}"]
+        check_failed_steps(compose([*overrides, *chosen]))
         print("nothing moved", flush=True)
     watch.close()
 
@@ -119,9 +122,9 @@ def check_failed_steps(config: Any) -> None:
             student.train_step(plan, bad_states)
         assert str(info.value).startswith(NAME)
         assert_same(everything(student), before)
-    for parameter in (model.decoder.final_layernorm.weight, model.output_weight()):
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for name, parameter in (trained[0], trained[-1]):
         hook = parameter.register_hook(lambda gradient: gradient * float("inf"))
-        (name,) = (n for n, p in model.named_parameters() if p is parameter)
         found = rf"found (NaN|Inf) in local grad norm of rank 0: .*{re.escape(name)}"
         with pytest.raises(NonFiniteError, match=found):
             student.train_step(plan, states)
@@ -182,7 +185,7 @@ def fail_on_some_rank(overrides: list[str], token: int, position: int) -> None:
 
 def test_nothing_moves_on_a_bad_value_and_its_sample_is_named(models: list[str]) -> None:
     output = launch(1, fail_and_go_on, [*SETTINGS, *models])
-    assert output.count("nothing moved") == 2
+    assert output.count("nothing moved") == 4
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

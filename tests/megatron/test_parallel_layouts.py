@@ -44,6 +44,9 @@ DIVERGENCES = {
     "bucket": ["loss.top_k=5"],
     "renormalize": ["loss.top_k=5", "loss.top_k_tail=renormalize", "loss.temperature=1.7"],
     "clip": ["loss.token_clip=0.3", "loss.chunk_size=3"],
+    "entries": ["loss.divergence=reverse_kl", "loss.entry_clip=0.003"],
+    "k1": ["loss.divergence=k1", "algorithm.trajectory=rollout"],
+    "k3": ["loss.divergence=k3", "algorithm.trajectory=rollout", "loss.token_clip=0.1"],
 }
 RECIPES = {
     f"{mode} {context} {divergence}": [

@@ -28,11 +28,13 @@ RECIPES = {  # experiment -> what makes it larger than it ships
         *("cluster.training_nodes=2", "parallel.teacher.pipeline_model_parallel_size=2"),
         *("parallel=tp8", "teacher.scoring=megatron", "loss.top_k=null"),
     ],
-    "paper_qwen3_8b": [],  # paper_qwen3_8b_32k has the same shapes and layout
-    "paper_qwen3_4b": [],
-    "paper_qwen3_1p7b": [],
+    "trd_70b_lora": [],  # TP 8: its teacher is the student
+    "paper_qwen3_8b": [],
+    # Without a teacher of its own each student has the same shape and layout.
+    "paper_qwen3_4b_opd": [],
+    "paper_qwen3_1p7b_opd": [],
 }
-LARGE = {"trd_70b", "trd_70b_32k"}  # 32 models to be built of each
+LARGE = {"trd_70b", "trd_70b_32k", "trd_70b_lora"}  # 640 layers to be built of each
 PADDING = 64 + 256  # elements before a parameter and after a bucket, of a distributed optimizer
 
 
@@ -67,6 +69,7 @@ def check_model(config: Any, role: str, hf: Any) -> None:
     from fake_world import rank_of
 
     from nemo_trd.megatron.hf_weights import _parts
+    from nemo_trd.megatron.lora import add_adapters
     from nemo_trd.megatron.model import build_model
     from nemo_trd.megatron.process_groups import process_groups
     from nemo_trd.models.family import expected_tensors
@@ -95,6 +98,8 @@ def check_model(config: Any, role: str, hf: Any) -> None:
             if role == "student":
                 exports.append(exchanges_of_export(models, hf, groups))
             if role == "student" and place[1] == 0:
+                if config.student.adapter is not None:
+                    add_adapters(models, hf, config.student.adapter, groups, seed=0)
                 check_bytes(config, models, groups)
     expected = expected_tensors(hf)
     assert holders.keys() == expected.keys()
@@ -152,7 +157,7 @@ def names_by_stage(hf: Any, stages: int) -> list[list[str]]:
 
 
 def check_bytes(config: Any, models: list[Any], groups: Any) -> None:
-    """Gradients, main weights and the two moments of Adam that belong to each of these."""
+    """Weights; gradients, main weights and Adam's two moments of what is trained of them."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     from nemo_trd.megatron.optimizer import make_optimizer
@@ -174,9 +179,11 @@ def check_bytes(config: Any, models: list[Any], groups: Any) -> None:
     assert {parameter.element_size() for parameter in main} == {4}
     states = sum(parameter.numel() * (4 + 8) for parameter in main)
     planned = model_state_bytes(config, config_shape(config), groups.pp.rank())
+    parameters = [p for model in models for p in model.parameters()]
+    assert planned["weights"] == sum(p.numel() * p.element_size() for p in parameters)
     slack = 0
     if distributed:  # buckets are padded, and divided by their length
-        slack = PADDING * (len(list(models[0].parameters())) + 2) * 12
+        slack = PADDING * (sum(p.requires_grad for p in parameters) + 2) * 12
     assert planned["gradients"] <= gradients <= planned["gradients"] + slack
     assert abs(states - planned["optimizer"]) <= slack
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from launch import launch
 
+from nemo_trd.config.schema import Layout
 from nemo_trd.models.family import FAMILIES
 
 pytestmark = pytest.mark.distributed
@@ -22,15 +23,6 @@ SHAPE = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 512,
 }
-EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-EXPERTS["mlp_only_layers"] = [1]
-SPARSE_LAYOUTS = [  # tensor, pipeline, virtual pipeline, experts, parts of an expert
-    (1, 1, None, 1, 1),
-    (1, 1, None, 4, 1),
-    (2, 1, None, 2, 2),
-    (1, 2, 2, 2, 1),
-    (2, 2, None, 1, 1),
-]
 LAYOUTS = [  # tensor, pipeline, virtual pipeline
     (1, 1, None),
     (2, 1, None),
@@ -40,6 +32,15 @@ LAYOUTS = [  # tensor, pipeline, virtual pipeline
     (2, 2, 2),
     (1, 4, None),
 ]
+EXPERT_LAYOUTS = [  # tensor, pipeline, virtual pipeline, expert, expert tensor
+    (1, 1, None, 1, 1),
+    (1, 1, None, 4, 1),
+    (2, 1, None, 2, 1),
+    (1, 1, None, 2, 2),
+    (1, 2, 2, 2, 1),
+    (2, 2, None, 1, 1),
+    (2, 2, None, 1, 2),
+]
 OPTIMIZERS = [("bf16", "false"), ("bf16", "true"), ("fp32", "false")]  # dtype, distributed
 PADDING = 64 + 256  # elements before a parameter and after a bucket, of a distributed optimizer
 
@@ -47,16 +48,31 @@ PADDING = 64 + 256  # elements before a parameter and after a bucket, of a distr
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_bytes_equal_those_of_megatron_in_every_layout(architecture: str) -> None:
     output = launch(4, check_bytes, architecture, timeout=300)
-    layouts = SPARSE_LAYOUTS if FAMILIES[architecture].sparse else LAYOUTS
-    assert output.count("compared") == 4 * 2 * len(layouts) * len(OPTIMIZERS)
+    assert output.count("compared") == 4 * 2 * len(layouts(architecture)) * len(OPTIMIZERS)
+
+
+def layouts(architecture: str) -> list[Layout]:
+    if not FAMILIES[architecture].sparse:
+        return [layout(tp, pp, virtual) for tp, pp, virtual in LAYOUTS]
+    return [layout(*sizes) for sizes in EXPERT_LAYOUTS]
+
+
+def layout(tp: int, pp: int, virtual: int | None, ep: int = 1, etp: int = 1) -> Layout:
+    return Layout(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=virtual,
+        sequence_parallel=tp > 1,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+    )
 
 
 def check_bytes(architecture: str) -> None:
     import torch.distributed as dist
-    from tiny_models import CONFIGS
+    from tiny_models import CONFIGS, EXPERTS
 
     from nemo_trd.config.load import compose
-    from nemo_trd.config.schema import Layout
     from nemo_trd.plan.shapes import as_namespace
 
     dist.init_process_group("gloo")
@@ -71,23 +87,13 @@ def check_bytes(architecture: str) -> None:
         for dtype, distributed in OPTIMIZERS
     ]
     for tied in (False, True):
-        sparse = FAMILIES[architecture].sparse
-        sizes = SHAPE | (EXPERTS if sparse else {})
-        hf = CONFIGS[architecture](**sizes, tie_word_embeddings=tied)
+        experts = EXPERTS | {"mlp_only_layers": [1]} if FAMILIES[architecture].sparse else {}
+        hf = CONFIGS[architecture](**SHAPE, **experts, tie_word_embeddings=tied)
         # What save_pretrained would write, read without transformers.
         shape = as_namespace(json.loads(hf.to_json_string()), Path("tiny"), "model")
-        for tp, pp, virtual, *experts in SPARSE_LAYOUTS if sparse else LAYOUTS:
-            ep, etp = experts or (1, 1)
-            layout = Layout(
-                tensor_model_parallel_size=tp,
-                pipeline_model_parallel_size=pp,
-                virtual_pipeline_model_parallel_size=virtual,
-                sequence_parallel=sparse and tp > 1,
-                expert_model_parallel_size=ep,
-                expert_tensor_parallel_size=etp,
-            )
+        for chosen in layouts(architecture):
             for config in configs:
-                parallel = config.parallel.model_copy(update={"student": layout})
+                parallel = config.parallel.model_copy(update={"student": chosen})
                 compare(config.model_copy(update={"parallel": parallel}), hf, shape)
                 print("compared", flush=True)
     dist.destroy_process_group()
@@ -120,14 +126,15 @@ def compare(config: Any, hf: Any, shape: Any) -> None:
     slack = PADDING * (len(parameters) + 2) * 4
     assert planned["gradients"] <= gradients < planned["gradients"] + slack, case
     # Ranks share by position in the buffer: together they hold every state exactly once.
-    experts = stage_parameters(shape, layout)[groups.pp.rank()].experts
     total = torch.tensor(optimizer)
-    parts: Any = (count - experts, groups.dp), (experts, groups.expt_dp)
-    if groups.expt_dp.size() == groups.dp.size():
-        parts = ((count, groups.dp),)
-        dist.all_reduce(total, group=groups.dp)
-        assert total == count * 12, case
-    assert planned["optimizer"] == 12 * sum(-(-n // group.size()) for n, group in parts), case
+    dist.all_reduce(total)
+    of_experts = layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
+    stages = stage_parameters(shape, layout)
+    outside = sum(s.total - s.experts for s in stages) * layout.tensor_model_parallel_size
+    assert total == 12 * (outside + of_experts * sum(s.experts for s in stages)), case
+    own = stages[groups.pp.rank()]
+    shares = ((own.total - own.experts, groups.dp_cp), (own.experts, groups.expt_dp))
+    assert planned["optimizer"] == sum(-(-n * 12 // group.size()) for n, group in shares), case
     # In a pipeline a shared embedding, or a part of the stage, may come in an exchange of its own.
     saving = sum(save_phase(config, shape, groups.pp.rank())["checkpoint"].values())
     assert gathered < saving + 2 * slack, case
@@ -149,11 +156,8 @@ def training_bytes(config: Any, models: list[Any], groups: Any) -> tuple[int, in
         chunk.zero_grad_buffer()
         chunk.finish_grad_sync()
     optimizer.step()
-    gradients = sum(
-        b.grad_data.numel() * b.grad_data.element_size()
-        for c in chunks
-        for b in (*c.buffers, *c.expert_parallel_buffers)
-    )
+    buffers = [b for c in chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
+    gradients = sum(b.grad_data.numel() * b.grad_data.element_size() for b in buffers)
     held = 0
     model_storage = {p.untyped_storage().data_ptr() for m in models for p in m.parameters()}
     for single in optimizer.chained_optimizers:

@@ -11,10 +11,14 @@ import yaml
 from composed_once import compose
 
 from nemo_trd.config.errors import ConfigError
+from nemo_trd.plan.cost import weight_sync
 from nemo_trd.plan.faster import DRAFTS, savings
 from nemo_trd.plan.main import main
 from nemo_trd.plan.measured import measured_assumptions
+from nemo_trd.plan.memory import GIB
 from nemo_trd.plan.plan import Plan, make_plan
+from nemo_trd.plan.shapes import adapter_parameters, parameters
+from nemo_trd.plan.show import text
 
 RECIPE = "experiment=paper_qwen3_8b"
 
@@ -30,7 +34,7 @@ def test_generation_takes_as_long_as_its_busier_pool_or_its_longest_answers() ->
     assert plan.split is not None
     time = plan.split.time
     assert time.streamed and time.longest < time.refinement < time.rollout == time.generation
-    one = planned("train.prompts_per_step=8", "train.max_tokens_per_micro_batch=36864").split
+    one = planned("train.prompts_per_step=8").split
     assert one is not None  # one answer for each server: the longest of both is the whole time
     assert one.time.generation == one.time.longest > max(one.time.rollout, one.time.refinement)
     nodes = ("cluster.student_server_nodes=0", "cluster.teacher_server_nodes=0")
@@ -47,6 +51,25 @@ def test_drafts_save_passes_over_the_weights_of_the_teacher() -> None:
     assert without is not None and with_them is not None
     assert with_them.time.refinement < without.time.refinement
     assert with_them.time.rollout == without.time.rollout
+
+
+def test_an_adapter_alone_is_few_bytes_and_lets_one_pool_answer_for_both_models() -> None:
+    lora, alone = "student.adapter=lora", "generation.vllm.weight_sync.what=adapter"
+    merged, adapter = planned(lora), planned(lora, alone)
+    assert merged.student is not None and merged.config.student.adapter is not None
+    hf = merged.student.hf
+    whole, part = (weight_sync(plan.config, hf) for plan in (merged, adapter))
+    assert whole is not None and part is not None
+    trained = adapter_parameters(hf, merged.config.student.adapter)
+    assert (whole.bytes, part.bytes) == (2 * parameters(hf), 2 * trained)
+    assert part.seconds < whole.seconds / 20
+    assert f"the adapter, {2 * trained / GIB:.2f} GiB to each of" in text(adapter)
+
+    own = ("generation.vllm.teacher.urls=[]", "generation.vllm.teacher.server.speculation=null")
+    shared = planned(lora, alone, *own, "cluster.teacher_server_nodes=0")
+    assert shared.split is not None and shared.evening is None
+    time = shared.split.time
+    assert time.generation == time.rollout + time.refinement and time.refinement > 0
 
 
 def test_stored_samples_take_no_time_and_need_no_servers() -> None:

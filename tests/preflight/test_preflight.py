@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -27,6 +28,7 @@ from nemo_trd.config.lengths import longest_trajectory
 from nemo_trd.config.load import compose
 from nemo_trd.config.schema import Config
 from nemo_trd.models.family import shared_vocab_size
+from nemo_trd.models.peft import check_base_of_beginning
 from nemo_trd.preflight.models import check, real_vocab_size
 from nemo_trd.verifiers import sandbox
 
@@ -59,9 +61,12 @@ def save_tokenizer(directory: Path, words: list[str] = WORDS, **settings: Any) -
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A student of two shards and a teacher of one, complete and fitting each other."""
+    """A student of two shards, an adapter on it, and a teacher that fits; all complete."""
     root = tmp_path_factory.mktemp("models")
     LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(root / "student", max_shard_size="20KB")
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    model = LlamaForCausalLM.from_pretrained(root / "student")
+    get_peft_model(model, lora).save_pretrained(root / "adapter")
     tied = Qwen3Config(**SHAPE | {"head_dim": 8}, tie_word_embeddings=True)
     Qwen3ForCausalLM(tied).save_pretrained(root / "teacher")
     for name in ("student", "teacher"):
@@ -573,6 +578,96 @@ def test_fp8_with_cuda_and_transformer_engine_is_accepted(monkeypatch: pytest.Mo
     ):
         assert part in message
     assert "parallel.teacher" not in message
+
+
+ADAPTER = [
+    *("student.adapter=lora", "student.adapter.init=models/adapter", "student.adapter.rank=4"),
+    *("student.adapter.alpha=8", "student.adapter.targets=[q,down]"),
+]
+
+
+def changed(**values: Any) -> Callable[[Path], Any]:
+    """Settings of PEFT, in the place of those that it has saved."""
+
+    def change(adapter: Path) -> None:
+        file = adapter / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+    return change
+
+
+BAD_ADAPTERS: dict[str, tuple[Callable[[Path], Any], list[str], tuple[str, ...]]] = {
+    "no directory": (
+        shutil.rmtree,
+        [],
+        ("student.adapter.init = 'models/adapter'", "no such one", "adapter_config.json"),
+    ),
+    "no weights": (
+        lambda adapter: (adapter / "adapter_model.safetensors").unlink(),
+        [],
+        ("student.adapter.init", "adapter_model.safetensors", "save the adapter as safetensors"),
+    ),
+    "another rank": (
+        lambda _: None,
+        ["student.adapter.rank=8"],
+        ("student.adapter.rank = 8", "models/adapter has 4", "set it to 4"),
+    ),
+    "another alpha": (
+        changed(lora_alpha=16),
+        [],
+        ("student.adapter.alpha = 8.0", "models/adapter has 16", "set it to 16"),
+    ),
+    "another scale": (
+        changed(use_rslora=True),
+        [],
+        ("student.adapter.rslora = False", "models/adapter has True", "set it to true"),
+    ),
+    "fewer targets": (
+        lambda _: None,
+        ["student.adapter.targets=[q]"],
+        ("student.adapter.init", "nothing of", "down_proj", "set targets to the adapter's"),
+    ),
+    "more than an adapter": (
+        changed(modules_to_save=["lm_head"]),
+        [],
+        ("modules_to_save) = ['lm_head']", "are supported", "merge it"),
+    ),
+    "another kind": (
+        changed(use_dora=True),
+        [],
+        ("use_dora) = True", "use_dora = false are supported", "merge it"),
+    ),
+    "another model": (
+        lambda _: None,
+        ["model.student.path=models/teacher"],
+        ("student.adapter.init", "q_proj.lora_B", "the adapter a shape [16, 4]", "name the model"),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_ADAPTERS)
+def test_an_adapter_that_is_not_the_settings_or_the_models_is_refused(
+    models: Path, fault: str
+) -> None:
+    damage, overrides, told = BAD_ADAPTERS[fault]
+    if fault == "no directory":  # all others are faults of one that is accepted
+        check(settings(*ADAPTER), world_size=1)
+    damage(models / "adapter")
+    message = refusal(settings(*ADAPTER, *overrides))
+    for part in (*told, "Fix: "):
+        assert part in message, message
+
+
+@pytest.mark.usefixtures("models")
+def test_an_adapter_that_names_another_model_is_warned_about(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    adapter = settings(*ADAPTER).student.adapter
+    assert adapter is not None
+    check_base_of_beginning(adapter, "a digest", "models/student")
+    assert not caplog.text
+    check_base_of_beginning(adapter, "a digest", "models/teacher")
+    assert "models/adapter was trained on" in caplog.text and "models/teacher" in caplog.text
 
 
 def test_all_broken_rules_are_told_at_once(models: Path) -> None:

@@ -197,16 +197,70 @@ def test_what_was_generated_when_a_run_died_is_not_generated_again(
     assert kept().find(request, weight_version=0) is not None
     assert kept().find(request, weight_version=1) is None
     assert kept(digest="b").find(request, weight_version=0) is None
+    assert kept().notices == []
 
     with FakeVllm() as student, FakeVllm() as teacher:
         again = sampler(config, [student.url], [teacher.url], under_way=kept())
         assert again.sample(PROMPTS, STEP).refinements == in_two_phases(config)
         assert student.asked + teacher.asked == 2 * COUNT - len(lines)
-        assert [file.name for file in record.iterdir()] == ["rank_0.jsonl"]  # there is one rank now
+        (file,) = record.iterdir()
+        assert file.name == f"step_{STEP:06d}_rank_0.jsonl"  # there is one rank now
+        assert len(file.read_text().splitlines()) == 2 * COUNT
         again.sample(PROMPTS, STEP + 1)
-        assert len(next(record.iterdir()).read_text().splitlines()) == 2 * COUNT
+        (file,) = record.iterdir()
+        assert len(file.read_text().splitlines()) == 2 * COUNT
     kept().end()
     assert not record.exists()
+
+
+def test_samples_of_all_steps_that_have_yet_to_train_are_kept_but_for_those_of_lost_weights(
+    tmp_path: Path,
+) -> None:
+    """Of a run two steps ahead that died after its checkpoint of version 3."""
+
+    def request(step: int) -> GenerationRequest:
+        return GenerationRequest((step, 7), seed=step)
+
+    record = UnderWay(tmp_path, 0, "a", max_staleness=2)
+    for step, version in ((2, 2), (3, 3), (4, 3), (5, 4)):
+        record.begin(step, version)
+        record.add(request(step), Completion((9,), "length", version))
+    record.add(request(50), Completion((9,), "length", 3, versions=((3, 0), (4, 5))))
+    assert [file.name[:11] for file in sorted(tmp_path.iterdir())] == [
+        f"step_{step:06d}" for step in (3, 4, 5)
+    ]
+    resumed = UnderWay(tmp_path, 0, "a", max_staleness=2)
+    for step, version in ((4, 3), (5, 4)):
+        resumed.begin(step, version)
+        assert resumed.find(request(4), version) is not None
+        assert resumed.find(request(5), version) is None  # other weights bear number 4
+        assert resumed.find(request(50), version) is None
+    assert resumed.find(request(4), 6) is None  # too old
+    resumed.begin(7, 5)
+    assert resumed.find(request(4), 5) is None  # its step has trained
+    resumed.end()
+    assert not tmp_path.exists()
+
+
+def test_damaged_lines_of_a_record_are_counted_and_a_cut_off_last_one_is_not(
+    tmp_path: Path,
+) -> None:
+    asked = [GenerationRequest((n,), seed=n) for n in range(3)]
+    record = UnderWay(tmp_path, 0, "a")
+    record.begin(4, 0)
+    for request in asked:
+        record.add(request, Completion((9,), "length", 0))
+    (file,) = tmp_path.iterdir()
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text(lines[0] + "\0\0\0\n" + lines[1].replace("token_ids", "tokens") + lines[2][:30])
+    resumed = UnderWay(tmp_path, 0, "a")
+    assert resumed.notices == [f"{file}: 2 damaged lines; what they held is sampled again"]
+    resumed.begin(4, 0)
+    assert [resumed.find(request, 0) is not None for request in asked] == [True, False, False]
+    for request in asked[1:]:  # not behind what was cut off
+        resumed.add(request, Completion((9,), "length", 0))
+    again = UnderWay(tmp_path, 0, "a")
+    assert again.notices == [] and all(again.find(request, 0) for request in asked)
 
 
 def test_seconds_of_a_pool_count_overlapping_requests_once() -> None:

@@ -16,10 +16,11 @@ import psutil
 import pytest
 from launch import launch, processes_of, run_ranks
 from safetensors.torch import load_file
-from servers import ENVIRONMENT, HIDDEN, KEY, SHAPE, VOCABULARY, settings_on
+from servers import ENVIRONMENT, HIDDEN, KEY, SHAPE, VOCABULARY, replicas, settings_on
 from tiny_models import make_model
 
 from nemo_trd.records.checkpoint_dir import read_samples_ahead
+from nemo_trd.serve.server import stop_all
 
 pytestmark = [pytest.mark.vllm, pytest.mark.distributed]
 
@@ -68,22 +69,121 @@ def run_training(overrides: list[str], fault: str) -> None:
     sys.exit(exit_code)
 
 
-def run_step(overrides: list[str]) -> None:
-    """On every rank: the entry point. To check the teacher's server its model is loaded too."""
+def run_until_replicas_are_killed(overrides: list[str], victims: dict[str, int]) -> None:
+    """On every rank: the entry point. Servers are killed while they answer in the second step.
+
+    `victims` are their process groups by URL. Requests go there first, and rank 0 kills each when
+    it has two of them.
+    """
+    import asyncio
+    import signal
+    import sys
+
+    import torch.distributed as dist
+
+    from nemo_trd.config.load import compose
+    from nemo_trd.generation import pool
+    from nemo_trd.generation.api import GENERATE, Connection
+    from nemo_trd.run.sampling import Sampler
+    from nemo_trd.train import launch
+
+    call, sample = Connection.call, Sampler.sample
+    asked = dict.fromkeys(victims, 0)
+    steps: list[int] = []
+
+    def sample_a_step(self: Any, prompts: Any, step: int) -> Any:
+        steps.append(step)
+        return sample(self, prompts, step)
+
+    async def call_and_kill(self: Any, method: str, url: str, path: str, *rest: Any) -> Any:
+        answer = asyncio.ensure_future(call(self, method, url, path, *rest))
+        if path == GENERATE and url in victims and steps[-1:] == [1] and dist.get_rank() == 0:
+            asked[url] += 1
+            if asked[url] == 2:
+                await asyncio.sleep(0.02)
+                os.killpg(victims[url], signal.SIGKILL)
+                print(f"killed {url}, {'too late' if answer.done() else 'which had yet to answer'}")
+        return await answer
+
+    pool._weight = lambda affinity, url: bytes([url in victims])  # type: ignore[assignment]
+    Sampler.sample = sample_a_step  # type: ignore[method-assign]
+    Connection.call = call_and_kill  # type: ignore[method-assign]
+    sys.exit(launch(compose(overrides)))
+
+
+def run_and_die(overrides: list[str], dies: bool) -> None:
+    """On every rank: the entry point. It is killed where three samples of the last step are there.
+
+    Without that, tells of each sample that an earlier run has kept."""
     import sys
 
     from nemo_trd.config.load import compose
-    from nemo_trd.generation.vllm import VllmGenerator
+    from nemo_trd.records.under_way import UnderWay
     from nemo_trd.train import launch
 
-    score = VllmGenerator.score
+    add, find = UnderWay.add, UnderWay.find
+    added: list[Any] = []
+
+    def add_and_die(self: Any, *sample: Any) -> None:
+        add(self, *sample)
+        added.extend([sample] * (self._step == STEPS - 1))
+        if dies and len(added) == 3:
+            os.kill(os.getpid(), 9)
+
+    def find_and_tell(self: Any, *asked: Any) -> Any:
+        found = find(self, *asked)
+        if found is not None:
+            print(f"found a {'rewrite' if found.logprobs is None else 'rollout'}")
+        return found
+
+    UnderWay.add = add_and_die  # type: ignore[method-assign]
+    UnderWay.find = find_and_tell  # type: ignore[method-assign]
+    sys.exit(launch(compose(overrides)))
+
+
+def run_step(overrides: list[str]) -> None:
+    """On every rank: the entry point. To check the teacher's server its model is loaded too.
+
+    What the servers computed while they wrote is compared with the teacher in Megatron.
+    """
+    import sys
+
+    import torch
+
+    from nemo_trd import train
+    from nemo_trd.config.load import compose
+    from nemo_trd.generation.vllm import VllmGenerator
+    from nemo_trd.megatron.teacher import Teacher
+
+    score, teach = VllmGenerator.score, train.teach
+
+    def compared(run: Any, trajectories: Any) -> Any:
+        micro_batches, served = teach(run, trajectories)
+        student, source = run.student, run.config.teacher_source
+        if run.config.teacher.scoring == "generation":
+            student._head.read_teacher_weight(source, student.models[0].output_weight())
+            held = Teacher(run.config, student.groups).states(micro_batches)
+            gaps = []
+            for micro_batch, top, states in zip(micro_batches[0], served, held, strict=True):
+                every = student.teacher_top_k(states, micro_batch, VOCABULARY)
+                log_probs = torch.empty_like(every.log_probs).scatter_(
+                    1, every.ids, every.log_probs
+                )
+                gaps.append(log_probs.gather(1, top.ids) - top.log_probs)
+                gaps.append(every.log_probs[:, : top.ids.shape[1]] - top.log_probs)  # the same ids
+                gaps.append((every.label_log_probs - top.label_log_probs)[:, None])
+            gap = max(float(gap.abs().max()) for gap in gaps if gap.numel())
+            print(f"servers and the teacher in Megatron differ by {gap:.3g}")
+        return micro_batches, served
+
+    train.teach = compared
 
     def told(self: Any, sequences: Any, wanted: Any, description: str) -> Any:
         print(f"{description} asked for: {len(sequences)}")
         return score(self, sequences, wanted, description)
 
     VllmGenerator.score = told  # type: ignore[method-assign]
-    sys.exit(launch(compose(overrides)))
+    sys.exit(train.launch(compose(overrides)))
 
 
 def settings(inputs: Path, urls: dict[str, str], run_dir: Path, *overrides: str) -> list[str]:
@@ -152,6 +252,51 @@ def test_a_run_in_two_phases_has_the_same_samples_and_losses(
     assert sampled(tmp_path / "run") == sampled(stale_run)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "staleness"),
+    [
+        (1, 0),
+        (2, 1),
+        pytest.param(1, 1, marks=pytest.mark.slow),
+        pytest.param(2, 0, marks=pytest.mark.slow),
+    ],
+)
+def test_replicas_that_are_killed_in_a_streamed_step_change_no_sample_and_no_loss(
+    ranks: int, staleness: int, served_models: Path, urls: dict[str, str], tmp_path: Path
+) -> None:
+    """Beside a run in two phases whose servers live.
+
+    One of two replicas of each pool dies. The others get the requests that it had, and the weights
+    from then on. Sums of models this small do not depend on what else a server computes."""
+    victims = replicas(served_models, f"-victim-{ranks}-{staleness}")
+    shared = [f"generation.max_staleness={staleness}", "train.rollouts_per_prompt=2"]
+    shared += [f"generation.{kind}.max_tokens=32" for kind in ("rollout", "refinement")]
+    shared += ["train.num_steps=3", "generation.vllm.client.backoff_seconds=0.1"]
+    try:
+        for server in victims.values():
+            server.start()
+        phases = settings(served_models, urls, tmp_path / "phases", *shared)
+        launch(ranks, run_training, phases, "two phases", environment=ENVIRONMENT)
+        for server in victims.values():
+            server.wait_until_healthy()
+        pools = [f"generation.vllm.{r}.urls=[{urls[r]},{victims[r].url}]" for r in urls]
+        killed = settings(served_models, urls, tmp_path / "killed", *shared, *pools)
+        groups = {server.url: server.pid for server in victims.values()}
+        output = launch(
+            ranks, run_until_replicas_are_killed, killed, groups, environment=ENVIRONMENT
+        )
+    finally:
+        stop_all(list(victims.values()))
+    for url in groups:
+        assert f"killed {url}, which had yet to answer" in output
+        assert f"{url} is out of service" in output
+    steps = reproducible(tmp_path / "killed")
+    assert len(steps) == 3 and all(step["loss"] > 0 for step in steps)
+    assert steps == reproducible(tmp_path / "phases")
+    for step in range(1, 4):
+        assert sampled_in(tmp_path / "killed", step) == sampled_in(tmp_path / "phases", step)
+
+
 def sampled(run_dir: Path) -> list[Any]:
     """Token ids of all rollouts and rewrites that a run has recorded, in their order."""
     return [pair for step in range(1, STEPS + 1) for pair in sampled_in(run_dir, step)]
@@ -199,6 +344,36 @@ def test_a_run_far_ahead_of_its_weights_loses_no_sample_when_it_is_stopped(
         assert trained == [r.request.rollout.completion.token_ids for r in refinements]
 
 
+def test_a_run_that_is_killed_far_ahead_of_its_weights_draws_nothing_twice(
+    served_models: Path, urls: dict[str, str], tmp_path: Path
+) -> None:
+    """But for what weights sampled that are lost. Scores that came with rewrites are asked for."""
+    run = settings(served_models, urls, tmp_path / "run", "generation.max_staleness=2")
+    run += ["generation.vllm.weight_sync.in_flight=keep", "checkpoint.save_interval=1"]
+    run += ["teacher.scoring=generation", f"loss.top_k={TOP_K}"]
+    code, _ = run_ranks(1, run_and_die, run, True, environment=ENVIRONMENT)
+    assert code not in (0, -1)
+    checkpoint = (tmp_path / "run" / "checkpoints" / "latest").resolve()
+    ahead = read_samples_ahead(checkpoint)
+    weights = int(checkpoint.name.removeprefix("step_"))
+    assert 1 <= weights < STEPS
+    kept = {"rollout": 0, "rewrite": 0}
+    for step in (step for step in range(weights, STEPS) if step not in ahead):
+        file = tmp_path / "run" / "under_way" / f"step_{step:06d}_rank_0.jsonl"
+        for line in map(json.loads, file.read_text().splitlines()):
+            versions = [line["weight_version"], *(version for version, _ in line["versions"])]
+            kind = "rewrite" if line["logprobs"] is None else "rollout"
+            kept[kind] += max(versions) <= weights
+    output = launch(1, run_and_die, run, False, environment=ENVIRONMENT)
+    assert output.count("found a rollout") == kept["rollout"]
+    assert output.count("found a rewrite") <= kept["rewrite"]
+    assert sum(kept.values()) > 0
+    steps = metrics(tmp_path / "run")
+    assert len(steps) == STEPS and all(step["loss"] > 0 for step in steps)
+    assert all(0 <= step["staleness"] <= 2 and step["redrawn"] == 0 for step in steps)
+    assert not (tmp_path / "run" / "under_way").exists()
+
+
 def test_servers_of_another_model_are_refused_before_the_first_step(
     served_models: Path, urls: dict[str, str], tmp_path: Path
 ) -> None:
@@ -223,7 +398,8 @@ def first_step(
 ) -> dict[str, float]:
     """Metrics of one step of a run whose teacher's server is checked, whoever scores.
 
-    `asked` is the number of trajectories that the teacher's servers were asked to score.
+    `asked` is the number of trajectories that the teacher's servers were asked to score, and, with
+    `teacher.scoring=generation`, `megatron_gap` the largest difference of a log-probability.
     """
     run = [*settings_on(inputs, urls, run_dir), *ONE_STEP, *overrides]
     output = launch(ranks, run_step, run, environment=ENVIRONMENT)
@@ -231,7 +407,9 @@ def first_step(
     assert f"{urls['teacher']} serves the teacher: its log-probabilities differ by" in told
     (step,) = metrics(run_dir)
     asked = sum(int(count) for count in re.findall(r"(?m)scores asked for: (\d+)$", output))
-    return {**step, "asked": asked - output.count("check of scores asked for: 1")}
+    gaps = re.findall(r"servers and the teacher in Megatron differ by (\S+)", output)
+    gap = {"megatron_gap": max(map(float, gaps))} if gaps else {}
+    return {**step, "asked": asked - output.count("check of scores asked for: 1"), **gap}
 
 
 def assert_equal_steps(served: dict[str, float], held: dict[str, float]) -> None:
@@ -249,7 +427,8 @@ def test_scores_that_come_with_the_rewrites_are_those_of_a_second_pass(
     """Some rewrites meet a stop, and the others are too long: their rollouts are scored after all.
 
     What the teacher writes is sampled at temperature 0.7 from its 100 most likely tokens; the
-    log-probabilities are those of its whole distribution."""
+    log-probabilities are those of its whole distribution, and of the teacher in Megatron. From the
+    loss on the full vocabulary that of the top k differs by its tail."""
     letters = ",".join("abcdefghijklmnopqrstuvwxyz")
     shared = [f"loss.top_k={TOP_K}", f"generation.refinement.stop=[{letters}]"]
     shared += ["generation.refinement.temperature=0.7", "generation.refinement.top_k=100"]
@@ -264,17 +443,32 @@ def test_scores_that_come_with_the_rewrites_are_those_of_a_second_pass(
         print(f"{name}: with the rewrites {written[name]!r}, afterwards {later[name]!r}")
         assert written[name] == pytest.approx(later[name], rel=1e-5), name
     assert later["asked"] == 4 and 0 < written["accepted"] == 4 - written["asked"]
+    print(f"from the teacher in Megatron: {written['megatron_gap']}")
+    assert written["megatron_gap"] < 1e-4
+    full = first_step(served_models, urls, tmp_path / "full", *shared, "loss.top_k=null")
+    assert written["label_tokens"] == full["label_tokens"]
+    bound = bound_of_tail(served_models, written, TOP_K)
+    print(f"{written['loss']} of {full['loss']}, bound of the difference {bound}")
+    assert 0 < full["loss"] - written["loss"] <= bound
 
 
-def test_a_server_scores_as_megatron_does_and_differs_from_the_full_vocabulary_by_its_tail(
-    served_models: Path, urls: dict[str, str], tmp_path: Path
-) -> None:
-    """The loss is on one of two ranks, and on one alone.
+def bound_of_tail(inputs: Path, step: dict[str, float], k: int) -> float:
+    """Bound of what the forward KL of the top k lacks of that of the whole vocabulary.
 
     The bucket joins ids, so its KL is never more than that of more ids, or of all. What is
     missing for a token is T KL(t in the tail || s in the tail), with T its tail mass: at most T
     times the log of the largest 1 / s there, which is at most log(V - k) + (largest - smallest
     logit of the student)."""
+    weights = load_file(inputs / "student" / "model.safetensors")
+    longest = math.sqrt(HIDDEN) * float(weights["model.norm.weight"].abs().max())
+    spread = 2 * longest * float(weights["lm_head.weight"].norm(dim=-1).max())
+    return step["teacher_tail_mass"] * (math.log(VOCABULARY - k) + spread)
+
+
+def test_a_server_scores_as_megatron_does_and_differs_from_the_full_vocabulary_by_its_tail(
+    served_models: Path, urls: dict[str, str], tmp_path: Path
+) -> None:
+    """The loss is on one of two ranks, and on one alone."""
     top_k, server = f"loss.top_k={TOP_K}", "teacher.scoring=server"
     served = first_step(served_models, urls, tmp_path / "served", top_k, server, *PP2, ranks=2)
     held = first_step(served_models, urls, tmp_path / "held", top_k)
@@ -286,11 +480,8 @@ def test_a_server_scores_as_megatron_does_and_differs_from_the_full_vocabulary_b
         assert step["label_tokens"] == full["label_tokens"]
         assert step["student_nll"] == pytest.approx(full["student_nll"], rel=1e-4)
     assert served["loss"] < wide["loss"] < full["loss"]
-    weights = load_file(served_models / "student" / "model.safetensors")
-    longest = math.sqrt(HIDDEN) * float(weights["model.norm.weight"].abs().max())
-    spread = 2 * longest * float(weights["lm_head.weight"].norm(dim=-1).max())
     for step, k in ((served, TOP_K), (wide, WIDE)):
-        bound = step["teacher_tail_mass"] * (math.log(VOCABULARY - k) + spread)
+        bound = bound_of_tail(served_models, step, k)
         print(f"k {k}: {step['loss']} of {full['loss']}, bound of the difference {bound}")
         assert full["loss"] - step["loss"] <= bound
     assert bound < full["loss"] / 4

@@ -48,6 +48,20 @@ def test_the_servers_of_a_role_have_its_settings(tmp_path: Path) -> None:
     assert "--max-num-seqs 8 --quantization fp8" in told[1]
 
 
+def test_the_servers_of_a_student_hold_room_for_its_adapter_where_that_is_sent(
+    tmp_path: Path,
+) -> None:
+    adapter = ["student.adapter=lora", "student.adapter.rank=20"]
+    alone = [*RECIPE, *adapter, "generation.vllm.weight_sync.what=adapter"]
+    student = servers_of_node(compose(alone), "student", "10.0.0.3", tmp_path)[0]
+    told = " ".join(student._arguments(is_cpu=False))
+    assert '{"backend": "nemo_trd_adapter"} --enable-lora --max-loras 1' in told
+    assert "--max-lora-rank 32" in told and "--lora-modules adapter=" in told
+    (teacher,) = servers_of_node(compose(alone), "teacher", "10.0.0.4", tmp_path)
+    merged = servers_of_node(compose([*RECIPE, *adapter]), "student", "10.0.0.3", tmp_path)[0]
+    assert not any("lora" in " ".join(s._arguments(is_cpu=False)) for s in (teacher, merged))
+
+
 def test_in_opsd_the_teacher_servers_hold_the_first_student(tmp_path: Path) -> None:
     config = compose(["experiment=trd_70b", "model.student.path=/student"])
     (teacher,) = servers_of_node(config, "teacher", "10.0.0.4", tmp_path)

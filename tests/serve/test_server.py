@@ -232,6 +232,14 @@ def test_a_server_that_checks_drafts_is_told_where_they_come_from(tmp_path: Path
         check_draft_package(suffix, sys.executable, "speculation")
 
 
+def test_a_gpu_computes_no_adapter_in_fp32(tmp_path: Path) -> None:
+    exact = SETTINGS.model_copy(update={"dtype": "fp32"})
+    server = Server("m", exact, tmp_path / "log", weight_backend="nccl", adapter_rank=8)
+    server._check_adapters(is_cpu=True)
+    with pytest.raises(ConfigError, match=r"dtype = 'fp32'.*bf16 and fp16.*what=merged"):
+        server._check_adapters(is_cpu=False)
+
+
 def test_url_is_where_others_reach_it(tmp_path: Path) -> None:
     def url(host: str) -> str:
         return Server("m", SETTINGS, tmp_path / "log", host=host, port=8000).url
@@ -306,6 +314,10 @@ def test_command_line_refuses_what_cannot_work(
         with pytest.raises(SystemExit):
             main(["--model", "m", "--no-api-key", "--devices", "0;1"])
         assert "--devices 0;1: " in capsys.readouterr().err
+        for wrong in (["--adapter-rank", "8"], ["--weight-backend", "file", "--adapter-rank", "0"]):
+            with pytest.raises(SystemExit):
+                main(["--model", "m", "--no-api-key", *wrong])
+            assert f"--adapter-rank {wrong[-1]}: " in capsys.readouterr().err
     finally:
         for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers, strict=True):
             signal.signal(number, handler)

@@ -45,6 +45,7 @@ class FakeVllm:
         self.delay = 0.0
         self.healthy = True
         self.params: list[dict[str, Any]] = []  # of the sampling, of each request
+        self.models: set[str | None] = set()  # that requests name
         self.served: list[tuple[int, ...]] = []  # prompts of the requests answered well
         self.asked = 0
         self.working = 0
@@ -122,6 +123,7 @@ class FakeVllm:
     def _answer(self, handler: BaseHTTPRequestHandler, body: Any, fault: str) -> None:
         params = body["sampling_params"]
         self.params.append(params)
+        self.models.add(body.get("model"))
         ids = tokens_for(body["token_ids"], params.get("seed"), params["max_tokens"])
         reason, version = "stop", self.version
         if fault in ("400", "500", "503"):

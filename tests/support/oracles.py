@@ -20,6 +20,7 @@ DIVERGENCES = {
     "reverse_kl": {"divergence": "reverse_kl"},
     "jsd": {"divergence": "jsd", "beta": 0.3},
 }
+ESTIMATORS = ("k1", "k3")
 TAILS = {
     "full": {},
     "bucket": {"top_k": 7, "top_k_tail": "bucket"},
@@ -46,7 +47,8 @@ def make_loss(divergence: str = "forward_kl", tail: str = "full", **settings: An
         "temperature": 1.0,
         "chunk_size": 4,
     }
-    return Loss(**(defaults | DIVERGENCES[divergence] | TAILS[tail] | settings))
+    own = DIVERGENCES.get(divergence, {"divergence": divergence})
+    return Loss(**(defaults | own | TAILS[tail] | settings))
 
 
 def by_definition(student_logits: Tensor, teacher_logits: Tensor, divergence: str) -> Tensor:
@@ -145,4 +147,6 @@ def vocab_parallel(
     else:
         log_m = (loss.beta * t + (1 - loss.beta) * s).log()
         terms = loss.beta * t * (log_t - log_m) + (1 - loss.beta) * s * (log_s - log_m)
+    if loss.entry_clip is not None:
+        terms = terms.clamp(max=loss.entry_clip)
     return _SumOnce.apply(terms.sum(-1), group)

@@ -56,21 +56,26 @@ def served(inputs: Path) -> Iterator[dict[str, str]]:
 
     Their logs stand beside them, as ROLE.log.
     """
-    servers = {
-        role: Server(
-            str(inputs / role),
-            SERVER,
-            inputs / f"{role}.log",
-            api_key=SecretStr(KEY),
-            weight_backend=backend,
-        )
-        for role, backend in (("student", "file"), ("teacher", None))
-    }
+    servers = replicas(inputs)
     start_all(list(servers.values()))
     try:
         yield {role: server.url for role, server in servers.items()}
     finally:
         stop_all(list(servers.values()))
+
+
+def replicas(inputs: Path, log_suffix: str = "") -> dict[str, Server]:
+    """A server of the student and one of the teacher, by role. They are not started yet."""
+    return {
+        role: Server(
+            str(inputs / role),
+            SERVER,
+            inputs / f"{role}{log_suffix}.log",
+            api_key=SecretStr(KEY),
+            weight_backend=backend,
+        )
+        for role, backend in (("student", "file"), ("teacher", None))
+    }
 
 
 def settings_on(inputs: Path, urls: dict[str, str], run_dir: Path) -> list[str]:

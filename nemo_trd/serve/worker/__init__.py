@@ -9,19 +9,30 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from nemo_trd.config.schema import Speculation
+from nemo_trd.config.schema import SERVED_RANKS, Speculation
 
 WORKER_DIRECTORY = Path(__file__).parent
+ADAPTER_NAME = "adapter"  # the model that a request names to be answered with the adapter
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def worker_arguments() -> list[str]:
-    """Arguments of a server that takes weights, whichever way they come."""
-    return [
-        "--worker-extension-cls",
-        "nemo_trd_worker.WorkerExtension",
-        "--weight-transfer-config",
-        json.dumps({"backend": "nemo_trd"}),
-    ]
+def worker_arguments(adapter_rank: int | None) -> list[str]:
+    """Arguments of a server that takes weights, whichever way they come.
+
+    With an `adapter_rank` it keeps the model that it loads, and takes LoRA adapters of that rank;
+    a request is answered with the adapter if it names `ADAPTER_NAME` as its model.
+    """
+    backend, module = "nemo_trd", "nemo_trd_worker"
+    if adapter_rank is not None:
+        backend = module = "nemo_trd_adapter"
+    arguments = ["--worker-extension-cls", f"{module}.WorkerExtension"]
+    arguments += ["--weight-transfer-config", json.dumps({"backend": backend})]
+    if adapter_rank is not None:
+        held = next(rank for rank in SERVED_RANKS if rank >= adapter_rank)
+        arguments += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(held)]
+        arguments += ["--lora-target-modules", *LINEAR_LAYERS]
+        arguments += ["--lora-modules", f"{ADAPTER_NAME}=trained"]  # see `_load_trained`
+    return arguments
 
 
 def draft_arguments(speculation: Speculation, is_cpu: bool) -> list[str]:

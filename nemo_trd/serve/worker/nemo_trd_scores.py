@@ -87,8 +87,12 @@ async def _answer(body: bytes, request: Request) -> Response:
         params.flat_logprobs = True
         params.output_kind = RequestOutputKind.FINAL_ONLY
         prompt = TokensPrompt(prompt_token_ids=asked.token_ids)
-        engine, final = request.app.state.engine_client, None
-        async for output in engine.generate(prompt, params, f"scores-{asked.request_id}"):
+        state, final = request.app.state, None
+        adapter = state.serving_tokens._maybe_get_adapters(asked)  # that it names as its model
+        outputs = state.engine_client.generate(
+            prompt, params, f"scores-{asked.request_id}", lora_request=adapter
+        )
+        async for output in outputs:
             final = output
         assert final is not None
         completion = final.outputs[0]

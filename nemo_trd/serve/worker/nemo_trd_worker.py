@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import time
+from abc import abstractmethod
 from collections.abc import Set
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -116,8 +117,8 @@ class NcclGroup:
         self._nccl.ncclCommAbort(self._group)
 
 
-class Engine(WeightTransferEngine):
-    """Takes full Hugging Face tensors, one at a time, and knows which have not come.
+class Receiver(WeightTransferEngine):
+    """Takes tensors one at a time, however they come.
 
     Its errors are kept for `weight_update_state`. Were they raised, vLLM would leave the answers
     of all workers but the first in their queues, and take them for those to the next call.
@@ -127,7 +128,6 @@ class Engine(WeightTransferEngine):
     update_info_cls = UpdateInfo
     failure: str | None = None
     _group: GlooGroup | NcclGroup | None = None  # files need none
-    _missing: Set[str] = frozenset()
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         try:
@@ -143,8 +143,7 @@ class Engine(WeightTransferEngine):
 
     def start_weight_update(self) -> None:
         self.failure = None
-        self._missing = {name for name, _ in self.model.named_parameters()}
-        initialize_layerwise_reload(self.model)
+        self._start()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         # Unlike in the base class, there is no accelerator to wait for.
@@ -160,31 +159,82 @@ class Engine(WeightTransferEngine):
         for path in update_info.paths:
             with safe_open(path, framework="pt", device="cpu") as file:
                 for name in file.keys():  # noqa: SIM118
-                    self._load(name, file.get_tensor(name))
+                    self._take(name, file.get_tensor(name))
         for name, dtype, shape in zip(
             update_info.names, update_info.dtypes, update_info.shapes, strict=True
         ):
             if self._group is None:
                 raise RuntimeError("not connected with the trainer")
-            self._load(name, self._group.receive(shape, getattr(torch, dtype)))
-
-    def _load(self, name: str, tensor: torch.Tensor) -> None:
-        self._missing -= set(self.model.load_weights([(name, tensor)]))
-
-    def missing(self) -> list[str]:
-        """Parameters for which not all tensors have come."""
-        return sorted(self._missing) or _partly_loaded(self.model)
+            self._take(name, self._group.receive(shape, getattr(torch, dtype)))
 
     def finish_weight_update(self) -> None:
         if self.failure or self.missing():
             raise RuntimeError(f"nothing to finish: {self.failure or self.missing()}")
-        finalize_layerwise_reload(self.model, self.model_config)
-        _repack_tied(self.model)
+        self._finish()
 
     def shutdown(self) -> None:
         group, self._group = self._group, None
         if group is not None:
             group.close()
+
+    @abstractmethod
+    def _start(self) -> None:
+        """Forget what came before."""
+
+    @abstractmethod
+    def _take(self, name: str, tensor: torch.Tensor) -> None: ...
+
+    @abstractmethod
+    def missing(self) -> list[str]:
+        """What not all tensors, or wrong ones, have come for."""
+
+    @abstractmethod
+    def _finish(self) -> None:
+        """Put what has come in use."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """Be ready for `start_weight_update`, wherever the last update stopped."""
+
+
+class ModelReceiver(Receiver):
+    """Takes all tensors of a model under their Hugging Face names, and knows which have not come.
+
+    They go into the model as they come.
+    """
+
+    _missing: Set[str] = frozenset()
+
+    def _start(self) -> None:
+        self._missing = {name for name, _ in self.model.named_parameters()}
+        initialize_layerwise_reload(self.model)
+
+    def _take(self, name: str, tensor: torch.Tensor) -> None:
+        if ".lora_" in name:
+            raise ValueError(
+                f"{name} is of an adapter, and this server takes whole weights. Fix: start it with "
+                "the run's weight_sync.what=adapter (nemo_trd.serve: --adapter-rank)"
+            )
+        self._missing -= set(self.model.load_weights([(name, tensor)]))
+
+    def missing(self) -> list[str]:
+        return sorted(self._missing) or _partly_loaded(self.model)
+
+    def _finish(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        _repack_tied(self.model)
+
+    def abandon(self) -> None:
+        """Put parameters in their places again: the weights are a mixture of layers then.
+
+        vLLM itself goes on with the half-loaded layers of an update that failed, and would take
+        tensors of both for one layer. The server may not generate before an update has finished.
+        """
+        for layer in self.model.modules():
+            half_loaded = get_layerwise_info(layer)
+            half_loaded.loaded_weights = []
+            half_loaded.load_numel = 0  # then its old parameters are put back
+        finalize_layerwise_reload(self.model, self.model_config)
 
 
 def _partly_loaded(model: torch.nn.Module) -> list[str]:
@@ -218,7 +268,7 @@ def _repack_tied(model: torch.nn.Module) -> None:
 
 
 if "nemo_trd" not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine("nemo_trd", Engine)
+    WeightTransferEngineFactory.register_engine("nemo_trd", ModelReceiver)
 
 
 class WorkerExtension:
@@ -240,18 +290,9 @@ class WorkerExtension:
             return {"version": None, "failure": f"{type(error).__name__}: {error}"}
 
     def abandon_weight_update(self) -> None:
-        """Make a worker ready for a new update, wherever the last one stopped.
-
-        vLLM itself goes on with the half-loaded layers of an update that failed, and would take
-        tensors of both for one layer. Afterwards the weights are a mixture of layers: the server
-        may not generate before an update has finished.
-        """
+        """Make a worker ready for a new update, wherever the last one stopped."""
         engine = self.weight_transfer_engine
-        for layer in engine.model.modules():
-            half_loaded = get_layerwise_info(layer)
-            half_loaded.loaded_weights = []
-            half_loaded.load_numel = 0  # then its old parameters are put back
         with set_current_vllm_config(self.vllm_config):
-            finalize_layerwise_reload(engine.model, engine.model_config)
+            engine.abandon()
         engine.reset_weight_update_target()
         self._weight_update_active = False

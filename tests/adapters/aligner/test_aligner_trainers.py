@@ -93,8 +93,13 @@ def supervised_fit(directory: str, overrides: list[str]) -> None:
             ckpt_callback=model.checkpoint_callback,
             run_timer=RunTimer(),
         )
+        parameters = [n for m in run.student.models for n in m.named_parameters()]
+        before = {name: parameter.clone() for name, parameter in parameters}
         trainer.fit()
         assert trainer.step == run.step == STEPS
+        changed = {name for name, p in parameters if not p.equal(before[name])}
+        assert changed == {name for name, p in parameters if p.requires_grad}
+        assert all((".adapter." in name) == (run.student.adapter is not None) for name in changed)
         if dist.get_rank() == 0:
             Path(directory, "record.json").write_text(json.dumps(recorder.lines))
         parallel_state.destroy_model_parallel()
@@ -112,6 +117,23 @@ def own_and_supervised(directory: str, own: list[str], overrides: list[str]) -> 
     supervised_fit(directory, overrides)
     resumed = [*overrides, f"run.dir={directory}/run", f"train.num_steps={STEPS + 2}"]
     assert launch_run(compose(resumed)) == 0
+
+
+def own_loop(overrides: list[str]) -> None:
+    from nemo_trd.config.load import compose
+    from nemo_trd.train import launch as launch_run
+
+    assert launch_run(compose(overrides)) == 0
+
+
+def test_supervised_trainer_on_two_ranks_trains_an_adapter_as_our_loop_on_one(
+    inputs: Path, tmp_path: Path
+) -> None:
+    adapter = ["student.adapter=lora", "student.adapter.rank=4", "student.adapter.targets=[q,v,up]"]
+    launch(1, own_loop, settings(inputs, tmp_path / "own", *adapter), timeout=300)
+    supervised = settings(inputs, tmp_path / "run", *adapter, TP2)
+    launch(2, supervised_fit, str(tmp_path), supervised, timeout=300)
+    check_trained_as(read_metrics(tmp_path / "own"), tmp_path)
 
 
 @pytest.fixture(scope="module")
