@@ -242,11 +242,11 @@ class ModelReceiver(Receiver):
 def _forget_kernels_of_experts(model: torch.nn.Module) -> None:
     """Have experts' kernels made anew from the weights that come.
 
-    On a CPU a kernel works with packed weights. vLLM packs them where it makes the kernel, and would
-    put others into their place as they are.
+    On a CPU a kernel works with packed weights. vLLM packs them where it makes the kernel, and
+    would put others into their place as they are.
     """
     for module in model.modules():
-        method = getattr(module, "quant_method", None)
+        method: Any = getattr(module, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
 
