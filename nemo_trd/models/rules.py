@@ -208,7 +208,7 @@ def check_fp8(hf: Any, layout: Layout, field: str, recipe: str) -> None:
     tp, multiple = layout.tensor_model_parallel_size, fp8_multiple(recipe)
     if experts_of(hf) is not None:
         raise rule_broken(
-            "precision.fp8 (of the teacher precision.teacher_fp8)",
+            "precision.teacher_fp8" if field.endswith("teacher") else "precision.fp8",
             recipe,
             f"a model of model_type {hf.model_type} has experts, and these are not computed in FP8",
             "set it to null",

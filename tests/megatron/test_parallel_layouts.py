@@ -36,6 +36,7 @@ pytestmark = pytest.mark.distributed
 
 STEPS = 3
 RELATIVE = 1e-5
+ABSOLUTE = 5e-7  # of losses: the values of k1 have both signs, and their mean may be near zero
 
 DIVERGENCES = {
     "forward": [],
@@ -132,11 +133,11 @@ SPARSE = {
     1: {"one each": ONE_EACH},
     2: {
         "dp2": [],
-        # Replicas of the teacher have different numbers of packs, and one of them none at the end.
         "ep2 one each": EP2 + TEACHER_EP2 + ONE_EACH,
         "ep2 distributed": [*EP2, *TEACHER_TP2, *TEACHER_SP, *DISTRIBUTED],
         "tp2 sp ep2": TP2 + SP + EP2 + TEACHER_PP2,
-        "pp2": [*PP2, *TEACHER_CP2, *TEACHER_EP2, "train.recompute=full"],
+        # Replicas of the teacher have different numbers of packs.
+        "pp2": [*PP2, *TEACHER_EP2, "train.recompute=full"],
     },
     4: {
         "ep2 tp2 sp": EP2 + TP2 + SP + TEACHER_EP2,
@@ -309,7 +310,7 @@ def check(results: dict[str, Any], cases: dict[str, Any], reference: dict[str, A
         f"{name}: {measured} instead of {reference[name.split(' | ')[0]]}"
         for name, measured in results.items()
         for step, expected in zip(measured, reference[name.split(" | ")[0]], strict=True)
-        if step != pytest.approx(expected, rel=RELATIVE)
+        if step != pytest.approx(expected, rel=RELATIVE, abs=ABSOLUTE)
     ]
     assert len(results) == len(cases)
     assert not wrong, "\n".join(wrong)
@@ -317,5 +318,7 @@ def check(results: dict[str, Any], cases: dict[str, Any], reference: dict[str, A
 
 def test_recipes_differ_from_each_other(reference: dict[str, Any]) -> None:
     """So that the comparison of layouts says something about each of them."""
-    first_losses = [steps[0][0] for steps in reference.values()]
-    assert len(set(first_losses)) == len(RECIPES)
+    # Rollouts, along which estimates go, are scored in one context.
+    twice = [f"{mode} refine {name}" for mode in ("opd", "opsd") for name in ("k1", "k3")]
+    first_losses = [steps[0][0] for name, steps in reference.items() if name not in twice]
+    assert len(set(first_losses)) == len(RECIPES) - len(twice)

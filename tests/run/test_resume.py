@@ -196,6 +196,17 @@ def test_another_precision_is_refused_and_other_settings_are_not(tmp_path: Path)
     assert "\n" not in str(refusal.value)
 
 
+def test_a_teacher_cannot_begin_to_follow_in_the_middle_of_a_run(tmp_path: Path) -> None:
+    opsd = [*FP32, "algorithm.mode=opsd", "model.teacher=null"]
+    follows = [*opsd, "teacher.ema=0.9"]
+    model = {"hidden_size": 32}
+    checkpoint = saved(tmp_path / "frozen", compose(opsd), None)
+    with pytest.raises(ConfigError, match="teacher.ema = 0.9: .* holds no average"):
+        check_matches(checkpoint, model, compose(follows))
+    checkpoint = saved(tmp_path / "follows", compose(follows), None)
+    check_matches(checkpoint, model, compose([*opsd, "teacher.ema=0.99"]))
+
+
 def test_a_checkpoint_without_a_record_only_knows_that_something_changed(tmp_path: Path) -> None:
     checkpoint = saved(tmp_path / "c", compose(FP32), None, settings={})
     check_matches(checkpoint, {"hidden_size": 32}, compose(BF16))

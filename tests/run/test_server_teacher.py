@@ -196,6 +196,17 @@ def check_layouts(directory: str) -> None:
                 assert value == pytest.approx(theirs[name], rel=1e-5, abs=1e-6), (layout, name)
         assert found[0]["divergence"] > 0.1
 
+    estimate = ["loss.divergence=k1", "algorithm.trajectory=rollout", "loss.top_k=null"]
+    config = compose([*base, *LAYOUTS[0], *estimate])
+    student = Student(config)
+    plan = student.pack(trajectories())
+    exact = student.train_step(plan, Teacher(config, student.groups).states(plan)).metrics
+    student = Student(compose([*base, *LAYOUTS[0], *SERVED, *estimate]))
+    served = ServerTeacher(scorer, wanted_scores(1, VOCABULARY, scorer.vocabulary), student.groups)
+    estimated = student.train_step(plan, served.states(plan)).metrics
+    for name in ("loss", "grad_norm", "teacher_nll"):
+        assert estimated[name] == pytest.approx(exact[name], rel=1e-5, abs=1e-6), name
+
     scorer.broken = dist.get_rank() == 1
     with pytest.raises(GenerationFailed, match="http://localhost:1: gone"):
         served.states(plan)
