@@ -27,6 +27,7 @@ from nemo_trd.generation.protocol import Done
 from nemo_trd.generation.stop_strings import StopStrings, decoder
 from nemo_trd.models.directory import tensors_with_copies
 from nemo_trd.models.dtypes import torch_dtype
+from nemo_trd.models.family import FAMILIES, fused_tensors
 from nemo_trd.models.vocabulary import Vocabulary, read_vocabulary
 
 # The environment of NeMo-Aligner has transformers 4, which knows the old name only.
@@ -203,7 +204,7 @@ class LocalGenerator:
             ValueError: an unknown name, a wrong shape, a weight that did not come, or two
                 different tensors for one shared weight.
         """
-        own = self.model.state_dict()
+        own = weights_by_name(self.model)
         loaded: set[int] = set()
         for name, tensor in tensors:
             if name not in own:
@@ -333,5 +334,19 @@ def load_model(
     with torch.no_grad():
         for name, file in tensors_with_copies(Path(path), "path of the model").items():
             with safe_open(file, framework="pt") as opened:
-                model.state_dict()[name].copy_(opened.get_tensor(name))
+                weights_by_name(model)[name].copy_(opened.get_tensor(name))
     return model.eval().requires_grad_(False)
+
+
+def weights_by_name(model: Any) -> dict[str, torch.Tensor]:
+    """Weights of a `PreTrainedModel` under the names of its files, experts one by one."""
+    own = dict(model.state_dict())
+    fused = fused_tensors(model.config) if model.config.model_type in FAMILIES else {}
+    for name, (_, modules) in fused.items():
+        if name in own:  # transformers 4 computes expert by expert
+            whole, below = own.pop(name), name.rpartition(".")[0]
+            for number, expert in enumerate(whole):
+                rows = expert.split([rows for _, rows in modules])
+                for (module, _), part in zip(modules, rows, strict=True):
+                    own[f"{below}.{number}.{module}.weight"] = part
+    return own

@@ -4,9 +4,10 @@ Both directions use one description: `_parts` shows where each Hugging Face tens
 slice of it, lies inside Megatron's parameters. Loading copies into those views, exporting gathers
 them, so a round trip is exact. The names of both sides are in `models.family.Family`.
 
-Megatron's layouts: each rank has some of the experts of a layer, one behind the other. The rows of linear_qkv are, for each group of query heads that share a key,
-the queries, the key, the value; linear_fc1 holds this rank's rows of gate_proj, then of up_proj;
-the vocabulary is padded with rows that are zero.
+Megatron's layouts: each rank has some of the experts of a layer, one behind the other. The rows of
+linear_qkv are, for each group of query heads that share a key, the queries, the key, the value;
+linear_fc1 holds this rank's rows of gate_proj, then of up_proj; the vocabulary is padded with rows
+that are zero.
 """
 
 from __future__ import annotations
@@ -129,8 +130,8 @@ def export_hf_weights(
     """Every tensor of the model in full, under its Hugging Face name, one at a time.
 
     Collective over the tensor, expert and pipeline parallel groups: each rank consumes the iterator
-    to its end and gets every tensor, on the model's device in the model's dtype. Tied models have no
-    output weight of their own.
+    to its end and gets every tensor, on the model's device in the model's dtype. Tied models have
+    no output weight of their own.
 
     Args:
         added: what is added to this rank's slices of some of them, by name. The model stays as it
@@ -161,7 +162,7 @@ def whole_tensors(
     Collective over the tensor, expert and pipeline parallel groups of `model`.
 
     Args:
-        own: this rank's slices of those that it has: all of its stage, but for other ranks' experts.
+        own: this rank's slices of those that it has: all of its stage but other ranks' experts.
     """
     # By layers: a rank has of the experts of its stage's layers only some.
     mine = {name if tensors[name].layer is None else tensors[name].layer for name in own}

@@ -353,8 +353,8 @@ def _set_megatron_globals() -> None:
     """Set the two things that megatron-core keeps globally even with explicit process groups.
 
     Nothing in these models is random (no dropout, no initialisation), so the tracker of random
-    states is the one that tracks nothing. The router of 0.16 asks for a function that its module has
-    with TransformerEngine only.
+    states is the one that tracks nothing. The router of 0.16 asks for a function that its module
+    has with TransformerEngine only.
     """
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None

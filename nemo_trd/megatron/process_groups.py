@@ -14,8 +14,8 @@ from nemo_trd.config.schema import Layout
 def process_groups(layout: Layout) -> ProcessGroupCollection:
     """Process groups of one model over all ranks, in Megatron's rank order tp, cp, dp, pp.
 
-    The ranks of a stage are divided a second time for its experts: those that split an expert, those
-    that share out the experts of a layer, those that hold the same ones.
+    The ranks of a stage are divided a second time for its experts: those that split an expert,
+    those that share out the experts of a layer, those that hold the same ones.
 
     Student and teacher each have their own, unless their layouts are equal: then they share them,
     since they never compute at the same time. Collective: every rank calls it with the same

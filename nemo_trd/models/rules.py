@@ -194,6 +194,24 @@ def check_adapter_targets(hf: Any, targets: Iterable[str]) -> None:
         )
 
 
+def check_no_experts_in_fp8(hf: Any, field: str, fp8: str) -> None:
+    """Refuse FP8 where a model has experts.
+
+    Args:
+        field: the setting with that format, e.g. "precision.fp8".
+
+    Raises:
+        ConfigError
+    """
+    if experts_of(hf) is not None:
+        raise rule_broken(
+            field,
+            fp8,
+            f"a model of model_type {hf.model_type} has experts, and these are not computed in FP8",
+            "set it to null",
+        )
+
+
 def check_fp8(hf: Any, layout: Layout, field: str, recipe: str) -> None:
     """Refuse a layout in which a rank's matrices are none that FP8 products take.
 
@@ -206,13 +224,6 @@ def check_fp8(hf: Any, layout: Layout, field: str, recipe: str) -> None:
         ConfigError: naming the dimension of the matrices on one rank.
     """
     tp, multiple = layout.tensor_model_parallel_size, fp8_multiple(recipe)
-    if experts_of(hf) is not None:
-        raise rule_broken(
-            "precision.fp8 (of the teacher precision.teacher_fp8)",
-            recipe,
-            f"a model of model_type {hf.model_type} has experts, and these are not computed in FP8",
-            "set it to null",
-        )
     queries, keys = (
         heads * head_dim(hf) // tp for heads in (hf.num_attention_heads, hf.num_key_value_heads)
     )

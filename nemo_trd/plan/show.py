@@ -39,6 +39,8 @@ from nemo_trd.plan.shapes import (
 if TYPE_CHECKING:
     from nemo_trd.plan.plan import Plan
 
+ABOUT_AS_LONG = 1.5  # times as long, at most
+
 PARTS = (  # in the order in which they are shown
     "weights",
     "gradients",
@@ -234,6 +236,9 @@ def _time(plan: Plan) -> str:
         + ("overlap" if time.overlap else "take turns (generation.max_staleness=0)"),
     ]
     lines += _exchange(plan)
+    generation = plan.config.generation
+    if generation.vllm is not None and generation.stored is None and not generation.colocate:
+        lines.append(f"  {_further_ahead(time)}")
     if plan.fastest is not None and plan.evenest is not None:
         lines.append(f"  fastest split of these nodes: {_split(plan.fastest)}")
         if plan.evenest != plan.fastest:
@@ -268,6 +273,17 @@ def _generation(time: StepTime) -> str:
         f"the longest of both, one after the other, {_seconds(time.longest)}; in two phases "
         f"{_seconds(time.rollout + time.refinement)}"
     )
+
+
+def _further_ahead(time: StepTime) -> str:
+    """Whether sampling more than one step ahead pays: only what steps differ in can be saved."""
+    longer, shorter = ("generation", time.generation), ("training", time.training)
+    if time.generation < time.training:
+        longer, shorter = shorter, longer
+    ahead = "generation.max_staleness of 2 or more"
+    if longer[1] <= ABOUT_AS_LONG * shorter[1]:
+        return f"{ahead} may pay: both take about as long, so where steps differ now one waits"
+    return f"{ahead} saves nothing: {shorter[0]} waits for {longer[0]} anyway"
 
 
 def _exchange(plan: Plan) -> list[str]:

@@ -17,7 +17,12 @@ from nemo_trd.config.schema import Config, Layout, ModelSource
 from nemo_trd.models.family import shared_vocab_size
 from nemo_trd.models.peft import check_beginning
 from nemo_trd.models.read import Model, read_directory, read_tokenizer
-from nemo_trd.models.rules import check_adapter_targets, check_fp8, check_layout
+from nemo_trd.models.rules import (
+    check_adapter_targets,
+    check_fp8,
+    check_layout,
+    check_no_experts_in_fp8,
+)
 from nemo_trd.models.served import check_served_weights, is_only_served, read_served
 from nemo_trd.preflight.batch import batch_problems
 from nemo_trd.preflight.machine import machine_problems
@@ -127,7 +132,9 @@ def _layout_problems(
     layout: Layout = getattr(config.parallel, role)
     try:
         check_layout(model.hf, layout, field)
-        if (precision.fp8 if role == "student" else precision.teacher_fp8) is not None:
+        fp8 = "fp8" if role == "student" else "teacher_fp8"
+        if (value := getattr(precision, fp8)) is not None:
+            check_no_experts_in_fp8(model.hf, f"precision.{fp8}", value)
             check_fp8(model.hf, layout, field, precision.fp8_recipe)
     except ConfigError as error:
         yield error

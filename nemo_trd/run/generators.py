@@ -172,7 +172,7 @@ class Generators:
                 "generation.vllm.student",
                 logs / "student",
                 vllm.weight_sync.backend,
-                adapter.rank if adapter else None,
+                adapter_rank=adapter.rank if adapter else None,
                 sleeps=config.generation.colocate,
             )
         if config.asks_teacher and not config.teacher_on_student_servers:

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from nemo_trd.config.errors import ConfigError
 from nemo_trd.config.evaluation import Benchmark, EvaluationConfig
 from nemo_trd.config.load import compose, compose_as, conf_dir, validate, validate_as
-from nemo_trd.config.schema import Config
+from nemo_trd.config.schema import Config, TargetName
 
 OPSD = ["algorithm.mode=opsd", "model.teacher=null"]
 FILES = sorted(str(file.relative_to(conf_dir())) for file in conf_dir().rglob("*.yaml"))
@@ -795,3 +795,39 @@ def test_digest_is_the_same_in_another_process() -> None:
     code = "from nemo_trd.config.load import compose; print(compose([]).digest())"
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert output.stdout.decode().strip() == compose([]).digest()
+
+
+PAPER = sorted(f.stem for f in (conf_dir() / "experiment").glob("paper_*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", PAPER)
+def test_paper_recipes_have_the_published_settings(recipe: str) -> None:
+    config = compose([f"experiment={recipe}"])
+    opd, code, longer = (recipe.endswith(end) for end in ("_opd", "_code", "_32k"))
+    adapter = config.student.adapter
+    assert adapter is not None and (adapter.rank, adapter.alpha) == (64, 128)
+    assert adapter.targets == list(get_args(TargetName))
+    assert (config.optimizer.lr, config.optimizer.min_lr) == (5e-6, 5e-7)
+    assert config.train.trajectories_per_step == 128
+    problems = 25_443 if code else 40_000
+    assert 0 <= config.train.num_steps * 128 - problems < 3 * 128  # one epoch
+    assert config.algorithm.mode == ("opd" if opd else "opsd")
+    assert config.teacher_source.path.endswith("Qwen3-8B") or not opd
+    contexts = 18_432 if opd else 40_960 if longer else 22_528
+    assert config.refinement.max_context_tokens == contexts
+    sampling = config.evaluation.sampling
+    assert (sampling.top_k, sampling.max_tokens) == (0, 16_384 if code else 38_912)
+    assert ("\\boxed{}" in (config.data.train.template or "")) != code
+    assert config.data.verifier == ("code" if code else "math")
+    writes = config.refinement.chat_template_kwargs or config.data.chat_template_kwargs
+    scores = config.teacher.chat_template_kwargs
+    if recipe == "paper_qwen3_4b":  # Qwen3-4B-Instruct-2507 has no such switch
+        assert not writes and scores is None
+    else:
+        assert (writes, scores) == ({"enable_thinking": False}, {"enable_thinking": True})
+
+
+def test_a_validation_file_is_asked_in_the_words_of_training() -> None:
+    assert compose(["data=deepscaler"]).data.validation is None
+    data = compose(["data=deepscaler", "data.validation.path=aime24.jsonl"]).data
+    assert data.validation is not None and data.validation.template == data.train.template

@@ -250,6 +250,9 @@ def test_a_sync_that_fails_leaves_no_server_that_answers_and_a_later_one_repairs
     whole = make_sync("gloo", [servers["merged"].url])
     with pytest.raises(WeightSyncError, match="is of an adapter, and this server takes whole"):
         whole.load_weights(scaled(first).items(), 52)
+    assert state(servers["merged"].url) == ("incomplete", True)
+    whole.load_weights(load_file(model / "model.safetensors").items(), 53)
+    assert errors(servers["merged"].url, log_probs(model, None)) < TOLERANCE
 
 
 def test_kept_requests_go_on_with_the_new_adapter(

@@ -384,9 +384,11 @@ def test_no_requests_give_no_completions(model_dir: Path) -> None:
     assert generator(model_dir).generate([], PLAIN, "rollouts") == []
 
 
-def test_load_weights_changes_samples_and_version(model_dir: Path, tmp_path: Path) -> None:
-    other = make_model(tmp_path / "m", "qwen3", seed=1, **(SMALL | {"eos_token_id": None}))
-    local = generator(model_dir)
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_load_weights_changes_samples_and_version(family: str, tmp_path: Path) -> None:
+    sizes = SMALL | {"eos_token_id": None}
+    first, other = (make_model(tmp_path / f"{n}", family, seed=n, **sizes) for n in (0, 1))
+    local = generator(first)
     before = local.generate(requests(4), PLAIN, "rollouts")
     assert {c.weight_version for c in before} == {0}
     local.load_weights(load_file(other / "model.safetensors").items(), version=3)

@@ -48,6 +48,7 @@ SMALL = {
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32} | SMALL,
     "llama": {"head_dim": 80, "tie_word_embeddings": True} | SMALL,
+    "qwen3_moe": {"head_dim": 32, "mlp_only_layers": [0]} | SMALL,
 }
 Export = Callable[[int], Iterator[tuple[str, torch.Tensor]]]
 
@@ -75,13 +76,14 @@ def fake_nccl(directory: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def servers(directory: Path, fake_nccl: None) -> Iterator[dict[str, Server]]:
-    """Two replicas of a Qwen3, one of them over two workers, and one Llama."""
+    """Two replicas of a Qwen3, one of them over two workers, and one of each other model."""
     two_workers = SERVER.model_copy(update={"tensor_parallel_size": 2})
     started = {
         "tp1": _server(directory / "qwen3-0", SERVER, directory / "tp1.log"),
         "tp2": _server(directory / "qwen3-0", two_workers, directory / "tp2.log"),
-        "llama": _server(directory / "llama-0", SERVER, directory / "llama.log"),
     }
+    for other in ("llama", "qwen3_moe"):
+        started[other] = _server(directory / f"{other}-0", SERVER, directory / f"{other}.log")
     start_all(list(started.values()))
     yield started
     stop_all(list(started.values()))
@@ -170,16 +172,19 @@ def test_after_a_sync_both_replicas_answer_with_the_new_weights(
 
 
 @pytest.mark.parametrize("backend", ["gloo", "file"])
-def test_a_llama_with_tied_embeddings_takes_new_weights(
-    servers: dict[str, Server], student: Any, make_sync: Any, backend: str
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_tied_embeddings_and_experts_take_new_weights(
+    servers: dict[str, Server], student: Any, make_sync: Any, architecture: str, backend: str
 ) -> None:
-    model, url = student("llama"), servers["llama"].url
+    model, url = student(architecture), servers[architecture].url
     sync = make_sync(backend, urls=[url])
     for seed in (1, 2):
+        expected = model.log_probs(seed, PROMPT)
+        before = next_token_error(url, expected)
         sync.load_weights(model.export(seed), seed)
-        error = errors(url, model.log_probs(seed, PROMPT))
-        print(f"{backend} {error:.1e}")
-        assert error < TOLERANCE
+        error = errors(url, expected)
+        print(f"{architecture} {backend} {error:.1e}, before the sync {before:.1e}")
+        assert error < TOLERANCE < before
 
 
 def test_weights_come_from_tensor_and_pipeline_parallel_ranks(

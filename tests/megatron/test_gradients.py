@@ -225,7 +225,7 @@ def check_layouts(
 def check_segments_are_apart(student: Any, batch: Any) -> None:
     """Other tokens in one segment: those of the others come out bit for bit the same.
 
-    Where experts compute tokens of all segments in one product, its rounding depends on their number.
+    Where experts compute tokens of all segments in one product, rounding depends on their number.
     """
     from nemo_trd.megatron.context_parallel import own_context
     from nemo_trd.megatron.schedule import run_model

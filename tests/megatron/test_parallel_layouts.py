@@ -133,11 +133,11 @@ SPARSE = {
     1: {"one each": ONE_EACH},
     2: {
         "dp2": [],
-        # Replicas of the teacher have different numbers of packs, and one of them none at the end.
         "ep2 one each": EP2 + TEACHER_EP2 + ONE_EACH,
         "ep2 distributed": [*EP2, *TEACHER_TP2, *TEACHER_SP, *DISTRIBUTED],
         "tp2 sp ep2": TP2 + SP + EP2 + TEACHER_PP2,
-        "pp2": [*PP2, *TEACHER_CP2, *TEACHER_EP2, "train.recompute=full"],
+        # Replicas of the teacher have different numbers of packs.
+        "pp2": [*PP2, *TEACHER_EP2, "train.recompute=full"],
     },
     4: {
         "ep2 tp2 sp": EP2 + TP2 + SP + TEACHER_EP2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -599,6 +600,10 @@ def test_with_an_adapter_there_is_one_base_without_gradients_or_states() -> None
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_fits_its_nodes(recipe: str, precision: str) -> None:
+    if precision not in precisions(recipe):
+        with pytest.raises(ConfigError, match="not computed in FP8"):
+            raise planned(f"experiment={recipe}", f"precision={precision}").findings.problems[0]
+        return
     plan = planned(f"experiment={recipe}", f"precision={precision}")
     assert plan.findings.problems == []
     assert plan.exit_code == 0
@@ -608,6 +613,10 @@ def test_recipe_fits_its_nodes(recipe: str, precision: str) -> None:
         for phase in gpu.phases:
             room = 0.95 if phase == "checkpoint" else 0.9
             assert gpu.total_during(phase) < room * 79.1 * GIB, phase
+
+
+def precisions(recipe: str) -> list[str]:
+    return ["bf16"] if recipe == "trd_30b_a3b" else ["bf16", "fp8"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -624,7 +633,7 @@ def test_recipe_states_its_nodes_and_its_layout(recipe: str) -> None:
         "servers" in head
     )
     assert "# Layout. " in head
-    assert "precision=fp8" in head
+    assert ("precision=fp8" in head) == ("fp8" in precisions(recipe))
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES, "trd_8b_one_node"])
@@ -633,9 +642,9 @@ def test_documented_memory_of_the_recipe_is_what_the_plan_says(recipe: str) -> N
     (row,) = (line for line in page.splitlines() if line.startswith(f"| `{recipe}` |"))
     totals = [
         peak(planned(f"experiment={recipe}", f"precision={p}").memory).total / GIB
-        for p in ("bf16", "fp8")
+        for p in precisions(recipe)
     ]
-    assert row.endswith(f"| {totals[0]:.0f} GiB | {totals[1]:.0f} GiB |")
+    assert [f"{total:.0f} GiB" for total in totals] == re.findall(r"\d+ GiB", row)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

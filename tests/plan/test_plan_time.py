@@ -101,6 +101,19 @@ def test_what_saves_most_is_shown_first_and_is_allowed(capsys: pytest.CaptureFix
     assert not any("max_staleness" in o for saving in again for o in saving.overrides)
 
 
+def test_sampling_further_ahead_pays_where_both_sides_take_as_long(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main([RECIPE])
+    assert "max_staleness of 2 or more saves nothing: training waits for generation" in (
+        capsys.readouterr().out
+    )
+    time = planned().split.time  # type: ignore[union-attr]
+    as_long = time.generation / time.training  # so many times the compute of a step
+    main([RECIPE, f"cluster.assumptions.mfu={0.35 / as_long}"])
+    assert "max_staleness of 2 or more may pay" in capsys.readouterr().out
+
+
 def test_a_run_tells_lengths_speeds_and_drafts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

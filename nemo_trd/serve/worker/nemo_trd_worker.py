@@ -207,6 +207,8 @@ class ModelReceiver(Receiver):
 
     def _start(self) -> None:
         self._missing = {name for name, _ in self.model.named_parameters()}
+        if self.device.type == "cpu":
+            _forget_kernels_of_experts(self.model)
         initialize_layerwise_reload(self.model)
 
     def _take(self, name: str, tensor: torch.Tensor) -> None:
@@ -235,6 +237,18 @@ class ModelReceiver(Receiver):
             half_loaded.loaded_weights = []
             half_loaded.load_numel = 0  # then its old parameters are put back
         finalize_layerwise_reload(self.model, self.model_config)
+
+
+def _forget_kernels_of_experts(model: torch.nn.Module) -> None:
+    """Have experts' kernels made anew from the weights that come.
+
+    On a CPU a kernel works with packed weights. vLLM packs them where it makes the kernel, and
+    would put others into their place as they are.
+    """
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
 
 
 def _partly_loaded(model: torch.nn.Module) -> list[str]:

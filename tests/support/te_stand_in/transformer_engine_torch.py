@@ -262,7 +262,7 @@ def te_general_grouped_gemm(
     use_split_accumulator: bool,
     multiprocessors: int,
 ) -> list[Tensor]:
-    """`generic_gemm` of each pair; into one tensor, each into its rows, where there is a single one."""
+    """`generic_gemm` of each pair; with a single output into rows of that one."""
     if any(x.numel() for x in bias):
         raise NotImplementedError("a grouped product with a bias: not in the stand-in")
     results = torch.split(out[0], rows) if single_output else out
