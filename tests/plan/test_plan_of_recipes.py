@@ -29,12 +29,14 @@ RECIPES = {  # experiment -> what makes it larger than it ships
         *("parallel=tp8", "teacher.scoring=megatron", "loss.top_k=null"),
     ],
     "trd_70b_lora": [],  # TP 8: its teacher is the student
+    "trd_30b_a3b": [],  # TP 4, PP 2, EP 8: no two ranks hold the same experts
     "paper_qwen3_8b": [],
     # Without a teacher of its own each student has the same shape and layout.
     "paper_qwen3_4b_opd": [],
     "paper_qwen3_1p7b_opd": [],
 }
-LARGE = {"trd_70b", "trd_70b_32k", "trd_70b_lora"}  # 640 layers to be built of each
+# 640 layers to be built of each, or 18,432 tensors of experts.
+LARGE = {"trd_70b", "trd_70b_32k", "trd_70b_lora", "trd_30b_a3b"}
 PADDING = 64 + 256  # elements before a parameter and after a bucket, of a distributed optimizer
 
 
@@ -59,7 +61,8 @@ def check_recipe(recipe: str, overrides: list[str]) -> None:
     for role, source in (("student", config.model.student), ("teacher", config.teacher_source)):
         shape = json.loads((SHIPPED / f"{Path(source.path).name}.json").read_text())
         case = (shape, getattr(config.parallel, role))
-        if case not in seen:
+        served = role == "teacher" and config.scores_on_servers
+        if case not in seen and not served:
             check_model(config, role, AutoConfig.for_model(**shape))
         seen.append(case)
 
@@ -72,11 +75,11 @@ def check_model(config: Any, role: str, hf: Any) -> None:
     from nemo_trd.megatron.lora import add_adapters
     from nemo_trd.megatron.model import build_model
     from nemo_trd.megatron.process_groups import process_groups
-    from nemo_trd.models.family import expected_tensors
+    from nemo_trd.models.family import expected_tensors, experts_of
     from nemo_trd.plan.shapes import stage_parameters
 
     layout, world = getattr(config.parallel, role), config.cluster.world_size
-    exports = []
+    exports, sparse = [], experts_of(hf) is not None
     planned = [stage.total for stage in stage_parameters(hf, layout)]
     places = []
     holders: dict[str, list[tuple[int, int]]] = defaultdict(list)
@@ -86,15 +89,20 @@ def check_model(config: Any, role: str, hf: Any) -> None:
             groups = process_groups(layout)
             place = (groups.pp.rank(), groups.tp.rank(), groups.cp.rank(), groups.dp.rank())
             places.append(place)
-            if groups.dp_cp.rank() > 0:  # holds what another holds
+            of_first = groups.dp_cp.rank() == 0  # else another holds the same outside experts
+            experts_of_first = groups.expt_dp.rank() == 0
+            if not of_first and not (sparse and experts_of_first):
                 continue
             models = build_model(hf, layout, groups, config.precision)
             assert models[0].config.transformer_impl == "transformer_engine"
             held = sum(p.numel() for model in models for p in model.parameters())
             assert held == planned[place[0]], (rank, place)
-            for part in (part for model in models for part in _parts(model, hf)):
-                holders[part.name].append(place[:2])
-                elements[part.name] += math.prod(part.shape)
+            for part in (part for model in models for part in _parts(model, hf, groups)):
+                of_expert = part.whole.expert is not None
+                if experts_of_first if of_expert else of_first:
+                    number = groups.expt_tp.rank() if of_expert else place[1]
+                    holders[part.name].append((place[0], number))
+                    elements[part.name] += math.prod(part.shape)
             if role == "student":
                 exports.append(exchanges_of_export(models, hf, groups))
             if role == "student" and place[1] == 0:
@@ -110,8 +118,9 @@ def check_model(config: Any, role: str, hf: Any) -> None:
         stages = sorted({stage for stage, _ in holders[name]})
         twice = hf.tie_word_embeddings and pp > 1 and whole.layer is None and len(whole.shape) == 2
         assert stages == ([0, pp - 1] if twice else stages[:1]), name
-        assert sorted(holders[name]) == [(s, t) for s in stages for t in range(tp)], name
-        copies = len(stages) * (1 if whole.split_axis is not None else tp)
+        split = tp if whole.expert is None else layout.expert_tensor_parallel_size
+        assert sorted(holders[name]) == [(s, t) for s in stages for t in range(split)], name
+        copies = len(stages) * (1 if whole.split_axis is not None else split)
         padding = elements[name] - copies * math.prod(whole.shape)
         rows = 128 * tp if whole.layer is None and whole.split_axis == 0 else 1
         assert 0 <= padding < copies * rows * whole.shape[-1], name
@@ -130,7 +139,7 @@ def exchanges_of_export(models: list[Any], hf: Any, groups: Any) -> list[list[An
     names = names_by_stage(hf, groups.pp.size())
 
     def answer(answers: list[Any], own: Any, group: Any) -> None:
-        assert sorted(own) == sorted(names[groups.pp.rank()])
+        assert own == names[groups.pp.rank()]
         answers[:] = names
 
     with mock.patch("torch.distributed.all_gather_object", answer), exchanges.followed():
@@ -140,10 +149,11 @@ def exchanges_of_export(models: list[Any], hf: Any, groups: Any) -> list[list[An
     return exchanges.asked
 
 
-def names_by_stage(hf: Any, stages: int) -> list[list[str]]:
+def names_by_stage(hf: Any, stages: int) -> list[set[str | int]]:
+    """Numbers of each stage's layers, and names of its tensors outside them."""
     from nemo_trd.models.family import expected_tensors, family_of
 
-    names: list[list[str]] = [[] for _ in range(stages)]
+    names: list[set[str | int]] = [set() for _ in range(stages)]
     for name, whole in expected_tensors(hf).items():
         if whole.layer is not None:
             holders = {whole.layer * stages // hf.num_hidden_layers}
@@ -152,7 +162,7 @@ def names_by_stage(hf: Any, stages: int) -> list[list[str]]:
         else:
             holders = {stages - 1}
         for stage in holders:
-            names[stage].append(name)
+            names[stage].add(name if whole.layer is None else whole.layer)
     return names
 
 
@@ -169,7 +179,8 @@ def check_bytes(config: Any, models: list[Any], groups: Any) -> None:
     )
     chunks = [DistributedDataParallel(m.config, settings, m, pg_collection=groups) for m in models]
     optimizer = make_optimizer(config, chunks, groups)
-    gradients = sum(b.grad_data.numel() * 4 for chunk in chunks for b in chunk.buffers)
+    buffers = [b for c in chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
+    gradients = sum(b.grad_data.numel() * 4 for b in buffers)
     main = [
         parameter
         for single in optimizer.chained_optimizers
