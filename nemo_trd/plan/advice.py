@@ -19,6 +19,7 @@ SIZES = (  # of a layout, in the order in which they are enlarged
     "context_parallel_size",
 )
 EXPERTS = "expert_model_parallel_size"
+Overrides = dict[str, str]  # setting -> value
 LEAST_GAIN = 0.01  # share of memory; a further change saves more, or nodes would be added forever
 
 
@@ -49,28 +50,30 @@ def advise(config: Config, student: Any, teacher: Any) -> Advice | None:
     """
     limit = capacity(config)
 
-    def attempts(start: Config) -> list[tuple[int, str, Config]]:
+    def attempts(start: Config) -> list[tuple[int, Overrides, Config]]:
         return [
-            (peak(training_memory(changed, student, teacher)).total, override, changed)
-            for override, changed in changes(start, student, teacher)
+            (peak(training_memory(changed, student, teacher)).total, overrides, changed)
+            for overrides, changed in changes(start, student, teacher)
         ]
 
-    for size, override, _ in attempts(config):
+    for size, overrides, _ in attempts(config):
         if size <= limit:
-            return Advice((override,), size, True)
+            return Advice(_written(overrides), size, True)
     now = peak(training_memory(config, student, teacher)).total
-    values: dict[str, str] = {}  # key -> value
+    values: Overrides = {}
     while now > limit:
         *changed_settings, more_nodes = attempts(config)
         helping = [option for option in changed_settings if option[0] <= now * (1 - LEAST_GAIN)]
-        size, override, changed = min(helping, key=lambda o: o[0], default=more_nodes)
+        size, overrides, changed = min(helping, key=lambda o: o[0], default=more_nodes)
         if size > now * (1 - LEAST_GAIN):
             break
         now, config = size, changed
-        key, _, value = override.partition("=")
-        values[key] = value
-    overrides = tuple(f"{key}={value}" for key, value in values.items())
-    return Advice(overrides, now, now <= limit) if values else None
+        values |= overrides
+    return Advice(_written(values), now, now <= limit) if values else None
+
+
+def _written(overrides: Overrides) -> tuple[str, ...]:
+    return tuple(f"{key}={value}" for key, value in overrides.items())
 
 
 def on_fewer_gpus(config: Config) -> Config | None:
@@ -93,53 +96,65 @@ def on_fewer_gpus(config: Config) -> Config | None:
     return None if fitted == config else fitted
 
 
-def changes(config: Config, student: Any, teacher: Any) -> Iterator[tuple[str, Config]]:
+def changes(config: Config, student: Any, teacher: Any) -> Iterator[tuple[Overrides, Config]]:
     """Single changes that need less memory on a GPU, cheapest in time first."""
     layout, has_teacher = config.parallel.student, config.teacher.scoring == "megatron"
     if not config.optimizer.distributed and replicas(config, layout) > 1:
-        yield "optimizer.distributed=true", _with(config, "optimizer", distributed=True)
-    for role in ("student", "teacher") if has_teacher else ("student",):
-        role_layout = getattr(config.parallel, role)
+        yield {"optimizer.distributed": "true"}, _with(config, "optimizer", distributed=True)
+    for roles in _split_alike(config):
+        role_layout = getattr(config.parallel, roles[0])
         if role_layout.tensor_model_parallel_size > 1 and not role_layout.sequence_parallel:
-            changed = role_layout.model_copy(update={"sequence_parallel": True})
-            yield (
-                f"parallel.{role}.sequence_parallel=true",
-                _with(config, "parallel", **{role: changed}),
-            )
+            yield _with_layouts(config, roles, "sequence_parallel", True)
     if has_teacher and not config.teacher.offload_states:
-        yield "teacher.offload_states=true", _with(config, "teacher", offload_states=True)
-    if has_teacher and not config.teacher.offload_weights:
-        yield "teacher.offload_weights=true", _with(config, "teacher", offload_weights=True)
+        yield {"teacher.offload_states": "true"}, _with(config, "teacher", offload_states=True)
+    if has_teacher and not (config.teacher.offload_weights or config.teacher_is_student):
+        yield {"teacher.offload_weights": "true"}, _with(config, "teacher", offload_weights=True)
     if config.train.recompute != "full":
-        yield "train.recompute=full", _with(config, "train", recompute="full")
+        yield {"train.recompute": "full"}, _with(config, "train", recompute="full")
     rows = vocabulary_rows(student, layout)
     half = chunk_size(config.loss, rows, on_gpu=True) // 2
     if half >= 128:
-        yield f"loss.chunk_size={half}", _with(config, "loss", chunk_size=half)
+        yield {"loss.chunk_size": str(half)}, _with(config, "loss", chunk_size=half)
     yield from _larger_layouts(config, student, teacher)
     nodes = 2 * config.cluster.training_nodes
-    yield f"cluster.training_nodes={nodes}", _with(config, "cluster", training_nodes=nodes)
+    yield {"cluster.training_nodes": str(nodes)}, _with(config, "cluster", training_nodes=nodes)
 
 
-def _larger_layouts(config: Config, student: Any, teacher: Any) -> Iterator[tuple[str, Config]]:
+def _split_alike(config: Config) -> list[tuple[str, ...]]:
+    """Models in Megatron; together those that must be split alike."""
+    if config.teacher.scoring != "megatron":
+        return [("student",)]
+    if config.teacher_is_student:
+        return [("student", "teacher")]
+    return [("student",), ("teacher",)]
+
+
+def _larger_layouts(
+    config: Config, student: Any, teacher: Any
+) -> Iterator[tuple[Overrides, Config]]:
     """Double one size of a layout on the same GPUs; tensor parallel ranks stay in a node."""
-    roles = [("student", student)]
-    if config.teacher.scoring == "megatron":
-        roles.append(("teacher", teacher))
-    for role, hf in roles:
-        layout: Layout = getattr(config.parallel, role)
+    shapes = {"student": student, "teacher": teacher}
+    for roles in _split_alike(config):
+        layout: Layout = getattr(config.parallel, roles[0])
         for key in (*SIZES, EXPERTS):
             size = 2 * getattr(layout, key)
             if key.startswith("tensor") and size > config.cluster.gpus_per_node:
                 continue
-            changed = layout.model_copy(update={key: size})
-            other = _with(config, "parallel", **{role: changed})
+            overrides, other = _with_layouts(config, roles, key, size)
             try:
-                check_layout(hf, changed, role)
+                check_layout(shapes[roles[0]], getattr(other.parallel, roles[0]), roles[0])
             except ConfigError:
                 continue
             if not any(batch_problems(other, config.cluster.world_size)):
-                yield f"parallel.{role}.{key}={size}", other
+                yield overrides, other
+
+
+def _with_layouts(
+    config: Config, roles: tuple[str, ...], key: str, value: Any
+) -> tuple[Overrides, Config]:
+    layouts = {r: getattr(config.parallel, r).model_copy(update={key: value}) for r in roles}
+    overrides = {f"parallel.{role}.{key}": str(value).lower() for role in roles}
+    return overrides, _with(config, "parallel", **layouts)
 
 
 def _with(config: Config, section: str, **values: Any) -> Config:

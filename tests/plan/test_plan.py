@@ -751,6 +751,9 @@ def single(role: str) -> list[str]:
         ["experiment=trd_70b", "train.recompute=none"],
         ["experiment=trd_70b", "cluster.gpu_memory_gib=58.0"],
         ["experiment=paper_qwen3_8b", "cluster.gpu_memory_gib=40.0"],
+        # A layout of both models at once, since they are one.
+        ["experiment=paper_qwen3_8b", "train.recompute=full", "parallel=tp4",
+         "cluster.gpu_memory_gib=18.0"],
         [*HELD, "cluster.gpu_memory_gib=30.0"],  # takes several changes
         [*HELD, "optimizer.distributed=false", "cluster.gpu_memory_gib=45.0",
          "cluster.training_nodes=2"],
