@@ -338,6 +338,7 @@ def test_in_opsd_the_servers_of_the_student_rewrite_and_score_without_its_adapte
     assert abs(first["loss"] - last["loss"]) > 1e-3  # the adapter does something
 
 
+@pytest.mark.slow
 def test_a_server_that_starts_again_loads_its_base_and_is_given_the_adapter(
     model: Path, servers: dict[str, Server], make_sync: Any
 ) -> None:

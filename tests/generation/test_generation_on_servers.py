@@ -535,6 +535,7 @@ def test_hanging_replica_costs_no_sample_and_is_used_again_when_it_goes_on(
     assert count_requests(servers[1].url) > before + 5
 
 
+@pytest.mark.slow
 def test_killed_replica_costs_no_sample_and_is_used_again_when_it_is_back(
     servers: list[Server], models: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -36,14 +36,14 @@ SERVED = [
     "train.max_tokens_per_micro_batch=192",
 ]
 SIZES = {"vocab_size": 300, "max_position_embeddings": 200}
-MOE = {
-    **{"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 64},
+MOE = {  # with shared experts
+    **{"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "hidden_size": 64},
     **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
     **{"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
 }
 # What the directory of a teacher says of itself, and the (vocabulary, positions) that count.
 TEACHERS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
-    "Qwen3-MoE": ({**MOE, **SIZES}, (300, 200)),
+    "Qwen2-MoE": ({**MOE, **SIZES}, (300, 200)),
     "Gemma 3, which leaves its sizes to transformers": (
         {
             **{"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]},

