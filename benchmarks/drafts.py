@@ -141,16 +141,18 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
         "different": different,
         "sampled": sampled,
         "rewrites": len(asked),
+        "temperature": args.temperature,
         "machine": machine(),
     }
 
 
-def table(result: dict[str, Any], temperature: float) -> str:
+def table(result: dict[str, Any]) -> str:
     lines = [
         "| | without | with drafts | ratio | accepted | tokens a step |",
         "|---|---|---|---|---|---|",
     ]
-    for name, row in (("greedy", result["greedy"]), (f"T = {temperature:g}", result["sampled"])):
+    sampled = f"T = {result['temperature']:g}"
+    for name, row in (("greedy", result["greedy"]), (sampled, result["sampled"])):
         seconds, accepted = row["seconds"], row.get("draft_acceptance", 0.0)
         lines.append(
             f"| {name} | {seconds['without']:.1f} s | {seconds['with']:.1f} s | {row['ratio']:.2f} "
@@ -159,7 +161,7 @@ def table(result: dict[str, Any], temperature: float) -> str:
     return "\n".join([*lines, "", f"{result['rewrites']} rewrites, {result['different']} differ"])
 
 
-def main() -> int:
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="a Hugging Face directory")
     parser.add_argument("--problems", type=Path, required=True, help="in the format of GSM8K")
@@ -168,10 +170,14 @@ def main() -> int:
     parser.add_argument("--temperature", type=float, default=1.0, help="of the sampled rewrites")
     parser.add_argument("--repeats", type=int, default=2, help="of each kind, in turns")
     parser.add_argument("--json", type=Path, help="write all figures here")
-    args = parser.parse_args()
+    return parser.parse_args(given)
+
+
+def main() -> int:
+    args = arguments()
     with tempfile.TemporaryDirectory(prefix="drafts-") as root:
         result = measure(args, Path(root))
-    print(f"{result['machine']['cpu']}\n\n{table(result, args.temperature)}")
+    print(f"{result['machine']['cpu']}\n\n{table(result)}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
     return int(result["different"] > 0)

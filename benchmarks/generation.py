@@ -2,6 +2,7 @@
 
     python benchmarks/generation.py
     python benchmarks/generation.py --repeats 6 --json generation.json
+    python benchmarks/generation.py --drafts runs/smollm2 --problems gsm8k.jsonl
 
 Two vLLM servers, of a student and of a teacher, each on a core of its own, answer the same requests
 twice: streamed, as a run asks for them, and in two phases, all rollouts before the first rewrite.
@@ -29,6 +30,9 @@ Then the same teacher's server is asked for its log-probabilities of 64 ids a la
              scoring them when they are written (scoring=server); the pass of the same teacher in
              Megatron, in this process (scoring=megatron)
 
+With `--drafts` two other servers then rewrite with drafts and without: what benchmarks/drafts.py
+tells, whose defaults it has. That takes a model that copies, so it is not measured without one.
+
 Student and teacher are random Qwen3 models that know few tokens and often say EOS: lengths
 vary, up to `--max-tokens`. `--concurrency` requests are with a server at a time. Everything has one
 thread (OMP_NUM_THREADS=1). The exit status is 1 when `ratio` exceeds 1.15 times `ideal_ratio`.
@@ -48,6 +52,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import drafts
 import httpx
 import torch.distributed as dist
 from overlap import (
@@ -253,8 +258,11 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
         scores = transport(args, urls["teacher"], key)
         scores["seconds"] = second_pass(args, config, urls["teacher"], key)
     dist.destroy_process_group()
+    of_drafts: dict[str, Any] = {}
+    if args.drafts is not None:
+        of_drafts["drafts"] = drafts.measure(drafts_arguments(args), root)
     sizes = ("hidden", "layers", "vocabulary", "prompts", "max_tokens", "concurrency", "texts")
-    return {
+    return of_drafts | {
         **ratios(pairs),
         "limit": LIMIT,
         "client_seconds": client / (len(KINDS) * args.repeats * args.prompts),
@@ -264,6 +272,10 @@ def measure(args: argparse.Namespace, root: Path) -> dict[str, Any]:
         "machine": machine(),
         "settings": {name: getattr(args, name) for name in sizes},
     }
+
+
+def drafts_arguments(args: argparse.Namespace) -> argparse.Namespace:
+    return drafts.arguments(["--model", str(args.drafts), "--problems", str(args.problems)])
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -285,6 +297,7 @@ def table(result: Mapping[str, Any]) -> str:
             f"client: {1000 * result['client_seconds']:.1f} ms of a processor for a sample",
             "",
             *score_lines(result["scores"]),
+            *(["", drafts.table(result["drafts"])] if "drafts" in result else []),
         ]
     )
 
@@ -318,8 +331,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--student-cores", type=int, nargs="+", default=[0])
     parser.add_argument("--teacher-cores", type=int, nargs="+", default=[1])
     parser.add_argument("--time-limit", type=float, default=600.0, help="of a start, in seconds")
+    parser.add_argument("--drafts", type=Path, metavar="MODEL", help="a Hugging Face directory")
+    parser.add_argument("--problems", type=Path, help="for --drafts, in the format of GSM8K")
     parser.add_argument("--json", type=Path, help="write all figures here")
     args = parser.parse_args()
+    if (args.drafts is None) != (args.problems is None):
+        parser.error("--drafts and --problems go together")
     args.warm_up, args.steps = 0, args.repeats  # `make_inputs` writes prompts for one more
     return args
 

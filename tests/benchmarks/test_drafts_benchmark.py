@@ -36,5 +36,6 @@ def test_acceptance_is_that_of_the_rewrites_with_drafts(benchmark: Any, tmp_path
     assert figures["tokens"] == {"without": 24, "with": 24}
     assert (figures["draft_acceptance"], figures["tokens_per_decode_step"]) == (0.5, 2)
     row = {**figures, "seconds": {"without": 4.0, "with": 3.0}, "ratio": 0.75}
-    shown = benchmark.table({"greedy": row, "sampled": row, "rewrites": 3, "different": 0}, 0.7)
+    result = {"greedy": row, "sampled": row, "rewrites": 3, "different": 0, "temperature": 0.7}
+    shown = benchmark.table(result)
     assert "| T = 0.7 | 4.0 s | 3.0 s | 0.75 | 50.0% | 2.00 |" in shown
