@@ -188,8 +188,8 @@ def check_adapter_targets(hf: Any, targets: Iterable[str]) -> None:
         raise rule_broken(
             "student.adapter.targets",
             list(targets),
-            f"experts (model_type {hf.model_type}) take no adapter: transformers computes with all "
-            "experts of a layer as one tensor, for which PEFT has no pair of matrices an expert",
+            f"adapters on experts (model_type {hf.model_type}) are not supported: PEFT has them on "
+            "the tensors of all experts of a layer (target_parameters), not on linear layers",
             "leave gate, up and down out; q, k, v and o are possible",
         )
 
