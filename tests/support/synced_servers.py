@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import torch
 from pydantic import SecretStr
+from servers import SERVER as OF_RUNS
 
-from nemo_trd.config.schema import VllmServer
 from nemo_trd.config.schema import WeightSync as Settings
 from nemo_trd.serve.server import SERVED_NAME
 
@@ -18,15 +18,8 @@ KEY = SecretStr("weight-sync-test-key")
 HEADERS = {"Authorization": f"Bearer {KEY.get_secret_value()}"}
 TOLERANCE = 1e-4
 PROMPT = [(7 * i) % 250 + 5 for i in range(300)]  # two blocks of the prefix cache, and more
-SERVER = VllmServer(
-    python=None,
-    dtype="fp32",
-    tensor_parallel_size=1,
-    max_model_len=2048,
-    max_num_seqs=8,
-    arguments=[],
-    start_timeout_seconds=600.0,
-    stop_timeout_seconds=5.0,
+SERVER = OF_RUNS.model_copy(
+    update={"max_model_len": 2048, "max_num_seqs": 8, "stop_timeout_seconds": 5.0}
 )
 
 
