@@ -11,7 +11,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from nemo_trd.config.errors import ConfigError
@@ -23,6 +22,8 @@ from nemo_trd.evaluate.main import main
 from nemo_trd.evaluate.sample_store import Sample, SampleStore
 from nemo_trd.evaluate.source import find_source, fingerprint
 from nemo_trd.verifiers.judgement import Judgement
+
+from tests.support.launch import commands_below
 
 SETTINGS = {"seed": 1, "sampling": {"top_p": 0.5}, "benchmarks": {"a": {"problems": "x"}}}
 
@@ -141,9 +142,9 @@ def test_a_worker_that_dies_is_replaced_and_only_its_own_verdict_is_missing() ->
         asked = (r"\boxed{x + x}", "2x")
         pool.submit("math", *asked, seen.append)
         pool.finish(progress=False)
-        workers = [p for p in psutil.Process().children() if "serve()" in " ".join(p.cmdline())]
-        for worker in workers:
-            os.kill(worker.pid, signal.SIGKILL)
+        workers = [pid for pid, command in commands_below().items() if "serve()" in command]
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
         for _ in range(3):
             pool.submit("math", *asked, seen.append)
         pool.finish(progress=False)
@@ -196,7 +197,7 @@ def test_hostile_programs_are_classed_and_the_evaluation_goes_on(tmp_path: Path)
         assert found[what].correct is False and found[what].reason in classes, (what, found[what])
         assert found[f"honest beside {what}"] == Judgement(True, "right")
     assert list(tmp_path.iterdir()) == []
-    assert not [p for p in psutil.Process().children(recursive=True) if p.name() == "bwrap"]
+    assert not [c for c in commands_below().values() if Path(c.split(" ")[0]).name == "bwrap"]
 
 
 def test_what_goes_wrong_with_a_judgement_ends_the_evaluation() -> None:

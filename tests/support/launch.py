@@ -174,6 +174,15 @@ def end_session(leader: int) -> None:
             child.kill()
 
 
+def commands_below() -> dict[int, str]:
+    """Command lines of the processes that this one started, by id; without those that have ended."""
+    commands = {}
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            commands[process.pid] = " ".join(process.cmdline())
+    return commands
+
+
 def processes_of(mark: str) -> list[psutil.Process]:
     """Processes whose programs were started with TEST_MARK=mark in their environment.
 
