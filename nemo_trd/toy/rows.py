@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import RefinementTemplates
 from nemo_trd.data.templates import fill_template
-from nemo_trd.toy import task
+from nemo_trd.toy import derivations, task
 from nemo_trd.toy.tokenizer import unknown_words
 
 IGNORED = -100  # a position without a label
@@ -47,12 +48,22 @@ class RowMaker:
 
     solve: problem -> solution. recover: problem -> solution with slips, but nothing is learnt at
     the wrong numbers themselves. rewrite: problem and attempt -> solution. follow: problem and
-    reference solution -> solution. follow_attempt: all three -> solution.
+    reference solution -> solution. follow_attempt: all three -> solution. A row has one order of
+    the products: a rewrite keeps that of the attempt, and a solution that follows another its.
+
+    Args:
+        orders: weights of the first of `derivations.ORDERS`; rows have no other order.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, templates: RefinementTemplates) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        templates: RefinementTemplates,
+        orders: Sequence[int] = (1,),
+    ) -> None:
         check_templates(templates)
         self.tokenizer = tokenizer
+        self.orders = orders
         self.system = templates.system
         self.templates = {
             "rewrite": templates.opd,
@@ -62,15 +73,29 @@ class RowMaker:
 
     def row(self, kind: str, rng: random.Random) -> Row:
         """One row; the attempt that is shown has 0 to 3 errors."""
-        factors = task.draw_problem(rng, "warm_start")
+        return self._row(kind, rng)[0]
+
+    def right_rows(self, kind: str, rng: random.Random) -> list[Row]:
+        """As `row`, once for each order; of the kind "recover" in one order alone, as `row`."""
+        row, factors = self._row(kind, rng)
         if kind == "recover":
-            text, wrong = task.slips(factors, rng)
-            context = self.context("solve", task.problem_text(factors), "", "")
-            return Row(context, self.labels(text), wrong)
-        problem, solution = task.problem_text(factors), task.solution(factors)
+            return [row]
+        orders = derivations.ORDERS[: len(self.orders)]
+        return [Row(row.context, self.labels(_solution(factors, order))) for order in orders]
+
+    def _row(self, kind: str, rng: random.Random) -> tuple[Row, task.Factors]:
+        factors = task.draw_problem(rng, "warm_start")
+        order = derivations.draw_order(rng, self.orders)
+        problem, ordered = task.problem_text(factors), derivations.reordered(factors, order)
+        if kind == "recover":
+            text, wrong = task.slips(ordered, rng)
+            labels = self.labels(derivations.relabelled(text, order))
+            return Row(self.context("solve", problem, "", ""), labels, wrong), factors
+        solution = _solution(factors, order)
         errors = rng.choices((0, 1, 2, 3), weights=(30, 30, 25, 15))[0]
-        rollout = task.corrupted(factors, rng, errors)
-        return Row(self.context(kind, problem, rollout, solution), self.labels(solution))
+        rollout = derivations.relabelled(task.corrupted(ordered, rng, errors), order)
+        context = self.context(kind, problem, rollout, solution)
+        return Row(context, self.labels(solution)), factors
 
     def context(self, kind: str, problem: str, rollout: str, solution: str) -> list[int]:
         """Token ids before the labels, the generation prompt included."""
@@ -88,6 +113,10 @@ class RowMaker:
     def labels(self, solution: str) -> list[int]:
         """The solution and the EOS token."""
         return [*self.tokenizer(solution).input_ids, self.tokenizer.eos_token_id]
+
+
+def _solution(factors: task.Factors, order: derivations.Order) -> str:
+    return derivations.relabelled(task.solution(derivations.reordered(factors, order)), order)
 
 
 def as_tensors(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -55,6 +55,7 @@ class Recipe:
     matrix_lr: float = 0.02  # Muon
     other_lr: float = 3e-3  # AdamW: embedding and norms
     before: Recipe | None = None  # of the same model: what it learns first
+    orders: tuple[int, ...] = (1,)  # weights of derivations.ORDERS in the texts it learns from
 
 
 STUDENT = Recipe(
@@ -108,9 +109,14 @@ def token_losses(model: Qwen3ForCausalLM, rows: list[Row]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def accuracy(model: Qwen3ForCausalLM, rows: list[Row]) -> float:
-    """The probability that a sample at temperature 1 is exactly the right solution."""
-    return (-token_losses(model, rows).sum(dim=1)).exp().mean().item()
+def accuracy(model: Qwen3ForCausalLM, answers: list[list[Row]]) -> float:
+    """The probability that a sample at temperature 1 is exactly a right solution.
+
+    Args:
+        answers: of each context its right solutions, which are equally many everywhere.
+    """
+    losses = token_losses(model, [row for rows in answers for row in rows]).sum(dim=1)
+    return (-losses).exp().view(len(answers), -1).sum(dim=1).mean().item()
 
 
 @torch.no_grad()
@@ -141,7 +147,9 @@ def train(
         the model, and what it reaches for every kind of row in `shares` and every gate.
     """
     rng = random.Random(f"{name} {seed}")
-    held_out = {k: [rows.row(k, rng) for _ in range(recipe.held_out)] for k in recipe.shares}
+    held_out = {
+        kind: [rows.right_rows(kind, rng) for _ in range(recipe.held_out)] for kind in recipe.shares
+    }
     if recipe.before is None:
         model = new_model(recipe, rows.tokenizer, seed)
     else:
@@ -152,7 +160,7 @@ def train(
 
     def measure(gate: str) -> float:
         if gate == "notice":
-            return noticing(model, held_out["recover"], rows.tokenizer)
+            return noticing(model, [row for [row] in held_out["recover"]], rows.tokenizer)
         return accuracy(model, held_out[gate])
 
     def passed(gate: str) -> bool:
@@ -245,9 +253,10 @@ def make(out: Path, seed: int, student: Recipe = STUDENT, teacher: Recipe = TEAC
     # The validation problems are the same for every seed, so that runs can be compared.
     write_jsonl(out / "validation.jsonl", task.examples("validation", VALIDATION_PROBLEMS, 0))
     report = {"digest": expected, "seed": seed}
-    rows = RowMaker(build_tokenizer(), templates)
+    tokenizer = build_tokenizer()
     for name, recipe in recipes.items():
         started = time.monotonic()
+        rows = RowMaker(tokenizer, templates, recipe.orders)
         model, reached = train(recipe, rows, seed, name)
         missed = {
             kind: reached[kind] for kind, gate in recipe.gates.items() if reached[kind] < gate
@@ -259,7 +268,7 @@ def make(out: Path, seed: int, student: Recipe = STUDENT, teacher: Recipe = TEAC
             )
         shutil.rmtree(out / name, ignore_errors=True)
         model.save_pretrained(out / name)
-        rows.tokenizer.save_pretrained(out / name)
+        tokenizer.save_pretrained(out / name)
         report[name] = {"accuracy": reached, "seconds": round(time.monotonic() - started, 1)}
     report_path.write_text(json.dumps(report, indent=2) + "\n")
     return report
