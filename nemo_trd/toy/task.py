@@ -105,9 +105,7 @@ def solution(factors: Factors) -> str:
     return attempt(factors, {}, random.Random(0))
 
 
-def corrupted(
-    factors: Factors, rng: random.Random, errors: int, noticed: float = NOTICED
-) -> str:
+def corrupted(factors: Factors, rng: random.Random, errors: int, noticed: float = NOTICED) -> str:
     """An attempt with so many errors of random kinds, carried on in the steps that follow.
 
     Args:
