@@ -14,33 +14,48 @@ import random
 import re
 from collections import Counter
 from collections.abc import Sequence
-from itertools import permutations
+from itertools import islice, permutations
+from math import factorial
 
-from nemo_trd.toy.task import MODULUS, NO, PRODUCTS, SUMS, Factors
+from nemo_trd.toy import task
+from nemo_trd.toy.task import MODULUS, NO, USUAL, Factors, product_labels, sum_labels
 
 Order = tuple[str, ...]  # labels of the products, the one that is worked out first at the front
-ORDERS: tuple[Order, ...] = tuple(permutations(PRODUCTS))
-_LABELS = sorted([*PRODUCTS, *(label for label, *_ in SUMS)])
-_STEP = re.compile(rf"(\w) (\d) ([*+]) (\d) = (?:\d {NO} )*(\d)")
+_STEP = re.compile(rf"(\w+) (\d) ([*+]) (\d) = (?:\d {NO} )*(\d)")
 
 
-def draw_order(rng: random.Random, weights: Sequence[int]) -> Order:
-    """One of the first orders of `ORDERS`, as often as its weight says.
+def first_orders(products: int, count: int) -> list[Order]:
+    """The first so many orders of a problem with so many products, that of its text before all."""
+    return [*islice(permutations(product_labels(products)), count)]
+
+
+ORDERS = first_orders(USUAL, factorial(USUAL))
+
+
+def draw_order(rng: random.Random, products: int, weights: Sequence[int]) -> Order:
+    """One of the first orders, as often as its weight says.
 
     Draws nothing where there is one weight alone.
     """
-    return ORDERS[0] if len(weights) == 1 else rng.choices(ORDERS[: len(weights)], weights)[0]
+    orders = first_orders(products, len(weights))
+    return orders[0] if len(orders) == 1 else rng.choices(orders, weights)[0]
 
 
 def reordered(factors: Factors, order: Order) -> Factors:
     """The problem that has as its first product the one that `order` has first, and so on."""
-    return tuple(factors[PRODUCTS.index(label)] for label in order)
+    labels = product_labels(len(factors))
+    return tuple(factors[labels.index(label)] for label in order)
 
 
 def relabelled(text: str, order: Order) -> str:
     """A text on `reordered(factors, order)`, as the text on `factors` that it is in this order."""
-    labels = dict(zip(PRODUCTS, order, strict=True))
+    labels = dict(zip(product_labels(len(order)), order, strict=True))
     return " ".join(labels.get(word, word) for word in text.split())
+
+
+def solution(factors: Factors, order: Order) -> str:
+    """The worked solution in this order, without slips."""
+    return relabelled(task.solution(reordered(factors, order)), order)
 
 
 def derivation(factors: Factors, text: str) -> Order | None:
@@ -52,7 +67,8 @@ def derivation(factors: Factors, text: str) -> Order | None:
     The two operands of a step may change places, and so may the sums' terms among each other.
     """
     *steps, last = text.split(" ; ")
-    pairs = dict(zip(PRODUCTS, factors, strict=True))
+    products = len(factors)
+    pairs = dict(zip(product_labels(products), factors, strict=True))
     labels: list[str] = []
     unused: Counter[int] = Counter()  # numbers worked out, and not added up so far
     for step in steps:
@@ -70,6 +86,8 @@ def derivation(factors: Factors, text: str) -> Order | None:
         if not follows or result != (a * b if sign == "*" else a + b) % MODULUS:
             return None
         unused[result] += 1
-    if sorted(labels) != _LABELS or [last] != [f"#### {number}" for number in unused.elements()]:
+    if Counter(labels) != Counter([*pairs, *sum_labels(products)]):
+        return None
+    if [last] != [f"#### {number}" for number in unused.elements()]:
         return None
     return tuple(label for label in labels if label in pairs)

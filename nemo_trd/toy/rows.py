@@ -48,21 +48,25 @@ class RowMaker:
 
     solve: problem -> solution. recover: problem -> solution with slips, but nothing is learnt at
     the wrong numbers themselves. rewrite: problem and attempt -> solution. follow: problem and
-    reference solution -> solution. follow_attempt: all three -> solution. A row has one order of
-    the products: a rewrite keeps that of the attempt, and a solution that follows another its.
+    reference solution -> solution. follow_attempt: all three -> solution. A kind may end with the
+    number of products of its problems: solve@24. A row has one order of the products: a rewrite
+    keeps that of the attempt.
 
     Args:
-        orders: weights of the first of `derivations.ORDERS`; rows have no other order.
+        noticed: how often a slip is taken back.
+        orders: weights of the first orders (nemo_trd/toy/derivations.py); rows have no other.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerFast,
         templates: RefinementTemplates,
+        noticed: float = task.NOTICED,
         orders: Sequence[int] = (1,),
     ) -> None:
         check_templates(templates)
         self.tokenizer = tokenizer
+        self.noticed = noticed
         self.orders = orders
         self.system = templates.system
         self.templates = {
@@ -78,22 +82,25 @@ class RowMaker:
     def right_rows(self, kind: str, rng: random.Random) -> list[Row]:
         """As `row`, once for each order; of the kind "recover" in one order alone, as `row`."""
         row, factors = self._row(kind, rng)
-        if kind == "recover":
+        if kind.startswith("recover"):
             return [row]
-        orders = derivations.ORDERS[: len(self.orders)]
-        return [Row(row.context, self.labels(_solution(factors, order))) for order in orders]
+        orders = derivations.first_orders(len(factors), len(self.orders))
+        solutions = (derivations.solution(factors, order) for order in orders)
+        return [Row(row.context, self.labels(solution)) for solution in solutions]
 
     def _row(self, kind: str, rng: random.Random) -> tuple[Row, task.Factors]:
-        factors = task.draw_problem(rng, "warm_start")
-        order = derivations.draw_order(rng, self.orders)
+        kind, _, products = kind.partition("@")
+        factors = task.draw_problem(rng, "warm_start", int(products or task.USUAL))
+        order = derivations.draw_order(rng, len(factors), self.orders)
         problem, ordered = task.problem_text(factors), derivations.reordered(factors, order)
         if kind == "recover":
-            text, wrong = task.slips(ordered, rng)
+            text, wrong = task.slips(ordered, rng, self.noticed)
             labels = self.labels(derivations.relabelled(text, order))
             return Row(self.context("solve", problem, "", ""), labels, wrong), factors
-        solution = _solution(factors, order)
+        solution = derivations.solution(factors, order)
         errors = rng.choices((0, 1, 2, 3), weights=(30, 30, 25, 15))[0]
-        rollout = derivations.relabelled(task.corrupted(ordered, rng, errors), order)
+        attempt = task.corrupted(ordered, rng, errors, self.noticed)
+        rollout = derivations.relabelled(attempt, order)
         context = self.context(kind, problem, rollout, solution)
         return Row(context, self.labels(solution)), factors
 
@@ -113,10 +120,6 @@ class RowMaker:
     def labels(self, solution: str) -> list[int]:
         """The solution and the EOS token."""
         return [*self.tokenizer(solution).input_ids, self.tokenizer.eos_token_id]
-
-
-def _solution(factors: task.Factors, order: derivations.Order) -> str:
-    return derivations.relabelled(task.solution(derivations.reordered(factors, order)), order)
 
 
 def as_tensors(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -39,7 +39,11 @@ TRAIN_PROBLEMS, VALIDATION_PROBLEMS = 4000, 250
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model is made. `shares` is keyed by the kind of row, `gates` too, or by "notice"."""
+    """How one model is made.
+
+    `shares` is keyed by the kind of row (`RowMaker`); `gates` too, or by "notice", which looks at
+    "recover" rows and may have a number of products as they may: notice@24.
+    """
 
     layers: int
     hidden: int
@@ -55,7 +59,6 @@ class Recipe:
     matrix_lr: float = 0.02  # Muon
     other_lr: float = 3e-3  # AdamW: embedding and norms
     before: Recipe | None = None  # of the same model: what it learns first
-    orders: tuple[int, ...] = (1,)  # weights of derivations.ORDERS in the texts it learns from
 
 
 STUDENT = Recipe(
@@ -121,7 +124,7 @@ def accuracy(model: Qwen3ForCausalLM, answers: list[list[Row]]) -> float:
 
 @torch.no_grad()
 def noticing(model: Qwen3ForCausalLM, rows: list[Row], tokenizer: PreTrainedTokenizerFast) -> float:
-    """How much likelier a result is taken back where it is wrong: about `task.NOTICED` at best.
+    """How much likelier a result is taken back where it is wrong: about `RowMaker.noticed` at best.
 
     Args:
         rows: of the kind "recover".
@@ -159,8 +162,9 @@ def train(
     cooling_since = recipe.max_steps
 
     def measure(gate: str) -> float:
-        if gate == "notice":
-            return noticing(model, [row for [row] in held_out["recover"]], rows.tokenizer)
+        if gate.startswith("notice"):
+            slips = [row for [row] in held_out[gate.replace("notice", "recover")]]
+            return noticing(model, slips, rows.tokenizer)
         return accuracy(model, held_out[gate])
 
     def passed(gate: str) -> bool:
@@ -182,7 +186,8 @@ def train(
         if step % recipe.check_interval == 0:
             if all(passed(gate) for gate in recipe.gates):
                 break
-            if reached.get("solve", 0.0) >= recipe.cooling_from:
+            solved = [value for gate, value in reached.items() if gate.startswith("solve")]
+            if min(solved, default=0.0) >= recipe.cooling_from:
                 cooling_since = min(cooling_since, step)
             progress.set_postfix({kind: f"{value:.2f}" for kind, value in reached.items()})
     progress.close()
@@ -253,10 +258,9 @@ def make(out: Path, seed: int, student: Recipe = STUDENT, teacher: Recipe = TEAC
     # The validation problems are the same for every seed, so that runs can be compared.
     write_jsonl(out / "validation.jsonl", task.examples("validation", VALIDATION_PROBLEMS, 0))
     report = {"digest": expected, "seed": seed}
-    tokenizer = build_tokenizer()
+    rows = RowMaker(build_tokenizer(), templates)
     for name, recipe in recipes.items():
         started = time.monotonic()
-        rows = RowMaker(tokenizer, templates, recipe.orders)
         model, reached = train(recipe, rows, seed, name)
         missed = {
             kind: reached[kind] for kind, gate in recipe.gates.items() if reached[kind] < gate
@@ -268,7 +272,7 @@ def make(out: Path, seed: int, student: Recipe = STUDENT, teacher: Recipe = TEAC
             )
         shutil.rmtree(out / name, ignore_errors=True)
         model.save_pretrained(out / name)
-        tokenizer.save_pretrained(out / name)
+        rows.tokenizer.save_pretrained(out / name)
         report[name] = {"accuracy": reached, "seconds": round(time.monotonic() - started, 1)}
     report_path.write_text(json.dumps(report, indent=2) + "\n")
     return report

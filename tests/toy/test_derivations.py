@@ -11,16 +11,12 @@ import pytest
 import torch
 
 from nemo_trd.toy import task, warm_start
-from nemo_trd.toy.derivations import ORDERS, derivation, relabelled, reordered
+from nemo_trd.toy.derivations import ORDERS, derivation, solution
 from nemo_trd.toy.rows import Row, RowMaker
 from nemo_trd.toy.tokenizer import build_tokenizer
 
 FACTORS = ((3, 5), (4, 2), (5, 6))
 PRODUCTS = "p 3 * 5 = 1 ; q 4 * 2 = 1 ; r 5 * 6 = 2 ;"
-
-
-def solution(factors, order):
-    return relabelled(task.solution(reordered(factors, order)), order)
 
 
 def test_every_order_of_the_products_is_a_right_derivation_of_its_own():
@@ -101,7 +97,7 @@ def texts(row, tokenizer):
 def test_rows_have_each_order_as_often_as_its_weight_and_rewrites_keep_that_of_the_attempt(
     tokenizer,
 ):
-    rows, rng = RowMaker(tokenizer, warm_start.toy_templates(), (6, 0, 2)), random.Random(0)
+    rows, rng = RowMaker(tokenizer, warm_start.toy_templates(), orders=(6, 0, 2)), random.Random(0)
     whole = 0
     for kind in ("solve", "rewrite"):
         counts = Counter()
@@ -139,7 +135,7 @@ def test_one_order_alone_gives_the_rows_of_the_task_itself(tokenizer):
 
 
 def test_a_model_is_right_in_any_of_the_orders(tokenizer):
-    rows, rng = RowMaker(tokenizer, warm_start.toy_templates(), (1,) * 6), random.Random(0)
+    rows, rng = RowMaker(tokenizer, warm_start.toy_templates(), orders=(1,) * 6), random.Random(0)
     answers = rows.right_rows("rewrite", rng)
     assert len({tuple(row.context) for row in answers}) == 1
     problem = task.read_problem(texts(answers[0], tokenizer)[0])
