@@ -61,8 +61,14 @@ if str(HERE) not in sys.path:  # where this file is imported and not run
 from comparison.coverage import RIGHT, Results, Sampled, read_samples, rewrites  # noqa: E402
 from comparison.coverage_page import as_csv, difference, measured, plot, tables  # noqa: E402
 from comparison.jobs import Condition, Job, at_once, in_process, run_job, tune  # noqa: E402
-from comparison.models import Texts, make_model, read_made, untrained  # noqa: E402
-from comparison.models import write_problems, write_prompts  # noqa: E402
+from comparison.models import (  # noqa: E402
+    Texts,
+    make_model,
+    read_made,
+    untrained,
+    write_problems,
+    write_prompts,
+)
 from comparison.results import Interval, Point  # noqa: E402
 from comparison.sweep import METHODS, QUICK_LR, TUNING_SEEDS, Sweep, complete_seeds  # noqa: E402
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -49,32 +50,27 @@ def difference(found: Figures, name: str, figure: str) -> Interval | None:
     return interval([a - b for a, b in zip(ours, its, strict=True)], of_difference=True)
 
 
-def _percent(one: Interval) -> str:
-    width = "" if one.half_width is None else f" ± {100 * one.half_width:.1f}"
-    return f"{100 * one.mean:.1f}{width}"
-
-
-def _number(one: Interval) -> str:
-    return f"{one.mean:.2f}" + ("" if one.half_width is None else f" ± {one.half_width:.2f}")
-
-
-def _signed(one: Interval) -> str:
-    width = "" if one.half_width is None else f" ± {one.half_width:.2f}"
-    return f"{one.mean:+.2f}{width}" + ("" if one.p is None else f", p {one.p:.2g}")
-
-
-def _columns(samples: int) -> dict[str, tuple[str, Callable[[Interval], str]]]:
-    """What the tables have of a model: head and form, by figure."""
+def _columns(samples: int) -> dict[str, tuple[str, int]]:
+    """What the tables have of a model, by figure: head, and 100 where it is in percent."""
     return {
-        "pass@1": ("pass@1", _percent),
-        "pass@4": ("pass@4", _percent),
-        f"pass@{samples}": (f"pass@{samples}", _percent),
-        f"distinct@{samples}": (f"derivations in {samples} samples", _number),
-        f"distinct_of_right@{RIGHT}": (f"derivations in {RIGHT} right samples", _number),
-        "entropy": ("entropy", _number),
-        "common": ("share of the common one", _percent),
-        "guessed": ("right answers without derivation", _percent),
+        "pass@1": ("pass@1", 100),
+        "pass@4": ("pass@4", 100),
+        f"pass@{samples}": (f"pass@{samples}", 100),
+        f"distinct@{samples}": (f"derivations in {samples} samples", 1),
+        f"distinct_of_right@{RIGHT}": (f"derivations in {RIGHT} right samples", 1),
+        "entropy": ("entropy", 1),
+        "common": ("share of the common one", 100),
+        "guessed": ("right answers without derivation", 100),
     }
+
+
+def _cell(one: Interval | None, scale: int, sign: str = "") -> str:
+    if one is None:
+        return ""
+    digits = 1 if scale == 100 else 2
+    width = "" if one.half_width is None else f" ± {scale * one.half_width:.{digits}f}"
+    sure = "" if one.p is None else f", p {one.p:.2g}"
+    return f"{scale * one.mean:{sign}.{digits}f}{width}{sure}"
 
 
 def levels_table(results: Results, found: Figures) -> str:
@@ -85,9 +81,9 @@ def levels_table(results: Results, found: Figures) -> str:
     for name, title in TITLES.items():
         models = results.of(name)
         cells = []
-        for figure, (_, form) in columns.items():
+        for figure, (_, scale) in columns.items():
             values = column(found, name, figure)
-            cells.append("" if values is None else form(interval(values)))
+            cells.append(_cell(None if values is None else interval(values), scale))
         tokens = fmean(one.generated_tokens for one in models) / 1000
         seconds = min(one.seconds for one in models)  # a run may have been disturbed
         spent = [str(models[0].step), f"{tokens:.0f}k", f"{seconds:.0f}"]
@@ -97,12 +93,16 @@ def levels_table(results: Results, found: Figures) -> str:
 
 def differences_table(results: Results, found: Figures) -> str:
     """In Markdown: TRD minus each other model, seed by seed, with p that there is no difference."""
-    columns = {name: head for name, (head, _) in _columns(results.samples).items()}
-    lines = [["TRD minus", *columns.values()], ["---", *["---:"] * len(columns)]]
+    columns = _columns(results.samples)
+    lines = [["TRD minus", *(head for head, _ in columns.values())]]
+    lines.append(["---", *["---:"] * len(columns)])
     for name, title in TITLES.items():
         if name != REFERENCE:
-            pairs = [difference(found, name, figure) for figure in columns]
-            lines.append([title, *("" if pair is None else _signed(pair) for pair in pairs)])
+            cells = [
+                _cell(difference(found, name, figure), scale, "+")
+                for figure, (_, scale) in columns.items()
+            ]
+            lines.append([title, *cells])
     return markdown(lines)
 
 
@@ -147,12 +147,12 @@ def chosen_table(results: Results) -> str:
 
 
 def tests_table(tests: Mapping[str, Interval | None]) -> str:
-    """In Markdown: the tests that were named beforehand, with Holm's adjustment for their number."""
+    """In Markdown: the tests that were named beforehand, p also adjusted for their number."""
     lines = [["test", "mean over seeds", "p", "adjusted p"], ["---", "---:", "---:", "---:"]]
     p_values = {name: one.p for name, one in tests.items() if one is not None and one.p is not None}
     adjusted = dict(zip(p_values, holm([*p_values.values()]), strict=True))
     for name, one in tests.items():
-        mean = "" if one is None else _signed(Interval(one.mean, one.half_width))
+        mean = _cell(one and replace(one, p=None), 1, "+")
         p = [f"{values[name]:.2g}" if name in values else "" for values in (p_values, adjusted)]
         lines.append([name, mean, *p])
     return markdown(lines)
@@ -220,6 +220,8 @@ def _curves(panel: Axes, found: Figures, kind: str, ks: Sequence[int], scale: fl
         panel.plot([*known], means, style, color=f"C{number}", marker="o", ms=3, label=title)
     panel.set_xscale("log", base=2)
     panel.set_xticks([*ks], [str(k) for k in ks])
+    panel.minorticks_off()
+    panel.set_xlim(0.9 * ks[0], 1.1 * ks[-1])  # also where there is no curve
     panel.set_xlabel("k samples")
     panel.grid(alpha=0.3)
     panel.legend(fontsize=8)
