@@ -58,6 +58,7 @@ def _columns(samples: int) -> dict[str, tuple[str, int]]:
         f"pass@{samples}": (f"pass@{samples}", 100),
         f"distinct@{samples}": (f"derivations in {samples} samples", 1),
         f"distinct_of_right@{RIGHT}": (f"derivations in {RIGHT} right samples", 1),
+        "enough": (f"problems with {RIGHT} right samples", 100),
         "entropy": ("entropy", 1),
         "common": ("share of the common one", 100),
         "guessed": ("right answers without derivation", 100),

@@ -5,7 +5,7 @@
     order r p q   r 5 * 6 = 2 ; p 3 * 5 = 1 ; q 4 * 2 = 1 ; s 2 + 1 = 3 ; t 3 + 1 = 4 ; #### 4
 
 The sums take the products up as they come, so s = r + p and t = s + q in the second. Three products
-have six orders; the task of `task.py` is the one of the first.
+have six orders; the task of `task.py` has the first alone, and `errors.py` takes others for errors.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ from itertools import islice, permutations
 from math import factorial
 
 from nemo_trd.toy import task
-from nemo_trd.toy.task import MODULUS, NO, USUAL, Factors, product_labels, sum_labels
 
 Order = tuple[str, ...]  # labels of the products, the one that is worked out first at the front
-_STEP = re.compile(rf"(\w+) (\d) ([*+]) (\d) = (?:\d {NO} )*(\d)")
+_STEP = re.compile(rf"(\w+) (\d) ([*+]) (\d) = (?:\d {task.NO} )*(\d)")
 
 
 def first_orders(products: int, count: int) -> list[Order]:
     """The first so many orders of a problem with so many products, that of its text before all."""
-    return [*islice(permutations(product_labels(products)), count)]
+    return [*islice(permutations(task.product_labels(products)), count)]
 
 
-ORDERS = first_orders(USUAL, factorial(USUAL))
+ORDERS = first_orders(task.USUAL, factorial(task.USUAL))
 
 
 def draw_order(rng: random.Random, products: int, weights: Sequence[int]) -> Order:
@@ -41,24 +40,24 @@ def draw_order(rng: random.Random, products: int, weights: Sequence[int]) -> Ord
     return orders[0] if len(orders) == 1 else rng.choices(orders, weights)[0]
 
 
-def reordered(factors: Factors, order: Order) -> Factors:
+def reordered(factors: task.Factors, order: Order) -> task.Factors:
     """The problem that has as its first product the one that `order` has first, and so on."""
-    labels = product_labels(len(factors))
+    labels = task.product_labels(len(factors))
     return tuple(factors[labels.index(label)] for label in order)
 
 
 def relabelled(text: str, order: Order) -> str:
     """A text on `reordered(factors, order)`, as the text on `factors` that it is in this order."""
-    labels = dict(zip(product_labels(len(order)), order, strict=True))
+    labels = dict(zip(task.product_labels(len(order)), order, strict=True))
     return " ".join(labels.get(word, word) for word in text.split())
 
 
-def solution(factors: Factors, order: Order) -> str:
+def solution(factors: task.Factors, order: Order) -> str:
     """The worked solution in this order, without slips."""
     return relabelled(task.solution(reordered(factors, order)), order)
 
 
-def derivation(factors: Factors, text: str) -> Order | None:
+def derivation(factors: task.Factors, text: str) -> Order | None:
     """The order in which a right derivation works out the products; None: the text is none.
 
     Right is a text in which every product is worked out once, with its own factors, every sum adds
@@ -68,7 +67,7 @@ def derivation(factors: Factors, text: str) -> Order | None:
     """
     *steps, last = text.split(" ; ")
     products = len(factors)
-    pairs = dict(zip(product_labels(products), factors, strict=True))
+    pairs = dict(zip(task.product_labels(products), factors, strict=True))
     labels: list[str] = []
     unused: Counter[int] = Counter()  # numbers worked out, and not added up so far
     for step in steps:
@@ -83,10 +82,10 @@ def derivation(factors: Factors, text: str) -> Order | None:
         else:
             follows = sign == "+" and Counter((a, b)) <= unused
             unused -= Counter((a, b))
-        if not follows or result != (a * b if sign == "*" else a + b) % MODULUS:
+        if not follows or result != (a * b if sign == "*" else a + b) % task.MODULUS:
             return None
         unused[result] += 1
-    if Counter(labels) != Counter([*pairs, *sum_labels(products)]):
+    if Counter(labels) != Counter([*pairs, *task.sum_labels(products)]):
         return None
     if [last] != [f"#### {number}" for number in unused.elements()]:
         return None
