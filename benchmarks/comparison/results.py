@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
@@ -145,10 +145,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def as_csv(points: Sequence[Point]) -> str:
-    """One line for each point."""
+def as_csv(points: Sequence[Point], more: Sequence[Mapping[str, object]] = ()) -> str:
+    """One line for each point. more: further columns, a mapping for each point."""
+    lines = [
+        {**further, **asdict(p)}
+        for further, p in zip(more or [{}] * len(points), points, strict=True)
+    ]
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*asdict(points[0])], lineterminator="\n")
+    writer = csv.DictWriter(text, [*lines[0]], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(point) for point in points)
+    writer.writerows(lines)
     return text.getvalue()
