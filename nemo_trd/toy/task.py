@@ -111,8 +111,10 @@ def corrupted(factors: Factors, rng: random.Random, errors: int, noticed: float 
     Args:
         noticed: the share of wrong results that are noticed.
     """
-    of_results = {"result": WRONG_RESULT * (1 - noticed), "noticed": WRONG_RESULT * noticed}
-    weights = {**of_results, **ERROR_WEIGHTS}
+    weights: dict[ErrorKind, float] = {
+        **{"result": WRONG_RESULT * (1 - noticed), "noticed": WRONG_RESULT * noticed},
+        **ERROR_WEIGHTS,
+    }
     kinds = rng.choices([*weights], weights=[*weights.values()], k=errors)
     steps = rng.sample(range(2 * len(factors) - 1), errors)
     return attempt(factors, dict(zip(steps, kinds, strict=True)), rng)
