@@ -104,8 +104,9 @@ def _routed(hf: Any, layout: Layout, element: int) -> int:
     chosen, gathered = experts.per_token, layout.expert_tensor_parallel_size
     in_experts = (gathered * hf.hidden_size + 3 * experts.width) * element + 4 * gathered
     softmax = 4 * (chosen if experts.normalized else experts.count)
-    # Weights in fp32 and a mask over all experts; twice 8 bytes tell which are chosen.
-    router = softmax + 5 * experts.count + 16 * chosen
+    # Which are chosen is told three times, once by a number for every expert (megatron-core 0.19;
+    # 0.16 keeps 5 bytes there).
+    router = softmax + 8 * experts.count + 16 * chosen
     return chosen * in_experts + router
 
 

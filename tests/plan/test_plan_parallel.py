@@ -176,6 +176,7 @@ def check_layer(models: list[Any], layout: Layout, precision: Any, recompute: An
     """What the ranks together keep and send more with a model's third layer."""
     import torch
     import torch.distributed as dist
+    from tiny_models import EXPERTS
 
     from nemo_trd.megatron.process_groups import process_groups
     from nemo_trd.plan.activations import layer_activation_bytes
@@ -191,7 +192,11 @@ def check_layer(models: list[Any], layout: Layout, precision: Any, recompute: An
     planned = layer_activation_bytes(
         models[1], tokens, LENGTH, layout, 2, sparse=sparse, recompute=recompute
     )
-    assert 0 <= kept - 2 * planned <= 2 * 16, (case, planned)  # 16: a state of random numbers
+    # megatron-core 0.16 keeps less of a router (see `_routed`). 16 bytes are a random state.
+    less = 3 * EXPERTS["num_experts"] * tokens * groups.dp.size() if sparse else 0
+    excess = kept - 2 * planned
+    whole = recompute == "full"
+    assert any(0 <= excess + n <= 2 * 16 for n in (0, 0 if whole else less)), (case, planned)
     passes = 3 if recompute == "full" else 2
     of_a_token = sent_bytes(models[1], layout) - sent_bytes(models[0], layout)
     assert alike == passes * tokens * groups.dp.size() * of_a_token, (case, of_a_token)
