@@ -148,6 +148,20 @@ def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
         load_hf_config(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, "multi-head latent attention"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "sliding window"),
+        ({"model_type": "qwen2_moe", "shared_expert_intermediate_size": 8}, "shared experts"),
+    ],
+)
+def test_so_is_what_of_it_is_not_built(tmp_path: Path, settings: Any, part: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=rf"supported are llama, .*; not built is .*{part} \("):
+        load_hf_config(str(tmp_path))
+
+
 def test_rope_settings_of_old_config_files_mean_the_same(tmp_path: Path) -> None:
     directory = make_model(tmp_path, "llama", rope_parameters=LLAMA3_ROPE)
     expected = rotation_of(load_hf_config(str(directory)))[0]
