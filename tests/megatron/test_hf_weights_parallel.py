@@ -15,6 +15,8 @@ pytestmark = pytest.mark.distributed
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"rope_parameters": LLAMA3_ROPE, "max_shard_size": "100KB"},
     "llama-tied": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    "llama-biased": {"attention_bias": True},
+    "llama-mlp": {"mlp_bias": True},
     "qwen2": {},
     "qwen2-tied": {"tie_word_embeddings": True},
     "qwen3": {"max_shard_size": "60KB"},

@@ -64,6 +64,8 @@ def test_every_family_is_tested() -> None:
         ("qwen2", {"rope_parameters": YARN | {"mscale": 2.0, "mscale_all_dim": 0.5}}),
         ("llama", {"num_key_value_heads": 8, "rms_norm_eps": 1e-2}),
         ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", {"attention_bias": True}),
+        ("llama", {"mlp_bias": True}),
         ("qwen2", {"num_key_value_heads": 1}),
         ("qwen2", {"tie_word_embeddings": True}),
         ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
@@ -122,8 +124,6 @@ def test_parameters_split_over_ranks_are_marked_as_such(tmp_path: Path, one_rank
 @pytest.mark.parametrize(
     ("config", "key"),
     [
-        (LlamaConfig(attention_bias=True), "attention_bias"),
-        (LlamaConfig(mlp_bias=True), "mlp_bias"),
         (Qwen3Config(attention_bias=True), "attention_bias"),
         (LlamaConfig(hidden_act="gelu"), "hidden_act"),
         (LlamaConfig(architectures=["LlamaForSequenceClassification"]), "architectures"),
