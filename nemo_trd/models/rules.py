@@ -82,6 +82,8 @@ def _check_experts(hf: Any, require: Callable[[str, object, bool, str], None]) -
     require(
         "shared_expert_intermediate_size", shared, not shared, "shared experts are not supported"
     )
+    step = getattr(hf, "decoder_sparse_step", None)
+    require("decoder_sparse_step", step, step != 0, "every N-th layer has experts, N is 1 or more")
     sparse = hf.num_hidden_layers - dense_layers(hf)
     where = {key: getattr(hf, key, None) for key in ("mlp_only_layers", "decoder_sparse_step")}
     require(", ".join(where), where, sparse > 0, "at least one layer must have experts")

@@ -134,6 +134,7 @@ def test_parameters_split_over_ranks_are_marked_as_such(tmp_path: Path, one_rank
         (Qwen3MoeConfig(shared_expert_intermediate_size=8), "shared_expert_intermediate_size"),
         (Qwen3MoeConfig(num_experts=4), "num_experts_per_tok"),  # 8
         (Qwen3MoeConfig(num_experts_per_tok=1, norm_topk_prob=True), "norm_topk_prob"),
+        (Qwen3MoeConfig(decoder_sparse_step=0), "decoder_sparse_step"),
         (Qwen3MoeConfig(decoder_sparse_step=25), "mlp_only_layers, decoder_sparse_step"),
     ],
 )
