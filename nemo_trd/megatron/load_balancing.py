@@ -36,14 +36,14 @@ from nemo_trd.distributed.process import device, to_device
 
 @dataclass(frozen=True)
 class PackBalance:
-    """What the routers need to know of the pack that they route, or of this rank's part of it.
+    """What routers need to know of a pack, or this rank's part of it, with s trajectories.
 
-    owners: int64 [t], number in the pack of the trajectory of each token that this rank routes, s
-        where it is none's.
-    factors: fp32 [s + 1], N / (k T^2) over the number of trajectories in the step; 0 for none's.
-    weight: of the sum of all B, each times its factor, in the sum whose gradient is taken.
-    sums: float64 [layers, 1 + N] of the whole pass, on the device: in each layer that sum, and the
-        number of tokens that each expert got.
+    owners: int64 [t], number in the pack of the trajectory of each token that this rank routes, or
+        s where the token fills up.
+    factors: fp32 [s + 1], N / (k T^2) over the number of trajectories in the step; 0 at s.
+    weight: of the mean of B over trajectories in the sum over labels whose gradient is taken.
+    sums: float64 [layers, 1 + N] of the whole pass, on the device: of each layer this rank's share
+        of that mean, and the number of tokens that each expert got.
     """
 
     owners: Tensor
@@ -52,31 +52,28 @@ class PackBalance:
     sums: Tensor
 
     def loss(self, layer: int, logits: Tensor, chosen: Tensor, ranks: dist.ProcessGroup) -> Tensor:
-        """Loss of a layer on these tokens, scalar, to be added to the sum over labels.
+        """This rank's share of a layer's loss, a scalar to be added to the sum over labels.
 
-        Added over `ranks`, that of whole sequences. Collective over them, which share the tokens.
+        Collective over `ranks`, which have the tokens of whole sequences: their shares add up.
 
         Args:
             layer: its number in the model, from 0.
             logits: [t, N], of the router.
             chosen: bool [t, N], the experts to which tokens go.
         """
-        none = logits.new_zeros(len(self.factors), logits.shape[-1])
-        counts = none.index_add(0, self.owners, chosen.to(logits.dtype))
+        zeros = logits.new_zeros(len(self.factors), logits.shape[-1])
+        counts = zeros.index_add(0, self.owners, chosen.to(logits.dtype))
         self.sums[layer, 1:] += counts[:-1].sum(0)
         if ranks.size() > 1:
             dist.all_reduce(counts, group=ranks)
-        probabilities = none.index_add(0, self.owners, logits.softmax(-1))
+        probabilities = zeros.index_add(0, self.owners, logits.softmax(-1))
         total = (self.factors[:, None] * counts * probabilities).sum()
         self.sums[layer, 0] += total.detach()
         return self.weight * total
 
 
 class BalancedRouter(TopKRouter):
-    """A router that adds the load-balancing loss of a pack to the gradients, where it is given one.
-
-    pack: of the pass of its layer that begins.
-    """
+    """A router that adds the gradient of a load-balancing loss, where its layer gives it a pack."""
 
     pack: PackBalance | None = None
 

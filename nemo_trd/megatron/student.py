@@ -141,6 +141,8 @@ class Student:
     ) -> StepResult:
         """Minimise the divergence along the labels: sum over tokens / their global number.
 
+        And beside it, with `student.moe_aux_loss_coeff`, the load-balancing loss of its experts.
+
         Args:
             plan: what `pack` returned.
             teacher_states: the teacher's hidden states [n, h], or its top k, at this rank's labels

@@ -140,19 +140,20 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
             own = label_logits(adapted, t.student_context, t.labels)
             total = total + dense_divergence(own, of_teacher, make_loss()).sum()
             count += len(t.labels)
-        divergence = (total / count).item()
-        total = total / count
+        (total / count).backward()
+        figures = {"loss": (total / count).item()}
         if coefficient := COEFFICIENTS.get(architecture):
-            balance, _ = load_balancing(adapted, trajectories(config, number))
-            total = total + coefficient * balance
-        total.backward()
+            balance, load = load_balancing(adapted, trajectories(config, number))
+            (coefficient * balance).backward()
+            mean = balance.item() / SIZES["num_hidden_layers"]
+            figures |= {"load_balancing_loss": mean, "max_expert_load": load}
         gradients = {
             name.replace(".default", ""): parameter.grad
             for name, parameter in adapted.named_parameters()
             if parameter.grad is not None
         }
         merged = of_each_expert(dict(adapted.merge_and_unload().state_dict()))
-        expected[architecture] = divergence, gradients, merged
+        expected[architecture] = figures, gradients, merged
     torch.save(expected, root / "expected.pt")
     return root
 
@@ -179,13 +180,14 @@ def check_layouts(directory: str, layouts: dict[str, list[str]], names: list[str
         )
         own = Student(config)
         frozen = Teacher(config, own.groups)
-        loss, exact, merged = expected[model]
+        figures, exact, merged = expected[model]
         for name, tensor in own.export_hf_weights():
             torch.testing.assert_close(tensor, merged[name].float(), msg=f"{where}, {name}")
         plan = own.pack(trajectories(config, number))
         for packed in (plan, *([with_fillers(plan)] if layout in WITH_FILLERS else [])):
-            measured = own.compute_gradients(packed, frozen.states(packed)).metrics["loss"]
-            assert measured == pytest.approx(loss, rel=RELATIVE), where
+            metrics = own.compute_gradients(packed, frozen.states(packed)).metrics
+            measured = {name: metrics[name] for name in figures}
+            assert measured == pytest.approx(figures, rel=RELATIVE), where
             seen = gradients(own)
             assert seen.keys() == exact.keys(), where
             for name, gradient in seen.items():
