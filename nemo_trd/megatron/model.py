@@ -35,6 +35,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nemo_trd.config.schema import Layout, Precision
 from nemo_trd.megatron.attention import SegmentAttention
+from nemo_trd.megatron.load_balancing import BalancedRouter, give_packs_to_routers
 from nemo_trd.models.directory import check_model_type
 from nemo_trd.models.dtypes import torch_dtype
 from nemo_trd.models.family import (
@@ -296,6 +297,7 @@ def build_model(
         if not is_local:
             model.rotary_pos_emb.inv_freq = frequencies
         _mark_experts(model, layout)
+        give_packs_to_routers(model)
         models.append(model)
     return models
 
@@ -359,9 +361,10 @@ def _with_bias(linear: type[torch.nn.Module], bias: bool) -> type[torch.nn.Modul
 
 def _fused_layer(config: TransformerConfig, sparse: bool) -> ModuleSpec:
     experts = config.num_moe_experts if sparse else None
-    return get_gpt_layer_with_transformer_engine_spec(
+    layer = get_gpt_layer_with_transformer_engine_spec(
         num_experts=experts, moe_grouped_gemm=sparse, qk_layernorm=config.qk_layernorm
     )
+    return _with_balanced_router(layer) if sparse else layer
 
 
 def _local_layer(config: TransformerConfig, frequencies: torch.Tensor, sparse: bool) -> ModuleSpec:
@@ -377,6 +380,14 @@ def _local_layer(config: TransformerConfig, frequencies: torch.Tensor, sparse: b
     )
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return _with_balanced_router(layer) if sparse else layer
+
+
+def _with_balanced_router(layer: ModuleSpec) -> ModuleSpec:
+    """The same sparse layer. megatron-core 0.16 has a spec of its experts, 0.19 a partial call."""
+    mlp = layer.submodules.mlp
+    parts = mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]
+    parts.router = BalancedRouter
     return layer
 
 

@@ -193,6 +193,22 @@ def check_adapter_targets(hf: Any, targets: Iterable[str]) -> None:
         )
 
 
+def check_load_balancing(hf: Any, coefficient: float) -> None:
+    """Refuse a load-balancing loss of a student without experts.
+
+    Raises:
+        ConfigError
+    """
+    if coefficient and experts_of(hf) is None:
+        raise rule_broken(
+            "student.moe_aux_loss_coeff",
+            coefficient,
+            f"it balances the load of experts, and a student of model_type {hf.model_type} has "
+            "none",
+            "set it to 0",
+        )
+
+
 def check_no_experts_in_fp8(hf: Any, field: str, fp8: str) -> None:
     """Refuse FP8 where a model has experts.
 
