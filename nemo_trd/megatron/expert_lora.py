@@ -65,7 +65,6 @@ class ExpertsAdapter(torch.nn.Module):
         self.on = True
         self.groups = groups
         self._scale = scale(settings)
-        self._rank = settings.rank
 
     @property
     def first(self) -> int:
@@ -75,24 +74,26 @@ class ExpertsAdapter(torch.nn.Module):
     def put_on(self, experts: torch.nn.Module) -> None:
         """Have it computed by the module of a layer's experts."""
         linear = SPLIT_LINEAR[self.fused.split_axis]
-        if hasattr(experts, "local_experts"):
-            for number, expert in enumerate(experts.local_experts):
-                expert.get_submodule(linear).register_forward_hook(partial(self._add, number))
+        one_by_one = getattr(experts, "local_experts", None)
+        if isinstance(one_by_one, torch.nn.ModuleList):
+            for number, expert in enumerate(one_by_one):
+                add = partial(self._add_to_one, number)
+                expert.get_submodule(linear).register_forward_hook(add)
         else:
-            experts.get_submodule(linear).register_forward_hook(partial(self._add, None))
+            experts.get_submodule(linear).register_forward_hook(self._add_to_all)
 
-    def _add(
-        self, number: int | None, linear: torch.nn.Module, inputs: Any, output: Any
+    def _add_to_one(
+        self, number: int, linear: torch.nn.Module, inputs: Any, output: Any
     ) -> tuple[Tensor, Any]:
-        """Forward hook of the linear layer of an expert, or of all, with its number of each."""
-        result, bias = output
-        if not self.on:
-            return result, bias
-        if number is None:
-            x, counts = inputs
-            return result + self(x, self.A, self.B, counts), bias
-        (x,) = inputs
-        return result + self(x, [self.A[number]], [self.B[number]], [len(x)]), bias
+        """Forward hook of an expert's linear layer, which returns its output and a bias or None."""
+        (result, bias), (x,) = output, inputs
+        a, b = [self.A[number]], [self.B[number]]
+        return (result + self(x, a, b, [len(x)]) if self.on else result), bias
+
+    def _add_to_all(self, linear: torch.nn.Module, inputs: Any, output: Any) -> tuple[Tensor, Any]:
+        """Forward hook of the linear layer of all experts on this rank, likewise."""
+        (result, bias), (x, counts) = output, inputs
+        return (result + self(x, self.A, self.B, counts) if self.on else result), bias
 
     def forward(
         self, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], counts: Sequence[int]

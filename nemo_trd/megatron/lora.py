@@ -354,7 +354,9 @@ def added_to_weights(models: Sequence[HiddenStatesModel], settings: Adapter) -> 
     def product(pair: Pair) -> Tensor:
         return scale(settings) * (pair.B.float() @ pair.A.float())
 
-    added = {f"{pair.module}.weight": partial(product, pair) for pair in _pairs(models)}
+    added: dict[str, OwnPart] = {
+        f"{pair.module}.weight": partial(product, pair) for pair in _pairs(models)
+    }
     for adapter in _experts_adapters(models):
         added |= adapter.added_to_weights()
     return added

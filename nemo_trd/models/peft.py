@@ -19,7 +19,7 @@ import logging
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,10 @@ from nemo_trd.models.family import (
     LayerNames,
     WeightTensor,
     dense_layers,
-    expected_tensors,
     experts_of,
     family_of,
-    fused_tensors,
+    is_sparse,
+    layer_tensors,
 )
 
 log = logging.getLogger(__name__)
@@ -89,9 +89,15 @@ def adapted_modules(hf: Any, adapter: Adapter) -> dict[str, WeightTensor]:
     """Every linear layer of the model that gets an A and a B, by name, with its weight."""
     family = family_of(hf)
     modules = target_modules(family.layer)
-    ends = tuple(f".{modules[target]}.weight" for target in adapter.targets)
-    weights = expected_tensors(hf).items()
-    return {name.removesuffix(".weight"): w for name, w in weights if name.endswith(ends)}
+    chosen = {f"{modules[target]}.weight": modules[target] for target in adapter.targets}
+    sparse = [is_sparse(hf, layer) for layer in range(hf.num_hidden_layers)]
+    of_kinds = {kind: layer_tensors(hf, sparse=kind) for kind in set(sparse)}
+    return {
+        f"{family.layers}.{layer}.{module}": replace(of_kinds[kind][name], layer=layer)
+        for layer, kind in enumerate(sparse)
+        for name, module in chosen.items()
+        if name in of_kinds[kind]
+    }
 
 
 @dataclass(frozen=True)
@@ -120,21 +126,27 @@ def adapted_experts(hf: Any, adapter: Adapter) -> dict[str, FusedWeight]:
     PEFT wraps the module that holds both tensors once for each: gate and up first, and down around
     it.
     """
-    family, weights = family_of(hf), expected_tensors(hf)
+    family, experts = family_of(hf), experts_of(hf)
+    if experts is None:
+        return {}
+    names, kinds = family.layer, dict[str, tuple[str, ...]]()
     down, gate_up = "down" in adapter.targets, "gate" in adapter.targets
-    found = {}
-    for name, ((experts, _, inputs), modules) in fused_tensors(hf).items():
-        module, _, own = name.rpartition(".")
-        is_down = own == family.layer.fused_down
-        if not (down if is_down else gate_up):
+    if gate_up:
+        inner = f"{names.experts}.base_layer" if down else names.experts
+        kinds[inner] = (names.expert_gate, names.expert_up)
+    if down:
+        kinds[names.experts] = (names.expert_down,)
+    of_layer, found = layer_tensors(hf, sparse=True), {}
+    for layer in range(hf.num_hidden_layers):
+        if not is_sparse(hf, layer):
             continue
-        parts = tuple(part for part, _ in modules)
-        one = weights[f"{module}.0.{parts[0]}.weight"]
-        assert one.layer is not None and one.split_axis is not None
-        wrapped = module if is_down or not down else f"{module}.base_layer"
-        found[wrapped] = FusedWeight(
-            one.layer, experts, parts, one.shape[0], inputs, one.split_axis
-        )
+        for module, parts in kinds.items():
+            one = of_layer[f"{names.expert(parts[0], 0)}.weight"]
+            assert one.split_axis is not None
+            rows, inputs = one.shape
+            found[f"{family.layers}.{layer}.{module}"] = FusedWeight(
+                layer, experts.count, parts, rows, inputs, one.split_axis
+            )
     return found
 
 

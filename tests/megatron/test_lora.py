@@ -203,6 +203,7 @@ def check_layouts(directory: str, layouts: dict[str, list[str]], names: list[str
         config = compose(
             [
                 *("model=local", "precision.dtype=fp32", "train.max_tokens_per_micro_batch=80"),
+                f"cluster.gpus_per_node={dist.get_world_size()}",
                 f"model.student.path={directory}/{model}",
                 f"model.teacher.path={directory}/teacher",
                 *overrides(settings(model, f"{directory}/{model}_adapter")),
@@ -286,7 +287,11 @@ def check_frozen(own: Any) -> None:
     parts = [p for p in own.optimizer.chained_optimizers if not p.is_stub_optimizer]
     states = [state for part in parts for state in part.optimizer.state.values()]
     moments = sum(state["exp_avg"].numel() for state in states)
-    assert moments <= trained and (distributed or not states or moments == trained)
+    assert moments <= trained and (distributed or moments == trained)
+    totals = torch.tensor([8 * moments, planned["optimizer"]], dtype=torch.float64)
+    dist.all_reduce(totals)
+    rounding = 8 * len(parts) * dist.get_world_size()
+    assert totals[0] <= totals[1] <= totals[0] + rounding, totals
 
 
 @pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
@@ -362,11 +367,11 @@ def held_bytes(own: Any, frozen: Any) -> int:
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
-def check_one_base(directory: Path, chosen: list[str]) -> None:
+def check_one_base(directory: Path, chosen: list[str], model: str = "llama") -> None:
     """Student and teacher on one base train as with two copies, and hold the weights once."""
     own_layout = [setting for setting in chosen if not setting.startswith("parallel.teacher")]
     same = [setting.replace("parallel.student", "parallel.teacher") for setting in own_layout]
-    config = composed(directory, *own_layout, *same)
+    config = composed(directory, *own_layout, *same, model=model)
     own, frozen = made(config)
     weights = sum(p.numel() for model in own.models for p in model.parameters())
     assert held_bytes(own, frozen) == 4 * weights
@@ -378,8 +383,9 @@ def check_one_base(directory: Path, chosen: list[str]) -> None:
     assert seen[2][0] != pytest.approx(seen[0][0], rel=1e-2)  # it has learned something
 
 
-def test_one_base_serves_student_and_teacher(directory: Path, one_rank: Any) -> None:
-    check_one_base(directory, [])
+@pytest.mark.parametrize("model", ["llama", EXPERTS])
+def test_one_base_serves_student_and_teacher(model: str, directory: Path, one_rank: Any) -> None:
+    check_one_base(directory, [], model)
 
 
 def test_the_adapter_is_on_again_after_an_exception(directory: Path, one_rank: Any) -> None:
