@@ -11,6 +11,7 @@ from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
 
+from comparison.models import read_made
 from scipy import stats
 
 from nemo_trd.records.prefix_failure import FILE as PREFIX_FAILURE
@@ -71,10 +72,10 @@ def read_models(models: Path, run_dir: Path) -> dict[str, float | None]:
     A figure is None where no rollout bears it: a strong student may have none that is wrong.
 
     Args:
-        models: where the warm start wrote them; held-out problems.
+        models: the directory of both; what they can do was measured on held-out problems.
         run_dir: a run that refines, measured by nemo_trd.prefix_failure; the teacher sees x.
     """
-    made = json.loads((models / "warm_start.json").read_text())
+    made = {role: read_made(models / role) for role in ("student", "teacher")}
     lines = _lines(run_dir / "metrics.jsonl")
     counts = {name: sum(line[name] for line in lines) for name in VERDICTS}
     found = PrefixFailure.model_validate_json((run_dir / PREFIX_FAILURE).read_text())
@@ -102,7 +103,7 @@ def read_models(models: Path, run_dir: Path) -> dict[str, float | None]:
         "entropy_of_rewrite": rewrite.get("teacher_entropy"),
         "turns_back": after.get("turn_back"),
         "two_peaked": after.get("two_peaked"),
-        "warm_start_seconds": sum(made[role]["seconds"] for role in ("student", "teacher")),
+        "warm_start_seconds": sum(one["seconds"] for one in made.values()),
     }
 
 

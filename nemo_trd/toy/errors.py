@@ -9,10 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from nemo_trd.algorithm.change import first_difference
-from nemo_trd.toy.task import MODULUS, NO, NUMBERS, PRODUCTS, SUMS, Factors, solution
-
-_TERMS = {label: terms for label, *terms in SUMS}
-_LAST = SUMS[-1][0]
+from nemo_trd.toy.task import MODULUS, NO, NUMBERS, Factors, product_labels, solution, sums
 
 
 class Choice(NamedTuple):
@@ -43,19 +40,20 @@ def choices(factors: Factors, words: Sequence[str], end: str) -> dict[int, Choic
     error = first_error(factors, words, end)
     if error is None:
         return {}
+    task = _Labels(len(factors))
     right = [*solution(factors).split(), end]
     true = {step[0]: int(step[5]) for step in _steps(right)}
     written: dict[str, int] = {}
     step: list[str] = []
     places = {error: Choice(words[error], right[error])}
     for place, word in enumerate(words):
-        go_on, turn_back = _values(step, written), _values(step, true)
+        go_on, turn_back = task.value(step, written), task.value(step, true)
         # What a step's operands say comes from the answer; what is right does not depend on them.
         if _wants_result(step):
             turn_back = true.get(step[0])
         if place > error and None not in (go_on, turn_back) and go_on != turn_back:
             places[place] = Choice(str(go_on), str(turn_back))
-        if _has_slipped(step):
+        if task.has_slipped(step):
             places[place] = Choice(";", NO)
         step = [] if word == ";" else [*step, word]
         if _wants_result(step[:-1]) and word in NUMBERS:
@@ -65,31 +63,38 @@ def choices(factors: Factors, words: Sequence[str], end: str) -> dict[int, Choic
     return places
 
 
-def _values(step: list[str], known: dict[str, int]) -> int | None:
-    """The number that comes next in a step, if one does, where `known` has those it needs."""
-    if step == ["####"]:
-        return known.get(_LAST)
-    if not step or step[0] not in (*PRODUCTS, *_TERMS):
+class _Labels:
+    """What the steps of an answer combine, of a problem with so many products."""
+
+    def __init__(self, products: int) -> None:
+        self._products = product_labels(products)
+        self._terms = {label: terms for label, *terms in sums(products)}
+        self._last = sums(products)[-1][0]
+
+    def value(self, step: list[str], known: dict[str, int]) -> int | None:
+        """The number that comes next in a step, if one does, where `known` has those it needs."""
+        if step == ["####"]:
+            return known.get(self._last)
+        if not step or step[0] not in (*self._products, *self._terms):
+            return None
+        if _wants_result(step) and step[1] in NUMBERS and step[3] in NUMBERS:
+            a, b = int(step[1]), int(step[3])
+            results = {"*": a * b % MODULUS, "+": (a + b) % MODULUS}
+            return results.get(step[2])
+        if step[0] in self._terms and len(step) in (1, 3):
+            return known.get(self._terms[step[0]][len(step) // 2])
         return None
-    if _wants_result(step) and step[1] in NUMBERS and step[3] in NUMBERS:
-        a, b = int(step[1]), int(step[3])
-        results = {"*": a * b % MODULUS, "+": (a + b) % MODULUS}
-        return results.get(step[2])
-    if step[0] in _TERMS and len(step) in (1, 3):
-        return known.get(_TERMS[step[0]][len(step) // 2])
-    return None
+
+    def has_slipped(self, step: list[str]) -> bool:
+        """Whether a step ends with a number that does not follow from its operands."""
+        if not _wants_result(step[:-1]) or step[-1] not in NUMBERS:
+            return False
+        return self.value(step[:-1], {}) not in (None, int(step[-1]))
 
 
 def _wants_result(step: list[str]) -> bool:
     """Whether the next word is the number that a step comes to, be it after a "no"."""
     return len(step) >= 5 and step[4] == "=" and step[-1] in ("=", NO)
-
-
-def _has_slipped(step: list[str]) -> bool:
-    """Whether a step ends with a number that does not follow from its operands."""
-    if not _wants_result(step[:-1]) or step[-1] not in NUMBERS:
-        return False
-    return _values(step[:-1], {}) not in (None, int(step[-1]))
 
 
 def _steps(words: Sequence[str]) -> list[list[str]]:

@@ -47,12 +47,22 @@ class RowMaker:
 
     solve: problem -> solution. recover: problem -> solution with slips, but nothing is learnt at
     the wrong numbers themselves. rewrite: problem and attempt -> solution. follow: problem and
-    reference solution -> solution. follow_attempt: all three -> solution.
+    reference solution -> solution. follow_attempt: all three -> solution. A kind may end with the
+    number of products of its problems: solve@24.
+
+    Args:
+        noticed: how often a slip is taken back.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, templates: RefinementTemplates) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        templates: RefinementTemplates,
+        noticed: float = task.NOTICED,
+    ) -> None:
         check_templates(templates)
         self.tokenizer = tokenizer
+        self.noticed = noticed
         self.system = templates.system
         self.templates = {
             "rewrite": templates.opd,
@@ -62,14 +72,15 @@ class RowMaker:
 
     def row(self, kind: str, rng: random.Random) -> Row:
         """One row; the attempt that is shown has 0 to 3 errors."""
-        factors = task.draw_problem(rng, "warm_start")
+        kind, _, products = kind.partition("@")
+        factors = task.draw_problem(rng, "warm_start", int(products or task.USUAL))
         if kind == "recover":
-            text, wrong = task.slips(factors, rng)
+            text, wrong = task.slips(factors, rng, self.noticed)
             context = self.context("solve", task.problem_text(factors), "", "")
             return Row(context, self.labels(text), wrong)
         problem, solution = task.problem_text(factors), task.solution(factors)
         errors = rng.choices((0, 1, 2, 3), weights=(30, 30, 25, 15))[0]
-        rollout = task.corrupted(factors, rng, errors)
+        rollout = task.corrupted(factors, rng, errors, self.noticed)
         return Row(self.context(kind, problem, rollout, solution), self.labels(solution))
 
     def context(self, kind: str, problem: str, rollout: str, solution: str) -> list[int]:

@@ -1,9 +1,10 @@
-"""The toy task: a sum of three products modulo 7, worked out step by step.
+"""The toy task: a sum of products modulo 7, three unless said otherwise, worked out step by step.
 
     problem   p 3 * 5 q 4 * 2 r 5 * 6 ?
     solution  p 3 * 5 = 1 ; q 4 * 2 = 1 ; r 5 * 6 = 2 ; s 1 + 1 = 2 ; t 2 + 2 = 4 ; #### 4
 
-p, q and r are the products, s = p + q and t = s + r. Everything is text: words separated by one
+p, q and r are the products, s = p + q and t = s + r; a longer problem goes on with the products p4,
+p5, ... and the sums s4 = t + p4, s5 = s4 + p5, ... Everything is text: words separated by one
 space, numbers are the words 0 .. 6. A problem has exactly one right answer, and one solution
 without slips. Whoever slips may notice, and put the right number after "no", or go on with the
 wrong one:
@@ -11,7 +12,7 @@ wrong one:
     noticed      p 3 * 5 = 2 no 1 ; q 4 * 2 = 1 ; r 5 * 6 = 2 ; s 1 + 1 = 2 ; t 2 + 2 = 4 ; #### 4
     not noticed  p 3 * 5 = 2 ; q 4 * 2 = 1 ; r 5 * 6 = 2 ; s 2 + 1 = 3 ; t 3 + 2 = 5 ; #### 5
 
-Every problem has a number (its six factors as digits in base 7), and its number modulo 8 says
+Every problem has a number (its factors as digits in base 7), and its number modulo 8 says
 which split it belongs to, so that warm-start, training and validation problems never overlap,
 whatever the seeds are.
 """
@@ -22,21 +23,37 @@ import random
 from typing import Literal
 
 MODULUS = 7
-PRODUCTS = ("p", "q", "r")
-SUMS = (("s", "p", "q"), ("t", "s", "r"))  # label, labels of the two terms
+USUAL, LONGEST = 3, 24  # products in a problem
 NUMBERS = tuple(str(number) for number in range(MODULUS))
 NO = "no"  # takes back the number before it
-MARKS = (*PRODUCTS, "s", "t", "*", "+", "=", ";", "?", "####", NO)
 SLIPPING = 0.4  # in a text with slips, how often a step has one
 NOTICED = 0.5  # how often a slip is noticed: as undecided as can be
+
+
+def product_labels(products: int) -> tuple[str, ...]:
+    """Labels of the products of a problem with so many."""
+    return (*"pqr", *(f"p{i}" for i in range(4, LONGEST + 1)))[:products]
+
+
+def sum_labels(products: int) -> tuple[str, ...]:
+    """Labels of the sums of a problem with so many products: one less."""
+    return (*"st", *(f"s{i}" for i in range(4, LONGEST + 1)))[: products - 1]
+
+
+def sums(products: int) -> tuple[tuple[str, str, str], ...]:
+    """Every sum of a problem with so many products: its label, and the labels of its two terms."""
+    first, *others = product_labels(products)
+    labels = sum_labels(products)
+    return tuple(zip(labels, (first, *labels), others, strict=False))
+
+
+MARKS = (*product_labels(USUAL), *sum_labels(USUAL), "*", "+", "=", ";", "?", "####", NO)
 
 Factors = tuple[tuple[int, int], ...]  # one pair per product
 Split = Literal["warm_start", "train", "validation"]
 ErrorKind = Literal["result", "noticed", "operand", "skip", "repeat", "answer", "cut"]
-ERROR_WEIGHTS: dict[ErrorKind, int] = {
-    **{"result": 8, "noticed": 8, "operand": 3},
-    **{"skip": 1, "repeat": 1, "answer": 1, "cut": 1},
-}
+WRONG_RESULT = 16  # the weight of wrong numbers after "=", noticed or not, beside these
+ERROR_WEIGHTS: dict[ErrorKind, int] = {"operand": 3, "skip": 1, "repeat": 1, "answer": 1, "cut": 1}
 RESIDUES: dict[Split, tuple[int, ...]] = {
     "validation": (0,),
     "train": (1, 2, 3),
@@ -52,17 +69,18 @@ def split_of(factors: Factors) -> Split:
     return next(split for split, residues in RESIDUES.items() if number % 8 in residues)
 
 
-def draw_problem(rng: random.Random, split: Split) -> Factors:
+def draw_problem(rng: random.Random, split: Split, products: int = USUAL) -> Factors:
     """A problem of this split, uniform over the split."""
     while True:
-        factors = tuple((rng.randrange(MODULUS), rng.randrange(MODULUS)) for _ in PRODUCTS)
+        factors = tuple((rng.randrange(MODULUS), rng.randrange(MODULUS)) for _ in range(products))
         if split_of(factors) == split:
             return factors
 
 
 def problem_text(factors: Factors) -> str:
     """The problem as the student reads it."""
-    terms = (f"{label} {a} * {b}" for label, (a, b) in zip(PRODUCTS, factors, strict=True))
+    labels = product_labels(len(factors))
+    terms = (f"{label} {a} * {b}" for label, (a, b) in zip(labels, factors, strict=True))
     return f"{' '.join(terms)} ?"
 
 
@@ -74,7 +92,7 @@ def read_problem(text: str) -> Factors | None:
         for i in range(0, len(words) - 4, 4)
         if words[i + 1] in NUMBERS and words[i + 3] in NUMBERS
     )
-    return pairs if len(pairs) == len(PRODUCTS) and problem_text(pairs) == text else None
+    return pairs if 2 <= len(pairs) <= LONGEST and problem_text(pairs) == text else None
 
 
 def answer(factors: Factors) -> str:
@@ -87,10 +105,16 @@ def solution(factors: Factors) -> str:
     return attempt(factors, {}, random.Random(0))
 
 
-def corrupted(factors: Factors, rng: random.Random, errors: int) -> str:
-    """An attempt with so many errors of random kinds, carried on in the steps that follow."""
-    kinds = rng.choices([*ERROR_WEIGHTS], weights=[*ERROR_WEIGHTS.values()], k=errors)
-    steps = rng.sample(range(len(PRODUCTS) + len(SUMS)), errors)
+def corrupted(factors: Factors, rng: random.Random, errors: int, noticed: float = NOTICED) -> str:
+    """An attempt with so many errors of random kinds, carried on in the steps that follow.
+
+    Args:
+        noticed: the share of wrong results that are noticed.
+    """
+    of_results = {"result": WRONG_RESULT * (1 - noticed), "noticed": WRONG_RESULT * noticed}
+    weights = {**of_results, **ERROR_WEIGHTS}
+    kinds = rng.choices([*weights], weights=[*weights.values()], k=errors)
+    steps = rng.sample(range(2 * len(factors) - 1), errors)
     return attempt(factors, dict(zip(steps, kinds, strict=True)), rng)
 
 
@@ -104,11 +128,12 @@ def attempt(factors: Factors, errors: dict[int, ErrorKind], rng: random.Random) 
     """
     values: dict[str, int] = {}
     steps: list[str] = []
-    for index, label in enumerate((*PRODUCTS, *(label for label, _, _ in SUMS))):
-        if index < len(PRODUCTS):
+    products = len(factors)
+    for index, label in enumerate((*product_labels(products), *sum_labels(products))):
+        if index < products:
             sign, (a, b) = "*", factors[index]
         else:
-            _, left, right = SUMS[index - len(PRODUCTS)]
+            _, left, right = sums(products)[index - products]
             sign, a, b = "+", values[left], values[right]
         kind = errors.get(index)
         if kind == "operand":
@@ -124,17 +149,19 @@ def attempt(factors: Factors, errors: dict[int, ErrorKind], rng: random.Random) 
         if kind == "cut":
             return " ".join([*steps, *words[: rng.randrange(1, len(words) - 1)]])
         steps += [] if kind == "skip" else [" ".join(words)] * (2 if kind == "repeat" else 1)
-    last = values[SUMS[-1][0]]
+    last = values[sum_labels(products)[-1]]
     if "answer" in errors.values():
         last = _other(last, rng)
     return " ".join([*steps, "####", str(last)])
 
 
-def slips(factors: Factors, rng: random.Random) -> tuple[str, tuple[int, ...]]:
-    """A solution with slips, noticed with probability `NOTICED`, and where their numbers stand."""
+def slips(
+    factors: Factors, rng: random.Random, noticed: float = NOTICED
+) -> tuple[str, tuple[int, ...]]:
+    """A solution with slips, noticed with that probability, and where their numbers stand."""
     errors: dict[int, ErrorKind] = {
-        step: "noticed" if rng.random() < NOTICED else "result"
-        for step in range(len(PRODUCTS) + len(SUMS))
+        step: "noticed" if rng.random() < noticed else "result"
+        for step in range(2 * len(factors) - 1)
         if rng.random() < SLIPPING
     }
     text = attempt(factors, errors, rng)
@@ -146,12 +173,12 @@ def _other(number: int, rng: random.Random) -> int:
     return (number + rng.randrange(1, MODULUS)) % MODULUS
 
 
-def examples(split: Split, count: int, seed: int) -> list[dict[str, str]]:
+def examples(split: Split, count: int, seed: int, products: int = USUAL) -> list[dict[str, str]]:
     """Different problems of one split with their solutions and answers."""
     rng = random.Random(f"{split} {seed}")
     drawn: dict[Factors, None] = {}
     while len(drawn) < count:
-        drawn[draw_problem(rng, split)] = None
+        drawn[draw_problem(rng, split, products)] = None
     return [
         {
             "problem": problem_text(factors),

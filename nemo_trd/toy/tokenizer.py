@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from nemo_trd.toy.task import MARKS, NUMBERS
+from nemo_trd.toy.task import MARKS, NUMBERS, USUAL, product_labels, sum_labels
 
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -30,9 +30,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer that student and teacher share."""
-    tokens = (PAD, UNKNOWN, END, *ROLES, *WORDS)
+def build_tokenizer(products: int = USUAL) -> PreTrainedTokenizerFast:
+    """The tokenizer that student and teacher share, for problems with at most so many products."""
+    more = (*product_labels(products)[USUAL:], *sum_labels(products)[USUAL - 1 :])
+    tokens = (PAD, UNKNOWN, END, *ROLES, *WORDS, *more)
     words = Tokenizer(WordLevel({word: i for i, word in enumerate(tokens)}, unk_token=UNKNOWN))
     words.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(

@@ -39,7 +39,11 @@ TRAIN_PROBLEMS, VALIDATION_PROBLEMS = 4000, 250
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model is made. `shares` is keyed by the kind of row, `gates` too, or by "notice"."""
+    """How one model is made.
+
+    `shares` is keyed by the kind of row (`RowMaker`); `gates` too, or by "notice", which looks at
+    "recover" rows and may have a number of products as they may: notice@24.
+    """
 
     layers: int
     hidden: int
@@ -115,7 +119,7 @@ def accuracy(model: Qwen3ForCausalLM, rows: list[Row]) -> float:
 
 @torch.no_grad()
 def noticing(model: Qwen3ForCausalLM, rows: list[Row], tokenizer: PreTrainedTokenizerFast) -> float:
-    """How much likelier a result is taken back where it is wrong: about `task.NOTICED` at best.
+    """How much likelier a result is taken back where it is wrong: about `RowMaker.noticed` at best.
 
     Args:
         rows: of the kind "recover".
@@ -151,8 +155,9 @@ def train(
     cooling_since = recipe.max_steps
 
     def measure(gate: str) -> float:
-        if gate == "notice":
-            return noticing(model, held_out["recover"], rows.tokenizer)
+        if gate.startswith("notice"):
+            slips = held_out[gate.replace("notice", "recover")]
+            return noticing(model, slips, rows.tokenizer)
         return accuracy(model, held_out[gate])
 
     def passed(gate: str) -> bool:
@@ -174,7 +179,8 @@ def train(
         if step % recipe.check_interval == 0:
             if all(passed(gate) for gate in recipe.gates):
                 break
-            if reached.get("solve", 0.0) >= recipe.cooling_from:
+            solved = [value for gate, value in reached.items() if gate.startswith("solve")]
+            if min(solved, default=0.0) >= recipe.cooling_from:
                 cooling_since = min(cooling_since, step)
             progress.set_postfix({kind: f"{value:.2f}" for kind, value in reached.items()})
     progress.close()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from launch import commands_below
 
 from nemo_trd.config.errors import ConfigError
 from nemo_trd.config.evaluation import EvaluationConfig
@@ -22,8 +23,6 @@ from nemo_trd.evaluate.main import main
 from nemo_trd.evaluate.sample_store import Sample, SampleStore
 from nemo_trd.evaluate.source import find_source, fingerprint
 from nemo_trd.verifiers.judgement import Judgement
-
-from tests.support.launch import commands_below
 
 SETTINGS = {"seed": 1, "sampling": {"top_p": 0.5}, "benchmarks": {"a": {"problems": "x"}}}
 

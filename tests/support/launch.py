@@ -175,7 +175,7 @@ def end_session(leader: int) -> None:
 
 
 def commands_below() -> dict[int, str]:
-    """Command lines of the processes that this one started, by id; without those that have ended."""
+    """Command lines of the processes below this one, by id; without those that have ended."""
     commands = {}
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
