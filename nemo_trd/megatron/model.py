@@ -296,23 +296,24 @@ def build_model(
         )
         if not is_local:
             model.rotary_pos_emb.inv_freq = frequencies
-        _mark_experts(model, layout)
+        mark_experts(model)
         give_packs_to_routers(model)
         models.append(model)
     return models
 
 
-def _mark_experts(model: HiddenStatesModel, layout: Layout) -> None:
+def mark_experts(model: HiddenStatesModel) -> None:
     """Have the gradients of experts summed over the ranks that hold the same ones, and their norm
-    over all that hold others.
+    over all that hold others. Of what is put on experts later, too: it is called again then.
 
     megatron-core 0.16 sums so only where ranks share out the experts of a layer, and takes those of
     TransformerEngine's layers for copies on every tensor parallel rank.
     """
-    like_the_rest = layout.expert_tensor_parallel_size == layout.tensor_model_parallel_size
+    config = model.config
+    like_the_rest = config.expert_tensor_parallel_size == config.tensor_model_parallel_size
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:
-            parameter.allreduce = layout.expert_model_parallel_size == 1 and like_the_rest
+            parameter.allreduce = config.expert_model_parallel_size == 1 and like_the_rest
             parameter.tensor_model_parallel = True
 
 

@@ -18,7 +18,8 @@ from nemo_trd.models.family import shared_vocab_size
 from nemo_trd.models.peft import check_beginning
 from nemo_trd.models.read import Model, read_directory, read_tokenizer
 from nemo_trd.models.rules import (
-    check_adapter_targets,
+    adapts_experts,
+    check_expert_adapter,
     check_fp8,
     check_layout,
     check_load_balancing,
@@ -147,12 +148,21 @@ def _training_problems(config: Config, student: Model) -> Iterator[ConfigError]:
         check_load_balancing(student.hf, config.student.moe_aux_loss_coeff)
     except ConfigError as error:
         yield error
-    if config.student.adapter is None:
+    adapter = config.student.adapter
+    if adapter is None:
         return
     try:
-        check_adapter_targets(student.hf, config.student.adapter.targets)
+        check_expert_adapter(student.hf, adapter, config.parallel.student)
     except ConfigError as error:
         yield error
+    if config.served_adapter is not None and adapts_experts(student.hf, adapter):
+        yield rule_broken(
+            "generation.vllm.weight_sync.what",
+            "adapter",
+            "servers are given adapters on linear layers only, and student.adapter.targets = "
+            f"{list(adapter.targets)} has some in experts",
+            "set it to merged, or leave gate, up and down out of the targets",
+        )
 
 
 def _tokenizer_problems(model: Model) -> Iterator[ConfigError]:
