@@ -80,7 +80,10 @@ def read_models(models: Path, run_dir: Path) -> dict[str, float | None]:
     counts = {name: sum(line[name] for line in lines) for name in VERDICTS}
     found = PrefixFailure.model_validate_json((run_dir / PREFIX_FAILURE).read_text())
     parts = {
-        (group.source, part): {name: one.mean for name, one in figures.means.items()}
+        (group.source, part): {
+            **{name: one.mean for name, one in figures.means.items()},
+            "length": figures.tokens / figures.trajectories if figures.trajectories else None,
+        }
         for group in found.groups
         if (group.teacher_context, group.verdict) == ("prompt", "wrong")
         for part, figures in group.parts.items()
@@ -100,6 +103,7 @@ def read_models(models: Path, run_dir: Path) -> dict[str, float | None]:
         "spoiled": counts["right_to_wrong"] / right if right else None,
         "entropy_before_error": before.get("teacher_entropy"),
         "entropy_after_error": after.get("teacher_entropy"),
+        "tokens_after_error": after.get("length"),
         "entropy_of_rewrite": rewrite.get("teacher_entropy"),
         "turns_back": after.get("turn_back"),
         "two_peaked": after.get("two_peaked"),

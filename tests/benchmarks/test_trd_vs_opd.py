@@ -174,7 +174,7 @@ def test_what_the_models_can_do_is_read_from_warm_start_run_and_prefix_failure(
 
     def part(**means: float) -> dict[str, Any]:
         return {
-            **{"trajectories": 1, "tokens": 1, "token_share": estimate, "counts": {}},
+            **{"trajectories": 2, "tokens": 9, "token_share": estimate, "counts": {}},
             **{"gradient_share": {}, "hidden_gradient_share": {}},
             "means": {name: {**estimate, "mean": mean} for name, mean in means.items()},
         }
@@ -206,6 +206,7 @@ def test_what_the_models_can_do_is_read_from_warm_start_run_and_prefix_failure(
     assert (found["entropy_before_error"], found["entropy_after_error"]) == (0.01, 0.1)
     assert found["entropy_of_rewrite"] == pytest.approx(0.02)
     assert (found["turns_back"], found["two_peaked"]) == (0.2, 0.3)
+    assert found["tokens_after_error"] == 4.5
     assert found["warm_start_seconds"] == 20.0
     # A student without a wrong rollout leaves gaps, and no error at the end of the comparison.
     (tmp_path / "prefix_failure.json").write_text(json.dumps({**measured, "groups": []}))
@@ -274,9 +275,13 @@ def test_a_run_is_kept_while_its_settings_and_models_stay(
     ]
 
 
-def test_a_failed_run_is_reported_with_the_end_of_its_log(benchmark: Any, tmp_path: Path) -> None:
+def test_a_failed_run_is_reported_with_the_end_of_its_log(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from comparison import jobs
     from comparison.jobs import in_process
 
+    monkeypatch.setattr(jobs, "_IMPORTED", ())
     log = tmp_path / "run.log"
     with pytest.raises(RuntimeError, match=r"exit code 1, .*run.log:\s+.*no such student"):
         in_process(sys.exit, ("no such student",), log)
