@@ -123,6 +123,18 @@ def test_rows_have_each_order_as_often_as_its_weight_and_rewrites_keep_that_of_t
         assert {row.labels[place - 1] for place in row.unlearnt} <= {equals}
 
 
+def test_a_rewrite_may_have_any_order(tokenizer):
+    rows = RowMaker(tokenizer, warm_start.toy_templates(), orders=(1,) * 6, kept=0.25)
+    same, whole = 0, 0
+    for row in (rows.row("rewrite", random.Random(seed)) for seed in range(1200)):
+        problem, attempt, text = texts(row, tokenizer)
+        labels = [step.split()[0] for step in attempt.split(" ; ")[:3]]
+        if sorted(labels) == ["p", "q", "r"]:
+            whole += 1
+            same += derivation(task.read_problem(problem), text) == tuple(labels)
+    assert same / whole == pytest.approx(0.25 + 0.75 / 6, abs=0.05)
+
+
 def test_one_order_alone_gives_the_rows_of_the_task_itself(tokenizer):
     rows, mine, its = RowMaker(tokenizer, warm_start.toy_templates()), *map(random.Random, (3, 3))
     for _ in range(50):
