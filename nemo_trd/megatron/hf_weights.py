@@ -191,13 +191,18 @@ def _splitting(whole: WeightTensor, groups: ProcessGroupCollection) -> dist.Proc
 
 
 def _gather(own: Tensor, whole: WeightTensor, group: dist.ProcessGroup) -> Tensor:
-    own, axis = own.contiguous(), whole.split_axis
+    axis = whole.split_axis
     if axis is None:
-        return own.clone()
+        return own.contiguous().clone()
+    return gathered(own, axis, group).narrow(axis, 0, whole.shape[axis]).contiguous()
+
+
+def gathered(own: Tensor, axis: int, group: dist.ProcessGroup) -> Tensor:
+    """What the ranks of a group have, one behind the other along an axis. Collective."""
+    own = own.contiguous()
     slices = [torch.empty_like(own) for _ in range(group.size())]
     dist.all_gather(slices, own, group=group)
-    full = torch.cat(slices, dim=axis)
-    return full.narrow(axis, 0, whole.shape[axis]).contiguous()
+    return torch.cat(slices, dim=axis)
 
 
 class _Reader:

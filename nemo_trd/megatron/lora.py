@@ -15,6 +15,8 @@ and B is whole. Only A x, of width `rank`, is exchanged:
 
 With sequence parallelism each rank sees a part of the tokens in the matrix that is whole: its
 gradient is summed over tensor parallel ranks, as Megatron does for norms.
+
+Experts have theirs in `expert_lora`.
 """
 
 from __future__ import annotations
@@ -48,11 +50,13 @@ from torch.nn import Parameter
 from transformers import PretrainedConfig
 
 from nemo_trd.config.schema import Adapter
+from nemo_trd.megatron.expert_lora import ExpertsAdapter, experts_adapter
 from nemo_trd.megatron.hf_weights import ADAPTER, OwnPart, whole_tensors
-from nemo_trd.megatron.model import HiddenStatesModel
+from nemo_trd.megatron.model import HiddenStatesModel, mark_experts
 from nemo_trd.models.directory import ADAPTER_WEIGHTS
-from nemo_trd.models.family import expected_tensors, family_of
+from nemo_trd.models.family import expected_tensors, family_of, is_sparse
 from nemo_trd.models.peft import (
+    adapted_experts,
     adapter_tensors,
     begins_from_directory,
     matrix_names,
@@ -200,8 +204,9 @@ def add_adapters(
             # Layers are recomputed for a gradient only if something that goes into them has one.
             model.embedding.register_forward_hook(lambda _, __, output: output.requires_grad_())
         for layer in model.decoder.layers:
+            number = layer.layer_number - 1
             for path in LINEAR:
-                adapter = make.adapter(layer.layer_number - 1, path, model.config)
+                adapter = make.adapter(number, path, model.config)
                 if adapter is None:
                     continue
                 linear = layer.get_submodule(path)
@@ -209,6 +214,11 @@ def add_adapters(
                     linear.return_layernorm_output = True
                 linear.add_module(ADAPTER, adapter)
                 linear.register_forward_hook(adapter.add)
+            if adapters := make.experts_adapters(number, model.config):
+                layer.mlp.experts.add_module(ADAPTER, torch.nn.ModuleList(adapters))
+                for of_experts in adapters:
+                    of_experts.put_on(layer.mlp.experts)
+        mark_experts(model)
 
 
 class _Maker:
@@ -217,18 +227,24 @@ class _Maker:
     def __init__(
         self, hf: PretrainedConfig, settings: Adapter, groups: ProcessGroupCollection, seed: int
     ) -> None:
-        self._settings, self._groups, self._seed = settings, groups, seed
+        self._hf, self._settings, self._groups, self._seed = hf, settings, groups, seed
         self._layers = family_of(hf).layers
         self._modules = target_modules(family_of(hf).layer)
         self._weights = expected_tensors(hf)
         self._tensors = adapter_tensors(hf, settings)
+        self._of_experts = adapted_experts(hf, settings)
         self._file: Any = None
         if begins_from_directory(settings):
             file = Path(settings.init) / ADAPTER_WEIGHTS
             self._file = safe_open(file, framework="pt", device="cpu")
 
     def adapter(self, layer: int, path: str, config: TransformerConfig) -> LinearAdapter | None:
-        """The adapter of one of `LINEAR` in a layer; None where none of its outputs is a target."""
+        """The adapter of one of `LINEAR` in a layer; None where none of its outputs is a target.
+
+        A layer with experts has no linear layers of the MLP.
+        """
+        if path.startswith("mlp.") and is_sparse(self._hf, layer):
+            return None
         chosen: Sequence[str] = self._settings.targets
         names = {t: f"{self._layers}.{layer}.{self._modules[t]}" for t in LINEAR[path]}
         pairs = {t: self._pair(module, config) for t, module in names.items() if t in chosen}
@@ -244,6 +260,17 @@ class _Maker:
             splits_inputs=splits_inputs,
             interleaved=config.num_query_groups // tp if path == QKV else 1,
         )
+
+    def experts_adapters(self, layer: int, config: TransformerConfig) -> list[ExpertsAdapter]:
+        """Those of the experts of a layer."""
+        return [
+            experts_adapter(
+                *(module, fused, self._settings, self._groups),
+                *(lambda name: self._whole(name, self._tensors[name].shape), config.params_dtype),
+            )
+            for module, fused in self._of_experts.items()
+            if fused.layer == layer
+        ]
 
     def _pair(self, module: str, config: TransformerConfig) -> Pair:
         matrices = []
@@ -282,7 +309,8 @@ def _number(*parts: object) -> int:
 @contextmanager
 def adapter_off(models: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Make the models compute as without their adapters, until the end of the block."""
-    adapters = [m for model in models for m in model.modules() if isinstance(m, LinearAdapter)]
+    kinds = (LinearAdapter, ExpertsAdapter)
+    adapters = [m for model in models for m in model.modules() if isinstance(m, kinds)]
     before = [adapter.on for adapter in adapters]
     try:
         for adapter in adapters:
@@ -312,14 +340,26 @@ def _pairs(models: Sequence[torch.nn.Module]) -> Iterator[Pair]:
     return (m for model in models for m in model.modules() if isinstance(m, Pair))
 
 
+def _experts_adapters(models: Sequence[torch.nn.Module]) -> Iterator[ExpertsAdapter]:
+    return (m for model in models for m in model.modules() if isinstance(m, ExpertsAdapter))
+
+
 def added_to_weights(models: Sequence[HiddenStatesModel], settings: Adapter) -> dict[str, OwnPart]:
-    """What merging adds to this rank's slices of the weights: scale B A in fp32, by tensor name."""
+    """What merging adds to this rank's slices of the weights: scale B A in fp32, by tensor name.
+
+    Of experts collective over the ranks that split them.
+    """
 
     @torch.no_grad()
     def product(pair: Pair) -> Tensor:
         return scale(settings) * (pair.B.float() @ pair.A.float())
 
-    return {f"{pair.module}.weight": partial(product, pair) for pair in _pairs(models)}
+    added: dict[str, OwnPart] = {
+        f"{pair.module}.weight": partial(product, pair) for pair in _pairs(models)
+    }
+    for adapter in _experts_adapters(models):
+        added |= adapter.added_to_weights()
+    return added
 
 
 def export_adapter(
@@ -332,11 +372,13 @@ def export_adapter(
 
     Collective as `hf_weights.whole_tensors`.
     """
-    own = {
+    own: dict[str, OwnPart] = {
         name: partial(matrix.detach)
         for pair in _pairs(models)
         for name, matrix in zip(matrix_names(pair.module), (pair.A, pair.B), strict=True)
     }
+    for adapter in _experts_adapters(models):
+        own |= adapter.whole()
     return whole_tensors(own, adapter_tensors(hf, settings), models[0], groups)
 
 
@@ -353,4 +395,6 @@ def sharded_state_dict(model: HiddenStatesModel, groups: ProcessGroupCollection)
             else:
                 state = make_sharded_tensor_for_checkpoint(matrix, name, **both)
             states[f"{prefixes[pair]}.{letter}"] = state
+    for adapter in _experts_adapters([model]):
+        states |= adapter.sharded_state_dict(f"{prefixes[adapter]}.")
     return states

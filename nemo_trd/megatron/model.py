@@ -35,6 +35,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nemo_trd.config.schema import Layout, Precision
 from nemo_trd.megatron.attention import SegmentAttention
+from nemo_trd.megatron.load_balancing import BalancedRouter, give_packs_to_routers
 from nemo_trd.models.directory import check_model_type
 from nemo_trd.models.dtypes import torch_dtype
 from nemo_trd.models.family import (
@@ -295,22 +296,24 @@ def build_model(
         )
         if not is_local:
             model.rotary_pos_emb.inv_freq = frequencies
-        _mark_experts(model, layout)
+        mark_experts(model)
+        give_packs_to_routers(model)
         models.append(model)
     return models
 
 
-def _mark_experts(model: HiddenStatesModel, layout: Layout) -> None:
+def mark_experts(model: HiddenStatesModel) -> None:
     """Have the gradients of experts summed over the ranks that hold the same ones, and their norm
-    over all that hold others.
+    over all that hold others. Of what is put on experts later, too: it is called again then.
 
     megatron-core 0.16 sums so only where ranks share out the experts of a layer, and takes those of
     TransformerEngine's layers for copies on every tensor parallel rank.
     """
-    like_the_rest = layout.expert_tensor_parallel_size == layout.tensor_model_parallel_size
+    config = model.config
+    like_the_rest = config.expert_tensor_parallel_size == config.tensor_model_parallel_size
     for name, parameter in model.named_parameters():
         if ".mlp.experts." in name:
-            parameter.allreduce = layout.expert_model_parallel_size == 1 and like_the_rest
+            parameter.allreduce = config.expert_model_parallel_size == 1 and like_the_rest
             parameter.tensor_model_parallel = True
 
 
@@ -359,9 +362,10 @@ def _with_bias(linear: type[torch.nn.Module], bias: bool) -> type[torch.nn.Modul
 
 def _fused_layer(config: TransformerConfig, sparse: bool) -> ModuleSpec:
     experts = config.num_moe_experts if sparse else None
-    return get_gpt_layer_with_transformer_engine_spec(
+    layer = get_gpt_layer_with_transformer_engine_spec(
         num_experts=experts, moe_grouped_gemm=sparse, qk_layernorm=config.qk_layernorm
     )
+    return _with_balanced_router(layer) if sparse else layer
 
 
 def _local_layer(config: TransformerConfig, frequencies: torch.Tensor, sparse: bool) -> ModuleSpec:
@@ -377,6 +381,14 @@ def _local_layer(config: TransformerConfig, frequencies: torch.Tensor, sparse: b
     )
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return _with_balanced_router(layer) if sparse else layer
+
+
+def _with_balanced_router(layer: ModuleSpec) -> ModuleSpec:
+    """The same sparse layer. megatron-core 0.16 has a spec of its experts, 0.19 a partial call."""
+    mlp = layer.submodules.mlp
+    parts = mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]
+    parts.router = BalancedRouter
     return layer
 
 

@@ -196,6 +196,8 @@ class WeightTensor:
     split_axis: int | None = None
     layer: int | None = None  # None: outside the layers
     expert: int | None = None  # whose it is, in its layer; None: every rank of the stage has it
+    # Of an adapter: it has the matrices of all experts of its layer, and a rank its experts' ones.
+    of_experts: bool = False
 
     @property
     def is_linear(self) -> bool:

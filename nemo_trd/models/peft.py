@@ -4,6 +4,11 @@ adapter_config.json has its settings, adapter_model.safetensors its matrices: fo
 W [out, in] among its targets A [rank, in] as `lora_A.weight` and B [out, rank] as `lora_B.weight`,
 below the layer's name in the model. The header of the latter also keeps the digest of the weights
 that the adapter was trained on, which PEFT does not look at.
+
+transformers has the weights of all experts of a layer in two tensors, [experts, out, in]: gate and
+up in one, down in the other. PEFT (`lora.ParamWrapper`, `target_parameters`) puts one A and one B
+on each expert's slice, so gate and up have one A together. Those of all experts are one tensor:
+A [experts x rank, in], expert by expert, and B [out, rank x experts], where the experts alternate.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import logging
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +33,20 @@ from nemo_trd.models.directory import (
     stored_tensors,
     tensors_of_file,
 )
-from nemo_trd.models.family import LayerNames, WeightTensor, expected_tensors, family_of
+from nemo_trd.models.family import (
+    LayerNames,
+    WeightTensor,
+    dense_layers,
+    experts_of,
+    family_of,
+    is_sparse,
+    layer_tensors,
+)
 
 log = logging.getLogger(__name__)
 
 FIELD = "student.adapter.init"
+MLP_TARGETS = ("gate", "up", "down")
 BASE_DIGEST = "base_sha256"  # in the header of adapter_model.safetensors
 THREADS = 4  # that hash weights; hashlib lets them run beside each other
 # Settings of PEFT that change what an adapter computes, with the only values that are supported.
@@ -74,9 +89,65 @@ def adapted_modules(hf: Any, adapter: Adapter) -> dict[str, WeightTensor]:
     """Every linear layer of the model that gets an A and a B, by name, with its weight."""
     family = family_of(hf)
     modules = target_modules(family.layer)
-    ends = tuple(f".{modules[target]}.weight" for target in adapter.targets)
-    weights = expected_tensors(hf).items()
-    return {name.removesuffix(".weight"): w for name, w in weights if name.endswith(ends)}
+    chosen = {f"{modules[target]}.weight": modules[target] for target in adapter.targets}
+    sparse = [is_sparse(hf, layer) for layer in range(hf.num_hidden_layers)]
+    of_kinds = {kind: layer_tensors(hf, sparse=kind) for kind in set(sparse)}
+    return {
+        f"{family.layers}.{layer}.{module}": replace(of_kinds[kind][name], layer=layer)
+        for layer, kind in enumerate(sparse)
+        for name, module in chosen.items()
+        if name in of_kinds[kind]
+    }
+
+
+@dataclass(frozen=True)
+class FusedWeight:
+    """Weights of all experts of a layer that are one tensor in transformers.
+
+    layer: number of the layer.
+    experts: number of experts.
+    parts: modules of an expert whose rows lie in it, one behind the other.
+    rows: outputs of each of them.
+    inputs: of each of them, the same for all.
+    split_axis: over which expert tensor parallel ranks split the weights of these modules.
+    """
+
+    layer: int
+    experts: int
+    parts: tuple[str, ...]
+    rows: int
+    inputs: int
+    split_axis: int
+
+
+def adapted_experts(hf: Any, adapter: Adapter) -> dict[str, FusedWeight]:
+    """Those among the targets, by the name below which PEFT has A and B of each.
+
+    PEFT wraps the module that holds both tensors once for each: gate and up first, and down around
+    it.
+    """
+    family, experts = family_of(hf), experts_of(hf)
+    if experts is None:
+        return {}
+    names, kinds = family.layer, dict[str, tuple[str, ...]]()
+    down, gate_up = "down" in adapter.targets, "gate" in adapter.targets
+    if gate_up:
+        inner = f"{names.experts}.base_layer" if down else names.experts
+        kinds[inner] = (names.expert_gate, names.expert_up)
+    if down:
+        kinds[names.experts] = (names.expert_down,)
+    of_layer, found = layer_tensors(hf, sparse=True), {}
+    for layer in range(hf.num_hidden_layers):
+        if not is_sparse(hf, layer):
+            continue
+        for module, parts in kinds.items():
+            one = of_layer[f"{names.expert(parts[0], 0)}.weight"]
+            assert one.split_axis is not None
+            rows, inputs = one.shape
+            found[f"{family.layers}.{layer}.{module}"] = FusedWeight(
+                layer, experts.count, parts, rows, inputs, one.split_axis
+            )
+    return found
 
 
 def adapter_tensors(hf: Any, adapter: Adapter) -> dict[str, WeightTensor]:
@@ -85,6 +156,11 @@ def adapter_tensors(hf: Any, adapter: Adapter) -> dict[str, WeightTensor]:
     Where a linear layer is split over its outputs B is, where it is split over its inputs A.
     """
     tensors = {}
+    for module, fused in adapted_experts(hf, adapter).items():
+        a, b = matrix_names(module)
+        outputs, columns = len(fused.parts) * fused.rows, fused.experts * adapter.rank
+        tensors[a] = WeightTensor((columns, fused.inputs), layer=fused.layer, of_experts=True)
+        tensors[b] = WeightTensor((outputs, columns), layer=fused.layer, of_experts=True)
     for module, weight in adapted_modules(hf, adapter).items():
         (outputs, inputs), axis = weight.shape, weight.split_axis
         a, b = matrix_names(module)
@@ -98,9 +174,30 @@ def scale(adapter: Adapter) -> float:
     return adapter.alpha / (math.sqrt(adapter.rank) if adapter.rslora else adapter.rank)
 
 
-def config_json(adapter: Adapter, base: str) -> dict[str, Any]:
-    """What adapter_config.json says of an adapter of the model in the directory `base`."""
-    modules = target_modules(LayerNames())
+def _target_parameters(hf: Any, adapter: Adapter) -> list[str]:
+    """Those of the targets that PEFT must be given as parameters, not as modules.
+
+    In a model with experts these are all in the MLP: PEFT takes a module gate_proj for that of the
+    experts, and puts nothing on the linear layer of that name in a dense layer.
+    """
+    if experts_of(hf) is None:
+        return []
+    names = family_of(hf).layer
+    fused = {"gate": names.fused_gate_up, "up": names.fused_gate_up, "down": names.fused_down}
+    chosen = [target for target in MLP_TARGETS if target in adapter.targets]
+    of_experts = [f"{names.experts}.{fused[target]}" for target in chosen]
+    of_dense = [f"{target_modules(names)[target]}.weight" for target in chosen]
+    return list(dict.fromkeys(of_experts)) + (of_dense if dense_layers(hf) else [])
+
+
+def config_json(hf: Any, adapter: Adapter, base: str) -> dict[str, Any]:
+    """What adapter_config.json says of an adapter of the model in the directory `base`.
+
+    Args:
+        hf: config of that model.
+    """
+    modules, parameters = target_modules(family_of(hf).layer), _target_parameters(hf, adapter)
+    linear = [t for t in adapter.targets if not (parameters and t in MLP_TARGETS)]
     whole = adapter.alpha.is_integer()  # vLLM wants a whole number
     return _PLAIN | {
         "task_type": "CAUSAL_LM",
@@ -109,7 +206,8 @@ def config_json(adapter: Adapter, base: str) -> dict[str, Any]:
         "lora_alpha": int(adapter.alpha) if whole else adapter.alpha,
         "lora_dropout": adapter.dropout,
         "use_rslora": adapter.rslora,
-        "target_modules": [modules[target].split(".")[-1] for target in adapter.targets],
+        "target_modules": [modules[target].split(".")[-1] for target in linear],
+        **({"target_parameters": parameters} if parameters else {}),
         "inference_mode": True,
     }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_trd.config.errors import ConfigError, rule_broken
-from nemo_trd.config.schema import Layout
+from nemo_trd.config.schema import Adapter, Layout
 from nemo_trd.models.family import (
     FAMILIES,
     dense_layers,
@@ -176,20 +176,58 @@ def _check_expert_layout(hf: Any, layout: Layout, field: str) -> None:
         )
 
 
-def check_adapter_targets(hf: Any, targets: Iterable[str]) -> None:
-    """Refuse an adapter on what has none.
+def adapts_experts(hf: Any, adapter: Adapter) -> bool:
+    """Whether an adapter is on experts, too."""
+    return experts_of(hf) is not None and not {"gate", "up", "down"}.isdisjoint(adapter.targets)
+
+
+def check_expert_adapter(hf: Any, adapter: Adapter, layout: Layout) -> None:
+    """Refuse an adapter on experts that PEFT has not, or that the layout does not divide.
 
     Raises:
-        ConfigError: a target in the feed-forward part of a model with experts.
+        ConfigError
     """
-    refused = [target for target in targets if target in ("gate", "up", "down")]
-    if experts_of(hf) is not None and refused:
+    if not adapts_experts(hf, adapter):
+        return
+    if ("gate" in adapter.targets) != ("up" in adapter.targets):
         raise rule_broken(
             "student.adapter.targets",
-            list(targets),
-            f"adapters on experts (model_type {hf.model_type}) are not supported: PEFT has them on "
-            "the tensors of all experts of a layer (target_parameters), not on linear layers",
-            "leave gate, up and down out; q, k, v and o are possible",
+            list(adapter.targets),
+            f"in a model with experts (model_type {hf.model_type}) gate and up are one tensor, on "
+            "which PEFT has one adapter",
+            "name both, or none of them",
+        )
+    if adapter.dropout:
+        raise rule_broken(
+            "student.adapter.dropout",
+            adapter.dropout,
+            "PEFT adapts the tensors of all experts of a layer (target_parameters), and has no "
+            "dropout there",
+            "set it to 0, or leave gate, up and down out of student.adapter.targets",
+        )
+    if hf.hidden_size % layout.expert_tensor_parallel_size:
+        raise rule_broken(
+            "parallel.student.expert_tensor_parallel_size",
+            layout.expert_tensor_parallel_size,
+            "with an adapter on experts it must divide hidden_size of the model, "
+            f"{hf.hidden_size}: ranks share out the adapter's matrices, too",
+            f"use a divisor of {hf.hidden_size}",
+        )
+
+
+def check_load_balancing(hf: Any, coefficient: float) -> None:
+    """Refuse a load-balancing loss of a student without experts.
+
+    Raises:
+        ConfigError
+    """
+    if coefficient and experts_of(hf) is None:
+        raise rule_broken(
+            "student.moe_aux_loss_coeff",
+            coefficient,
+            f"it balances the load of experts, and a student of model_type {hf.model_type} has "
+            "none",
+            "set it to 0",
         )
 
 

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,6 +59,7 @@ def save_hf_directory(
 
 def save_adapter_directory(
     tensors: Iterable[tuple[str, Tensor]],
+    hf: Any,
     adapter: Adapter,
     source_path: str,
     digest: str,
@@ -70,8 +72,9 @@ def save_adapter_directory(
 
     Args:
         tensors: those of `peft.adapter_tensors`, whole.
-        source_path: directory of the model that it belongs to.
-        digest: `peft.weights_digest` of that.
+        hf: config of the model that it belongs to.
+        source_path: directory of that model.
+        digest: `peft.weights_digest` of it.
     """
     held = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors}
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -80,7 +83,7 @@ def save_adapter_directory(
         temporary.mkdir(parents=True)
         metadata = {"format": "pt", BASE_DIGEST: digest}
         save_file(held, temporary / ADAPTER_WEIGHTS, metadata=metadata)
-        settings = json.dumps(config_json(adapter, source_path), indent=2)
+        settings = json.dumps(config_json(hf, adapter, source_path), indent=2)
         (temporary / ADAPTER_NAME).write_text(settings + "\n")
         replace_directory(out_dir, temporary)
     if dist.is_initialized():

@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_trd.config.schema import Adapter, Layout
 from nemo_trd.models.family import dense_layers, experts_of, family_of, head_dim
-from nemo_trd.models.peft import adapted_modules
+from nemo_trd.models.peft import adapted_experts, adapted_modules
 
 
 def layer_activation_bytes(
@@ -77,7 +77,7 @@ def adapter_activation_bytes(
 
     They are beside the layer's own. For each target A x, of all tokens where B is split, and a copy
     of A: those of targets with the same input are joined. With dropout, instead of the copy, what
-    is left of x, and which part that is.
+    is left of x, and which part that is. On experts A x of what their ranks get.
     """
     tp = layout.tensor_model_parallel_size
     whole = own_tokens(tokens, layout)
@@ -91,6 +91,10 @@ def adapter_activation_bytes(
         else:
             inputs, seen, reduced = weight.shape[1], part, whole
         kept += adapter.rank * reduced + inputs * (2 * seen if adapter.dropout else adapter.rank)
+    if experts := experts_of(hf):
+        routed = part * experts.per_token * layout.expert_tensor_parallel_size
+        on_experts = (f for f in adapted_experts(hf, adapter).values() if f.layer == layer)
+        kept += sum(adapter.rank * routed for _ in on_experts)
     return kept * element
 
 

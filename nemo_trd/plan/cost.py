@@ -20,6 +20,7 @@ from nemo_trd.plan.context_parallel import rings
 from nemo_trd.plan.expert_exchange import expert_exchanges
 from nemo_trd.plan.memory import GIB, generations, trajectories_per_rank, vocabulary_rows
 from nemo_trd.plan.shapes import (
+    active_adapter_parameters,
     adapter_parameters,
     key_value_bytes,
     parameters,
@@ -49,7 +50,8 @@ def step_flops(config: Config, student: Any, teacher: Any) -> StepFlops:
     passes = 4 if config.train.recompute == "full" else 3
     trained = passes * forward_flops(student, student_length, (student_length + 1) / 2, logits=0)
     if config.student.adapter is not None:
-        matrices = 2 * adapter_parameters(student, config.student.adapter) * student_length
+        met = active_adapter_parameters(student, config.student.adapter)
+        matrices = 2 * met * student_length
         weights = forward_flops(student, student_length, 0, logits=0)  # they have no gradient
         trained += passes * matrices - weights
     return StepFlops(

@@ -234,10 +234,10 @@ def _trained_parts(config: Config, student: Any, stage: int) -> list[TrainedPara
     """What a rank of a stage trains: outside experts and, where ranks share these out, in them."""
     layout, adapter = config.parallel.student, config.student.adapter
     holders = same_weights(config, layout)
-    if adapter is not None:
-        count = stage_adapter_parameters(student, layout, adapter)[stage]
-        return [TrainedParameters(count, holders)]
-    held = stage_parameters(student, layout)[stage]
+    if adapter is None:
+        held = stage_parameters(student, layout)[stage]
+    else:
+        held = stage_adapter_parameters(student, layout, adapter)[stage]
     split = layout.expert_tensor_parallel_size, layout.expert_model_parallel_size
     if split == (layout.tensor_model_parallel_size, 1):  # as all the rest
         return [TrainedParameters(held.total, holders)]

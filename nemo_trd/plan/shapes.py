@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -223,15 +224,29 @@ def adapter_parameters(hf: Any, adapter: Adapter) -> int:
     return sum(math.prod(tensor.shape) for tensor in adapter_tensors(hf, adapter).values())
 
 
-def stage_adapter_parameters(hf: Any, layout: Layout, adapter: Adapter) -> list[int]:
+def active_adapter_parameters(hf: Any, adapter: Adapter) -> float:
+    """Of these, how many a token meets: of those on experts its experts' share."""
+    experts = experts_of(hf)
+    share = 1.0 if experts is None else experts.per_token / experts.count
+    return sum(
+        math.prod(tensor.shape) * (share if tensor.of_experts else 1.0)
+        for tensor in adapter_tensors(hf, adapter).values()
+    )
+
+
+def stage_adapter_parameters(hf: Any, layout: Layout, adapter: Adapter) -> list[StageParameters]:
     """Parameters of an adapter on each pipeline rank, as each of its tensor parallel ranks holds
-    them: the matrix of a pair that is not split is whole on every one."""
-    held = [0] * layout.pipeline_model_parallel_size
+    them: the matrix of a pair that is not split is whole on every one. None is in FP8."""
+    total, experts = ([0] * layout.pipeline_model_parallel_size for _ in range(2))
     for tensor in adapter_tensors(hf, adapter).values():
-        tp = 1 if tensor.split_axis is None else layout.tensor_model_parallel_size
         assert tensor.layer is not None
-        held[_stage(hf, layout, tensor.layer)] += math.prod(tensor.shape) // tp
-    return held
+        stage = _stage(hf, layout, tensor.layer)
+        ranks = 1 if tensor.split_axis is None else layout.tensor_model_parallel_size
+        if tensor.of_experts:
+            ranks = layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
+            experts[stage] += math.prod(tensor.shape) // ranks
+        total[stage] += math.prod(tensor.shape) // ranks
+    return [StageParameters(*own) for own in zip(total, repeat(0), experts)]
 
 
 def key_value_bytes(hf: Any, element: int = 2) -> int:

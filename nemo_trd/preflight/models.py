@@ -18,9 +18,11 @@ from nemo_trd.models.family import shared_vocab_size
 from nemo_trd.models.peft import check_beginning
 from nemo_trd.models.read import Model, read_directory, read_tokenizer
 from nemo_trd.models.rules import (
-    check_adapter_targets,
+    adapts_experts,
+    check_expert_adapter,
     check_fp8,
     check_layout,
+    check_load_balancing,
     check_no_experts_in_fp8,
 )
 from nemo_trd.models.served import check_served_weights, is_only_served, read_served
@@ -82,7 +84,7 @@ def model_problems(
     """
     if student is not None:
         yield from _layout_problems(config, "student", student)
-        yield from _adapter_problems(config, student)
+        yield from _training_problems(config, student)
     if teacher is not None and config.teacher.scoring == "megatron":
         yield from _layout_problems(config, "teacher", teacher)
     if student is not None and teacher is not None:
@@ -140,14 +142,27 @@ def _layout_problems(
         yield error
 
 
-def _adapter_problems(config: Config, student: Model) -> Iterator[ConfigError]:
-    """Yield a broken rule where an adapter has a target that the student has no adapter for."""
-    if config.student.adapter is None:
-        return
+def _training_problems(config: Config, student: Model) -> Iterator[ConfigError]:
+    """Yield the rules that `config.student` breaks with this student."""
     try:
-        check_adapter_targets(student.hf, config.student.adapter.targets)
+        check_load_balancing(student.hf, config.student.moe_aux_loss_coeff)
     except ConfigError as error:
         yield error
+    adapter = config.student.adapter
+    if adapter is None:
+        return
+    try:
+        check_expert_adapter(student.hf, adapter, config.parallel.student)
+    except ConfigError as error:
+        yield error
+    if config.served_adapter is not None and adapts_experts(student.hf, adapter):
+        yield rule_broken(
+            "generation.vllm.weight_sync.what",
+            "adapter",
+            "servers are given adapters on linear layers only, and student.adapter.targets = "
+            f"{list(adapter.targets)} has some in experts",
+            "set it to merged, or leave gate, up and down out of the targets",
+        )
 
 
 def _tokenizer_problems(model: Model) -> Iterator[ConfigError]:

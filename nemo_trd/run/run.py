@@ -321,9 +321,8 @@ class Run:
             save_hf_directory(student.export_hf_weights(), source, directory)
         elif self.config.checkpoint.export_hf:
             assert student.adapter is not None
-            save_adapter_directory(
-                student.export_adapter(), student.adapter, source, self._base[BASE], directory
-            )
+            adapter, digest = student.export_adapter(), self._base[BASE]
+            save_adapter_directory(adapter, student.hf, student.adapter, source, digest, directory)
         if self.config.checkpoint.export_merged:
             merged = directory.with_name(outcome.MERGED)
             save_hf_directory(student.export_hf_weights(), source, merged)

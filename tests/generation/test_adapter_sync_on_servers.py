@@ -64,11 +64,13 @@ def adapter_of(model: Path, own: dict[str, Any], seed: int) -> Adapter:
 def save_adapter(model: Path, adapter: Adapter, seed: int) -> None:
     """A random one, as PEFT has it."""
     generator, directory = torch.Generator().manual_seed(seed), Path(adapter.init)
-    expected = adapter_tensors(AutoConfig.from_pretrained(model), adapter).items()
+    hf = AutoConfig.from_pretrained(model)
+    expected = adapter_tensors(hf, adapter).items()
     tensors = {n: torch.randn(t.shape, generator=generator) * 0.1 for n, t in expected}
     directory.mkdir()
     save_file(tensors, directory / "adapter_model.safetensors")
-    (directory / "adapter_config.json").write_text(json.dumps(config_json(adapter, str(model))))
+    settings = json.dumps(config_json(hf, adapter, str(model)))
+    (directory / "adapter_config.json").write_text(settings)
 
 
 def scaled(adapter: Adapter) -> dict[str, torch.Tensor]:

@@ -216,13 +216,17 @@ def test_resuming_on_another_layout_agrees(
         assert step == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", [[], DISTRIBUTED], ids=["", "distributed"])
-def test_resuming_agrees_wherever_experts_are(optimizer: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [[], DISTRIBUTED, [*DISTRIBUTED, "student.adapter=lora", "student.adapter.rank=4"]],
+    ids=["", "distributed", "adapter"],
+)
+def test_resuming_agrees_wherever_experts_are(settings: list[str], tmp_path: Path) -> None:
     whole, broken = (models(tmp_path / name, family="qwen3_moe") for name in ("whole", "broken"))
-    expected = steps(whole, 1, optimizer, 0, 2 * HALF)
-    seen = steps(broken, 2, [*EP2, *optimizer], 0, HALF)
-    seen += steps(broken, 2, [*TP2, *SP, *ETP2, *optimizer], HALF, HALF + 1)
-    seen += steps(broken, 1, optimizer, HALF + 1, 2 * HALF)
+    expected = steps(whole, 1, settings, 0, 2 * HALF)
+    seen = steps(broken, 2, [*EP2, *settings], 0, HALF)
+    seen += steps(broken, 2, [*TP2, *SP, *ETP2, *settings], HALF, HALF + 1)
+    seen += steps(broken, 1, settings, HALF + 1, 2 * HALF)
     for step, known in zip(seen, expected, strict=True):
         assert step == pytest.approx(known, rel=1e-5)
 

@@ -16,6 +16,7 @@ from parallel_layouts import (
     CP2,
     DISTRIBUTED,
     EP2,
+    ETP2,
     PP2,
     SP,
     TEACHER_CP2,
@@ -29,6 +30,7 @@ from parallel_layouts import (
 from tiny_models import make_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers_oracle import load_balancing
 
 from nemo_trd.config.load import compose
 from nemo_trd.config.schema import Adapter
@@ -46,7 +48,22 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "qwen3": {"rank": 4, "alpha": 4, "rslora": True, "targets": ["k", "o", "up", "gate"]},
 }
 DENSE = list(ADAPTERS)
-ADAPTERS["qwen3_moe"] = {"rank": 4, "alpha": 8, "rslora": False, "targets": ["q", "v", "o"]}
+ATTENTION, EXPERTS = "qwen3_moe", "qwen3_moe-experts"  # what of such a model is adapted
+ADAPTERS[ATTENTION] = {"rank": 4, "alpha": 8, "rslora": False, "targets": ["q", "v", "o"]}
+ADAPTERS[EXPERTS] = {"rank": 3, "alpha": 2, "rslora": True, "targets": ["k", "down", "up", "gate"]}
+ADAPTERS["qwen3_moe-gate"] = {"rank": 5, "alpha": 8, "rslora": False, "targets": ["up", "gate"]}
+ADAPTERS["qwen3_moe-down"] = {"rank": 4, "alpha": 8, "rslora": False, "targets": ["q", "down"]}
+ON_EXPERTS = [EXPERTS, "qwen3_moe-gate", "qwen3_moe-down"]
+# In PEFT's words, where one of a model's layers is dense and where none is.
+PARAMETERS = {
+    EXPERTS: [
+        *("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate_proj.weight"),
+        *("mlp.up_proj.weight", "mlp.down_proj.weight"),
+    ],
+    "qwen3_moe-gate": ["mlp.experts.gate_up_proj"],
+    "qwen3_moe-down": ["mlp.experts.down_proj"],
+}
+LAYERS = {EXPERTS: {"mlp_only_layers": [1]}}
 TWO_LAYERS = {"num_hidden_layers": 4, "intermediate_size": 48, "num_attention_heads": 4}
 SIZES = {**TWO_LAYERS, "vocab_size": VOCABULARY, "hidden_size": 32, "num_key_value_heads": 2}
 OPD, OPSD = ["algorithm.mode=opd"], ["algorithm.mode=opsd", "model.teacher=null"]
@@ -69,11 +86,29 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {
 }
 
 
+COEFFICIENTS = {"qwen3_moe": 0.03}  # of the load-balancing loss; its router is frozen
 WITH_FILLERS = ("tp2", "dp2 distributed", "tp2 dp2 distributed")
 SPARSE_LAYOUTS: dict[int, dict[str, list[str]]] = {
     1: {"recomputed": ["train.recompute=full"]},
     2: {"ep2 distributed": EP2 + DISTRIBUTED, "tp2 sp ep2": TP2 + SP + EP2},
 }
+EXPERT_LAYOUTS: dict[int, dict[str, list[str]]] = {
+    1: {"one rank": [], "recomputed": ["train.recompute=full"]},
+    2: {
+        "ep2 distributed": EP2 + DISTRIBUTED,
+        "etp2": ETP2,
+        "tp2 sp": TP2 + SP,
+        "tp2 sp etp2": [*TP2, *SP, *ETP2, "train.recompute=full"],
+        "pp2 vpp2": PP2 + VPP2 + TEACHER_PP2,
+    },
+    4: {
+        "tp2 sp ep2 etp2": TP2 + SP + EP2 + ETP2,
+        "pp2 ep2": PP2 + EP2,
+        "dp4 ep2 distributed": EP2 + DISTRIBUTED,
+        "cp2 tp2 sp etp2 distributed": CP2 + TP2 + SP + ETP2 + DISTRIBUTED,
+    },
+}
+GROUPED_LAYOUTS = {name: EXPERT_LAYOUTS[2][name] for name in ("ep2 distributed", "tp2 sp etp2")}
 
 
 def settings(architecture: str, init: str = "kaiming", **others: Any) -> Adapter:
@@ -97,7 +132,12 @@ def peft_adapter(base: Path, out: Path, architecture: str) -> Any:
         r=own["rank"],
         lora_alpha=own["alpha"],
         use_rslora=own["rslora"],
-        target_modules=[f"{target}_proj" for target in own["targets"]],
+        target_modules=[
+            f"{target}_proj"
+            for target in own["targets"]
+            if architecture not in PARAMETERS or target in ("q", "k", "v", "o")
+        ],
+        target_parameters=PARAMETERS.get(architecture),
     )
     adapted = get_peft_model(model, lora)
     generator = torch.Generator().manual_seed(7)
@@ -129,7 +169,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, architecture in enumerate(ADAPTERS):
         base = root / architecture
         tied = architecture == "qwen2"
-        make_model(base, architecture, tie_word_embeddings=tied, head_dim=8, **SIZES)
+        sizes = SIZES | LAYERS.get(architecture, {})
+        family = architecture.split("-")[0]
+        make_model(base, family, tie_word_embeddings=tied, head_dim=8, **sizes)
         adapted = peft_adapter(base, root / f"{architecture}_adapter", architecture)
         total, count = torch.zeros((), dtype=torch.float64), 0
         for t in trajectories(config, number):
@@ -139,13 +181,19 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
             total = total + dense_divergence(own, of_teacher, make_loss()).sum()
             count += len(t.labels)
         (total / count).backward()
+        figures = {"loss": (total / count).item()}
+        if coefficient := COEFFICIENTS.get(architecture):
+            balance, load = load_balancing(adapted, trajectories(config, number))
+            (coefficient * balance).backward()
+            mean = balance.item() / SIZES["num_hidden_layers"]
+            figures |= {"load_balancing_loss": mean, "max_expert_load": load}
         gradients = {
             name.replace(".default", ""): parameter.grad
             for name, parameter in adapted.named_parameters()
             if parameter.grad is not None
         }
         merged = of_each_expert(dict(adapted.merge_and_unload().state_dict()))
-        expected[architecture] = (total / count).item(), gradients, merged
+        expected[architecture] = figures, gradients, merged
     torch.save(expected, root / "expected.pt")
     return root
 
@@ -163,21 +211,24 @@ def check_layouts(directory: str, layouts: dict[str, list[str]], names: list[str
         config = compose(
             [
                 *("model=local", "precision.dtype=fp32", "train.max_tokens_per_micro_batch=80"),
+                f"cluster.gpus_per_node={dist.get_world_size()}",
                 f"model.student.path={directory}/{model}",
                 f"model.teacher.path={directory}/teacher",
                 *overrides(settings(model, f"{directory}/{model}_adapter")),
+                f"student.moe_aux_loss_coeff={COEFFICIENTS.get(model, 0)}",
                 *chosen,
             ]
         )
         own = Student(config)
         frozen = Teacher(config, own.groups)
-        loss, exact, merged = expected[model]
+        figures, exact, merged = expected[model]
         for name, tensor in own.export_hf_weights():
             torch.testing.assert_close(tensor, merged[name].float(), msg=f"{where}, {name}")
         plan = own.pack(trajectories(config, number))
         for packed in (plan, *([with_fillers(plan)] if layout in WITH_FILLERS else [])):
-            measured = own.compute_gradients(packed, frozen.states(packed)).metrics["loss"]
-            assert measured == pytest.approx(loss, rel=RELATIVE), where
+            metrics = own.compute_gradients(packed, frozen.states(packed)).metrics
+            measured = {name: metrics[name] for name in figures}
+            assert measured == pytest.approx(figures, rel=RELATIVE), where
             seen = gradients(own)
             assert seen.keys() == exact.keys(), where
             for name, gradient in seen.items():
@@ -210,10 +261,11 @@ def gradients(own: Any) -> dict[str, Tensor]:
     before = [p.data.clone() for p in parameters]
     if own._config.optimizer.distributed:  # each data parallel rank has a share of them
         for chunk in own.chunks:
-            for buffer in chunk.buffers:
-                shards = list(buffer.grad_data.chunk(own.groups.dp_cp.size()))
-                mine = shards[own.groups.dp_cp.rank()].clone()
-                dist.all_gather(shards, mine, group=own.groups.dp_cp)
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+                group = buffer.data_parallel_group
+                shards = list(buffer.grad_data.chunk(group.size()))
+                mine = shards[group.rank()].clone()
+                dist.all_gather(shards, mine, group=group)
                 buffer.grad_data.copy_(torch.cat(shards))
     for parameter in parameters:
         parameter.data.copy_(parameter.main_grad)
@@ -239,12 +291,17 @@ def check_frozen(own: Any) -> None:
     assert planned["gradients"] == 4 * trained
     assert planned["weights"] == 4 * sum(p.numel() for m in own.models for p in m.parameters())
     distributed = own._config.optimizer.distributed
-    buffers = sum(buffer.numel_unpadded for chunk in own.chunks for buffer in chunk.buffers)
-    padding = 64 * len(own.chunks[0].params_with_grad) if distributed else 0
-    assert trained <= buffers <= trained + padding
-    states = own.optimizer.chained_optimizers[0].optimizer.state
-    moments = sum(s["exp_avg"].numel() for s in states.values())
-    assert moments <= trained and (distributed or not states or moments == trained)
+    buffers = [b for c in own.chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
+    padding = sum(64 * len(c.params_with_grad) for c in own.chunks) if distributed else 0
+    assert trained <= sum(b.numel_unpadded for b in buffers) <= trained + padding
+    parts = [p for p in own.optimizer.chained_optimizers if not p.is_stub_optimizer]
+    states = [state for part in parts for state in part.optimizer.state.values()]
+    moments = sum(state["exp_avg"].numel() for state in states)
+    assert moments <= trained and (distributed or moments == trained)
+    totals = torch.tensor([8 * moments, planned["optimizer"]], dtype=torch.float64)
+    dist.all_reduce(totals)
+    rounding = 8 * len(parts) * dist.get_world_size()
+    assert totals[0] <= totals[1] <= totals[0] + rounding, totals
 
 
 @pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
@@ -255,9 +312,21 @@ def test_loss_gradients_and_merged_weights_are_those_of_peft(ranks: int, directo
 
 @pytest.mark.parametrize("ranks", SPARSE_LAYOUTS)
 def test_so_are_they_beside_frozen_experts(ranks: int, directory: Path) -> None:
-    arguments = (str(directory), SPARSE_LAYOUTS[ranks], ["qwen3_moe"])
-    output = launch(ranks, check_layouts, *arguments)
+    output = launch(ranks, check_layouts, str(directory), SPARSE_LAYOUTS[ranks], [ATTENTION])
     assert output.count("as PEFT has it") == ranks
+
+
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_so_are_those_of_experts(ranks: int, directory: Path) -> None:
+    output = launch(ranks, check_layouts, str(directory), EXPERT_LAYOUTS[ranks], ON_EXPERTS)
+    assert output.count("as PEFT has it") == ranks
+
+
+def test_so_are_they_where_products_of_experts_are_grouped(directory: Path) -> None:
+    """As TransformerEngine's layers have them."""
+    arguments = (str(directory), GROUPED_LAYOUTS, ON_EXPERTS)
+    output = launch(2, check_layouts, *arguments, transformer_engine=True)
+    assert output.count("as PEFT has it") == 2
 
 
 @pytest.mark.parametrize(("ranks", "layout"), [(1, "recomputed"), (2, "tp2 sp")])
@@ -270,12 +339,12 @@ def test_so_are_they_with_the_layers_of_transformer_engine(
     assert output.count("as PEFT has it") == ranks
 
 
-def composed(directory: Path, *others: str) -> Any:
-    """A run in OPSD that begins with an adapter of its own on the model "llama"."""
-    base = ["model=local", f"model.student.path={directory}/llama", *OPSD]
+def composed(directory: Path, *others: str, model: str = "llama") -> Any:
+    """A run in OPSD that begins with an adapter of its own on a model."""
+    base = ["model=local", f"model.student.path={directory}/{model}", *OPSD]
     numbers = ["precision.dtype=fp32", "optimizer.lr=1e-2", "optimizer.eps=1e-4"]
     numbers += ["train.max_tokens_per_micro_batch=80"]  # the teacher has three packs for two
-    return compose([*base, *numbers, *overrides(settings("llama")), *others])
+    return compose([*base, *numbers, *overrides(settings(model)), *others])
 
 
 def made(config: Any, *, shared: bool = True) -> tuple[Any, Any]:
@@ -308,11 +377,11 @@ def held_bytes(own: Any, frozen: Any) -> int:
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
-def check_one_base(directory: Path, chosen: list[str]) -> None:
+def check_one_base(directory: Path, chosen: list[str], model: str = "llama") -> None:
     """Student and teacher on one base train as with two copies, and hold the weights once."""
     own_layout = [setting for setting in chosen if not setting.startswith("parallel.teacher")]
     same = [setting.replace("parallel.student", "parallel.teacher") for setting in own_layout]
-    config = composed(directory, *own_layout, *same)
+    config = composed(directory, *own_layout, *same, model=model)
     own, frozen = made(config)
     weights = sum(p.numel() for model in own.models for p in model.parameters())
     assert held_bytes(own, frozen) == 4 * weights
@@ -324,8 +393,9 @@ def check_one_base(directory: Path, chosen: list[str]) -> None:
     assert seen[2][0] != pytest.approx(seen[0][0], rel=1e-2)  # it has learned something
 
 
-def test_one_base_serves_student_and_teacher(directory: Path, one_rank: Any) -> None:
-    check_one_base(directory, [])
+@pytest.mark.parametrize("model", ["llama", EXPERTS])
+def test_one_base_serves_student_and_teacher(model: str, directory: Path, one_rank: Any) -> None:
+    check_one_base(directory, [], model)
 
 
 def test_the_adapter_is_on_again_after_an_exception(directory: Path, one_rank: Any) -> None:
@@ -347,34 +417,34 @@ def test_the_adapter_is_on_again_after_an_exception(directory: Path, one_rank: A
     assert torch.equal(torch.cat(frozen.states(plan)), torch.cat(states))
 
 
+@pytest.mark.parametrize("model", ["llama", EXPERTS])
 def test_peft_loads_what_is_written_and_a_run_begins_with_it(
-    directory: Path, one_rank: Any, tmp_path: Path
+    model: str, directory: Path, one_rank: Any, tmp_path: Path
 ) -> None:
     from peft import PeftModel
 
     from nemo_trd.models.peft import check_beginning, weights_digest
     from nemo_trd.models.write import save_adapter_directory, save_hf_directory
 
-    config, base = composed(directory), directory / "llama"
+    config, base = composed(directory, model=model), directory / model
     own, frozen = made(config)
     losses(config, own, frozen, range(3))
     before = [p.clone() for model in own.models for p in model.parameters()]
     digest = weights_digest(base, "model.student.path")
-    save_adapter_directory(
-        own.export_adapter(), own.adapter, str(base), digest, tmp_path / "export"
-    )
+    adapter = own.export_adapter(), own.hf, own.adapter
+    save_adapter_directory(*adapter, str(base), digest, tmp_path / "export")
     save_hf_directory(own.export_hf_weights(), str(base), tmp_path / "merged")
     after = [p for model in own.models for p in model.parameters()]
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
     tokens = torch.randint(0, VOCABULARY, (2, 30), generator=torch.Generator().manual_seed(0))
     actual = logits(own.models, tokens, VOCABULARY, one_rank)
 
-    def model(path: Path) -> Any:
+    def read_model(path: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
     readers = [
-        PeftModel.from_pretrained(model(base), tmp_path / "export"),
-        model(tmp_path / "merged"),
+        PeftModel.from_pretrained(read_model(base), tmp_path / "export"),
+        read_model(tmp_path / "merged"),
     ]
     for read in readers:
         with torch.no_grad():
@@ -384,7 +454,8 @@ def test_peft_loads_what_is_written_and_a_run_begins_with_it(
     assert (untrained - actual).abs().max() > 1e-3
 
     of_another = [*OPD, f"model.teacher={{path: {directory}/teacher}}"]
-    second = composed(directory, f"student.adapter.init={tmp_path}/export", *of_another)
+    begun = f"student.adapter.init={tmp_path}/export"
+    second = composed(directory, begun, *of_another, model=model)
     assert not list(check_beginning(own.hf, second.student.adapter))
     again, _ = made(second, shared=False)
     assert torch.equal(logits(again.models, tokens, VOCABULARY, one_rank), actual)
@@ -393,14 +464,18 @@ def test_peft_loads_what_is_written_and_a_run_begins_with_it(
 def test_adapters_begin_as_those_of_peft_do(directory: Path, one_rank: Any) -> None:
     from peft import LoraConfig, get_peft_model
 
-    for init in ("kaiming", "gaussian"):
-        own, _ = made(
-            composed(directory, f"student.adapter.init={init}", "student.adapter.rank=16")
-        )
+    for init, model in product(("kaiming", "gaussian"), ("llama", EXPERTS)):
+        chosen = [f"student.adapter.init={init}", "student.adapter.rank=16"]
+        own, _ = made(composed(directory, *chosen, model=model))
         ours = {name: tensor.clone() for name, tensor in own.export_adapter()}
         kind = True if init == "kaiming" else init
-        lora = LoraConfig(r=16, target_modules=["q_proj", "down_proj"], init_lora_weights=kind)
-        base = AutoModelForCausalLM.from_pretrained(directory / "llama", dtype=torch.float32)
+        lora = LoraConfig(
+            r=16,
+            target_modules=["q_proj", "down_proj"] if model == "llama" else ["k_proj"],
+            target_parameters=PARAMETERS.get(model),
+            init_lora_weights=kind,
+        )
+        base = AutoModelForCausalLM.from_pretrained(directory / model, dtype=torch.float32)
         torch.manual_seed(0)  # of PEFT's draw
         for name, theirs in get_peft_model(base, lora).named_parameters():
             if "lora_" not in name:

@@ -17,7 +17,7 @@ from live_bytes import LiveBytes
 from nemo_trd.config.errors import ConfigError
 from nemo_trd.config.schema import Adapter, Config, Layout, ModelSource
 from nemo_trd.loss.divergences import DIVERGENCES
-from nemo_trd.models.family import FAMILIES
+from nemo_trd.models.family import FAMILIES, experts_of
 from nemo_trd.models.flops import forward_flops
 from nemo_trd.plan.activations import (
     adapter_activation_bytes,
@@ -39,11 +39,13 @@ from nemo_trd.plan.memory import (
 from nemo_trd.plan.plan import Plan, make_plan
 from nemo_trd.plan.shapes import (
     SHIPPED,
+    active_adapter_parameters,
     adapter_parameters,
     as_namespace,
     key_value_bytes,
     parameters,
     read_model,
+    stage_adapter_parameters,
     stage_parameters,
     touched_parameters,
 )
@@ -211,6 +213,19 @@ def test_full_recompute_keeps_what_autograd_keeps_of_a_real_model(
     assert kept[1] - kept[0] == 2 * formula
 
 
+def test_an_adapter_on_experts_keeps_what_autograd_keeps_of_a_real_one(one_rank: Any) -> None:
+    shape = as_namespace({**tiny("qwen3_moe"), "model_type": "qwen3_moe"}, Path("x"), "m")
+    kept, formula = [], []
+    for rank in (4, 20):
+        own = ["student.adapter=lora", f"student.adapter.rank={rank}"]
+        adapter = compose([*own, "student.adapter.targets=[gate,up,down]"]).student.adapter
+        assert adapter is not None
+        three, one = (saved_bytes("qwen3_moe", n, "bf16", one_rank, adapter) for n in (3, 1))
+        kept.append(three - one)
+        formula.append(2 * adapter_activation_bytes(shape, 0, 2 * 64, split(), 2, adapter))
+    assert kept[1] - kept[0] == formula[1] - formula[0] > 0
+
+
 def test_an_adapter_keeps_what_autograd_keeps_of_a_real_one(one_rank: Any) -> None:
     shape = as_namespace(TINY, Path("x"), "m")
     kept, formula = [], []
@@ -286,21 +301,26 @@ def tiny_model(
 # FLOPs: Narayanan et al. 2021
 
 
-def test_frozen_weights_have_no_products_for_gradients(one_rank: Any) -> None:
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_frozen_weights_have_no_products_for_gradients(architecture: str, one_rank: Any) -> None:
     """A step of two layers that are not the first, as torch counts it, is that of the plan."""
-    tokens, shape = 2 * 64, as_namespace({**TINY, "num_hidden_layers": 2}, Path("x"), "m")
+    sizes = {**tiny(architecture), "model_type": architecture, "num_hidden_layers": 2}
+    tokens, shape = 2 * 64, as_namespace(sizes, Path("x"), "m")
     adapter = compose(["student.adapter=lora", "student.adapter.rank=4"]).student.adapter
     assert adapter is not None
     whole, adapted = (
-        counted_flops(3, one_rank, trained) - counted_flops(1, one_rank, trained)
+        counted_flops(architecture, 3, one_rank, trained)
+        - counted_flops(architecture, 1, one_rank, trained)
         for trained in (None, adapter)
     )
     frozen = forward_flops(shape, tokens, 0, logits=0)
-    matrices = 2 * adapter_parameters(shape, adapter) * tokens
+    if experts := experts_of(shape):  # megatron-core forms the gradient of a frozen router as well
+        frozen -= 2 * 2 * shape.hidden_size * experts.count * tokens
+    matrices = 2 * active_adapter_parameters(shape, adapter) * tokens
     assert whole - adapted == frozen - 3 * matrices
 
 
-def counted_flops(layers: int, groups: Any, adapter: Adapter | None) -> int:
+def counted_flops(architecture: str, layers: int, groups: Any, adapter: Adapter | None) -> int:
     """Of a forward and a backward pass over 128 tokens."""
     import torch
     from model_checks import packed
@@ -308,7 +328,7 @@ def counted_flops(layers: int, groups: Any, adapter: Adapter | None) -> int:
 
     from nemo_trd.megatron.schedule import run_model
 
-    model = tiny_model("llama", layers, "fp32", groups, adapter, "none")
+    model = tiny_model(architecture, layers, "fp32", groups, adapter, "none")
     with FlopCounterMode(display=False) as counter:
         run_model(model, packed(torch.zeros(2, 64, dtype=torch.long))).sum().backward()
     return counter.get_total_flops()
@@ -539,6 +559,56 @@ def test_a_teacher_that_follows_is_an_average_and_no_second_model(
     sizes = [checkpoint_bytes(p.config, own)["checkpoint"] for p in (follows, frozen)]
     assert sizes[0] - sizes[1] == 4 * parameters(own)
     assert "the student's own weights, averaged over steps" in text(follows)
+
+
+ON_EXPERTS = ["experiment=trd_30b_a3b", "student.adapter=lora"]
+BAD_ON_EXPERTS: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    "one of gate and up": (
+        ["student.adapter.targets=[q,up]"],
+        ("student.adapter.targets = ['q', 'up']", "gate and up are one tensor", "name both"),
+    ),
+    "dropout": (
+        ["student.adapter.dropout=0.1"],
+        ("student.adapter.dropout = 0.1", "no dropout there", "set it to 0"),
+    ),
+    "ranks that split an expert": (
+        ["parallel.student.expert_tensor_parallel_size=3"],
+        ("parallel.student.expert_tensor_parallel_size = 3", "divide hidden_size", "2048"),
+    ),
+    "servers that are given the adapter": (
+        ["generation.vllm.weight_sync.what=adapter"],
+        ("generation.vllm.weight_sync.what = 'adapter'", "linear layers only", "merged"),
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_ON_EXPERTS)
+def test_an_adapter_on_experts_that_cannot_be_is_refused(fault: str) -> None:
+    overrides, parts = BAD_ON_EXPERTS[fault]
+    problems = map(str, planned(*ON_EXPERTS, *overrides).findings.problems)
+    assert any(all(part in problem for part in parts) for problem in problems)
+    attention = [*overrides, "student.adapter.targets=[q,k,v,o]"]
+    rest = map(str, planned(*ON_EXPERTS, *attention).findings.problems)
+    assert not any(all(part in problem for part in parts) for problem in rest)
+
+
+def test_an_adapter_on_experts_is_counted_expert_by_expert() -> None:
+    whole, adapted = planned(*ON_EXPERTS[:1]), planned(*ON_EXPERTS, "student.adapter.rank=8")
+    assert not adapted.findings.problems
+    hf, adapter = shapes(adapted.config)[0], adapted.config.student.adapter
+    assert adapter is not None
+    attention = 8 * (2 * (2048 + 4096) + 2 * (2048 + 512))  # q and o; k and v
+    expert = 8 * ((2048 + 2 * 768) + (768 + 2048))  # gate and up; down
+    assert adapter_parameters(hf, adapter) == 48 * (attention + 128 * expert)
+    assert active_adapter_parameters(hf, adapter) == 48 * (attention + 8 * expert)
+    # PP 2, EP 8, TP 4: of the attention's matrices A or B is whole on each rank.
+    split = 8 * ((2048 + 1024) + 2 * (2048 + 128) + (1024 + 2048))  # q; k and v; o
+    own = stage_adapter_parameters(hf, adapted.config.parallel.student, adapter)
+    assert {stage.experts for stage in own} == {24 * 128 * expert // 8}
+    assert {stage.total - stage.experts for stage in own} == {24 * split}
+    (before, after) = (plan.memory[0].phases["student"] for plan in (whole, adapted))
+    for part in ("gradients", "optimizer"):
+        assert after[part] < 0.1 * before[part]
 
 
 def test_with_an_adapter_there_is_one_base_without_gradients_or_states() -> None:
