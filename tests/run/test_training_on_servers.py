@@ -494,66 +494,6 @@ def test_a_server_scores_as_megatron_does_and_differs_from_the_full_vocabulary_b
     assert bound < full["loss"] / 4
 
 
-@pytest.fixture(scope="module")
-def with_experts(
-    served_models: Path, urls: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Path, dict[str, str]]]:
-    """A dense student and a teacher with experts, and their servers.
-
-    The teacher's takes new weights: the last test that has it, in this file's order, trains it."""
-    inputs = tmp_path_factory.mktemp("experts")
-    make_model(inputs / "teacher", "qwen3_moe", seed=2, mlp_only_layers=[0], **SHAPE)
-    for shared in ("student", "data.jsonl"):
-        (inputs / shared).symlink_to(served_models / shared)
-    teacher, log = str(inputs / "teacher"), inputs / "teacher.log"
-    with Server(teacher, SERVER, log, api_key=SecretStr(KEY), weight_backend="file") as server:
-        yield inputs, urls | {"teacher": server.url}
-
-
-def test_experts_score_as_they_write_as_afterwards_and_as_megatron_does(
-    with_experts: tuple[Path, dict[str, str]], tmp_path: Path
-) -> None:
-    shared = [f"loss.top_k={TOP_K}", "generation.refinement.stop=[a,b,c,d,e,f,g,h]"]
-    shared.append("parallel.teacher.expert_model_parallel_size=2")
-    written = first_step(
-        *with_experts, tmp_path / "written", *shared, "teacher.scoring=generation", ranks=2
-    )
-    later = first_step(*with_experts, tmp_path / "later", *shared, "teacher.scoring=server")
-    assert_equal_scores(written, later)
-
-
-@pytest.mark.slow
-def test_scores_of_experts_differ_from_the_full_vocabulary_by_its_tail(
-    with_experts: tuple[Path, dict[str, str]], tmp_path: Path
-) -> None:
-    top_k = f"loss.top_k={TOP_K}"
-    served = first_step(*with_experts, tmp_path / "served", top_k, "teacher.scoring=server")
-    split = "parallel.teacher.expert_model_parallel_size=2"
-    assert_equal_steps(served, first_step(*with_experts, tmp_path / "held", top_k, split, ranks=2))
-    full = first_step(*with_experts, tmp_path / "full")
-    bound = bound_of_tail(with_experts[0], served, TOP_K)
-    print(f"{served['loss']} of {full['loss']}, bound of the difference {bound}")
-    assert 0 < full["loss"] - served["loss"] <= bound
-
-
-def test_a_student_with_experts_on_two_ranks_is_what_its_server_samples_from(
-    with_experts: tuple[Path, dict[str, str]],
-    served_models: Path,
-    urls: dict[str, str],
-    tmp_path: Path,
-) -> None:
-    inputs, there = with_experts
-    swapped = {"student": there["teacher"], "teacher": urls["teacher"]}
-    run = settings(served_models, swapped, tmp_path / "run", "train.num_steps=3")
-    run.append(f"model.student.path={inputs / 'teacher'}")
-    run.append("parallel.student.expert_model_parallel_size=2")
-    launch(2, run_training, run, "", environment=ENVIRONMENT)
-    steps = metrics(tmp_path / "run")
-    assert [step["staleness"] for step in steps] == [0] * 3
-    print([(step["loss"], step["logprob_difference_max"]) for step in steps])
-    assert max(step["logprob_difference_max"] for step in steps) < 1e-4
-
-
 def test_in_opsd_the_server_is_the_student_of_step_0(
     served_models: Path, urls: dict[str, str], tmp_path: Path
 ) -> None:
@@ -608,6 +548,66 @@ def wakings(log: Path) -> list[list[str]]:
     """What a server was told to wake, in order."""
     told = re.findall(r"wake up the engine with tags: \[(.*)\]", log.read_text())
     return [re.findall(r"\w+", parts) for parts in told]
+
+
+@pytest.fixture(scope="module")
+def with_experts(
+    served_models: Path, urls: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, dict[str, str]]]:
+    """A dense student and a teacher with experts, and their servers.
+
+    The teacher's takes new weights: the last test here that has it gives it some."""
+    inputs = tmp_path_factory.mktemp("experts")
+    make_model(inputs / "teacher", "qwen3_moe", seed=2, mlp_only_layers=[0], **SHAPE)
+    for shared in ("student", "data.jsonl"):
+        (inputs / shared).symlink_to(served_models / shared)
+    teacher, log = str(inputs / "teacher"), inputs / "teacher.log"
+    with Server(teacher, SERVER, log, api_key=SecretStr(KEY), weight_backend="file") as server:
+        yield inputs, urls | {"teacher": server.url}
+
+
+def test_experts_score_as_they_write_as_afterwards_and_as_megatron_does(
+    with_experts: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    shared = [f"loss.top_k={TOP_K}", "generation.refinement.stop=[a,b,c,d,e,f,g,h]"]
+    shared.append("parallel.teacher.expert_model_parallel_size=2")
+    written = first_step(
+        *with_experts, tmp_path / "written", *shared, "teacher.scoring=generation", ranks=2
+    )
+    later = first_step(*with_experts, tmp_path / "later", *shared, "teacher.scoring=server")
+    assert_equal_scores(written, later)
+
+
+@pytest.mark.slow
+def test_scores_of_experts_differ_from_the_full_vocabulary_by_its_tail(
+    with_experts: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    top_k = f"loss.top_k={TOP_K}"
+    served = first_step(*with_experts, tmp_path / "served", top_k, "teacher.scoring=server")
+    split = "parallel.teacher.expert_model_parallel_size=2"
+    assert_equal_steps(served, first_step(*with_experts, tmp_path / "held", top_k, split, ranks=2))
+    full = first_step(*with_experts, tmp_path / "full")
+    bound = bound_of_tail(with_experts[0], served, TOP_K)
+    print(f"{served['loss']} of {full['loss']}, bound of the difference {bound}")
+    assert 0 < full["loss"] - served["loss"] <= bound
+
+
+def test_a_student_with_experts_on_two_ranks_is_what_its_server_samples_from(
+    with_experts: tuple[Path, dict[str, str]],
+    served_models: Path,
+    urls: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    inputs, there = with_experts
+    swapped = {"student": there["teacher"], "teacher": urls["teacher"]}
+    run = settings(served_models, swapped, tmp_path / "run", "train.num_steps=3")
+    run.append(f"model.student.path={inputs / 'teacher'}")
+    run.append("parallel.student.expert_model_parallel_size=2")
+    launch(2, run_training, run, "", environment=ENVIRONMENT)
+    steps = metrics(tmp_path / "run")
+    assert [step["staleness"] for step in steps] == [0] * 3
+    print([(step["loss"], step["logprob_difference_max"]) for step in steps])
+    assert max(step["logprob_difference_max"] for step in steps) < 1e-4
 
 
 @pytest.mark.slow
