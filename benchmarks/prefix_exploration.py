@@ -84,6 +84,7 @@ from comparison.models import (  # noqa: E402
 from comparison.results import Interval, Point, read_run  # noqa: E402
 from comparison.sweep import METHODS, QUICK_LR, TUNING_SEEDS, Sweep, complete_seeds  # noqa: E402
 
+from nemo_trd.evaluate.main import main as evaluate_main  # noqa: E402
 from nemo_trd.toy import task  # noqa: E402
 from nemo_trd.toy.derivations import ORDERS  # noqa: E402
 from nemo_trd.toy.warm_start import STUDENT, TEACHER  # noqa: E402
@@ -259,8 +260,6 @@ def draw(model: Model, problems: Path, samples: int) -> None:
 
 
 def evaluate(overrides: Sequence[str]) -> None:
-    from nemo_trd.evaluate.main import main as evaluate_main
-
     if code := evaluate_main([*overrides]):
         sys.exit(code)
 

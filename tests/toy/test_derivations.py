@@ -33,6 +33,16 @@ def test_every_order_of_the_products_is_a_right_derivation_of_its_own():
             assert text.split()[-2:] == ["####", example["answer"]]
 
 
+def test_longer_problems_have_orders_too():
+    factors = task.draw_problem(random.Random(0), "train", 6)
+    order = ("p4", "r", "p", "p6", "p5", "q")
+    for text in (task.solution(factors), solution(factors, order)):
+        last = text.split()[-1]
+        assert derivation(factors, text.replace(f"#### {last}", "#### 8")) is None
+    assert derivation(factors, task.solution(factors)) == task.product_labels(6)
+    assert derivation(factors, solution(factors, order)) == order
+
+
 @pytest.mark.parametrize(
     ("text", "order"),
     [
