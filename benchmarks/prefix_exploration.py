@@ -274,23 +274,16 @@ def tests(exploration: Exploration) -> Mapping[str, Interval | None]:
     """The tests that the docstring names."""
     keeping, free = exploration.results
     level, more = f"distinct_of_right@{RIGHT}", f"distinct@{keeping.samples}"
+    among_right, among = f"among {RIGHT} right samples", f"among {keeping.samples} samples"
     named = {
-        f"order kept: derivations among {RIGHT} right samples, TRD − student": (
-            *(keeping, "student", level),
-        ),
-        f"order kept: among {keeping.samples} samples, TRD − TRD with subset=wrong": (
-            *(keeping, "trd_mixed", more),
-        ),
-        f"order kept: among {keeping.samples} samples, TRD − OPD, equal tokens": (
-            *(keeping, "opd_tokens", more),
-        ),
-        f"any order: among {RIGHT} right samples, TRD − student": (free, "student", level),
-        f"any order: among {RIGHT} right samples, TRD − TRD with subset=wrong": (
-            *(free, "trd_mixed", level),
-        ),
+        f"order kept, {among_right}: TRD − student": (keeping, "student", level),
+        f"order kept, {among}: TRD − TRD with subset=wrong": (keeping, "trd_mixed", more),
+        f"order kept, {among}: TRD − OPD, equal tokens": (keeping, "opd_tokens", more),
+        f"any order, {among_right}: TRD − student": (free, "student", level),
+        f"any order, {among_right}: TRD − TRD with subset=wrong": (free, "trd_mixed", level),
     }
     return {
-        name: difference(measured(results), other, figure)
+        f"derivations, {name}": difference(measured(results), other, figure)
         for name, (results, other, figure) in named.items()
     }
 
