@@ -118,9 +118,10 @@ class Adapter(Section):
     rank: PositiveInt  # rows of A and columns of B
     alpha: PositiveFloat  # the scale is alpha / rank, with rslora alpha / sqrt(rank)
     rslora: bool  # rank-stabilised scale (arXiv 2312.03732)
-    dropout: Annotated[float, Field(ge=0, lt=1)]  # share of A's inputs that training sets to zero
+    # Share of A's inputs that training sets to zero; 0 with targets in experts.
+    dropout: Annotated[float, Field(ge=0, lt=1)]
     # Linear layers with an A and a B, in each layer of the model: of attention q, k, v, o; of the
-    # MLP gate, up, down.
+    # MLP gate, up, down. In each expert gate and up, both or none, have an A and a B together.
     targets: Annotated[list[TargetName], Field(min_length=1)]
     # What A and B begin with. kaiming: A uniform within 1 / sqrt(its inputs), B zero. gaussian: A
     # normal with deviation 1 / rank, B zero. Else the directory of an adapter that Hugging Face

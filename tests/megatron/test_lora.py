@@ -87,7 +87,7 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {
 
 
 COEFFICIENTS = {"qwen3_moe": 0.03}  # of the load-balancing loss; its router is frozen
-WITH_FILLERS = ("tp2", "dp2 distributed", "tp2 dp2 distributed")
+WITH_FILLERS = ("tp2", "dp2 distributed", "tp2 dp2 distributed", "ep2 distributed")
 SPARSE_LAYOUTS: dict[int, dict[str, list[str]]] = {
     1: {"recomputed": ["train.recompute=full"]},
     2: {"ep2 distributed": EP2 + DISTRIBUTED, "tp2 sp ep2": TP2 + SP + EP2},

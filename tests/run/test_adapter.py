@@ -51,10 +51,10 @@ def convert(run_dir: str, model: str, out: str) -> None:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that teaches itself, and problems with solutions."""
+    """A model that teaches itself, with a dense layer and experts, and problems with solutions."""
     root = tmp_path_factory.mktemp("inputs")
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    make_model(root / "student", "qwen3", tokenizer=True, **sizes)
+    make_model(root / "student", "qwen3_moe", tokenizer=True, mlp_only_layers=[1], **sizes)
     rows = [{"question": f"{n}+1?", "answer": f"so #### {n + 1}"} for n in range(6)]
     (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
