@@ -49,38 +49,55 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Results:
-    """What came out. It is a JSON file, of which all tables and plots are made."""
+    """What came out with one kind of teacher."""
 
+    kept: float  # how often the rewrites it has learnt from keep the order of the attempt
     seeds: list[int]
-    excluded: dict[str, list[str]]  # by seed: the gates that its models missed
     samples: int  # of each problem
     chosen: dict[str, dict[str, Any]]  # by method: lr, steps, development_avg
     models: dict[str, dict[str, float | None]]  # by seed: what student and teacher can do
     sampled: list[Sampled]
-    minutes: float  # of the last start alone
-    machine: str
-
-    @classmethod
-    def read(cls, file: Path) -> Results:
-        fields = json.loads(file.read_text())
-        sampled = [
-            Sampled(*rest, tuple(Counts(n, answers, tuple(by)) for n, answers, by in problems))
-            for *rest, problems in fields.pop("sampled")
-        ]
-        return cls(**fields, sampled=sampled)
-
-    def write(self, file: Path) -> None:
-        """One line for each model."""
-        fields = {**self.__dict__}
-        lines = ",\n".join(
-            json.dumps(astuple(one), separators=(",", ":")) for one in fields.pop("sampled")
-        )
-        text = json.dumps(fields, indent=1).removesuffix("\n}")
-        file.write_text(f'{text},\n "sampled": [\n{lines}\n]\n}}\n')
 
     def of(self, name: str) -> list[Sampled]:
         """The models of this name, in the order of the seeds."""
         return [one for seed in self.seeds for one in self.sampled if _is(one, name, seed)]
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """Everything that came out. It is a JSON file, of which all tables and plots are made."""
+
+    results: list[Results]
+    excluded: dict[str, list[str]]  # by seed: the gates that its models missed, with `kept`
+    minutes: float  # of the last start alone
+    machine: str
+
+    @classmethod
+    def read(cls, file: Path) -> Exploration:
+        fields = json.loads(file.read_text())
+        return cls(results=[_results(one) for one in fields.pop("results")], **fields)
+
+    def write(self, file: Path) -> None:
+        """One line for each model that was sampled."""
+        fields = {**self.__dict__}
+        parts = []
+        for one in fields.pop("results"):
+            of_one = {**one.__dict__}
+            lines = [
+                json.dumps(astuple(model), separators=(",", ":")) for model in of_one.pop("sampled")
+            ]
+            head = json.dumps(of_one).removesuffix("}")
+            parts.append(f'{head}, "sampled": [\n' + ",\n".join(lines) + "\n]}")
+        text = json.dumps(fields, indent=1).removesuffix("\n}")
+        file.write_text(f'{text},\n "results": [\n' + ",\n".join(parts) + "\n]\n}\n")
+
+
+def _results(fields: dict[str, Any]) -> Results:
+    sampled = [
+        Sampled(*rest, tuple(Counts(n, answers, tuple(by)) for n, answers, by in problems))
+        for *rest, problems in fields.pop("sampled")
+    ]
+    return Results(**fields, sampled=sampled)
 
 
 def _is(one: Sampled, name: str, seed: int) -> bool:

@@ -9,15 +9,23 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from comparison.coverage import RIGHT, Results, figures, order_shares, up_to
+from comparison.coverage import (
+    RIGHT,
+    Exploration,
+    Results,
+    figures,
+    order_shares,
+    up_to,
+)
 from comparison.figures import markdown
 from comparison.results import Interval, holm, interval
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from nemo_trd.toy.derivations import ORDERS
 
 REFERENCE = "trd"
+FACTS = ("name", "seed", "step", "generated_tokens", "seconds")  # of `Sampled`
 TITLES = {
     "student": "student, before training",
     "teacher": "teacher",
@@ -159,54 +167,79 @@ def tests_table(tests: Mapping[str, Interval | None]) -> str:
     return markdown(lines)
 
 
-def tables(results: Results, found: Figures, tests: Mapping[str, Interval | None]) -> str:
+def tables(exploration: Exploration, tests: Mapping[str, Interval | None]) -> str:
     """All tables, a blank line between two of them."""
-    parts = [
-        levels_table(results, found),
-        differences_table(results, found),
-        tests_table(tests),
-        curve_table(results, found, "distinct", ".2f"),
-        curve_table(results, found, "pass", ".1%"),
-        curve_table(results, found, "answer", ".1%"),
-        orders_table(results),
-        models_table(results),
-        chosen_table(results),
-    ]
+    parts = [tests_table(tests)]
+    for results in exploration.results:
+        found = measured(results)
+        parts += [
+            f"**{condition_title(results)}**",
+            levels_table(results, found),
+            differences_table(results, found),
+            curve_table(results, found, "distinct", ".2f"),
+            curve_table(results, found, "pass", ".1%"),
+            curve_table(results, found, "answer", ".1%"),
+            orders_table(results),
+            models_table(results),
+            chosen_table(results),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
-def as_csv(results: Results, found: Figures) -> str:
-    """One line for each model and seed; a figure that it has not is empty."""
-    names = {figure: None for ones in found.values() for one in ones for figure in one}
-    fields = ["name", "seed", "step", "generated_tokens", "seconds", *names]
+def condition_title(results: Results) -> str:
+    usual = {1.0: "keep the order of the attempt", 0.0: "take any order"}
+    return f"Rewrites {usual.get(results.kept, f'keep the order at a rate of {results.kept:g}')}"
+
+
+def as_csv(exploration: Exploration) -> str:
+    """One line for each model, seed and kind of teacher; a figure that it has not is empty."""
+    lines = []
+    for results in exploration.results:
+        for name, ones in measured(results).items():
+            for model, its_figures in zip(results.of(name), ones, strict=True):
+                facts = {field: getattr(model, field) for field in FACTS}
+                lines.append({"kept": results.kept, **facts, **its_figures})
+    fields = {field: None for line in lines for field in line}
     text = io.StringIO()
-    writer = csv.DictWriter(text, fields, lineterminator="\n")
+    writer = csv.DictWriter(text, [*fields], lineterminator="\n")
     writer.writeheader()
-    for name, ones in found.items():
-        for model, figures_of_model in zip(results.of(name), ones, strict=True):
-            facts = {field: getattr(model, field) for field in fields[:5]}
-            writer.writerow({**facts, **figures_of_model})
+    writer.writerows(lines)
     return text.getvalue()
 
 
-def plot(results: Results, found: Figures, path: Path) -> None:
-    """Right derivations and right samples against k, and the mix of the orders."""
-    figure = Figure(figsize=(13, 9.5), layout="constrained")
+def plot(exploration: Exploration, path: Path) -> None:
+    """Right derivations and right samples against k, and the mix of the orders.
+
+    A row of panels for each kind of teacher.
+    """
+    count = len(exploration.results)
+    figure = Figure(figsize=(21, 5.2 * count + 0.8), layout="constrained")
     figure.suptitle(
         "Does trajectory refinement find more ways to solve a problem, or only solve it more often?"
-        "\nSix right derivations a problem: the orders of its products. Mean and 95 % over seeds."
+        " Six right derivations a problem: the orders of its products. Mean and 95 % over seeds."
     )
-    (top_left, top_right), (left, right) = figure.subplots(2, 2)
-    _curves(top_left, found, "distinct", up_to(results.samples), 1)
-    top_left.set(title="Different right derivations among k samples", ylabel="derivations")
-    _curves(top_right, found, "distinct_of_right", up_to(RIGHT), 1)
-    top_right.set(
-        title="... among k right samples: accuracy left out", ylabel="derivations", xlabel="k right"
-    )
-    _curves(left, found, "pass", up_to(results.samples), 100)
-    left.set(title="pass@k: a right derivation is among k samples", ylabel="percent of problems")
-    _mixes(results, right)
+    rows = figure.subfigures(count, squeeze=False)[:, 0]
+    for results, row in zip(exploration.results, rows, strict=True):
+        _row(results, row)
     figure.savefig(path)
+
+
+def _row(results: Results, row: SubFigure) -> None:
+    found = measured(results)
+    row.suptitle(f"{condition_title(results)}, in the texts that the teacher has learnt from")
+    samples, right, passed, mixes = row.subplots(1, 4)
+    _curves(samples, found, "distinct", up_to(results.samples), 1)
+    samples.set(title="Different right derivations among k samples", ylabel="derivations")
+    _curves(right, found, "distinct_of_right", up_to(RIGHT), 1)
+    right.set(
+        title="Among k right samples: accuracy left out",
+        ylabel="derivations",
+        xlabel="k right samples",
+    )
+    _curves(passed, found, "pass", up_to(results.samples), 100)
+    passed.set(title="pass@k: one right derivation at least", ylabel="percent of problems")
+    _mixes(results, mixes)
+    row.legend(handles=samples.lines, loc="outside lower center", ncols=7, fontsize=9)
 
 
 def _curves(panel: Axes, found: Figures, kind: str, ks: Sequence[int], scale: float) -> None:
@@ -225,7 +258,6 @@ def _curves(panel: Axes, found: Figures, kind: str, ks: Sequence[int], scale: fl
     panel.set_xlim(0.9 * ks[0], 1.1 * ks[-1])  # also where there is no curve
     panel.set_xlabel("k samples")
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=8)
 
 
 def _mixes(results: Results, panel: Axes) -> None:
@@ -235,8 +267,9 @@ def _mixes(results: Results, panel: Axes) -> None:
     shares = [_mean_shares(results, name) for name in names]
     for number, order in enumerate(ORDERS):
         widths = [100 * one[number] for one in shares]
-        label = "".join(order) + (", the common one" if number == 0 else "")
+        label = "".join(order) + (", common" if number == 0 else "")
         panel.barh([TITLES[name] for name in names], widths, left=left, label=label)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     panel.set(title="Which derivation the right samples use", xlabel="percent of right samples")
-    panel.legend(fontsize=8, ncols=6, loc="upper center", bbox_to_anchor=(0.4, -0.1))
+    panel.legend(fontsize=7, ncols=6, loc="upper right", handlelength=0.8, columnspacing=0.8)
+    panel.set_ylim(-0.6, len(names) + 0.1)  # room for the legend

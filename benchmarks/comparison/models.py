@@ -79,6 +79,7 @@ def make_model(
     recipe: Recipe,
     texts: Texts,
     orders: Sequence[int] = (1,),
+    kept: float = 1.0,
 ) -> None:
     """Write `directory`, unless it is there, made of the same settings.
 
@@ -86,7 +87,7 @@ def make_model(
 
     Args:
         role: student or teacher; with the seed it decides what is drawn.
-        orders: weights of the orders of products in its texts (nemo_trd/toy/derivations.py).
+        orders, kept: of its texts (nemo_trd/toy/rows.py `RowMaker`).
     """
     torch.set_num_threads(1)
     templates = warm_start.toy_templates()
@@ -95,12 +96,12 @@ def make_model(
         **{"templates": templates.model_dump(), "torch": torch.__version__},
     }
     if len(orders) > 1:
-        settings["orders"] = [*orders]
+        settings |= {"orders": [*orders], "kept": kept}
     settings = json.loads(json.dumps(settings))
     made = directory / MADE
     if made.exists() and json.loads(made.read_text())["settings"] == settings:
         return
-    rows = RowMaker(build_tokenizer(texts.labels), templates, texts.noticed, orders)
+    rows = RowMaker(build_tokenizer(texts.labels), templates, texts.noticed, orders, kept)
     started = time.monotonic()
     model, accuracy = warm_start.train(recipe, rows, seed, role)
     seconds = round(time.monotonic() - started, 1)

@@ -49,12 +49,12 @@ class RowMaker:
     solve: problem -> solution. recover: problem -> solution with slips, but nothing is learnt at
     the wrong numbers themselves. rewrite: problem and attempt -> solution. follow: problem and
     reference solution -> solution. follow_attempt: all three -> solution. A kind may end with the
-    number of products of its problems: solve@24. A row has one order of the products: a rewrite
-    keeps that of the attempt.
+    number of products of its problems: solve@24. The text of a row has one order of the products.
 
     Args:
         noticed: how often a slip is taken back.
-        orders: weights of the first orders (nemo_trd/toy/derivations.py); rows have no other.
+        orders: weights of the first orders (nemo_trd/toy/derivations.py); texts have no other.
+        kept: how often a rewrite has the order of its attempt for sure; else it is drawn anew.
     """
 
     def __init__(
@@ -63,11 +63,13 @@ class RowMaker:
         templates: RefinementTemplates,
         noticed: float = task.NOTICED,
         orders: Sequence[int] = (1,),
+        kept: float = 1.0,
     ) -> None:
         check_templates(templates)
         self.tokenizer = tokenizer
         self.noticed = noticed
         self.orders = orders
+        self.kept = kept
         self.system = templates.system
         self.templates = {
             "rewrite": templates.opd,
@@ -97,10 +99,12 @@ class RowMaker:
             text, wrong = task.slips(ordered, rng, self.noticed)
             labels = self.labels(derivations.relabelled(text, order))
             return Row(self.context("solve", problem, "", ""), labels, wrong), factors
-        solution = derivations.solution(factors, order)
         errors = rng.choices((0, 1, 2, 3), weights=(30, 30, 25, 15))[0]
         attempt = task.corrupted(ordered, rng, errors, self.noticed)
         rollout = derivations.relabelled(attempt, order)
+        if kind == "rewrite" and self.kept < 1 and rng.random() >= self.kept:
+            order = derivations.draw_order(rng, len(factors), self.orders)
+        solution = derivations.solution(factors, order)
         context = self.context(kind, problem, rollout, solution)
         return Row(context, self.labels(solution)), factors
 

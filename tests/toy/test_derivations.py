@@ -33,6 +33,16 @@ def test_every_order_of_the_products_is_a_right_derivation_of_its_own():
             assert text.split()[-2:] == ["####", example["answer"]]
 
 
+def test_longer_problems_have_orders_too():
+    factors = task.draw_problem(random.Random(0), "train", 6)
+    order = ("p4", "r", "p", "p6", "p5", "q")
+    for text in (task.solution(factors), solution(factors, order)):
+        last = text.split()[-1]
+        assert derivation(factors, text.replace(f"#### {last}", "#### 8")) is None
+    assert derivation(factors, task.solution(factors)) == task.product_labels(6)
+    assert derivation(factors, solution(factors, order)) == order
+
+
 @pytest.mark.parametrize(
     ("text", "order"),
     [
@@ -121,6 +131,18 @@ def test_rows_have_each_order_as_often_as_its_weight_and_rewrites_keep_that_of_t
         for label, a, b in products:
             assert (int(a), int(b)) == factors["pqr".index(label)]
         assert {row.labels[place - 1] for place in row.unlearnt} <= {equals}
+
+
+def test_a_rewrite_may_have_any_order(tokenizer):
+    rows = RowMaker(tokenizer, warm_start.toy_templates(), orders=(1,) * 6, kept=0.25)
+    same, whole = 0, 0
+    for row in (rows.row("rewrite", random.Random(seed)) for seed in range(1200)):
+        problem, attempt, text = texts(row, tokenizer)
+        labels = [step.split()[0] for step in attempt.split(" ; ")[:3]]
+        if sorted(labels) == ["p", "q", "r"]:
+            whole += 1
+            same += derivation(task.read_problem(problem), text) == tuple(labels)
+    assert same / whole == pytest.approx(0.25 + 0.75 / 6, abs=0.05)
 
 
 def test_one_order_alone_gives_the_rows_of_the_task_itself(tokenizer):
