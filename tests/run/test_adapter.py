@@ -47,7 +47,7 @@ def convert(run_dir: str, model: str, out: str) -> None:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that teaches itself, with one dense layer and experts, and problems with solutions."""
+    """A model with experts that teaches itself, and problems with solutions."""
     root = tmp_path_factory.mktemp("inputs")
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
     make_model(root / "student", "qwen3_moe", tokenizer=True, mlp_only_layers=[1], **sizes)
