@@ -37,14 +37,14 @@ def table(rows: Sequence[Mapping[str, Any]], k: int) -> str:
             [
                 row["title"],
                 f"{row['lr']:g}",
-                *(_percent(row[name]) for name in ("equal_steps", "equal_tokens", "passed")),
+                *(percent(row[name]) for name in ("equal_steps", "equal_tokens", "passed")),
                 f"{row['tokens'] / 1000:.0f}k",
                 f"{row['seconds']:.0f}",
-                _difference(row["trd_minus_equal_steps"]),
-                _difference(row["trd_minus_equal_tokens"]),
+                difference(row["trd_minus_equal_steps"]),
+                difference(row["trd_minus_equal_tokens"]),
             ]
         )
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def models_table(models: Mapping[int, Mapping[str, float | None]]) -> str:
@@ -55,19 +55,19 @@ def models_table(models: Mapping[int, Mapping[str, float | None]]) -> str:
         [str(seed), *("" if value is None else f"{value:.3g}" for value in figures.values())]
         for seed, figures in models.items()
     ]
-    return _markdown(lines)
+    return markdown(lines)
 
 
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
+def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _percent(found: Interval) -> str:
+def percent(found: Interval) -> str:
     width = "" if found.half_width is None else f" ± {100 * found.half_width:.1f}"
     return f"{100 * found.mean:.1f}{width}"
 
 
-def _difference(found: Interval | None) -> str:
+def difference(found: Interval | None) -> str:
     if found is None:
         return ""
     width = "" if found.half_width is None else f" ± {100 * found.half_width:.1f}"

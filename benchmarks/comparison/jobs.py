@@ -186,6 +186,8 @@ def in_process(work: Callable[..., None], arguments: Sequence[Any], log: Path) -
     os.environ["OMP_NUM_THREADS"] = "1"  # before the process that is forked imports PyTorch
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*_IMPORTED])
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("")
     process = context.Process(target=_logged, args=(work, arguments, str(log)))
     process.start()
     process.join()
@@ -211,15 +213,17 @@ def at_once(work: Callable[[Item], Result], items: Sequence[Item], what: str) ->
             raise
 
 
-def tune(methods: Methods, conditions: Mapping[str, Condition]) -> dict[str, Chosen]:
+def tune(
+    methods: Methods, conditions: Mapping[str, Condition], seeds: Sequence[int] = TUNING_SEEDS
+) -> dict[str, Chosen]:
     """Learning rate and steps that are best on the development problems, by condition and method.
 
-    All learning rates on the first seed, then the two best of each method on the second.
+    All learning rates on the first of two seeds, then the two best of each method on the second.
     """
     which = [(condition, method) for condition in conditions for method in methods]
     found: dict[tuple[str, str], dict[tuple[float, int], list[float]]] = {w: {} for w in which}
     rates = {w: list(LEARNING_RATES) for w in which}
-    for seed in TUNING_SEEDS:
+    for seed in seeds:
         tried = [
             (condition, method, lr)
             for condition, method in which
@@ -240,7 +244,7 @@ def tune(methods: Methods, conditions: Mapping[str, Condition]) -> dict[str, Cho
             rates[w] = sorted(lrs, key=best.__getitem__, reverse=True)[:2]
     chosen: dict[str, Chosen] = {condition: {} for condition in conditions}
     for (condition, method), settings in found.items():
-        both = {s: fmean(v) for s, v in settings.items() if len(v) == len(TUNING_SEEDS)}
+        both = {s: fmean(v) for s, v in settings.items() if len(v) == len(seeds)}
         lr, steps = max(both, key=both.__getitem__)
         average = round(both[lr, steps], 4)
         chosen[condition][method] = {"lr": lr, "steps": steps, "development_avg": average}

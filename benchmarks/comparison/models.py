@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,13 +72,21 @@ def untrained(recipe: Recipe) -> Recipe:
     return replace(recipe, max_steps=2, gates={}, held_out=2, check_interval=1, before=before)
 
 
-def make_model(directory: Path, role: str, seed: int, recipe: Recipe, texts: Texts) -> None:
+def make_model(
+    directory: Path,
+    role: str,
+    seed: int,
+    recipe: Recipe,
+    texts: Texts,
+    orders: Sequence[int] = (1,),
+) -> None:
     """Write `directory`, unless it is there, made of the same settings.
 
     A model that does not pass its gates is kept too: `missed` says so.
 
     Args:
         role: student or teacher; with the seed it decides what is drawn.
+        orders: weights of the orders of products in its texts (nemo_trd/toy/derivations.py).
     """
     torch.set_num_threads(1)
     templates = warm_start.toy_templates()
@@ -85,11 +94,13 @@ def make_model(directory: Path, role: str, seed: int, recipe: Recipe, texts: Tex
         **{"role": role, "seed": seed, "recipe": asdict(recipe), "texts": asdict(texts)},
         **{"templates": templates.model_dump(), "torch": torch.__version__},
     }
+    if len(orders) > 1:
+        settings["orders"] = [*orders]
     settings = json.loads(json.dumps(settings))
     made = directory / MADE
     if made.exists() and json.loads(made.read_text())["settings"] == settings:
         return
-    rows = RowMaker(build_tokenizer(texts.labels), templates, texts.noticed)
+    rows = RowMaker(build_tokenizer(texts.labels), templates, texts.noticed, orders)
     started = time.monotonic()
     model, accuracy = warm_start.train(recipe, rows, seed, role)
     seconds = round(time.monotonic() - started, 1)

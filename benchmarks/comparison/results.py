@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
@@ -80,7 +80,10 @@ def read_models(models: Path, run_dir: Path) -> dict[str, float | None]:
     counts = {name: sum(line[name] for line in lines) for name in VERDICTS}
     found = PrefixFailure.model_validate_json((run_dir / PREFIX_FAILURE).read_text())
     parts = {
-        (group.source, part): {name: one.mean for name, one in figures.means.items()}
+        (group.source, part): {
+            **{name: one.mean for name, one in figures.means.items()},
+            "length": figures.tokens / figures.trajectories if figures.trajectories else None,
+        }
         for group in found.groups
         if (group.teacher_context, group.verdict) == ("prompt", "wrong")
         for part, figures in group.parts.items()
@@ -100,6 +103,7 @@ def read_models(models: Path, run_dir: Path) -> dict[str, float | None]:
         "spoiled": counts["right_to_wrong"] / right if right else None,
         "entropy_before_error": before.get("teacher_entropy"),
         "entropy_after_error": after.get("teacher_entropy"),
+        "tokens_after_error": after.get("length"),
         "entropy_of_rewrite": rewrite.get("teacher_entropy"),
         "turns_back": after.get("turn_back"),
         "two_peaked": after.get("two_peaked"),
@@ -145,10 +149,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def as_csv(points: Sequence[Point]) -> str:
-    """One line for each point."""
+def as_csv(points: Sequence[Point], more: Sequence[Mapping[str, object]] = ()) -> str:
+    """One line for each point. more: further columns, a mapping for each point."""
+    lines = [
+        {**further, **asdict(p)}
+        for further, p in zip(more or [{}] * len(points), points, strict=True)
+    ]
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*asdict(points[0])], lineterminator="\n")
+    writer = csv.DictWriter(text, [*lines[0]], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(point) for point in points)
+    writer.writerows(lines)
     return text.getvalue()

@@ -142,6 +142,13 @@ class TRD:
                 "Bridge's recipe says what of its model is trained",
                 "set it to null",
             )
+        if config.student.moe_aux_loss_coeff:
+            raise rule_broken(
+                "student.moe_aux_loss_coeff",
+                config.student.moe_aux_loss_coeff,
+                "Bridge's recipe says how its routers are balanced",
+                "set it to 0",
+            )
         if config.teacher.ema is not None:
             raise rule_broken(
                 "teacher.ema",

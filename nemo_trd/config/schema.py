@@ -133,6 +133,12 @@ class Student(Section):
     """What of the student is trained."""
 
     adapter: Adapter | None = None  # null: all parameters are trained
+    # Of a student with experts. What the load-balancing loss of each sparse layer is multiplied by
+    # before it is added to what is minimised (not to the `loss` that is reported): the mean over
+    # trajectories of how unevenly each one's tokens go to experts, 1 where they go evenly
+    # (Megatron's seq_aux_loss). 0: there is none. With an adapter, which leaves routers as they
+    # are, it trains the attention before them.
+    moe_aux_loss_coeff: NonNegativeFloat = 0.0
 
 
 class Layout(Section):
@@ -769,7 +775,11 @@ class Config(Section):
             settings["teacher"] = set_ones
         if self.refinement.chat_template_kwargs is None:  # as before there was this setting
             del settings["refinement"]["chat_template_kwargs"]
-        if self.student.adapter is None:  # likewise
+        if not self.student.moe_aux_loss_coeff:  # likewise
+            del settings["student"]["moe_aux_loss_coeff"]
+        if self.student.adapter is None:
+            del settings["student"]["adapter"]
+        if not settings["student"]:
             del settings["student"]
         if self.loss.entry_clip is None:
             del settings["loss"]["entry_clip"]

@@ -380,10 +380,13 @@ def _is_real(token_id: int, vocab_size: int | None) -> bool:
     return vocab_size is None or token_id < vocab_size
 
 
-def version_number(label: str) -> int | None:
-    """The number in a label that we gave to weights; None for a foreign label."""
+def version_number(label: str, initial: int | None) -> int | None:
+    """The number in a label that we gave to weights; None for a foreign label.
+
+    `initial` is that of the weights that a server has loaded at its start.
+    """
     if label == INITIAL_WEIGHTS:
-        return 0
+        return initial
     return int(label) if label.isdecimal() else None
 
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr
@@ -55,10 +55,12 @@ class VllmGenerator:
     """Samples on the servers at `urls`, which serve one model. Implements `Generator`.
 
     `sync` brings new weights to the servers; without it they keep those they have loaded
-    themselves, version 0. `served_model` is the name of an adapter on them; `frozen`
-    says that they are given such an adapter by somebody else, and asked for their base. With
-    `logprobs`, completions carry those of their tokens, and with `wanted` scores. Servers with
-    `drafts` take no biases. `decode` is needed where `Sampling.stop` is used.
+    themselves. These are version `initial_version`; None where the model never had them, so that a
+    server which starts again gets no work before `sync` has reached it. `served_model` is the name
+    of an adapter on them; `frozen` says that they are given such an adapter by somebody else, and
+    asked for their base. With `logprobs`, completions carry those of their tokens, and with
+    `wanted` scores. Servers with `drafts` take no biases. `decode` is needed where `Sampling.stop`
+    is used.
 
     A request is idempotent, by its seed: one that fails goes to another replica. A replica that
     fails is asked again when it is healthy, unpaused and has the current weights.
@@ -72,6 +74,7 @@ class VllmGenerator:
         *,
         api_key: SecretStr | None = None,
         sync: WeightSync | None = None,
+        initial_version: int | None = 0,
         served_model: str | None = None,
         frozen: bool = False,
         logprobs: bool = False,
@@ -90,6 +93,7 @@ class VllmGenerator:
         self._settings = settings
         self._api_key = api_key
         self._sync = sync
+        self._number = partial(version_number, initial=initial_version)
         self._frozen = frozen
         self._model = {} if served_model is None else {"model": served_model}
         self._logprobs = logprobs
@@ -223,7 +227,7 @@ class VllmGenerator:
         if scores is not None:  # none is known of an end that takes the place of the sampled one
             scores = scores.first(count) if labels == ids[:count] else None
         kept = None if logprobs is None else logprobs[:count]
-        spans = [(version_number(label), start) for label, start in sampled.versions]
+        spans = [(self._number(label), start) for label, start in sampled.versions]
         spans = [] if self._frozen else spans  # of what is not asked for
         versions = tuple((n, start) for n, start in spans if n is not None and start < count)
         several = versions if len(versions) > 1 else ()
@@ -303,10 +307,11 @@ class VllmGenerator:
         """
         url = member.url
         label = await self._version_label(connection, url)
-        if self._sync is not None and version_number(label) != self.weight_version:
+        if self._sync is not None and self._number(label) != self.weight_version:
             await asyncio.to_thread(self._sync.update_replica, url)
             label = await self._version_label(connection, url)
-        if self._settings.stale_weights != "keep" and not self._frozen:
+        kept = self._settings.stale_weights == "keep" and self._number(label) is not None
+        if not kept and not self._frozen:
             self._check_version((label,), url)
         if field_of(await connection.call("GET", url, "/is_paused"), "is_paused", url):
             raise AttemptFailed(url, "it is paused")
@@ -337,7 +342,7 @@ class VllmGenerator:
                 raise RuntimeError(
                     f"{stale} (generation.vllm.client.stale_weights=error)"
                 ) from None
-        versions = [version_number(label) for label in labels]
+        versions = [self._number(label) for label in labels]
         known = [version for version in versions if version is not None]
         if len(known) < len(versions):
             raise AttemptFailed(url, f"its weights {labels} are none of ours")
@@ -348,7 +353,7 @@ class VllmGenerator:
         return min(known)
 
     def _check_version(self, labels: tuple[str, ...], url: str) -> None:
-        if any(version_number(label) != self.weight_version for label in labels):
+        if any(self._number(label) != self.weight_version for label in labels):
             raise StaleWeights(
                 url, f"its weights are {', '.join(labels)}, current is {self.weight_version}"
             )

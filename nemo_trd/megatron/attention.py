@@ -21,6 +21,7 @@ from torch import Tensor
 from nemo_trd.data.types import ContextBatch
 from nemo_trd.distributed.process import device, to_device
 from nemo_trd.megatron.context_parallel import GatherTokens, places_of_rank
+from nemo_trd.megatron.load_balancing import PackBalance
 
 # Products of a query's and a key's element that take as long as one more call of attention, forward
 # and backward (measured on a CPU with benchmarks/packing.py).
@@ -37,7 +38,17 @@ class Attend(Protocol):
 
 
 @dataclass
-class Segments(PackedSeqParams):
+class Pack(PackedSeqParams):
+    """What all layers get with the tokens of a pack.
+
+    balance: what routers need of it where they balance the load of experts.
+    """
+
+    balance: PackBalance | None = None
+
+
+@dataclass
+class Segments(Pack):
     """The segments of a pack as the local layers take them: [t, 1, ...], one sequence to Megatron.
 
     Told of packed sequences, megatron-core would read the borders back from the device in every
@@ -59,9 +70,7 @@ class Segments(PackedSeqParams):
         return self._rotation
 
 
-def segments(
-    batch: ContextBatch, config: TransformerConfig, cp: dist.ProcessGroup
-) -> PackedSeqParams:
+def segments(batch: ContextBatch, config: TransformerConfig, cp: dist.ProcessGroup) -> Pack:
     """Say to the layers of a model with these settings where the sequences of a pack begin.
 
     Args:
@@ -80,7 +89,7 @@ def segments(
         position_ids = to_device(batch.position_ids[0])
         return Segments(qkv_format="sbhd", position_ids=position_ids, attend=attend)
     longest, borders = max(batch.lengths), to_device(batch.cu_seqlens)
-    return PackedSeqParams(
+    return Pack(
         qkv_format="thd",
         cu_seqlens_q=borders,
         cu_seqlens_kv=borders,

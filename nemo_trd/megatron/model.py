@@ -35,6 +35,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nemo_trd.config.schema import Layout, Precision
 from nemo_trd.megatron.attention import SegmentAttention
+from nemo_trd.megatron.load_balancing import BalancedRouter, give_packs_to_routers
 from nemo_trd.models.directory import check_model_type
 from nemo_trd.models.dtypes import torch_dtype
 from nemo_trd.models.family import (
@@ -125,8 +126,8 @@ def transformer_config(
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=F.silu,
-        add_bias_linear=has_biases(hf),
-        add_qkv_bias=family.qkv_bias,
+        add_bias_linear=has_biases(hf, "mlp_bias"),  # of attention too: see `_layer_spec`
+        add_qkv_bias=family.qkv_bias or has_biases(hf, "attention_bias"),
         qk_layernorm=family.qk_norm,
         # Queries and keys have the factor each, so scores have its square.
         softmax_scale=None if factor == 1.0 else factor**2 / math.sqrt(head_dim(hf)),
@@ -276,7 +277,13 @@ def build_model(
     for vp_stage in range(virtual or 1):
         model = HiddenStatesModel(
             config,
-            _layer_spec(config, frequencies, vp_stage if virtual else None, stage),
+            _layer_spec(
+                config,
+                frequencies,
+                vp_stage if virtual else None,
+                stage,
+                attention_bias=has_biases(hf, "attention_bias"),
+            ),
             vocab_size=padded_vocab_size(hf.vocab_size, layout.tensor_model_parallel_size),
             max_sequence_length=hf.max_position_embeddings,
             pre_process=stage == 0 and vp_stage == 0,
@@ -290,6 +297,7 @@ def build_model(
         if not is_local:
             model.rotary_pos_emb.inv_freq = frequencies
         mark_experts(model)
+        give_packs_to_routers(model)
         models.append(model)
     return models
 
@@ -310,9 +318,18 @@ def mark_experts(model: HiddenStatesModel) -> None:
 
 
 def _layer_spec(
-    config: TransformerConfig, frequencies: torch.Tensor, vp_stage: int | None, stage: int
+    config: TransformerConfig,
+    frequencies: torch.Tensor,
+    vp_stage: int | None,
+    stage: int,
+    *,
+    attention_bias: bool,
 ) -> TransformerBlockSubmodules:
-    """The layers of one stage, dense or sparse, and the norm behind the last."""
+    """The layers of one stage, dense or sparse, and the norm behind the last.
+
+    megatron-core gives attention's output projection a bias where the MLP has one, and then those
+    of queries, keys and values too.
+    """
     fused = config.transformer_impl == "transformer_engine"
     first = get_transformer_layer_offset(config, vp_stage, stage)
     some = config.moe_layer_freq  # which layers are sparse, or 1: each of them
@@ -322,16 +339,33 @@ def _layer_spec(
         _fused_layer(config, bool(kind)) if fused else _local_layer(config, frequencies, bool(kind))
         for kind in kinds
     ]
+    for spec in specs:
+        attention = spec.submodules.self_attention.submodules
+        if attention_bias != config.add_bias_linear:
+            attention.linear_proj = _with_bias(attention.linear_proj, attention_bias)
+        if config.add_bias_linear and not config.add_qkv_bias:
+            attention.linear_qkv = _with_bias(attention.linear_qkv, False)
     return TransformerBlockSubmodules(
         layer_specs=specs, layer_norm=LayerNormImpl if fused else RMSNorm
     )
 
 
+def _with_bias(linear: type[torch.nn.Module], bias: bool) -> type[torch.nn.Module]:
+    """A linear layer that has a bias or none, whatever it is asked for."""
+
+    class Linear(linear):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs | {"bias": bias})
+
+    return Linear
+
+
 def _fused_layer(config: TransformerConfig, sparse: bool) -> ModuleSpec:
     experts = config.num_moe_experts if sparse else None
-    return get_gpt_layer_with_transformer_engine_spec(
+    layer = get_gpt_layer_with_transformer_engine_spec(
         num_experts=experts, moe_grouped_gemm=sparse, qk_layernorm=config.qk_layernorm
     )
+    return _with_balanced_router(layer) if sparse else layer
 
 
 def _local_layer(config: TransformerConfig, frequencies: torch.Tensor, sparse: bool) -> ModuleSpec:
@@ -347,6 +381,14 @@ def _local_layer(config: TransformerConfig, frequencies: torch.Tensor, sparse: b
     )
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return _with_balanced_router(layer) if sparse else layer
+
+
+def _with_balanced_router(layer: ModuleSpec) -> ModuleSpec:
+    """The same sparse layer. megatron-core 0.16 has a spec of its experts, 0.19 a partial call."""
+    mlp = layer.submodules.mlp
+    parts = mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]
+    parts.router = BalancedRouter
     return layer
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from nemo_trd.data.types import ContextBatch
 from nemo_trd.distributed.process import to_device
 from nemo_trd.megatron.attention import segments
+from nemo_trd.megatron.load_balancing import PackBalance
 
 ForwardStep = Callable[..., tuple[Tensor, Callable[..., Any]]]
 
@@ -96,18 +97,23 @@ def is_last_stage(groups: ProcessGroupCollection) -> bool:
     return groups.pp.rank() == groups.pp.size() - 1
 
 
-def run_model(model: torch.nn.Module, batch: ContextBatch) -> Tensor:
+def run_model(
+    model: torch.nn.Module, batch: ContextBatch, balance: PackBalance | None = None
+) -> Tensor:
     """Hidden states [t, 1, h] of one micro-batch, or the input of the next stage.
 
     Args:
         batch: the part of a pack that this rank computes.
+        balance: for a load-balancing loss; None: there is none.
     """
     groups = get_attr_wrapped_model(model, "pg_collection")
+    pack = segments(batch, model.config, groups.cp)
+    pack.balance = balance
     return model(
         input_ids=to_device(batch.tokens),
         position_ids=to_device(batch.position_ids),
         attention_mask=None,
-        packed_seq_params=segments(batch, model.config, groups.cp),
+        packed_seq_params=pack,
     )
 
 

@@ -26,6 +26,7 @@ from nemo_trd.megatron import finite, lora
 from nemo_trd.megatron.context_parallel import at_all_labels, own_part
 from nemo_trd.megatron.hf_weights import export_hf_weights, load_hf_weights
 from nemo_trd.megatron.learning_rate import scheduler
+from nemo_trd.megatron.load_balancing import LoadBalancing
 from nemo_trd.megatron.loss_head import LossHead
 from nemo_trd.megatron.model import build_model, load_hf_config
 from nemo_trd.megatron.moving_average import MovingAverage
@@ -140,6 +141,8 @@ class Student:
     ) -> StepResult:
         """Minimise the divergence along the labels: sum over tokens / their global number.
 
+        And beside it, with `student.moe_aux_loss_coeff`, the load-balancing loss of its experts.
+
         Args:
             plan: what `pack` returned.
             teacher_states: the teacher's hidden states [n, h], or its top k, at this rank's labels
@@ -216,10 +219,12 @@ class Student:
         forward_only: bool,
     ) -> StepResult:
         own = self._own(plan)
+        balancing = self._load_balancing(plan)
+        balances = [balancing and balancing.of(micro_batch) for micro_batch in own]
         reports = run_schedule(  # in here nothing is read back from the device
             self.chunks,
             self._forward_step(self._divergence),
-            list(zip(own, teacher_states, strict=True)),
+            list(zip(own, teacher_states, balances, strict=True)),
             [micro_batch.student for micro_batch in own],
             self.groups,
             forward_only=forward_only,
@@ -231,7 +236,8 @@ class Student:
         shares = micro_batches.real_token_share(plan)
         if self._config.scores_on_servers:
             del shares["teacher_real_token_share"]  # servers pack in ways of their own
-        return replace(result, metrics=result.metrics | shares)
+        balance = {} if balancing is None else balancing.read()
+        return replace(result, metrics=result.metrics | shares | balance)
 
     @torch.no_grad()
     def teacher_top_k(
@@ -270,7 +276,7 @@ class Student:
         reports = run_schedule(
             self.chunks,
             self._forward_step(self._nll),
-            [(micro_batch, None) for micro_batch in own],
+            [(micro_batch, None, None) for micro_batch in own],
             [micro_batch.student for micro_batch in own],
             self.groups,
             forward_only=True,
@@ -344,10 +350,16 @@ class Student:
             own_part(micro_batch, self.groups.cp) for micro_batch in plan[self.groups.dp.rank()]
         ]
 
+    def _load_balancing(self, plan: Sequence[Sequence[Microbatch]]) -> LoadBalancing | None:
+        coefficient = self._config.student.moe_aux_loss_coeff
+        if not coefficient:
+            return None
+        return LoadBalancing(coefficient, plan, self.models[0].config, self.groups)
+
     def _forward_step(self, loss: Any) -> Any:
         def forward_step(iterator, model):  # noqa: ANN001, ANN202  (megatron's signature)
-            micro_batch, teacher_states = next(iterator)
-            hidden = run_model(model, micro_batch.student)
+            micro_batch, teacher_states, balance = next(iterator)
+            hidden = run_model(model, micro_batch.student, balance)
             return hidden, partial(loss, micro_batch, teacher_states)
 
         return forward_step

@@ -28,6 +28,12 @@ SINGLE_NAME = "model.safetensors"
 ADAPTER_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 COPY_AGAIN = "copy the directory again, whole"
+UNBUILT = {  # by the key of config.json that tells of it
+    "kv_lora_rank": "multi-head latent attention",
+    "sliding_window": "attention within a sliding window",
+    "n_shared_experts": "shared experts",
+    "shared_expert_intermediate_size": "shared experts",
+}
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,12 @@ def read_json(file: Path, field: str) -> dict[str, Any]:
     return content
 
 
+def _what_lacks(settings: dict[str, Any]) -> str:
+    """The parts of an unknown architecture, as its config.json tells, that are not built."""
+    parts = ", ".join(f"{part} ({key})" for key, part in UNBUILT.items() if settings.get(key))
+    return f"; not built is {parts}" if parts else ""
+
+
 def check_model_type(directory: Path, field: str) -> None:
     """Refuse directories that are missing or of an architecture that is not built.
 
@@ -100,7 +112,7 @@ def check_model_type(directory: Path, field: str) -> None:
         raise rule_broken(
             f"{field} ({config_file}: model_type)",
             model_type,
-            f"supported are {', '.join(FAMILIES)}",
+            f"supported are {', '.join(FAMILIES)}{_what_lacks(settings)}",
             "choose a model of one of these architectures",
         )
     quantization = settings.get("quantization_config")

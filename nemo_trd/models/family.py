@@ -49,7 +49,8 @@ class Family:
 
     architecture: str  # class of transformers with the output layer
     qkv_bias: bool = False  # of the query, key and value projections
-    optional_biases: bool = False  # of all linear layers: attention_bias and mlp_bias, both or none
+    # Keys of config.json that give the linear layers of attention or of the MLP a bias.
+    optional_biases: tuple[str, ...] = ()
     qk_norm: bool = False  # RMSNorm over each head of queries and keys
     sparse: bool = False  # layers with a router and experts, of which config.json tells
     # transformers takes as many key-value heads as query heads where config.json tells of none.
@@ -122,7 +123,11 @@ class Family:
 
 
 FAMILIES = {  # by model_type of config.json
-    "llama": Family("LlamaForCausalLM", key_value_heads_optional=True, optional_biases=True),
+    "llama": Family(
+        "LlamaForCausalLM",
+        key_value_heads_optional=True,
+        optional_biases=("attention_bias", "mlp_bias"),
+    ),
     "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
     "qwen3": Family("Qwen3ForCausalLM", qk_norm=True),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", qk_norm=True, sparse=True),
@@ -134,9 +139,13 @@ def family_of(hf: Any) -> Family:
     return FAMILIES[hf.model_type]
 
 
-def has_biases(hf: Any) -> bool:
-    """Whether all linear layers of a model have a bias, of which config.json tells."""
-    return family_of(hf).optional_biases and bool(getattr(hf, "attention_bias", False))
+def has_biases(hf: Any, key: str) -> bool:
+    """Whether linear layers have biases because config.json says so under `key`.
+
+    Args:
+        key: "attention_bias" or "mlp_bias".
+    """
+    return key in family_of(hf).optional_biases and bool(getattr(hf, key, False))
 
 
 @dataclass(frozen=True)
@@ -267,7 +276,7 @@ def _attention_tensors(hf: Any, family: Family) -> dict[str, WeightTensor]:
     if family.qk_norm:
         norms |= {names.query_norm: head, names.key_norm: head}
     tensors = {f"{name}.weight": WeightTensor((size,)) for name, size in norms.items()}
-    biased = has_biases(hf)
+    biased = has_biases(hf, "attention_bias")
     for name, rows in ((names.query, queries), (names.key, keys), (names.value, keys)):
         tensors[f"{name}.weight"] = WeightTensor((rows, hidden), 0)
         if family.qkv_bias or biased:
@@ -286,7 +295,7 @@ def _dense_tensors(hf: Any, family: Family) -> dict[str, WeightTensor]:
         f"{names.up}.weight": WeightTensor((ffn, hidden), 0),
         f"{names.down}.weight": WeightTensor((hidden, ffn), 1),
     }
-    if has_biases(hf):
+    if has_biases(hf, "mlp_bias"):
         tensors |= {f"{name}.bias": WeightTensor((ffn,), 0) for name in (names.gate, names.up)}
         tensors[f"{names.down}.bias"] = WeightTensor((hidden,))
     return tensors

@@ -43,14 +43,11 @@ def check_supported(hf: Any) -> None:
         f"of model_type {hf.model_type} {family.architecture} is supported",
     )
     require("hidden_act", hf.hidden_act, hf.hidden_act == "silu", "silu is supported")
-    keys = ("attention_bias", "mlp_bias")
-    biases = {key: bool(getattr(hf, key, False)) for key in keys}
-    if not (family.optional_biases and all(biases.values())):
-        some = " and ".join(name for name, known in FAMILIES.items() if known.optional_biases)
-        for key, value in biases.items():
-            require(
-                key, value, not value, f"supported are {' and '.join(keys)} together, of {some}"
-            )
+    for key in ("attention_bias", "mlp_bias"):
+        value = bool(getattr(hf, key, False))
+        some = [name for name, known in FAMILIES.items() if key in known.optional_biases]
+        holds = not value or key in family.optional_biases
+        require(key, value, holds, f"it is supported of {', '.join(some)}")
     window = getattr(hf, "sliding_window", None)
     layer_types = set(getattr(hf, "layer_types", None) or [])
     windowed = getattr(hf, "use_sliding_window", False) and window is not None
@@ -85,6 +82,8 @@ def _check_experts(hf: Any, require: Callable[[str, object, bool, str], None]) -
     require(
         "shared_expert_intermediate_size", shared, not shared, "shared experts are not supported"
     )
+    step = getattr(hf, "decoder_sparse_step", None)
+    require("decoder_sparse_step", step, step != 0, "every N-th layer has experts, N is 1 or more")
     sparse = hf.num_hidden_layers - dense_layers(hf)
     where = {key: getattr(hf, key, None) for key in ("mlp_only_layers", "decoder_sparse_step")}
     require(", ".join(where), where, sparse > 0, "at least one layer must have experts")
@@ -213,6 +212,22 @@ def check_expert_adapter(hf: Any, adapter: Adapter, layout: Layout) -> None:
             "with an adapter on experts it must divide hidden_size of the model, "
             f"{hf.hidden_size}: ranks share out the adapter's matrices, too",
             f"use a divisor of {hf.hidden_size}",
+        )
+
+
+def check_load_balancing(hf: Any, coefficient: float) -> None:
+    """Refuse a load-balancing loss of a student without experts.
+
+    Raises:
+        ConfigError
+    """
+    if coefficient and experts_of(hf) is None:
+        raise rule_broken(
+            "student.moe_aux_loss_coeff",
+            coefficient,
+            f"it balances the load of experts, and a student of model_type {hf.model_type} has "
+            "none",
+            "set it to 0",
         )
 
 

@@ -30,10 +30,11 @@ def layer_activation_bytes(
 
     With gated=False, dropout=True, fused_attention=False, equal numbers of heads and a MLP of
     4 h this is Korthikanti et al.'s s b h (34 + 5 a s / h), their equation 2, and with tensor and
-    sequence parallelism equation 4. "selective" drops what grows with the square of the length,
-    "full" all but the layer's input; fused attention never stores scores. Context parallel ranks
-    divide the tokens. A layer with experts keeps of each token what its experts get and compute;
-    every rank is taken to get as many tokens as it sends.
+    sequence parallelism equation 4, but for the norms' statistics. "selective" drops what grows
+    with the square of the length, "full" all but the layer's input. Fused attention never stores
+    scores: then "selective" saves next to nothing, and what it keeps of V is a view of Q, K and V.
+    Context parallel ranks divide the tokens. A layer with experts keeps of each token what its
+    experts get and compute; every rank is taken to get as many tokens as it sends.
 
     Args:
         tokens: number of tokens of the micro-batch, s b.
@@ -49,14 +50,16 @@ def layer_activation_bytes(
         return tokens * hidden * element // outside
     heads, head = hf.num_attention_heads, head_dim(hf)
     queries, keys = heads * head, hf.num_key_value_heads * head
-    # Inputs of both norms, of QKV and of the MLP; where there is dropout, its two masks.
-    replicated = 4 * hidden * element + (2 * hidden if dropout else 0)
+    # Inputs of both norms, of QKV and of the MLP; norms' statistics; the masks of two dropouts.
+    replicated = 4 * hidden * element + 2 * 4 + (2 * hidden if dropout else 0)
     split = (queries + 2 * keys) * element  # Q, K, V
     split += queries * element  # the output projection's input
     if family_of(hf).qk_norm:
         split += (queries + keys) * element  # inputs of the norms of Q and K
+        split += 4 * (heads + hf.num_key_value_heads)  # their statistics
     if fused_attention:
-        split += 4 * heads  # log-sum-exp of the scores
+        # Log-sum-exp of the scores, or Q and K before their rotation, behind the view.
+        split += (queries + keys) * element if recompute == "selective" else 4 * heads
     elif recompute == "none":
         scores = heads * length
         split += scores * element + (scores * (element + 1) if dropout else 0)
@@ -96,15 +99,19 @@ def adapter_activation_bytes(
 
 
 def _routed(hf: Any, layout: Layout, element: int) -> int:
-    """Bytes of a token in its experts: what they get, gate, up, their product; the router's scores.
+    """Bytes of a token in its experts: what they get, gate, up, their product; the router's.
 
     Ranks that split an expert all get its tokens, and compute a part of its width.
     """
     experts = experts_of(hf)
     assert experts is not None
-    gathered = layout.expert_tensor_parallel_size
-    scores = 2 * 4 * experts.count  # logits and probabilities, fp32
-    return experts.per_token * (gathered * hf.hidden_size + 3 * experts.width) * element + scores
+    chosen, gathered = experts.per_token, layout.expert_tensor_parallel_size
+    in_experts = (gathered * hf.hidden_size + 3 * experts.width) * element + 4 * gathered
+    softmax = 4 * (chosen if experts.normalized else experts.count)
+    # Which are chosen is told three times, once by a number for every expert (megatron-core 0.19;
+    # 0.16 keeps 5 bytes there).
+    router = softmax + 8 * experts.count + 16 * chosen
+    return chosen * in_experts + router
 
 
 def working_set_bytes(hf: Any, tokens: int, layout: Layout, element: int) -> int:

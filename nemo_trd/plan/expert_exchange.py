@@ -21,8 +21,7 @@ class ExpertExchange:
 def expert_exchanges(config: Config, student: Any, teacher: Any) -> dict[str, ExpertExchange]:
     """Exchange of expert parallel ranks by role, at mean lengths and peak bandwidth.
 
-    Each token goes to its experts' ranks and its results come back, in bf16, in a forward pass and
-    likewise in a backward pass. Experts are taken to be drawn alike: of EP ranks one is its own.
+    Experts are taken to be drawn alike. See `sent_bytes`.
     """
     mean, answer = config.cluster.assumptions.mean_length, longest_answer(config)
     lengths = [mean * (context + answer) for _, context in longest_contexts(config)]
@@ -42,8 +41,23 @@ def _exchange(config: Config, layout: Layout, hf: Any, tokens: float) -> ExpertE
     world, assumptions = config.cluster.world_size, config.cluster.assumptions
     one_node = ep * etp <= config.cluster.gpus_per_node
     bandwidth = (assumptions.nvlink_gb if one_node else assumptions.network_gb) * 1e9
-    copies = experts.per_token * ((ep - 1) / ep + etp - 1)  # of a token that go to other ranks
-    sparse = hf.num_hidden_layers - dense_layers(hf)
-    of_a_token = sparse * copies * hf.hidden_size * 2 * 2  # there and back, bf16
-    moved = config.train.trajectories_per_step * tokens * of_a_token / world
+    moved = config.train.trajectories_per_step * tokens * sent_bytes(hf, layout) / world
     return ExpertExchange(moved, moved / bandwidth)
+
+
+def sent_bytes(hf: Any, layout: Layout) -> float:
+    """Bytes of a token that go to other ranks in a forward pass, or of its gradient in a backward.
+
+    In each sparse layer its states in bf16, and its weight in fp32, go to each of its experts, and
+    results come back. Of EP ranks one is its own. Ranks that split an expert gather its tokens,
+    and add up their results in fp32, as the weights are.
+    """
+    experts = experts_of(hf)
+    if experts is None:
+        return 0.0
+    ep, etp = layout.expert_model_parallel_size, layout.expert_tensor_parallel_size
+    there = 2 * hf.hidden_size + 4
+    shared_out = (ep - 1) / ep * (there + 2 * hf.hidden_size)
+    split = (etp - 1) * (there + 4 * hf.hidden_size)
+    sparse = hf.num_hidden_layers - dense_layers(hf)
+    return sparse * experts.per_token * (shared_out + split)

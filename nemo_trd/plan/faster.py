@@ -77,8 +77,8 @@ def changes(config: Config) -> Iterator[tuple[tuple[str, ...], Config]]:
         formats = precision.model_copy(update={"fp8": "hybrid", "teacher_fp8": teacher_fp8})
         yield ("precision=fp8",), _with(config, precision=formats)
     if config.train.recompute == "full":
-        train = config.train.model_copy(update={"recompute": "selective"})
-        yield ("train.recompute=selective",), _with(config, train=train)
+        train = config.train.model_copy(update={"recompute": "none"})
+        yield ("train.recompute=none",), _with(config, train=train)
     nodes = cluster.training_nodes, cluster.student_server_nodes, cluster.teacher_server_nodes
     names = ("training_nodes", "student_server_nodes", "teacher_server_nodes")
     for place, (name, number) in enumerate(zip(names, nodes, strict=True)):

@@ -22,6 +22,7 @@ from nemo_trd.models.rules import (
     check_expert_adapter,
     check_fp8,
     check_layout,
+    check_load_balancing,
     check_no_experts_in_fp8,
 )
 from nemo_trd.models.served import check_served_weights, is_only_served, read_served
@@ -83,7 +84,7 @@ def model_problems(
     """
     if student is not None:
         yield from _layout_problems(config, "student", student)
-        yield from _adapter_problems(config, student)
+        yield from _training_problems(config, student)
     if teacher is not None and config.teacher.scoring == "megatron":
         yield from _layout_problems(config, "teacher", teacher)
     if student is not None and teacher is not None:
@@ -141,8 +142,12 @@ def _layout_problems(
         yield error
 
 
-def _adapter_problems(config: Config, student: Model) -> Iterator[ConfigError]:
-    """Yield what cannot be of an adapter on the student's experts."""
+def _training_problems(config: Config, student: Model) -> Iterator[ConfigError]:
+    """Yield the rules that `config.student` breaks with this student."""
+    try:
+        check_load_balancing(student.hf, config.student.moe_aux_loss_coeff)
+    except ConfigError as error:
+        yield error
     adapter = config.student.adapter
     if adapter is None:
         return

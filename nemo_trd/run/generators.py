@@ -15,6 +15,7 @@ from nemo_trd.distributed.exchange import from_first_rank
 from nemo_trd.generation.protocol import Generator
 from nemo_trd.generation.sleep import SleepingServers
 from nemo_trd.megatron.student import Student
+from nemo_trd.models.peft import begins_from_directory
 from nemo_trd.run.generated_scores import GeneratedScores
 from nemo_trd.run.turns import Turns
 from nemo_trd.serve.open import (
@@ -142,8 +143,17 @@ class Generators:
             of_student = servers["student"]
             sync = WeightSync(of_student.urls, vllm.weight_sync, of_student.api_key)
             self._stack.callback(sync.close)
-            adapted = config.served_adapter is not None
-            self.student = make(student, of_student, sync=sync, adapted=adapted, logprobs=True)
+            adapter = config.student.adapter
+            # A server that starts again has the base alone; a trained adapter makes it another.
+            other = adapter is not None and begins_from_directory(adapter)
+            self.student = make(
+                student,
+                of_student,
+                sync=sync,
+                initial_version=None if other else 0,
+                adapted=config.served_adapter is not None,
+                logprobs=True,
+            )
             self.teacher = self.student
         if not config.asks_teacher:
             return

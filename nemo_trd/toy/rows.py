@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import RefinementTemplates
 from nemo_trd.data.templates import fill_template
-from nemo_trd.toy import task
+from nemo_trd.toy import derivations, task
 from nemo_trd.toy.tokenizer import unknown_words
 
 IGNORED = -100  # a position without a label
@@ -48,10 +49,12 @@ class RowMaker:
     solve: problem -> solution. recover: problem -> solution with slips, but nothing is learnt at
     the wrong numbers themselves. rewrite: problem and attempt -> solution. follow: problem and
     reference solution -> solution. follow_attempt: all three -> solution. A kind may end with the
-    number of products of its problems: solve@24.
+    number of products of its problems: solve@24. A row has one order of the products: a rewrite
+    keeps that of the attempt.
 
     Args:
         noticed: how often a slip is taken back.
+        orders: weights of the first orders (nemo_trd/toy/derivations.py); rows have no other.
     """
 
     def __init__(
@@ -59,10 +62,12 @@ class RowMaker:
         tokenizer: PreTrainedTokenizerFast,
         templates: RefinementTemplates,
         noticed: float = task.NOTICED,
+        orders: Sequence[int] = (1,),
     ) -> None:
         check_templates(templates)
         self.tokenizer = tokenizer
         self.noticed = noticed
+        self.orders = orders
         self.system = templates.system
         self.templates = {
             "rewrite": templates.opd,
@@ -72,16 +77,32 @@ class RowMaker:
 
     def row(self, kind: str, rng: random.Random) -> Row:
         """One row; the attempt that is shown has 0 to 3 errors."""
+        return self._row(kind, rng)[0]
+
+    def right_rows(self, kind: str, rng: random.Random) -> list[Row]:
+        """As `row`, once for each order; of the kind "recover" in one order alone, as `row`."""
+        row, factors = self._row(kind, rng)
+        if kind.startswith("recover"):
+            return [row]
+        orders = derivations.first_orders(len(factors), len(self.orders))
+        solutions = (derivations.solution(factors, order) for order in orders)
+        return [Row(row.context, self.labels(solution)) for solution in solutions]
+
+    def _row(self, kind: str, rng: random.Random) -> tuple[Row, task.Factors]:
         kind, _, products = kind.partition("@")
         factors = task.draw_problem(rng, "warm_start", int(products or task.USUAL))
+        order = derivations.draw_order(rng, len(factors), self.orders)
+        problem, ordered = task.problem_text(factors), derivations.reordered(factors, order)
         if kind == "recover":
-            text, wrong = task.slips(factors, rng, self.noticed)
-            context = self.context("solve", task.problem_text(factors), "", "")
-            return Row(context, self.labels(text), wrong)
-        problem, solution = task.problem_text(factors), task.solution(factors)
+            text, wrong = task.slips(ordered, rng, self.noticed)
+            labels = self.labels(derivations.relabelled(text, order))
+            return Row(self.context("solve", problem, "", ""), labels, wrong), factors
+        solution = derivations.solution(factors, order)
         errors = rng.choices((0, 1, 2, 3), weights=(30, 30, 25, 15))[0]
-        rollout = task.corrupted(factors, rng, errors, self.noticed)
-        return Row(self.context(kind, problem, rollout, solution), self.labels(solution))
+        attempt = task.corrupted(ordered, rng, errors, self.noticed)
+        rollout = derivations.relabelled(attempt, order)
+        context = self.context(kind, problem, rollout, solution)
+        return Row(context, self.labels(solution)), factors
 
     def context(self, kind: str, problem: str, rollout: str, solution: str) -> list[int]:
         """Token ids before the labels, the generation prompt included."""

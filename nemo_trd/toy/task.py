@@ -3,9 +3,9 @@
     problem   p 3 * 5 q 4 * 2 r 5 * 6 ?
     solution  p 3 * 5 = 1 ; q 4 * 2 = 1 ; r 5 * 6 = 2 ; s 1 + 1 = 2 ; t 2 + 2 = 4 ; #### 4
 
-p, q and r are the products, s = p + q and t = s + r; a longer problem goes on with the products p4,
-p5, ... and the sums s4 = t + p4, s5 = s4 + p5, ... Everything is text: words separated by one
-space, numbers are the words 0 .. 6. A problem has exactly one right answer, and one solution
+p, q and r are the products, s = p + q and t = s + r. A longer problem goes on with the products p4,
+p5, ... and the sums s4 = t + p4, s5 = s4 + p5, ..., and adds up as it goes: p, q, s, r, t, p4, s4,
+... Everything is text: words separated by one space, numbers are the words 0 .. 6. A problem has exactly one right answer, and one solution
 without slips. Whoever slips may notice, and put the right number after "no", or go on with the
 wrong one:
 
@@ -45,6 +45,19 @@ def sums(products: int) -> tuple[tuple[str, str, str], ...]:
     first, *others = product_labels(products)
     labels = sum_labels(products)
     return tuple(zip(labels, (first, *labels), others, strict=False))
+
+
+def step_labels(products: int) -> tuple[str, ...]:
+    """Labels of the steps of a solution, in its order.
+
+    Of more products than usual each is added as soon as it is there: models as small as the toy's
+    do not learn to look for a number many steps before.
+    """
+    first, *others = product_labels(products)
+    if products <= USUAL:
+        return (first, *others, *sum_labels(products))
+    pairs = zip(others, sum_labels(products), strict=True)
+    return (first, *(label for pair in pairs for label in pair))
 
 
 MARKS = (*product_labels(USUAL), *sum_labels(USUAL), "*", "+", "=", ";", "?", "####", NO)
@@ -111,8 +124,10 @@ def corrupted(factors: Factors, rng: random.Random, errors: int, noticed: float 
     Args:
         noticed: the share of wrong results that are noticed.
     """
-    of_results = {"result": WRONG_RESULT * (1 - noticed), "noticed": WRONG_RESULT * noticed}
-    weights = {**of_results, **ERROR_WEIGHTS}
+    weights: dict[ErrorKind, float] = {
+        **{"result": WRONG_RESULT * (1 - noticed), "noticed": WRONG_RESULT * noticed},
+        **ERROR_WEIGHTS,
+    }
     kinds = rng.choices([*weights], weights=[*weights.values()], k=errors)
     steps = rng.sample(range(2 * len(factors) - 1), errors)
     return attempt(factors, dict(zip(steps, kinds, strict=True)), rng)
@@ -129,12 +144,13 @@ def attempt(factors: Factors, errors: dict[int, ErrorKind], rng: random.Random) 
     values: dict[str, int] = {}
     steps: list[str] = []
     products = len(factors)
-    for index, label in enumerate((*product_labels(products), *sum_labels(products))):
-        if index < products:
-            sign, (a, b) = "*", factors[index]
+    pairs = dict(zip(product_labels(products), factors, strict=True))
+    terms = {label: (left, right) for label, left, right in sums(products)}
+    for index, label in enumerate(step_labels(products)):
+        if label in pairs:
+            sign, (a, b) = "*", pairs[label]
         else:
-            _, left, right = sums(products)[index - products]
-            sign, a, b = "+", values[left], values[right]
+            sign, (a, b) = "+", (values[term] for term in terms[label])
         kind = errors.get(index)
         if kind == "operand":
             a, b = (_other(a, rng), b) if rng.random() < 0.5 else (a, _other(b, rng))

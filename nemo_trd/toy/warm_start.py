@@ -112,9 +112,14 @@ def token_losses(model: Qwen3ForCausalLM, rows: list[Row]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def accuracy(model: Qwen3ForCausalLM, rows: list[Row]) -> float:
-    """The probability that a sample at temperature 1 is exactly the right solution."""
-    return (-token_losses(model, rows).sum(dim=1)).exp().mean().item()
+def accuracy(model: Qwen3ForCausalLM, answers: list[list[Row]]) -> float:
+    """The probability that a sample at temperature 1 is exactly a right solution.
+
+    Args:
+        answers: of each context its right solutions, which are equally many everywhere.
+    """
+    losses = token_losses(model, [row for rows in answers for row in rows]).sum(dim=1)
+    return (-losses).exp().view(len(answers), -1).sum(dim=1).mean().item()
 
 
 @torch.no_grad()
@@ -145,7 +150,9 @@ def train(
         the model, and what it reaches for every kind of row in `shares` and every gate.
     """
     rng = random.Random(f"{name} {seed}")
-    held_out = {k: [rows.row(k, rng) for _ in range(recipe.held_out)] for k in recipe.shares}
+    held_out = {
+        kind: [rows.right_rows(kind, rng) for _ in range(recipe.held_out)] for kind in recipe.shares
+    }
     if recipe.before is None:
         model = new_model(recipe, rows.tokenizer, seed)
     else:
@@ -156,7 +163,7 @@ def train(
 
     def measure(gate: str) -> float:
         if gate.startswith("notice"):
-            slips = held_out[gate.replace("notice", "recover")]
+            slips = [row for [row] in held_out[gate.replace("notice", "recover")]]
             return noticing(model, slips, rows.tokenizer)
         return accuracy(model, held_out[gate])
 

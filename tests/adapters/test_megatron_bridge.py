@@ -224,14 +224,9 @@ def test_recipe_is_amended_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
             model=model, dataset="SFT", optimizer=optimizer, comm_overlap=overlap, **sections
         )
 
-    trd = TRD(
-        compose(
-            [
-                *("train.micro_batch_size=2", "train.max_tokens_per_micro_batch=null"),
-                *("train.prompts_per_step=8", "train.rollouts_per_prompt=4", "train.num_steps=9"),
-            ]
-        )
-    )
+    settings = ["train.micro_batch_size=2", "train.max_tokens_per_micro_batch=null"]
+    settings += ["train.prompts_per_step=8", "train.rollouts_per_prompt=4", "train.num_steps=9"]
+    trd = TRD(compose(settings))
     config = recipe(tp=1)
     assert trd_recipe(config, trd) is config
     assert vars(config.train) == dict(train_iters=9, micro_batch_size=2, global_batch_size=32)
@@ -247,3 +242,5 @@ def test_recipe_is_amended_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [next(source)[0], next(source)[0]] == ["first", "second"]
     with pytest.raises(ConfigError, match="tensor_model_parallel_size = 1.*has 2"):
         trd_recipe(recipe(tp=2), trd)
+    with pytest.raises(ConfigError, match="student.moe_aux_loss_coeff = 0.1.*Bridge's recipe says"):
+        TRD(compose([*settings, "student.moe_aux_loss_coeff=0.1"]))

@@ -45,8 +45,8 @@ def methods(benchmark: Any) -> dict[str, Any]:
 @pytest.fixture
 def job(benchmark: Any, methods: dict[str, Any], tmp_path: Path) -> Callable[..., Any]:
     def make(method: str, budget: int = 60) -> Any:
-        described = methods[method]
-        return benchmark.job(tmp_path / "runs", method, 3, described, 1e-3, budget, 16, "test")
+        condition = benchmark.Condition(tmp_path, budget=budget)
+        return condition.job(method, methods[method], 3, 1e-3)
 
     return make
 
@@ -91,23 +91,28 @@ def test_all_are_evaluated_at_equal_steps_and_at_equal_tokens(
 def test_settings_were_chosen_for_every_method_among_those_that_are_tried(
     benchmark: Any, methods: dict[str, Any]
 ) -> None:
+    from comparison.jobs import LEARNING_RATES, Condition
+
     chosen = yaml.safe_load(benchmark.CHOSEN.read_text())
     assert chosen.keys() == methods.keys()
     for method, setting in chosen.items():
-        longest = benchmark.BUDGET * (1 if methods[method].get("refines") else 2)
-        assert setting["lr"] in benchmark.LEARNING_RATES
+        longest = Condition.budget * (1 if methods[method].get("refines") else 2)
+        assert setting["lr"] in LEARNING_RATES
         assert 0 < setting["steps"] <= longest
 
 
 def test_no_problem_serves_two_ends(benchmark: Any, tmp_path: Path) -> None:
-    from comparison.models import PROBLEMS, write_problems
+    from comparison.models import write_problems, write_prompts
 
-    write_problems(tmp_path)
+    write_problems(tmp_path, benchmark.PROBLEMS)
     drawn = {
         name: [json.loads(line)["problem"] for line in (tmp_path / f"{name}.jsonl").open()]
-        for name in PROBLEMS
+        for name in benchmark.PROBLEMS
     }
-    assert {name: len(set(problems)) for name, problems in drawn.items()} == PROBLEMS
+    assert {name: len(set(problems)) for name, problems in drawn.items()} == benchmark.PROBLEMS
+    write_prompts(tmp_path, seed=3)
+    prompts = [json.loads(line)["problem"] for line in (tmp_path / "train.jsonl").open()]
+    assert {task.split_of(task.read_problem(problem)) for problem in prompts} == {"train"}
     assert not set(drawn["development"]) & set(drawn["test"])
     for problem in drawn["development"] + drawn["test"]:
         factors = task.read_problem(problem)
@@ -158,8 +163,10 @@ def test_what_the_models_can_do_is_read_from_warm_start_run_and_prefix_failure(
         "student": {"solve": 0.4},
         "teacher": {"solve": 0.98, "rewrite": 0.97, "notice": 0.5},
     }
-    made = {role: {"accuracy": a, "seconds": 10.0} for role, a in accuracy.items()}
-    (tmp_path / "warm_start.json").write_text(json.dumps(made))
+    for role, reached in accuracy.items():
+        made = {"accuracy": reached, "seconds": 10.0}
+        (tmp_path / role).mkdir()
+        (tmp_path / role / "made.json").write_text(json.dumps(made))
     verdicts = [(3, 1, 5, 0), (5, 1, 4, 1)]  # of two steps, in the order of VERDICTS
     lines = [dict(zip(results.VERDICTS, counts, strict=True)) for counts in verdicts]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -167,7 +174,7 @@ def test_what_the_models_can_do_is_read_from_warm_start_run_and_prefix_failure(
 
     def part(**means: float) -> dict[str, Any]:
         return {
-            **{"trajectories": 1, "tokens": 1, "token_share": estimate, "counts": {}},
+            **{"trajectories": 2, "tokens": 9, "token_share": estimate, "counts": {}},
             **{"gradient_share": {}, "hidden_gradient_share": {}},
             "means": {name: {**estimate, "mean": mean} for name, mean in means.items()},
         }
@@ -199,6 +206,7 @@ def test_what_the_models_can_do_is_read_from_warm_start_run_and_prefix_failure(
     assert (found["entropy_before_error"], found["entropy_after_error"]) == (0.01, 0.1)
     assert found["entropy_of_rewrite"] == pytest.approx(0.02)
     assert (found["turns_back"], found["two_peaked"]) == (0.2, 0.3)
+    assert found["tokens_after_error"] == 4.5
     assert found["warm_start_seconds"] == 20.0
     # A student without a wrong rollout leaves gaps, and no error at the end of the comparison.
     (tmp_path / "prefix_failure.json").write_text(json.dumps({**measured, "groups": []}))
@@ -244,38 +252,52 @@ def test_a_row_compares_at_equal_steps_and_at_equal_tokens(
 
 
 def test_a_run_is_kept_while_its_settings_and_models_stay(
-    benchmark: Any, job: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    benchmark: Any, job: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    from comparison import jobs
+
     one, started = job("trd"), []
 
-    def run(command: list[str], log: Path) -> None:
-        started.append(command)
+    def run(work: Any, arguments: Any, log: Path) -> None:
+        started.append(arguments)
         one.directory.mkdir(parents=True)
         for name in ("metrics", "evaluation"):
             (one.directory / f"{name}.jsonl").write_text("")
 
-    monkeypatch.setattr(benchmark, "run", run)
-    one.models.mkdir(parents=True)
-    for digest, job_of_turn in (("a", one), ("a", one), ("a", replace(one, k=8)), ("b", one)):
-        (one.models / "warm_start.json").write_text(json.dumps({"digest": digest}))
-        assert benchmark.run_job(job_of_turn) == []
-    assert started == [one.command(), replace(one, k=8).command(), one.command()]
+    monkeypatch.setattr(jobs, "in_process", run)
+    for weights, job_of_turn in (("a", one), ("a", one), ("a", replace(one, k=8)), ("b", one)):
+        for role in ("student", "teacher"):
+            (one.models / role).mkdir(parents=True, exist_ok=True)
+            (one.models / role / "made.json").write_text(json.dumps({"weights": weights}))
+        assert jobs.run_job(job_of_turn) == []
+    assert [arguments[0] for arguments in started] == [
+        j.overrides() for j in (one, replace(one, k=8), one)
+    ]
 
 
-def test_a_failed_run_is_reported_with_the_end_of_its_log(benchmark: Any, tmp_path: Path) -> None:
-    failing = [sys.executable, "-c", "print('first'); raise SystemExit('no such student')"]
-    with pytest.raises(RuntimeError, match=r"exit code 1.*run.log:\s+(first\s+)?no such student"):
-        benchmark.run(failing, tmp_path / "run.log")
+def test_a_failed_run_is_reported_with_the_end_of_its_log(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from comparison import jobs
+    from comparison.jobs import in_process
+
+    monkeypatch.setattr(jobs, "_IMPORTED", ())
+    log = tmp_path / "run.log"
+    with pytest.raises(RuntimeError, match=r"exit code 1, .*run.log:\s+.*no such student"):
+        in_process(sys.exit, ("no such student",), log)
 
 
 def test_fine_tuning_minimises_the_cross_entropy_that_transformers_computes(
     benchmark: Any, job: Callable[..., Any], tmp_path: Path
 ) -> None:
-    from comparison.models import make_models, write_problems
+    from comparison.models import World, make_model, write_problems, write_prompts
     from comparison.sft import fine_tune
 
-    make_models(tmp_path / "models" / "3", 3, quick=True)
-    write_problems(tmp_path / "models")
+    world, models = World().untrained(), tmp_path / "models"
+    for role, recipe in (("student", world.student), ("teacher", world.teacher)):
+        make_model(models / "3" / role, role, 3, recipe, world.texts)
+    write_prompts(models / "3", 3)
+    write_problems(models, benchmark.PROBLEMS)
     changes = {"steps": 2, "interval": 2, "k": 1}
     overrides = replace(job("sft"), **changes).overrides()
     quick = ["train.prompts_per_step=3", "data.validation.limit=4", "optimizer.clip_grad=0.01"]

@@ -748,6 +748,7 @@ def test_digest_does_not_depend_on_where_and_how_a_run_is_computed(override: str
         "refinement.chat_template_kwargs={}",
         "teacher.chat_template_kwargs={}",
         "loss.entry_clip=0.1",
+        "student.moe_aux_loss_coeff=0.001",
         "data.max_prompt_tokens=32",
         "generation.rollout.temperature=1.0",
         "optimizer.lr=1.0",

@@ -202,6 +202,29 @@ def test_completions_carry_the_version_of_the_last_weights() -> None:
         assert late.version == "12" and late.asked == 8
 
 
+@pytest.mark.parametrize("policy", ["retry", "keep"])
+@pytest.mark.parametrize("reachable", [True, False])
+@pytest.mark.parametrize("initial_version", [0, None])
+def test_a_replica_that_starts_again_before_the_first_update_is_current_if_it_began_so(
+    initial_version: int | None, reachable: bool, policy: str
+) -> None:
+    """None: the model began with a trained adapter, and a server that starts again has its base."""
+    asked = requests(8)
+    with FakeVllm() as one, FakeVllm() as again:
+        sync = FakeSync([one, again])
+        pool = generator(
+            one, again, sync=sync, initial_version=initial_version, client={"stale_weights": policy}
+        )
+        pool.load_weights(iter(()), 0)
+        again.version = "default"
+        if not reachable:  # as with NCCL, until the next update
+            sync.update_replica = lambda url: False  # type: ignore[method-assign]
+        assert pool.generate(asked, SAMPLING, "rollouts") == expected(asked)
+        updated = initial_version is None and reachable
+        assert again.version == ("0" if updated else "default")
+        assert (again.asked > 0) == (initial_version == 0 or reachable)
+
+
 def test_completion_of_other_weights_can_be_kept_or_end_the_run() -> None:
     asked = requests(1)
     with FakeVllm(lambda number: "stale") as server:

@@ -17,6 +17,7 @@ from tiny_models import YARN, make_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
+from transformers_oracle import load_balancing
 
 from nemo_trd.data.types import Trajectory
 from nemo_trd.loss.formulas import dense_divergence
@@ -62,7 +63,9 @@ for i, (model, (name, tail)) in enumerate(CLIPS.items()):
     RECIPES |= own
     RECIPES_OF[model] += own
 # With experts. More recipes would say nothing more: the loss does not know the layers.
-SPARSE_RECIPES_OF = {"qwen3_moe": ["forward_kl renormalize"]}
+RECIPES["forward_kl renormalize, balanced"] = RECIPES["forward_kl renormalize"]
+SPARSE_RECIPES_OF = {"qwen3_moe": ["forward_kl renormalize", "forward_kl renormalize, balanced"]}
+COEFFICIENTS = {"forward_kl renormalize, balanced": 0.03}  # of the load-balancing loss
 TP2 = ["parallel.student.tensor_model_parallel_size=2"]
 PP2 = ["parallel.student.pipeline_model_parallel_size=2"]
 SP = ["parallel.student.sequence_parallel=true"]
@@ -94,6 +97,7 @@ SPARSE_LAYOUTS = {
         "ep4 cp2": [*EP4, *CP2],
     },
 }
+WITH_FILLERS = ("tp2 dp2", "dp2")
 LAYOUTS = {
     1: {"one batch": [], "small batches": SMALL_BATCHES},
     2: {
@@ -179,11 +183,16 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
             before_clip = torch.cat(list(unclipped.values())).sum() / sum(LABELS)
             assert loss.entry_clip is None or mean < 0.9 * before_clip
             mean.backward()
+            figures = {"loss": mean.item()}
+            if coefficient := COEFFICIENTS.get(recipe):
+                balance, load = load_balancing(student, trajectories())
+                (coefficient * balance).backward()  # of the one sparse layer
+                figures |= {"load_balancing_loss": balance.item(), "max_expert_load": load}
             gradients = of_each_expert({n: p.grad.clone() for n, p in student.named_parameters()})
             if model in SPARSE_RECIPES_OF:
                 without_tokens = [name for name, value in gradients.items() if not value.any()]
                 assert sorted({name.split(".")[5] for name in without_tokens}) == ["4"]
-            expected[f"{model} {recipe}"] = mean.item(), gradients, unclipped
+            expected[f"{model} {recipe}"] = figures, gradients, unclipped
     torch.save(expected, root / "expected.pt")
     return root
 
@@ -210,12 +219,17 @@ def check_layouts(
     watch = init_distributed(timeout_minutes=2)
     expected = torch.load(Path(directory) / "expected.pt")
     for (layout, overrides), model in product(layouts.items(), recipes_of):
-        student, states, plan = prepare(directory, model, overrides, fillers=layout == "tp2 dp2")
+        student, states, plan = prepare(directory, model, overrides, fillers=layout in WITH_FILLERS)
+        own = student._config
         check_values(student.token_nll(trajectories()), expected[model], f"{layout}, {model}")
         if student.groups.pp.size() == 1:
             check_segments_are_apart(student, plan[student.groups.dp.rank()][0].student)
         for recipe in recipes_of[model]:
             student._head.loss = RECIPES[recipe]
+            of_experts = {"moe_aux_loss_coeff": COEFFICIENTS.get(recipe, 0.0)}
+            student._config = own.model_copy(
+                update={"student": own.student.model_copy(update=of_experts)}
+            )
             measured = loss_and_gradients(student, plan, states)
             compare(measured, expected[f"{model} {recipe}"], f"{layout}, {model}, {recipe}")
     print("all gradients agree", flush=True)
@@ -284,8 +298,12 @@ def loss_and_gradients(student: Any, plan: Any, states: Any) -> tuple[Any, ...]:
 
     student.optimizer.step = step
     result = student.train_step(plan, states, [t.name for t in trajectories()])
+    if "load_balancing_loss" in result.metrics:
+        compared = student.compare(plan, states).metrics
+        both = {name: compared[name] for name in ("load_balancing_loss", "max_expert_load")}
+        assert both == pytest.approx({name: result.metrics[name] for name in both}, rel=1e-6)
     divergences = {name: values.divergence for name, values in result.watched.items()}
-    return result.metrics["loss"], gradients, divergences
+    return result.metrics, gradients, divergences
 
 
 def fill_padding_with_nan(student: Any) -> None:
@@ -298,8 +316,9 @@ def fill_padding_with_nan(student: Any) -> None:
 
 
 def compare(measured: tuple[Any, ...], expected: tuple[Any, ...], where: str) -> None:
-    (loss, gradients, values), (exact_loss, exact, exact_values) = measured, expected
-    assert loss == pytest.approx(exact_loss, rel=1e-5), where
+    (metrics, gradients, values), (figures, exact, exact_values) = measured, expected
+    assert {name: metrics[name] for name in figures} == pytest.approx(figures, rel=1e-5), where
+    assert ("load_balancing_loss" in metrics) == ("load_balancing_loss" in figures)
     assert gradients.keys() == exact.keys()
     for name, gradient in gradients.items():
         # An expert without a token has a gradient of zero.

@@ -7,22 +7,30 @@ from typing import Any
 
 import pytest
 from launch import launch
-from tiny_models import LLAMA3_ROPE, make_model
+from tiny_models import LLAMA3_ROPE, YARN, make_model
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.distributed
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"rope_parameters": LLAMA3_ROPE, "max_shard_size": "100KB"},
-    "llama-tied": {"tie_word_embeddings": True},
+    "llama-tied": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    "llama-biased": {"attention_bias": True},
+    "llama-mlp": {"mlp_bias": True},
     "qwen2": {},
     "qwen2-tied": {"tie_word_embeddings": True},
     "qwen3": {"max_shard_size": "60KB"},
-    "qwen3-tied": {"tie_word_embeddings": True},
+    "qwen3-tied": {"tie_word_embeddings": True, "rope_parameters": YARN},
 }
 SPARSE_MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"max_shard_size": "60KB", "mlp_only_layers": [1]},
-    "qwen3_moe-fused": {"tie_word_embeddings": True},  # stored with all experts in one tensor
+    # Stored with all experts of a layer in one tensor.
+    "qwen3_moe-fused": {
+        "tie_word_embeddings": True,
+        "decoder_sparse_step": 2,
+        "norm_topk_prob": False,
+        "rope_parameters": YARN,
+    },
 }
 
 
@@ -51,7 +59,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_model(root / name, name.split("-")[0], **settings)
     fused = root / "qwen3_moe-fused"
     model = AutoModelForCausalLM.from_pretrained(fused)
-    model.save_pretrained(fused, save_original_format=False)
+    (fused / "model.safetensors").unlink()
+    model.save_pretrained(fused, save_original_format=False, max_shard_size="200KB")
+    assert len(list(fused.glob("*.safetensors"))) > 3
     return root
 
 
@@ -114,6 +124,8 @@ def check_layouts(directory: str, layouts: list[dict[str, Any]], names: list[str
             assert error < 1e-4, (case, error)
             stored = of_each_expert(stored_tensors(path))
             exported = {n: t.clone() for n, t in export_hf_weights(models, hf, groups)}
+            if name in SPARSE_MODELS:
+                check_memory_of_export(models, hf, groups)
             assert exported.keys() == stored.keys(), case
             for tensor in stored:
                 assert torch.equal(exported[tensor], stored[tensor]), (case, tensor)
@@ -128,3 +140,17 @@ def check_layouts(directory: str, layouts: list[dict[str, Any]], names: list[str
     saved = stored_tensors(out)
     assert all(torch.equal(saved[tensor], stored[tensor]) for tensor in stored)
     dist.destroy_process_group()
+
+
+def check_memory_of_export(models: Any, hf: Any, groups: Any) -> None:
+    """Beside its own parameters a rank never holds more than the experts of one layer."""
+    from live_bytes import LiveBytes
+
+    from nemo_trd.megatron.hf_weights import export_hf_weights
+
+    parameters = [parameter for model in models for parameter in model.parameters()]
+    with LiveBytes(beside=parameters) as live:
+        for _ in export_hf_weights(models, hf, groups):
+            pass
+    layer = 3 * hf.num_experts * hf.moe_intermediate_size * hf.hidden_size * 4
+    assert 0 < live.peak <= layer, (live.peak, layer)

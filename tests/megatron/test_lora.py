@@ -30,6 +30,7 @@ from parallel_layouts import (
 from tiny_models import make_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers_oracle import load_balancing
 
 from nemo_trd.config.load import compose
 from nemo_trd.config.schema import Adapter
@@ -85,6 +86,7 @@ LAYOUTS: dict[int, dict[str, list[str]]] = {
 }
 
 
+COEFFICIENTS = {"qwen3_moe": 0.03}  # of the load-balancing loss; its router is frozen
 WITH_FILLERS = ("tp2", "dp2 distributed", "tp2 dp2 distributed", "ep2 distributed")
 SPARSE_LAYOUTS: dict[int, dict[str, list[str]]] = {
     1: {"recomputed": ["train.recompute=full"]},
@@ -179,13 +181,19 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
             total = total + dense_divergence(own, of_teacher, make_loss()).sum()
             count += len(t.labels)
         (total / count).backward()
+        figures = {"loss": (total / count).item()}
+        if coefficient := COEFFICIENTS.get(architecture):
+            balance, load = load_balancing(adapted, trajectories(config, number))
+            (coefficient * balance).backward()
+            mean = balance.item() / SIZES["num_hidden_layers"]
+            figures |= {"load_balancing_loss": mean, "max_expert_load": load}
         gradients = {
             name.replace(".default", ""): parameter.grad
             for name, parameter in adapted.named_parameters()
             if parameter.grad is not None
         }
         merged = of_each_expert(dict(adapted.merge_and_unload().state_dict()))
-        expected[architecture] = (total / count).item(), gradients, merged
+        expected[architecture] = figures, gradients, merged
     torch.save(expected, root / "expected.pt")
     return root
 
@@ -207,18 +215,20 @@ def check_layouts(directory: str, layouts: dict[str, list[str]], names: list[str
                 f"model.student.path={directory}/{model}",
                 f"model.teacher.path={directory}/teacher",
                 *overrides(settings(model, f"{directory}/{model}_adapter")),
+                f"student.moe_aux_loss_coeff={COEFFICIENTS.get(model, 0)}",
                 *chosen,
             ]
         )
         own = Student(config)
         frozen = Teacher(config, own.groups)
-        loss, exact, merged = expected[model]
+        figures, exact, merged = expected[model]
         for name, tensor in own.export_hf_weights():
             torch.testing.assert_close(tensor, merged[name].float(), msg=f"{where}, {name}")
         plan = own.pack(trajectories(config, number))
         for packed in (plan, *([with_fillers(plan)] if layout in WITH_FILLERS else [])):
-            measured = own.compute_gradients(packed, frozen.states(packed)).metrics["loss"]
-            assert measured == pytest.approx(loss, rel=RELATIVE), where
+            metrics = own.compute_gradients(packed, frozen.states(packed)).metrics
+            measured = {name: metrics[name] for name in figures}
+            assert measured == pytest.approx(figures, rel=RELATIVE), where
             seen = gradients(own)
             assert seen.keys() == exact.keys(), where
             for name, gradient in seen.items():

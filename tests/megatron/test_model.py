@@ -64,6 +64,8 @@ def test_every_family_is_tested() -> None:
         ("qwen2", {"rope_parameters": YARN | {"mscale": 2.0, "mscale_all_dim": 0.5}}),
         ("llama", {"num_key_value_heads": 8, "rms_norm_eps": 1e-2}),
         ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", {"attention_bias": True}),
+        ("llama", {"mlp_bias": True}),
         ("qwen2", {"num_key_value_heads": 1}),
         ("qwen2", {"tie_word_embeddings": True}),
         ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
@@ -122,8 +124,6 @@ def test_parameters_split_over_ranks_are_marked_as_such(tmp_path: Path, one_rank
 @pytest.mark.parametrize(
     ("config", "key"),
     [
-        (LlamaConfig(attention_bias=True), "attention_bias"),
-        (LlamaConfig(mlp_bias=True), "mlp_bias"),
         (Qwen3Config(attention_bias=True), "attention_bias"),
         (LlamaConfig(hidden_act="gelu"), "hidden_act"),
         (LlamaConfig(architectures=["LlamaForSequenceClassification"]), "architectures"),
@@ -134,6 +134,7 @@ def test_parameters_split_over_ranks_are_marked_as_such(tmp_path: Path, one_rank
         (Qwen3MoeConfig(shared_expert_intermediate_size=8), "shared_expert_intermediate_size"),
         (Qwen3MoeConfig(num_experts=4), "num_experts_per_tok"),  # 8
         (Qwen3MoeConfig(num_experts_per_tok=1, norm_topk_prob=True), "norm_topk_prob"),
+        (Qwen3MoeConfig(decoder_sparse_step=0), "decoder_sparse_step"),
         (Qwen3MoeConfig(decoder_sparse_step=25), "mlp_only_layers, decoder_sparse_step"),
     ],
 )
@@ -145,6 +146,20 @@ def test_what_would_be_computed_differently_is_refused(config: Any, key: str) ->
 def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     with pytest.raises(ConfigError, match=r"config\.json.*'mamba'.*llama, qwen2, qwen3, qwen3_moe"):
+        load_hf_config(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, "multi-head latent attention"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "sliding window"),
+        ({"model_type": "qwen2_moe", "shared_expert_intermediate_size": 8}, "shared experts"),
+    ],
+)
+def test_so_is_what_of_it_is_not_built(tmp_path: Path, settings: Any, part: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=rf"supported are llama, .*; not built is .*{part} \("):
         load_hf_config(str(tmp_path))
 
 

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.distributed
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2"}
 PACKAGE = str(Path(nemo_trd.__file__).parent)
 NO_CALLERS = ("/torch/", __file__, f"{PACKAGE}/distributed/", f"{PACKAGE}/megatron/cpu_support.py")
+EXPERTS = "megatron/core/transformer/moe/"  # how many tokens each gets is only known on the device
 LENGTHS = (5, 1, 6, 3, 4, 2)  # of the labels
 
 
@@ -63,7 +64,8 @@ def run_without_reads(inputs: str, layout: list[str]) -> None:
         student.compare(plan, states, names)
         student.token_nll(trajectories)
     assert seen.micro_batches == 3 * 4 * 3  # of four passes for each loss
-    assert not seen.reads, "\n".join(["", *sorted(seen.reads)])
+    reads = [read for read in seen.reads if EXPERTS not in read]
+    assert not reads, "\n".join(["", *sorted(reads)])
     watch.close()
 
 
@@ -157,16 +159,20 @@ def caller() -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno} {frames[-1].line}"
 
 
-@pytest.mark.parametrize("layout", ["tp2 sp", "pp2", "cp2"])
+@pytest.mark.parametrize("layout", ["tp2 sp", "tp2 sp, experts", "pp2", "cp2"])
 def test_nothing_is_read_between_the_first_micro_batch_and_the_last(
     layout: str, tmp_path: Path
 ) -> None:
     sizes: dict[str, Any] = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
+    experts = layout.endswith("experts")
     for seed, role in enumerate(("student", "teacher")):
-        make_model(tmp_path / role, "qwen3", seed=seed, num_hidden_layers=2, **sizes)
-    kind = {"tp2 sp": "tensor_model", "pp2": "pipeline_model", "cp2": "context"}[layout]
+        family = "qwen3_moe" if experts and role == "student" else "qwen3"
+        make_model(tmp_path / role, family, seed=seed, num_hidden_layers=2, **sizes)
+    kind = {"tp2": "tensor_model", "pp2": "pipeline_model", "cp2": "context"}[layout[:3]]
     sizes_of = [f"parallel.{r}.{kind}_parallel_size=2" for r in ("student", "teacher")]
-    if layout == "tp2 sp":
+    if layout.startswith("tp2 sp"):
         sizes_of.append("parallel.student.sequence_parallel=true")
+    if experts:
+        sizes_of.append("student.moe_aux_loss_coeff=0.01")
     launch(2, run_without_reads, str(tmp_path), sizes_of)

@@ -170,7 +170,8 @@ def every_divergence(number: int) -> list[str]:
     ]
 
 
-SPARSE_RECIPE = "opd refine forward"
+# With a load-balancing loss; test_gradients.py has these layouts also without.
+SPARSE_RECIPE, BALANCED = "opd refine forward", ["student.moe_aux_loss_coeff=0.02"]
 SOME_RECIPES = ["opd refine forward", "opsd prompt jsd", "opd prompt bucket"]
 
 
@@ -184,7 +185,7 @@ def run_cases(directory: str, family: str, cases: dict[str, list[str]], results:
     from nemo_trd.megatron.teacher import Teacher
 
     watch = init_distributed(timeout_minutes=2)
-    seen: dict[str, list[tuple[float, float, float]]] = {}
+    seen: dict[str, list[list[float]]] = {}
     for name, overrides in cases.items():
         opsd = "algorithm.mode=opsd" in overrides
         config = compose(
@@ -207,7 +208,10 @@ def run_cases(directory: str, family: str, cases: dict[str, list[str]], results:
         for step in range(STEPS):
             plan = model.pack(trajectories(config, step))
             metrics = model.train_step(plan, frozen.states(plan)).metrics
-            seen[name].append((metrics["loss"], metrics["grad_norm"], metrics["label_tokens"]))
+            figures = ["loss", "grad_norm", "label_tokens"]
+            if "student.moe_aux_loss_coeff" in " ".join(overrides):
+                figures += ["load_balancing_loss", "max_expert_load"]
+            seen[name].append([metrics[figure] for figure in figures])
     if dist.get_rank() == 0:
         Path(results).write_text(json.dumps(seen))
     watch.close()
@@ -253,7 +257,7 @@ def reference(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 @pytest.fixture(scope="module")
 def sparse_reference(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One recipe on one process, of models with experts."""
-    cases = {SPARSE_RECIPE: RECIPES[SPARSE_RECIPE]}
+    cases = {SPARSE_RECIPE: RECIPES[SPARSE_RECIPE] + BALANCED}
     return run(1, models, cases, tmp_path_factory.mktemp("sparse"), family="qwen3_moe")
 
 
@@ -301,7 +305,7 @@ def test_nor_that_their_products_are_grouped(
 
 
 def sparse_cases(layouts: dict[str, list[str]]) -> dict[str, list[str]]:
-    recipe = RECIPES[SPARSE_RECIPE]
+    recipe = RECIPES[SPARSE_RECIPE] + BALANCED
     return {f"{SPARSE_RECIPE} | {name}": [*recipe, *o] for name, o in layouts.items()}
 
 

@@ -481,6 +481,11 @@ RULES: dict[str, tuple[list[str], int, tuple[str, ...]]] = {
         2,
         ("parallel.teacher.expert_tensor_parallel_size = 2", "has none", "set it to 1"),
     ),
+    "load of experts": (
+        ["student.moe_aux_loss_coeff=0.001"],
+        1,
+        ("student.moe_aux_loss_coeff = 0.001", "has none", "set it to 0"),
+    ),
     "run directory": (
         ["run.dir=models/student/config.json/x"],
         1,

@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from fake_vllm import KEY, FakeVllm
 from launch import launch
+from pooled_generator import SAMPLING, requests
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model
 from training_run import settings
 from transformers import AutoModelForCausalLM
+
+from nemo_trd.generation.pool import AllReplicasDown
 
 pytestmark = pytest.mark.distributed
 
@@ -47,7 +51,7 @@ def convert(run_dir: str, model: str, out: str) -> None:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with experts that teaches itself, and problems with solutions."""
+    """A model that teaches itself, with a dense layer and experts, and problems with solutions."""
     root = tmp_path_factory.mktemp("inputs")
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
     make_model(root / "student", "qwen3_moe", tokenizer=True, mlp_only_layers=[1], **sizes)
@@ -114,3 +118,33 @@ def test_a_run_trains_an_adapter_and_writes_it_and_the_merged_model(
     second = launch(1, run_in_turn, [[*more, "train.num_steps=4"], again])
     assert "refused: checkpoint.resume = " in second and "adapter is one of other weights" in second
     assert f"refused: student.adapter.init = '{run}/export': it was trained on other" in second
+
+
+@pytest.mark.parametrize("what", ["adapter", "merged"])
+def test_a_server_that_has_loaded_the_base_alone_is_not_asked_for_a_trained_adapter(
+    what: str, inputs: Path, tmp_path: Path, one_rank: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has started again since it was given the weights that the run begins with."""
+    from nemo_trd.config.load import compose
+    from nemo_trd.run.generators import Generators
+
+    monkeypatch.setenv("NEMO_TRD_API_KEY", KEY)
+    with FakeVllm() as server:
+        on_servers = ["generation=vllm", f"generation.vllm.weight_sync.what={what}"]
+        for role, url in (("student", server.url), ("teacher", "http://127.0.0.1:9")):
+            on_servers.append(f"generation.vllm.{role}.urls=[{url!r}]")
+            on_servers.append(f"generation.vllm.{role}.replicas=0")
+        on_servers.append("generation.vllm.client.recovery_timeout_seconds=0.1")
+
+        def answers(init: str) -> Any:
+            run = adapted(inputs, tmp_path / "run", *on_servers, f"student.adapter.init={init}")
+            run = [s for s in run if s not in OPSD] + [f"model.teacher.path={inputs}/student"]
+            generators = Generators(compose(run), stopping=lambda: False)
+            try:
+                return generators.student.generate(requests(2), SAMPLING, "rollouts")
+            finally:
+                generators.close()
+
+        assert len(answers("kaiming")) == 2
+        with pytest.raises(AllReplicasDown, match="its weights are default, current is 0"):
+            answers(str(tmp_path))

@@ -1,0 +1,157 @@
+"""What rewriting is worth in a sweep: TRD minus on-policy distillation, seed by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Literal, NamedTuple
+
+import numpy as np
+from comparison.figures import difference, markdown, percent
+from comparison.results import Interval, Point, interval
+from comparison.sweep import METHODS, Results
+from scipy import stats
+
+Moment = Literal["equal_steps", "equal_tokens", "equal_seconds"]
+MOMENTS: Mapping[Moment, str] = {
+    "equal_steps": "equal steps",
+    "equal_tokens": "equal tokens",
+    "equal_seconds": "equal seconds",
+}
+
+
+class Pair(NamedTuple):
+    """Two methods; the advantage is that of the first."""
+
+    refines: str
+    plain: str
+    title: str
+
+
+FORWARD_KL = Pair("trd", "opd_forward_kl", "forward KL")
+JSD = Pair("trd_jsd", "opd_jsd", "JSD")
+REVERSE_KL = Pair("trd", "opd_reverse_kl", "TRD forward KL − OPD reverse KL")
+PAIRS = (FORWARD_KL, JSD, REVERSE_KL)
+
+
+def level(results: Results, value: float, method: str, moment: Moment) -> dict[int, float]:
+    """avg@k of a method by seed.
+
+    equal_steps: after as many steps as a method that rewrites has. equal_tokens: at the end.
+    equal_seconds: when REFERENCE ends, between two evaluations by interpolation; a step takes as
+    long as in the fastest of the seeds, since a run may have been disturbed.
+    """
+    curves = {seed: results.curve(value, method, seed) for seed in results.seeds}
+    if moment == "equal_tokens":
+        return {seed: curve[-1].avg for seed, curve in curves.items()}
+    step = float(results.budget)
+    if moment == "equal_seconds":
+        longest = results.budget * seconds_per_step(results, value, "trd")
+        step = longest / seconds_per_step(results, value, method)
+    return {seed: _at(curve, step) for seed, curve in curves.items()}
+
+
+def seconds_per_step(results: Results, value: float, method: str) -> float:
+    ends = [results.curve(value, method, seed)[-1] for seed in results.seeds]
+    return min(end.seconds / end.step for end in ends)
+
+
+def _at(curve: Sequence[Point], step: float) -> float:
+    return float(np.interp(step, [p.step for p in curve], [p.avg for p in curve]))
+
+
+def advantage(results: Results, value: float, pair: Pair, moment: Moment) -> dict[int, float]:
+    """avg@k of the method that refines minus that of the other, by seed."""
+    plain = level(results, value, pair.plain, moment)
+    refines = level(results, value, pair.refines, moment)
+    return {seed: refines[seed] - plain[seed] for seed in results.seeds}
+
+
+def contrast(results: Results, weights: Mapping[float, float], pair: Pair) -> list[float]:
+    """A weighted sum of the advantages at equal steps over the values, by seed."""
+    of_values = {v: advantage(results, v, pair, "equal_steps") for v in weights}
+    return [sum(w * of_values[v][seed] for v, w in weights.items()) for seed in results.seeds]
+
+
+def rank_correlations(results: Results, pair: Pair, measure: str) -> list[float]:
+    """By seed: Spearman's, over the values, of the advantage with what was measured in the models.
+
+    A seed is left out where fewer than three of its values have the measure, or all are equal.
+    """
+    found = []
+    for seed in results.seeds:
+        both = [
+            (advantage(results, value, pair, "equal_steps")[seed], measured)
+            for value in results.values
+            if (measured := results.models[f"{value:g}"][str(seed)][measure]) is not None
+        ]
+        if len(both) >= 3 and all(len(set(column)) > 1 for column in zip(*both, strict=True)):
+            found.append(float(stats.spearmanr(both).statistic))
+    return found
+
+
+def verdict(values: Sequence[float]) -> Interval:
+    """The mean over seeds, and the two-sided t-test that it is 0."""
+    return interval(values, of_difference=True)
+
+
+def models_table(results: Results) -> str:
+    """In Markdown: means over seeds of what was measured in the models."""
+    names = [*next(iter(next(iter(results.models.values())).values()))]
+    lines = [["", *(f"{value:g}" for value in results.values)]]
+    lines.append(["---", *["---:"] * len(results.values)])
+    for name in names:
+        cells = []
+        for value in results.values:
+            known = [one[name] for one in results.models[f"{value:g}"].values()]
+            numbers = [number for number in known if number is not None]
+            cells.append(f"{fmean(numbers):.3g}" if numbers else "")
+        lines.append([name.replace("_", " "), *cells])
+    return markdown(lines)
+
+
+def levels_table(results: Results, moment: Moment) -> str:
+    """In Markdown: avg@k in percent, a row for each method."""
+    lines = [[f"avg@{results.k}, {MOMENTS[moment]}", *(f"{v:g}" for v in results.values)]]
+    lines.append(["---", *["---:"] * len(results.values)])
+    starts = [
+        interval([results.curve(v, results.methods[0], s)[0].avg for s in results.seeds])
+        for v in results.values
+    ]
+    lines.append(["student at the start", *map(percent, starts)])
+    for method in results.methods:
+        found = [interval([*level(results, v, method, moment).values()]) for v in results.values]
+        lines.append([METHODS[method]["title"], *map(percent, found)])
+    return markdown(lines)
+
+
+def advantages_table(results: Results, moments: Sequence[Moment]) -> str:
+    """In Markdown: points of percent with 95 % intervals over seeds, and p that there is none."""
+    lines = [["TRD − OPD", "at", *(f"{v:g}" for v in results.values)]]
+    lines.append(["---", "---", *["---:"] * len(results.values)])
+    for pair in PAIRS:
+        for moment in moments:
+            found = [
+                verdict([*advantage(results, v, pair, moment).values()]) for v in results.values
+            ]
+            lines.append([pair.title, MOMENTS[moment], *map(difference, found)])
+    return markdown(lines)
+
+
+def chosen_table(results: Results) -> str:
+    """In Markdown: the learning rate of each method."""
+    lines = [["learning rate", *(f"{v:g}" for v in results.values)]]
+    lines.append(["---", *["---:"] * len(results.values)])
+    for method in results.methods:
+        rates = [results.chosen[f"{v:g}"][method]["lr"] for v in results.values]
+        lines.append([METHODS[method]["title"], *(f"{rate:g}" for rate in rates)])
+    return markdown(lines)
+
+
+def tests_table(tests: Mapping[str, Interval]) -> str:
+    """In Markdown: the tests that were named beforehand."""
+    lines = [["test", "mean over seeds", "p"], ["---", "---:", "---:"]]
+    for name, one in tests.items():
+        width = "" if one.half_width is None else f" ± {one.half_width:.3f}"
+        lines.append([name, f"{one.mean:+.3f}{width}", "" if one.p is None else f"{one.p:.2g}"])
+    return markdown(lines)

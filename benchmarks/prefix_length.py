@@ -1,0 +1,171 @@
+"""Length: does the advantage of trajectory refinement grow with the text after an error?
+
+    python benchmarks/prefix_length.py           # 5 seeds, some 3 hours on two cores
+    python benchmarks/prefix_length.py --quick   # untrained models, 1 seed, few steps: does it run?
+    python benchmarks/prefix_length.py --from docs/comparison/length.json --output DIR
+
+Problems have 3, 6, 12 or 24 products; their solutions 38, 80, 164 and 332 tokens. A seed has one
+teacher, which learns all lengths and serves them all. A student's training is the same for all
+lengths too, but for where it stops: when a sample is exactly right with probability 0.4 at its own
+length. So the share of wrong rollouts is comparable, and the error rate per step falls with the
+length, as 1 - 0.4^(1/steps). Everything else is as in prefix_dose.py, with 16 prompts a step.
+
+Written before the first run:
+
+    prediction    The advantage of TRD over OPD under forward KL grows with the number of tokens
+                  after an error, at equal steps and at equal tokens. Under JSD, and against OPD
+                  with reverse KL, it does not.
+    first test    advantage at 24 products minus that at 3, forward KL, equal steps; one number a
+                  seed, two-sided t-test that its mean is 0
+    second test   that number of forward KL minus the one of JSD
+    third test    Spearman's correlation of the advantage (forward KL, equal steps) with the
+                  measured number of tokens after an error, over the lengths of a seed; two-sided
+                  t-test over seeds that its mean is 0
+    exclusions    a seed of which a model misses its gates at any length is left out at all of them,
+                  and the next number takes its place; nothing else is left out
+
+Everything is written to `--output`: models, runs, length.json (of which tables and plots are made),
+points.csv, tables.md and length.svg. What is there is kept, so an interrupted command goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from threading import Lock
+
+HERE = Path(__file__).resolve().parent
+if str(HERE) not in sys.path:  # where this file is imported and not run
+    sys.path.insert(0, str(HERE))
+
+from comparison.advantage import (  # noqa: E402
+    FORWARD_KL,
+    JSD,
+    contrast,
+    rank_correlations,
+    verdict,
+)
+from comparison.command import command  # noqa: E402
+from comparison.jobs import Condition, in_process, make_models  # noqa: E402
+from comparison.models import Texts, World, make_model  # noqa: E402
+from comparison.results import Interval  # noqa: E402
+from comparison.sweep import Results, Sweep, carry_out  # noqa: E402
+from comparison.sweep_plot import plot  # noqa: E402
+
+from nemo_trd.toy.warm_start import STUDENT, TEACHER  # noqa: E402
+
+PRODUCTS = (3, 6, 12, 24)
+METHODS = ("opd_forward_kl", "opd_reverse_kl", "opd_jsd", "trd", "trd_jsd")
+LONGEST_MINUS_SHORTEST = {24: 1.0, 3: -1.0}
+SEEDS = 5
+
+
+def rows(kind: str, counts: Sequence[int]) -> dict[str, int]:
+    """Rows of a kind in a batch, for each number of products."""
+    return {f"{kind}@{products}": n for products, n in zip(PRODUCTS, counts, strict=True)}
+
+
+TEACHER_OF_ALL = replace(
+    TEACHER,
+    shares={
+        **rows("solve", (4, 3, 2, 2)),
+        **rows("recover", (6, 4, 2, 2)),
+        **rows("rewrite", (4, 3, 2, 2)),
+    },
+    gates={"solve@24": 0.95, "rewrite@24": 0.95, "notice@24": 0.4},
+    held_out=64,
+    max_steps=1500,
+    before=replace(
+        TEACHER,
+        shares={"solve@3": 12, "recover@3": 16, "rewrite@3": 12},
+        gates={"solve@3": 0.9, "rewrite@3": 0.9},
+    ),
+)
+
+
+def world(products: int) -> World:
+    """Models of a length; the teacher is that of all."""
+    student = replace(
+        STUDENT,
+        shares={**rows("solve", (8, 4, 3, 2)), **rows("recover", (4, 2, 1, 1))},
+        gates={f"solve@{products}": 0.4},
+        held_out=64,
+    )
+    return World(student, TEACHER_OF_ALL, Texts(labels=max(PRODUCTS)), products)
+
+
+def condition(root: Path, products: int) -> Condition:
+    """Runs of a length: half as much room again as a solution needs."""
+    tokens = 3 * (7 * (2 * products - 1) + 3) // 2
+    return Condition(
+        root / f"products_{products}",
+        k=8,
+        settings=(
+            *(f"generation.{what}.max_tokens={tokens}" for what in ("rollout", "refinement")),
+            f"refinement.max_context_tokens={tokens + 5 * products + 40}",
+            *("train.prompts_per_step=16", "logging.samples_interval=5"),
+        ),
+    )
+
+
+def run(root: Path, seeds: int, quick: bool) -> Results:
+    conditions = {products: condition(root, products) for products in PRODUCTS}
+    problems = {"development": 64, "test": 64}
+    sweep = Sweep("products", METHODS, conditions, {n: n for n in PRODUCTS}, problems)
+    lock = Lock()
+
+    def prepare(products: int, seed: int) -> None:
+        one = world(products).untrained() if quick else world(products)
+        models = conditions[products].models(seed)
+        with lock:
+            teacher = root / "teachers" / str(seed)
+            arguments = (teacher, "teacher", seed, one.teacher, one.texts)
+            in_process(make_model, arguments, teacher.with_name(f"{seed}.log"))
+        models.mkdir(parents=True, exist_ok=True)
+        if not (models / "teacher").is_symlink():
+            (models / "teacher").symlink_to(teacher)
+        make_models(one, seed, models)
+
+    return carry_out(sweep.quick() if quick else sweep, prepare, seeds, quick=quick)
+
+
+def tests(results: Results) -> Mapping[str, Interval]:
+    """The tests that the docstring names."""
+    forward, jsd = (contrast(results, LONGEST_MINUS_SHORTEST, pair) for pair in (FORWARD_KL, JSD))
+    more = [f - j for f, j in zip(forward, jsd, strict=True)]
+    return {
+        "advantage at 24 products minus at 3, forward KL": verdict(forward),
+        "the same, JSD": verdict(jsd),
+        "the same, forward KL minus JSD": verdict(more),
+        **{
+            f"rank correlation with the tokens after an error, {pair.title}": verdict(
+                rank_correlations(results, pair, "tokens_after_error")
+            )
+            for pair in (FORWARD_KL, JSD)
+        },
+    }
+
+
+def draw(results: Results, path: Path) -> None:
+    plot(
+        results,
+        path,
+        title="Does rewriting help more where more text follows an error?",
+        quantity="products in a problem",
+        moments=[
+            ("equal_steps", "equal steps"),
+            ("equal_tokens", "equal tokens"),
+            ("equal_seconds", "equal seconds"),
+        ],
+        scale="log",
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    command(arguments, __doc__, "length", run, tests, draw, SEEDS)
+
+
+if __name__ == "__main__":
+    main()
