@@ -7,6 +7,7 @@ from typing import Any
 
 from nemo_trd.config.lengths import longest_answer, longest_contexts
 from nemo_trd.config.schema import Config, Layout
+from nemo_trd.models.dtypes import ELEMENT_BYTES
 from nemo_trd.models.family import dense_layers, experts_of
 
 
@@ -41,23 +42,27 @@ def _exchange(config: Config, layout: Layout, hf: Any, tokens: float) -> ExpertE
     world, assumptions = config.cluster.world_size, config.cluster.assumptions
     one_node = ep * etp <= config.cluster.gpus_per_node
     bandwidth = (assumptions.nvlink_gb if one_node else assumptions.network_gb) * 1e9
-    moved = config.train.trajectories_per_step * tokens * sent_bytes(hf, layout) / world
+    element = ELEMENT_BYTES[config.precision.dtype]
+    moved = config.train.trajectories_per_step * tokens * sent_bytes(hf, layout, element) / world
     return ExpertExchange(moved, moved / bandwidth)
 
 
-def sent_bytes(hf: Any, layout: Layout) -> float:
+def sent_bytes(hf: Any, layout: Layout, element: int) -> float:
     """Bytes of a token that go to other ranks in a forward pass, or of its gradient in a backward.
 
-    In each sparse layer its states in bf16, and its weight in fp32, go to each of its experts, and
-    results come back. Of EP ranks one is its own. Ranks that split an expert gather its tokens,
-    and add up their results in fp32, as the weights are.
+    In each sparse layer its states, and its weight in fp32, go to each of its experts, and results
+    come back. Of EP ranks one is its own. Ranks that split an expert gather its tokens, and add up
+    their results in fp32, as the weights are.
+
+    Args:
+        element: bytes of one activation.
     """
     experts = experts_of(hf)
     if experts is None:
         return 0.0
     ep, etp = layout.expert_model_parallel_size, layout.expert_tensor_parallel_size
-    there = 2 * hf.hidden_size + 4
-    shared_out = (ep - 1) / ep * (there + 2 * hf.hidden_size)
+    there = element * hf.hidden_size + 4
+    shared_out = (ep - 1) / ep * (there + element * hf.hidden_size)
     split = (etp - 1) * (there + 4 * hf.hidden_size)
     sparse = hf.num_hidden_layers - dense_layers(hf)
     return sparse * experts.per_token * (shared_out + split)

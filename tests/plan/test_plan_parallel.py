@@ -198,7 +198,7 @@ def check_layer(models: list[Any], layout: Layout, precision: Any, recompute: An
     whole = recompute == "full"
     assert any(0 <= excess + n <= 2 * 16 for n in (0, 0 if whole else less)), (case, planned)
     passes = 3 if recompute == "full" else 2
-    of_a_token = sent_bytes(models[1], layout) - sent_bytes(models[0], layout)
+    of_a_token = sent_bytes(models[1], layout, 2) - sent_bytes(models[0], layout, 2)
     assert alike == passes * tokens * groups.dp.size() * of_a_token, (case, of_a_token)
     assert sparse == (sent > 0) and abs(sent - alike) <= 0.15 * alike, case
 
