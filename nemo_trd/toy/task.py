@@ -6,8 +6,8 @@
 p, q and r are the products, s = p + q and t = s + r. A longer problem goes on with the products p4,
 p5, ... and the sums s4 = t + p4, s5 = s4 + p5, ..., and adds up as it goes: p, q, s, r, t, p4, s4,
 ... Everything is text: words separated by one space, numbers are the words 0 .. 6. A problem has
-exactly one right answer, and one solution without slips. Whoever slips may notice, and put the right
-number after "no", or go on with the wrong one:
+exactly one right answer, and one solution without slips. Whoever slips may notice, and put the
+right number after "no", or go on with the wrong one:
 
     noticed      p 3 * 5 = 2 no 1 ; q 4 * 2 = 1 ; r 5 * 6 = 2 ; s 1 + 1 = 2 ; t 2 + 2 = 4 ; #### 4
     not noticed  p 3 * 5 = 2 ; q 4 * 2 = 1 ; r 5 * 6 = 2 ; s 2 + 1 = 3 ; t 3 + 2 = 5 ; #### 5
