@@ -94,7 +94,11 @@ class Results:
 def complete_seeds(
     sweep: Sweep, prepare: Callable[[float, int], None], first: int, count: int
 ) -> tuple[list[int], dict[str, list[str]]]:
-    """So many seeds of which all models pass their gates, and what the others missed."""
+    """So many seeds of which all models pass their gates, and what the others missed.
+
+    Raises:
+        RuntimeError: more of them missed a gate than are asked for.
+    """
     seeds: list[int] = []
     excluded: dict[str, list[str]] = {}
     numbers = itertools.count(first)
@@ -112,6 +116,8 @@ def complete_seeds(
                 excluded[str(seed)] = missed
             else:
                 seeds.append(seed)
+        if len(excluded) > count:
+            raise RuntimeError(f"models of too many seeds missed their gates: {excluded}")
     return seeds, excluded
 
 
