@@ -17,7 +17,10 @@ MODULES = (
     *("launch", "quickstart", "smollm2", "plan", "evaluate", "report", "prefix_failure", "doctor"),
     *("serve", "serve.node", "toy.warm_start", "generate"),
 )
-SCRIPTS = ("overlap.py", "trd_vs_opd.py", "loss.py", "comparison/models.py", "comparison/sft.py")
+SCRIPTS = (
+    *("overlap.py", "trd_vs_opd.py", "loss.py", "comparison/sft.py"),
+    *("prefix_dose.py", "prefix_length.py", "prefix_exploration.py"),
+)
 
 
 def main_of(module: str) -> Callable[[list[str]], object]:
