@@ -25,7 +25,7 @@ teacher when it scores.
     entropy       of the right derivations of a problem, in nats, mean over problems
     intervals     95 % over seeds, Student's t; differences are paired by seed
 
-Written before the first run, but not wholly blind. One run of TRD and one of OPD, with other models,
+Written before the first run, but not wholly blind. One run of TRD and one of OPD, with other models
 of the first kind, had been sampled to try the counting: avg@64 and pass@k of TRD's were known when
 the prediction for the first kind and its three tests were written, its derivations were not. They
 were when the second kind, its prediction and its two tests were added.
