@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 # so many times the average load (consistent hashing with bounded loads, arXiv 1608.01350).
 LOAD_BOUND = 1.25
 STOPPING_SECONDS = 1.0  # between looks at whether we are to stop
+# So long is waited for a server even then: one that is between two weights is soon back.
+STOPPING_GRACE_SECONDS = 5.0
 
 
 class AllReplicasDown(GenerationFailed):
@@ -142,8 +144,8 @@ class Dispatcher:
         task.add_done_callback(self._probes.discard)
 
     async def watch(self) -> None:
-        """Runs until no member has been in service for `recovery_timeout_seconds`, or none is and
-        we are `stopping`.
+        """Runs until no member has been in service for `recovery_timeout_seconds`, or, when we are
+        `stopping`, for STOPPING_GRACE_SECONDS.
 
         Raises:
             AllReplicasDown: then.
@@ -154,7 +156,7 @@ class Dispatcher:
             since = time.monotonic()
             while not self._in_service.is_set():
                 waited = time.monotonic() - since
-                if waited >= limit or self._stopping():
+                if waited >= limit or (waited >= STOPPING_GRACE_SECONDS and self._stopping()):
                     raise AllReplicasDown(self._all_down(waited))
                 with suppress(TimeoutError):
                     pause = min(STOPPING_SECONDS, limit - waited)

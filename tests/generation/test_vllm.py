@@ -21,6 +21,7 @@ from pydantic import SecretStr
 
 from nemo_trd.config.errors import ConfigError
 from nemo_trd.data.types import GenerationRequest
+from nemo_trd.generation import pool
 from nemo_trd.generation.api import (
     AttemptFailed,
     Refused,
@@ -124,12 +125,20 @@ def test_all_replicas_down_names_each_with_its_cause() -> None:
     assert 0.5 <= time.monotonic() - begin < 10
 
 
-def test_who_is_told_to_stop_does_not_wait_for_servers_that_are_down() -> None:
+def test_who_is_told_to_stop_waits_for_no_server_that_is_down_but_for_one_between_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool, "STOPPING_GRACE_SECONDS", 2.0)
     begin = time.monotonic()
     down = generator(refused_port(), stopping=lambda: time.monotonic() - begin > 1)
     with pytest.raises(AllReplicasDown):
         down.generate(requests(1), SAMPLING, "rollouts")
-    assert 1 < time.monotonic() - begin < CLIENT.recovery_timeout_seconds / 2
+    assert 2 < time.monotonic() - begin < CLIENT.recovery_timeout_seconds / 2
+    with FakeVllm() as server:
+        server.version = "incomplete"
+        threading.Timer(0.5, setattr, (server, "version", "default")).start()
+        found = generator(server, stopping=lambda: True).generate(requests(1), SAMPLING, "rollouts")
+    assert len(found) == 1
 
 
 def test_replica_that_dies_and_comes_back_is_used_again() -> None:
