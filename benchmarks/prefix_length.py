@@ -104,6 +104,7 @@ def condition(root: Path, products: int) -> Condition:
         k=8,
         settings=(
             *(f"generation.{what}.max_tokens={tokens}" for what in ("rollout", "refinement")),
+            f"data.max_prompt_tokens={5 * products + 20}",
             f"refinement.max_context_tokens={tokens + 5 * products + 40}",
             *("train.prompts_per_step=16", "logging.samples_interval=5"),
         ),
