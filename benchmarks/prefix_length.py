@@ -5,7 +5,8 @@
     python benchmarks/prefix_length.py --from docs/comparison/length.json --output DIR
 
 Problems have 3, 6, 12 or 24 products; their solutions 38, 80, 164 and 332 tokens. A seed has one
-teacher, which learns all lengths and serves them all. A student's training is the same for all
+teacher, which learns all lengths and serves them all. A student has the teacher's shape, since one
+of two layers does not learn 24 products, and never sees a rewrite. Its training is the same for all
 lengths too, but for where it stops: when a sample is exactly right with probability 0.4 at its own
 length. So the share of wrong rollouts is comparable, and the error rate per step falls with the
 length, as 1 - 0.4^(1/steps). Everything else is as in prefix_dose.py, with 16 prompts a step.
@@ -54,7 +55,7 @@ from comparison.results import Interval  # noqa: E402
 from comparison.sweep import Results, Sweep, carry_out  # noqa: E402
 from comparison.sweep_plot import plot  # noqa: E402
 
-from nemo_trd.toy.warm_start import STUDENT, TEACHER  # noqa: E402
+from nemo_trd.toy.warm_start import TEACHER  # noqa: E402
 
 PRODUCTS = (3, 6, 12, 24)
 METHODS = ("opd_forward_kl", "opd_reverse_kl", "opd_jsd", "trd", "trd_jsd")
@@ -88,10 +89,16 @@ TEACHER_OF_ALL = replace(
 def world(products: int) -> World:
     """Models of a length; the teacher is that of all."""
     student = replace(
-        STUDENT,
+        TEACHER_OF_ALL,
         shares={**rows("solve", (8, 4, 3, 2)), **rows("recover", (4, 2, 1, 1))},
         gates={f"solve@{products}": 0.4},
-        held_out=64,
+        check_interval=5,
+        before=replace(
+            TEACHER,
+            shares={"solve@3": 24, "recover@3": 8},
+            gates={"solve@3": 0.3},
+            check_interval=5,
+        ),
     )
     return World(student, TEACHER_OF_ALL, Texts(labels=max(PRODUCTS)), products)
 
