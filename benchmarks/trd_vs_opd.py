@@ -6,13 +6,13 @@
 
 Every seed has a student and a teacher of its own (comparison/models.py), which all methods
 (comparison/methods.yaml) share, as they share prompts, optimizer, schedule and batch. A method that
-rewrites samples two answers a prompt and runs for BUDGET steps; one that does not samples one and
-runs for twice as many. So their ends compare at equal tokens, and BUDGET steps at equal steps.
+rewrites samples two answers a prompt and runs for 60 steps; one that does not samples one and runs
+for twice as many. So their ends compare at equal tokens, and 60 steps at equal steps.
 avg@16 and pass@16 are of 200 test problems.
 
     chosen        learning rate and steps of each method (comparison/chosen.yaml): the best of the
                   evaluated steps on 200 other problems, with models of two seeds that the
-                  comparison does not have: all LEARNING_RATES on the first, the two best on both
+                  comparison does not have: four learning rates on the first, the two best on both
     intervals     95 % over seeds, Student's t
     p             paired t-test over seeds of TRD minus the method, not adjusted; the JSON file has
                   Holm's adjustment over all rows of a column
