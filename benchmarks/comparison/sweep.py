@@ -49,12 +49,12 @@ class Sweep:
     problems: Mapping[str, int]
 
     def quick(self) -> Sweep:
-        """For a look at the machinery: a few steps."""
+        """For a look at the machinery: a few steps and problems."""
         conditions = {
             value: replace(one, budget=one.evaluations, k=2)
             for value, one in self.conditions.items()
         }
-        return replace(self, conditions=conditions)
+        return replace(self, conditions=conditions, problems=dict.fromkeys(self.problems, 8))
 
 
 @dataclass(frozen=True)
