@@ -1,6 +1,6 @@
 """Dose and response: is the teacher's doubt after an error what trajectory refinement repairs?
 
-    python benchmarks/prefix_dose.py             # 8 seeds, some 3 hours on two cores
+    python benchmarks/prefix_dose.py             # 8 seeds, hours on two cores
     python benchmarks/prefix_dose.py --quick     # untrained models, 1 seed, few steps: does it run?
     python benchmarks/prefix_dose.py --from docs/comparison/dose.json --output DIR
 
@@ -39,14 +39,7 @@ HERE = Path(__file__).resolve().parent
 if str(HERE) not in sys.path:  # where this file is imported and not run
     sys.path.insert(0, str(HERE))
 
-from comparison.advantage import (  # noqa: E402
-    FORWARD_KL,
-    JSD,
-    advantage,
-    contrast,
-    rank_correlations,
-    verdict,
-)
+from comparison.advantage import FORWARD_KL, advantage, named_tests  # noqa: E402
 from comparison.command import command  # noqa: E402
 from comparison.jobs import Condition, make_models  # noqa: E402
 from comparison.models import Texts, World  # noqa: E402
@@ -91,20 +84,8 @@ def run(root: Path, seeds: int, quick: bool) -> Results:
 
 
 def tests(results: Results) -> Mapping[str, Interval]:
-    """The tests that the docstring names."""
-    forward, jsd = (contrast(results, MIDDLE_MINUS_ENDS, pair) for pair in (FORWARD_KL, JSD))
-    more = [f - j for f, j in zip(forward, jsd, strict=True)]
-    return {
-        "advantage in the middle minus at the ends, forward KL": verdict(forward),
-        "the same, JSD": verdict(jsd),
-        "the same, forward KL minus JSD": verdict(more),
-        "rank correlation with the entropy after an error, forward KL": verdict(
-            rank_correlations(results, FORWARD_KL, ENTROPY)
-        ),
-        "rank correlation with the entropy after an error, JSD": verdict(
-            rank_correlations(results, JSD, ENTROPY)
-        ),
-    }
+    """The tests that the docstring names, and the first and the third for JSD."""
+    return named_tests(results, "in the middle minus at the ends", MIDDLE_MINUS_ENDS, ENTROPY)
 
 
 def against_entropy(results: Results, panel: Axes) -> None:

@@ -1,6 +1,6 @@
 """Exploration: does trajectory refinement find more ways to solve a problem?
 
-    python benchmarks/prefix_exploration.py             # 5 seeds, an hour or two on two cores
+    python benchmarks/prefix_exploration.py             # 5 seeds, hours on two cores
     python benchmarks/prefix_exploration.py --quick     # untrained models: does it run?
     python benchmarks/prefix_exploration.py --from docs/comparison/exploration.json --output DIR
 

@@ -1,6 +1,6 @@
 """Length: does the advantage of trajectory refinement grow with the text after an error?
 
-    python benchmarks/prefix_length.py           # 5 seeds, some 3 hours on two cores
+    python benchmarks/prefix_length.py           # 5 seeds, hours on two cores
     python benchmarks/prefix_length.py --quick   # untrained models, 1 seed, few steps: does it run?
     python benchmarks/prefix_length.py --from docs/comparison/length.json --output DIR
 
@@ -41,13 +41,7 @@ HERE = Path(__file__).resolve().parent
 if str(HERE) not in sys.path:  # where this file is imported and not run
     sys.path.insert(0, str(HERE))
 
-from comparison.advantage import (  # noqa: E402
-    FORWARD_KL,
-    JSD,
-    contrast,
-    rank_correlations,
-    verdict,
-)
+from comparison.advantage import named_tests  # noqa: E402
 from comparison.command import command  # noqa: E402
 from comparison.jobs import Condition, in_process, make_models  # noqa: E402
 from comparison.models import Texts, World, make_model  # noqa: E402
@@ -140,20 +134,10 @@ def run(root: Path, seeds: int, quick: bool) -> Results:
 
 
 def tests(results: Results) -> Mapping[str, Interval]:
-    """The tests that the docstring names."""
-    forward, jsd = (contrast(results, LONGEST_MINUS_SHORTEST, pair) for pair in (FORWARD_KL, JSD))
-    more = [f - j for f, j in zip(forward, jsd, strict=True)]
-    return {
-        "advantage at 24 products minus at 3, forward KL": verdict(forward),
-        "the same, JSD": verdict(jsd),
-        "the same, forward KL minus JSD": verdict(more),
-        **{
-            f"rank correlation with the tokens after an error, {pair.title}": verdict(
-                rank_correlations(results, pair, "tokens_after_error")
-            )
-            for pair in (FORWARD_KL, JSD)
-        },
-    }
+    """The tests that the docstring names, and the first and the third for JSD."""
+    return named_tests(
+        results, "at 24 products minus at 3", LONGEST_MINUS_SHORTEST, "tokens_after_error"
+    )
 
 
 def draw(results: Results, path: Path) -> None:

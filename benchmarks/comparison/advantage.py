@@ -95,6 +95,31 @@ def verdict(values: Sequence[float]) -> Interval:
     return interval(values, of_difference=True)
 
 
+def named_tests(
+    results: Results, name: str, weights: Mapping[float, float], measure: str
+) -> dict[str, Interval]:
+    """The tests of a sweep: a contrast of forward KL, of JSD, of one minus the other; and ranks.
+
+    Args:
+        name: the contrast, in words.
+        weights: the contrast.
+        measure: what the advantage is correlated with, by its name in `Results.models`.
+    """
+    forward, jsd = (contrast(results, weights, pair) for pair in (FORWARD_KL, JSD))
+    found = {
+        f"advantage {name}, forward KL": verdict(forward),
+        "the same, JSD": verdict(jsd),
+        "the same, forward KL minus JSD": verdict(
+            [f - j for f, j in zip(forward, jsd, strict=True)]
+        ),
+    }
+    for pair in (FORWARD_KL, JSD):
+        correlations = rank_correlations(results, pair, measure)
+        title = f"rank correlation with the {measure.replace('_', ' ')}, {pair.title}"
+        found[title] = verdict(correlations)
+    return found
+
+
 def models_table(results: Results) -> str:
     """In Markdown: means over seeds of what was measured in the models."""
     names = [*next(iter(next(iter(results.models.values())).values()))]

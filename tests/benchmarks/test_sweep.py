@@ -59,13 +59,15 @@ def test_advantages_are_at_equal_steps_tokens_and_seconds(dose: Any, results: An
 
 
 def test_the_named_tests_find_what_was_put_in(dose: Any, results: Any) -> None:
+    from comparison import advantage
+
     found = [*dose.tests(results).values()]
     middle, jsd, both, correlation, _ = found
     assert middle.mean == pytest.approx(0.16, abs=0.002) and middle.p < 0.001
     assert jsd.mean == pytest.approx(0, abs=0.002)
     assert both.mean == pytest.approx(0.16, abs=0.003)
     assert correlation.mean > 0.9
-    contrast = dose.contrast(results, dose.MIDDLE_MINUS_ENDS, dose.FORWARD_KL)
+    contrast = advantage.contrast(results, dose.MIDDLE_MINUS_ENDS, advantage.FORWARD_KL)
     assert middle.p == pytest.approx(stats.ttest_1samp(contrast, 0).pvalue)
 
 
