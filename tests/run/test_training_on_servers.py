@@ -74,8 +74,8 @@ def run_training(overrides: list[str], fault: str) -> None:
 def run_until_replicas_are_killed(overrides: list[str], victims: dict[str, int]) -> None:
     """On every rank: the entry point. Servers are killed while they answer in the second step.
 
-    `victims` are their process groups by URL. Requests go there first, and rank 0 kills each when
-    it has two of them.
+    `victims` are their process groups by URL. Requests go there first. Rank 0 stops each before it
+    gets the second of them, which it cannot answer then, and kills it when it has that one too.
     """
     import asyncio
     import signal
@@ -98,13 +98,16 @@ def run_until_replicas_are_killed(overrides: list[str], victims: dict[str, int])
         return sample(self, prompts, step)
 
     async def call_and_kill(self: Any, method: str, url: str, path: str, *rest: Any) -> Any:
-        answer = asyncio.ensure_future(call(self, method, url, path, *rest))
-        if path == GENERATE and url in victims and steps[-1:] == [1] and dist.get_rank() == 0:
+        counts = path == GENERATE and url in victims and steps[-1:] == [1] and dist.get_rank() == 0
+        if counts:
             asked[url] += 1
             if asked[url] == 2:
-                await asyncio.sleep(0.02)
-                os.killpg(victims[url], signal.SIGKILL)
-                print(f"killed {url}, {'too late' if answer.done() else 'which had yet to answer'}")
+                os.killpg(victims[url], signal.SIGSTOP)
+        answer = asyncio.ensure_future(call(self, method, url, path, *rest))
+        if counts and asked[url] == 2:
+            await asyncio.sleep(0.1)
+            os.killpg(victims[url], signal.SIGKILL)
+            print(f"killed {url}, {'too late' if answer.done() else 'which had yet to answer'}")
         return await answer
 
     pool._weight = lambda affinity, url: bytes([url in victims])  # type: ignore[assignment]
