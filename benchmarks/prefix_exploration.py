@@ -51,7 +51,6 @@ command goes on.
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import sys
@@ -65,6 +64,7 @@ HERE = Path(__file__).resolve().parent
 if str(HERE) not in sys.path:  # where this file is imported and not run
     sys.path.insert(0, str(HERE))
 
+from comparison.command import command  # noqa: E402
 from comparison.coverage import (  # noqa: E402
     RIGHT,
     Exploration,
@@ -292,33 +292,13 @@ def tests(exploration: Exploration) -> Mapping[str, Interval | None]:
 
 def write(exploration: Exploration, out: Path) -> None:
     """`out`/tables.md, points.csv and exploration.svg."""
-    out.mkdir(parents=True, exist_ok=True)
     (out / "tables.md").write_text(tables(exploration, tests(exploration)))
     (out / "points.csv").write_text(as_csv(exploration))
     plot(exploration, out / "exploration.svg")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, help="(default: runs/prefix_exploration)")
-    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=f"(default: {SEEDS})")
-    parser.add_argument("--json", type=Path, help="(default: OUTPUT/exploration.json)")
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--quick", action="store_true", help="untrained models, 1 seed, few steps")
-    kind.add_argument("--from", type=Path, dest="kept", metavar="FILE", help="run nothing")
-    given = parser.parse_args(arguments)
-    directory = "runs/prefix_exploration" + ("_quick" if given.quick else "")
-    out = (given.output or Path(directory)).resolve()
-    if given.kept:
-        found = Exploration.read(given.kept)
-    else:
-        found = run(out, 1 if given.quick else given.seeds, given.quick)
-        found.write(given.json or out / "exploration.json")
-    write(found, out)
-    print((out / "tables.md").read_text())
-    print(f"{len(found.results[0].seeds)} seeds, {found.minutes} minutes. Everything is in {out}")
+    command(arguments, __doc__, "exploration", SEEDS, run, Exploration.read, write)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ from comparison.jobs import Condition, in_process, make_models  # noqa: E402
 from comparison.models import Texts, World, make_model  # noqa: E402
 from comparison.results import Interval  # noqa: E402
 from comparison.sweep import Results, Sweep, carry_out  # noqa: E402
-from comparison.sweep_plot import plot  # noqa: E402
+from comparison.sweep_page import plot, points, tables  # noqa: E402
 
 from nemo_trd.toy.warm_start import TEACHER  # noqa: E402
 
@@ -155,8 +155,15 @@ def draw(results: Results, path: Path) -> None:
     )
 
 
+def write(results: Results, out: Path) -> None:
+    """`out`/tables.md, points.csv and length.svg."""
+    (out / "tables.md").write_text(tables(results, tests(results) if results.models else {}))
+    (out / "points.csv").write_text(points(results))
+    draw(results, out / "length.svg")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    command(arguments, __doc__, "length", run, tests, draw, SEEDS)
+    command(arguments, __doc__, "length", SEEDS, run, Results.read, write)
 
 
 if __name__ == "__main__":

@@ -1,66 +1,40 @@
-"""The command line of a sweep: carries it out or reads a kept one; writes tables and plots."""
+"""The command line of an experiment: carries it out or reads a kept one; writes what it shows."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from comparison.advantage import (
-    MOMENTS,
-    Moment,
-    advantages_table,
-    chosen_table,
-    levels_table,
-    models_table,
-    tests_table,
-)
-from comparison.results import Interval, Point, as_csv
-from comparison.sweep import Results
-
-Tests = Callable[[Results], Mapping[str, Interval]]
+from typing import Protocol, TypeVar
 
 
-def tables(results: Results, tests: Tests, moments: Sequence[Moment]) -> str:
-    """All tables in Markdown, a blank line between two of them."""
-    found = [models_table(results)] if results.models else []
-    found += [levels_table(results, moment) for moment in moments]
-    found += [advantages_table(results, moments), chosen_table(results)]
-    found += [tests_table(tests(results))] if results.models else []
-    return "\n\n".join(found) + "\n"
+class Outcome(Protocol):
+    """What came out of an experiment."""
+
+    minutes: float  # of the last start alone
+
+    def write(self, file: Path) -> None: ...
 
 
-def write(
-    results: Results,
-    out: Path,
-    name: str,
-    tests: Tests,
-    plot: Callable[[Results, Path], None],
-    moments: Sequence[Moment],
-) -> None:
-    """`out`/tables.md, points.csv and NAME.svg."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "tables.md").write_text(tables(results, tests, moments))
-    values = [{results.quantity: value} for value, *_ in results.points]
-    (out / "points.csv").write_text(as_csv([Point(*rest) for _, *rest in results.points], values))
-    plot(results, out / f"{name}.svg")
+Found = TypeVar("Found", bound=Outcome)
 
 
 def command(
     arguments: Sequence[str] | None,
     description: str,
     name: str,
-    run: Callable[[Path, int, bool], Results],
-    tests: Tests,
-    plot: Callable[[Results, Path], None],
     seeds: int,
-    moments: Sequence[Moment] = tuple(MOMENTS),
+    run: Callable[[Path, int, bool], Found],
+    read: Callable[[Path], Found],
+    write: Callable[[Found, Path], None],
 ) -> None:
     """Parse arguments, run or read, and write.
 
     Args:
-        run: directory, number of seeds and whether it is quick -> what came out.
         seeds: the default.
+        run: directory, number of seeds and whether it is quick -> what came out.
+        read: what `Outcome.write` wrote.
+        write: tables.md and whatever else belongs into a directory.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -75,10 +49,11 @@ def command(
     directory = f"runs/prefix_{name}_quick" if given.quick else f"runs/prefix_{name}"
     out = (given.output or Path(directory)).resolve()
     if given.kept:
-        results = Results.read(given.kept)
+        found = read(given.kept)
     else:
-        results = run(out, 1 if given.quick else given.seeds, given.quick)
-        results.write(given.json or out / f"{name}.json")
-    write(results, out, name, tests, plot, moments)
+        found = run(out, 1 if given.quick else given.seeds, given.quick)
+        found.write(given.json or out / f"{name}.json")
+    out.mkdir(parents=True, exist_ok=True)
+    write(found, out)
     print((out / "tables.md").read_text())
-    print(f"{len(results.seeds)} seeds, {results.minutes} minutes. Everything is in {out}")
+    print(f"{found.minutes} minutes. Everything is in {out}")

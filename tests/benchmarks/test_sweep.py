@@ -74,14 +74,13 @@ def test_the_named_tests_find_what_was_put_in(dose: Any, results: Any) -> None:
 def test_kept_results_give_the_same_tables_and_a_plot(
     dose: Any, results: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from comparison.command import tables
+    from comparison.sweep_page import tables
 
     results.write(tmp_path / "kept.json")
     assert json.loads((tmp_path / "kept.json").read_text())["points"] == results.points
     dose.main(["--from", str(tmp_path / "kept.json"), "--output", str(tmp_path / "out")])
     text = (tmp_path / "out" / "tables.md").read_text()
-    moments = ("equal_steps", "equal_tokens", "equal_seconds")
-    assert text == tables(results, dose.tests, moments) and text in capsys.readouterr().out
+    assert text == tables(results, dose.tests(results)) and text in capsys.readouterr().out
     assert "| forward KL | equal steps | +0." in text
     assert "<svg" in (tmp_path / "out" / "dose.svg").read_text()
     lines = (tmp_path / "out" / "points.csv").read_text().splitlines()

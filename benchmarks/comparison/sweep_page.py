@@ -1,15 +1,42 @@
-"""The plot of a sweep: what rewriting is worth, and what each method reaches."""
+"""Tables, points and the plot of a sweep: what rewriting is worth, what each method reaches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from comparison.advantage import PAIRS, Moment, Pair, advantage, level
-from comparison.results import Interval, interval
+from comparison.advantage import (
+    MOMENTS,
+    PAIRS,
+    Moment,
+    Pair,
+    advantage,
+    advantages_table,
+    chosen_table,
+    level,
+    levels_table,
+    models_table,
+    tests_table,
+)
+from comparison.results import Interval, Point, as_csv, interval
 from comparison.sweep import METHODS, Results
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+
+def tables(results: Results, tests: Mapping[str, Interval]) -> str:
+    """All tables in Markdown, a blank line between two of them."""
+    found = [models_table(results)] if results.models else []
+    found += [levels_table(results, moment) for moment in MOMENTS]
+    found += [advantages_table(results, tuple(MOMENTS)), chosen_table(results)]
+    found += [tests_table(tests)] if results.models else []
+    return "\n\n".join(found) + "\n"
+
+
+def points(results: Results) -> str:
+    """The evaluations as CSV, the value of the sweep first."""
+    values = [{results.quantity: value} for value, *_ in results.points]
+    return as_csv([Point(*rest) for _, *rest in results.points], values)
 
 
 def plot(
