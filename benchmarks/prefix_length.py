@@ -9,7 +9,8 @@ teacher, which learns all lengths and serves them all. A student has the teacher
 of two layers does not learn 24 products, and never sees a rewrite. Its training is the same for all
 lengths too, but for where it stops: when a sample is exactly right with probability 0.4 at its own
 length. So the share of wrong rollouts is comparable, and the error rate per step falls with the
-length, as 1 - 0.4^(1/steps). Everything else is as in prefix_dose.py, with 16 prompts a step.
+length, as 1 - 0.4^(1/steps). A method that rewrites has 32 steps, one that does not 64, and both are
+evaluated half way and at the end; everything else is as in prefix_dose.py.
 
 Written before the first run:
 
@@ -102,12 +103,14 @@ def condition(root: Path, products: int) -> Condition:
     tokens = 3 * (7 * (2 * products - 1) + 3) // 2
     return Condition(
         root / f"products_{products}",
+        budget=32,
+        evaluations=2,
         k=8,
         settings=(
             *(f"generation.{what}.max_tokens={tokens}" for what in ("rollout", "refinement")),
             f"data.max_prompt_tokens={5 * products + 20}",
             f"refinement.max_context_tokens={tokens + 5 * products + 40}",
-            *("train.prompts_per_step=16", "logging.samples_interval=5"),
+            "logging.samples_interval=5",
         ),
     )
 
