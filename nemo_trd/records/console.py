@@ -32,6 +32,11 @@ def step_line(step: int, num_steps: int, metrics: Metrics, eta_seconds: float) -
         parts.append(f"refinements {metrics['accepted']:.0f} accepted {failed:.0f} failed")
     if "grad_norm" in metrics:
         parts.append(f"grad norm {_g(metrics['grad_norm'])}")
+    if "max_expert_load" in metrics:
+        parts.append(
+            f"load balancing {_g(metrics['load_balancing_loss'])}, "
+            f"fullest expert {_g(metrics['max_expert_load'], 3)} times the mean"
+        )
     if "lr" in metrics:
         parts.append(f"lr {_g(metrics['lr'], 3)}")
     if metrics.get("staleness"):

@@ -105,6 +105,16 @@ def test_a_step_is_one_json_line_and_one_console_line(
     assert (tmp_path / "run" / "log.txt").read_text().rstrip().endswith(line)
 
 
+def test_the_line_of_a_step_tells_how_even_experts_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experts = {"load_balancing_loss": 1.2345678, "max_expert_load": 2.1678}
+    with RunLogger(settings(tmp_path), writer=True) as logger:
+        logger.step(7, {**METRICS, **experts}, SECONDS)
+    told = "| grad norm 0.8123 | load balancing 1.235, fullest expert 2.17 times the mean | lr"
+    assert told in capsys.readouterr().out
+
+
 def test_figures_go_to_trackers_from_outside_too(tmp_path: Path) -> None:
     class Outside:
         def __init__(self) -> None:
