@@ -595,7 +595,16 @@ def test_scores_of_experts_differ_from_the_full_vocabulary_by_its_tail(
     assert 0 < full["loss"] - served["loss"] <= bound
 
 
+@pytest.mark.parametrize(
+    "trained",
+    [
+        [],
+        pytest.param(["student.adapter=lora", "optimizer.lr=1e-3"], marks=pytest.mark.slow),
+    ],
+    ids=["weights", "adapter"],
+)
 def test_a_student_with_experts_on_two_ranks_is_what_its_server_samples_from(
+    trained: list[str],
     with_experts: tuple[Path, dict[str, str]],
     served_models: Path,
     urls: dict[str, str],
@@ -605,7 +614,7 @@ def test_a_student_with_experts_on_two_ranks_is_what_its_server_samples_from(
     swapped = {"student": there["teacher"], "teacher": urls["teacher"]}
     run = settings(served_models, swapped, tmp_path / "run", "train.num_steps=3")
     run.append(f"model.student.path={inputs / 'teacher'}")
-    run.append("parallel.student.expert_model_parallel_size=2")
+    run += ["parallel.student.expert_model_parallel_size=2", *trained]
     launch(2, run_training, run, "", environment=ENVIRONMENT)
     steps = metrics(tmp_path / "run")
     assert [step["staleness"] for step in steps] == [0] * 3
