@@ -60,6 +60,19 @@ _PLAIN: dict[str, Any] = {
     "rank_pattern": {},
     "alpha_pattern": {},
 }
+# Others that do, and that older versions do not have: looked at, and not written.
+_ABSENT: dict[str, Any] = {
+    "lora_bias": False,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "alora_invocation_tokens": None,
+    "layer_replication": None,
+    "trainable_token_indices": None,
+    "kasa_config": None,
+}
+# Values of init_lora_weights with which PEFT leaves the weights of the model as they are. Others,
+# such as pissa and olora, take the first B A off them, and do so again whenever it loads them.
+_KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def target_modules(names: LayerNames) -> dict[str, str]:
@@ -230,7 +243,7 @@ def check_beginning(hf: Any, adapter: Adapter) -> Iterator[ConfigError]:
     except ConfigError as error:
         yield error
         return
-    for key, plain in _PLAIN.items():
+    for key, plain in (_PLAIN | _ABSENT).items():
         if settings.get(key, plain) != plain and settings[key]:
             yield rule_broken(
                 f"{FIELD} ({Path(adapter.init) / ADAPTER_NAME}: {key})",
@@ -238,6 +251,14 @@ def check_beginning(hf: Any, adapter: Adapter) -> Iterator[ConfigError]:
                 f"adapters with {key} = {json.dumps(plain)} are supported",
                 "merge it into its model, and train that one",
             )
+    beginning = settings.get("init_lora_weights", True)
+    if beginning not in _KEEPS_BASE:
+        yield rule_broken(
+            f"{FIELD} ({Path(adapter.init) / ADAPTER_NAME}: init_lora_weights)",
+            beginning,
+            "PEFT changes the weights of the model whenever it loads such an adapter",
+            "merge it into its model, and train that one",
+        )
     own = {
         "rank": settings.get("r"),
         "alpha": settings.get("lora_alpha"),

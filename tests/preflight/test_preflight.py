@@ -642,6 +642,16 @@ BAD_ADAPTERS: dict[str, tuple[Callable[[Path], Any], list[str], tuple[str, ...]]
         [],
         ("use_dora) = True", "use_dora = false are supported", "merge it"),
     ),
+    "a changed base": (
+        changed(init_lora_weights="pissa"),
+        [],
+        ("init_lora_weights) = 'pissa'", "changes the weights of the model", "merge it"),
+    ),
+    "an adapter of some tokens": (
+        changed(alora_invocation_tokens=[1, 2]),
+        [],
+        ("alora_invocation_tokens) = [1, 2]", "are supported", "merge it"),
+    ),
     "another model": (
         lambda _: None,
         ["model.student.path=models/teacher"],
