@@ -119,19 +119,26 @@ def run_until_replicas_are_killed(overrides: list[str], victims: dict[str, int])
 def run_and_die(overrides: list[str], dies: bool) -> None:
     """On every rank: the entry point. It is killed where three samples of the last step are there.
 
-    Without that, tells of each sample that an earlier run has kept."""
+    The first of them is of weights that a checkpoint has: the step before has yet to bring others.
+    Without that, tells of each sample that an earlier run has kept.
+    """
     import sys
+    import threading
 
     from nemo_trd.config.load import compose
+    from nemo_trd.records.run_logger import RunLogger
     from nemo_trd.records.under_way import UnderWay
     from nemo_trd.train import launch
 
-    add, find = UnderWay.add, UnderWay.find
+    add, find, record = UnderWay.add, UnderWay.find, RunLogger.step
     added: list[Any] = []
+    last_step_has_one = threading.Event()
 
     def add_and_die(self: Any, *sample: Any) -> None:
         add(self, *sample)
         added.extend([sample] * (self._step == STEPS - 1))
+        if added:
+            last_step_has_one.set()
         if dies and len(added) == 3:
             os.kill(os.getpid(), 9)
 
@@ -141,8 +148,14 @@ def run_and_die(overrides: list[str], dies: bool) -> None:
             print(f"found a {'rewrite' if found.logprobs is None else 'rollout'}")
         return found
 
+    def record_and_wait(self: Any, step: int, *rest: Any) -> None:
+        record(self, step, *rest)
+        if dies and step == STEPS - 2:  # beside this step the last one may be sampled
+            assert last_step_has_one.wait(300)
+
     UnderWay.add = add_and_die  # type: ignore[method-assign]
     UnderWay.find = find_and_tell  # type: ignore[method-assign]
+    RunLogger.step = record_and_wait  # type: ignore[method-assign]
     sys.exit(launch(compose(overrides)))
 
 
