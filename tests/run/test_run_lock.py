@@ -66,7 +66,9 @@ def test_a_lock_is_given_back_and_never_taken_from_another(tmp_path: Path, child
         RunLock(tmp_path / "new").acquire()
     lock.check()
     held_by(tmp_path / "new", child)
-    time.sleep(0.3)
+    deadline = time.monotonic() + 30
+    while lock._new_holder is None and time.monotonic() < deadline:
+        time.sleep(0.02)
     with pytest.raises(ConfigError, match=f"process {child.pid} .* took the directory over"):
         lock.check()
     lock.release()
@@ -104,8 +106,13 @@ def test_a_lock_left_behind_on_this_machine_is_taken_over_at_once(
 
 @pytest.mark.parametrize("machine", ["another", ""])
 def test_on_another_machine_the_heartbeat_decides(
-    machine: str, tmp_path: Path, child: Holder, caplog: pytest.LogCaptureFixture
+    machine: str,
+    tmp_path: Path,
+    child: Holder,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(run_lock, "LOST_SECONDS", 60)
     holder = replace(child, machine=machine, host="far")
     file = held_by(tmp_path, holder)
     stop = threading.Event()
@@ -120,16 +127,19 @@ def test_on_another_machine_the_heartbeat_decides(
         RunLock(tmp_path).acquire()
     stop.set()
     thread.join()
+    monkeypatch.setattr(run_lock, "LOST_SECONDS", 1)
     lock = RunLock(tmp_path)
-    start = time.monotonic()
+    last_sign = held_by(tmp_path, holder).stat().st_mtime
     [notice] = lock.acquire()  # stands still
-    assert "last sign of life was 1 s ago" in notice and time.monotonic() - start > 0.4
+    assert "its last sign of life was " in notice and "(1 are allowed)" in notice
+    assert file.stat().st_mtime - last_sign > 0.9
     assert "waiting for the next one" in caplog.text
     lock.release()
-    held_by(tmp_path, holder, age=1)
+    monkeypatch.setattr(run_lock, "LOST_SECONDS", 60)
+    held_by(tmp_path, holder, age=100)
     start = time.monotonic()
     lock.acquire()
-    assert time.monotonic() - start < 0.4  # nothing to wait for
+    assert time.monotonic() - start < 30  # nothing to wait for
     lock.release()
 
 
@@ -139,8 +149,11 @@ def test_a_lock_that_was_cut_off_in_writing_is_taken_over_in_time(tmp_path: Path
     assert "an unknown host" in notice
 
 
-def test_of_many_that_take_over_at_once_one_does(tmp_path: Path, child: Holder) -> None:
+def test_of_many_that_take_over_at_once_one_does(
+    tmp_path: Path, child: Holder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where the file system has no hard links."""
+    monkeypatch.setattr(run_lock, "LOST_SECONDS", 600)  # none is slow enough to be taken for lost
     for number in range(6):
         run_dir = tmp_path / str(number)
         run_dir.mkdir()
