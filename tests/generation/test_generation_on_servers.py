@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -41,7 +40,14 @@ from nemo_trd.config.schema import (
 from nemo_trd.config.schema import WeightSync as WeightSyncSettings
 from nemo_trd.data.types import Completion, GenerationRequest
 from nemo_trd.evaluate.main import main as evaluate_main
-from nemo_trd.generation.api import ARRAYS, GENERATE, Wanted, read_scores, scoring_body
+from nemo_trd.generation.api import (
+    ARRAYS,
+    GENERATE,
+    Connection,
+    Wanted,
+    read_scores,
+    scoring_body,
+)
 from nemo_trd.generation.identity import (
     ask,
     check_log_probabilities,
@@ -500,35 +506,45 @@ def test_server_that_takes_too_long_is_stopped(models: dict[str, Path], tmp_path
 
 
 def signal_when_busy(
-    pool: VllmGenerator, server: Server, number: signal.Signals, loads: list[int]
-) -> None:
-    """Signal every process of a server once it works on some of our requests."""
-    member = next(member for member in pool._members if member.url == server.url)
-    limit = time.monotonic() + 120
-    while member.load < 4 and time.monotonic() < limit:
-        time.sleep(0.005)
-    time.sleep(0.2)
-    loads.append(member.load)
-    os.killpg(server.pid, number)
+    monkeypatch: pytest.MonkeyPatch, server: Server, number: signal.Signals
+) -> list[str]:
+    """Signal every process of a server when we ask it for the fourth completion from here on.
+
+    It is stopped before it gets the second request, so it cannot have answered all it has. Returns
+    the list of these requests, which grows.
+    """
+    call = Connection.call
+    asked: list[str] = []
+
+    async def call_and_signal(self: Any, method: str, url: str, path: str, *rest: Any) -> Any:
+        if path == GENERATE and url == server.url:
+            asked.append(path)
+            if len(asked) == 2:
+                os.killpg(server.pid, signal.SIGSTOP)
+            if len(asked) == 4:
+                os.killpg(server.pid, number)
+        return await call(self, method, url, path, *rest)
+
+    monkeypatch.setattr(Connection, "call", call_and_signal)
+    return asked
 
 
 def test_hanging_replica_costs_no_sample_and_is_used_again_when_it_goes_on(
-    servers: list[Server], models: dict[str, Path]
+    servers: list[Server],
+    models: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     asked = requests(48, seed=3)
     pool = generator(*(server.url for server in servers), model=models["qwen3"])
     expected = pool.generate(asked, SAMPLED, "rollouts")
     pool._settings = CLIENT.model_copy(update={"request_timeout_seconds": 5.0})
-    loads: list[int] = []
-    hang = (pool, servers[1], signal.SIGSTOP, loads)
-    stopper = threading.Thread(target=signal_when_busy, args=hang)
-    stopper.start()
+    of_hanging = signal_when_busy(monkeypatch, servers[1], signal.SIGSTOP)
     try:
         assert pool.generate(asked, SAMPLED, "rollouts") == expected
-        assert loads and loads[0] >= 4
-        assert "no answer within 5 s" in pool._members[1].cause
+        assert len(of_hanging) >= 4
+        assert f"{servers[1].url} is out of service: no answer within 5 s" in caplog.text
     finally:
-        stopper.join()
         os.killpg(servers[1].pid, signal.SIGCONT)
     before = count_requests(servers[1].url)
     assert pool.generate(asked, SAMPLED, "rollouts") == expected
@@ -537,7 +553,10 @@ def test_hanging_replica_costs_no_sample_and_is_used_again_when_it_goes_on(
 
 @pytest.mark.slow
 def test_killed_replica_costs_no_sample_and_is_used_again_when_it_is_back(
-    servers: list[Server], models: dict[str, Path], tmp_path: Path
+    servers: list[Server],
+    models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     long = SAMPLED.model_copy(update={"max_tokens": 150})
     asked = requests(48, seed=2)
@@ -553,13 +572,9 @@ def test_killed_replica_costs_no_sample_and_is_used_again_when_it_is_back(
     expected = pool.generate(asked, long, "rollouts")
     assert {completion.weight_version for completion in expected} == {7}
 
-    loads: list[int] = []
-    kill = (pool, servers[1], signal.SIGKILL, loads)
-    killer = threading.Thread(target=signal_when_busy, args=kill)
-    killer.start()
+    of_killed = signal_when_busy(monkeypatch, servers[1], signal.SIGKILL)
     assert pool.generate(asked, long, "rollouts") == expected
-    killer.join()
-    assert loads[0] >= 4 and servers[1].exit_status() is not None
+    assert len(of_killed) >= 4 and servers[1].exit_status() is not None
     wait_until_gone(servers[1].pid, 60)
 
     process, leader = start_by_command_line(models["qwen3"], servers[1].port, tmp_path)
