@@ -80,9 +80,14 @@ def sampler(
 
 
 def sample_on_ranks(students: list[str], teachers: list[str], record: str) -> None:
+    """On every rank: a step. The first of each pool is asked before the other."""
     import torch.distributed as dist
 
+    from nemo_trd.generation import pool
+
     dist.init_process_group("gloo")
+    first = (students[0], teachers[0])
+    pool._weight = lambda affinity, url: bytes([url in first])  # type: ignore[assignment]
     drawn = sampler(configured(), students, teachers).sample(PROMPTS, STEP)
     Path(f"{record}{dist.get_rank()}").write_bytes(pickle.dumps(drawn.refinements))
     dist.destroy_process_group()
@@ -104,7 +109,7 @@ class Waiting:
 
 @pytest.mark.parametrize("subset", ["all", "wrong"])
 def test_rewrites_begin_while_rollouts_and_verdicts_are_under_way(
-    subset: str, one_rank: Any
+    subset: str, one_rank: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last rollout ends, and the first verdicts come, after rewrites of the others.
 
@@ -126,6 +131,13 @@ def test_rewrites_begin_while_rollouts_and_verdicts_are_under_way(
                 first()
             return verify(text, answer)
 
+        spans: list[Any] = []
+
+        def noted(*of_step: Any) -> dict[str, float]:
+            spans.append(of_step)
+            return sampling_seconds(*of_step)
+
+        monkeypatch.setattr(sampling, "sampling_seconds", noted)
         drawn = sampler(config, [student.url], [teacher.url], judge).sample(PROMPTS, STEP)
     assert drawn.refinements == expected
     assert last.in_time == [True] and all(first.in_time)
@@ -135,7 +147,8 @@ def test_rewrites_begin_while_rollouts_and_verdicts_are_under_way(
     seconds = drawn.seconds
     whole = seconds["rollout"] + seconds["refinement"]
     assert seconds["student_pool"] <= seconds["rollout"] and seconds["teacher_pool"] <= whole
-    assert seconds["student_pool"] + seconds["teacher_pool"] > whole  # both at one time
+    ((rollouts, rewrites, _),) = spans
+    assert min(rewrites)[0] < max(end for _, end in rollouts)  # both at one time
 
 
 @pytest.mark.distributed
@@ -155,12 +168,17 @@ def test_two_ranks_get_the_samples_of_two_phases_though_replicas_die(tmp_path: P
 
 def test_a_teacher_that_refuses_ends_the_rollouts_too(one_rank: Any) -> None:
     waited = threading.Event()
-    with FakeVllm() as student, FakeVllm(lambda number: "400") as teacher:
-        student.fault = lambda number: "ok" if number < COUNT - 1 else waited.wait(9) and "" or "ok"
+
+    def last_waits(number: int) -> str:
+        if number == COUNT - 1:
+            waited.wait(55)
+        return "ok"
+
+    with FakeVllm(last_waits) as student, FakeVllm(lambda number: "400") as teacher:
         begin = time.monotonic()
         with pytest.raises(GenerationFailed, match="status 400"):
             sampler(configured(), [student.url], [teacher.url]).sample(PROMPTS, STEP)
-        assert time.monotonic() - begin < 8
+        assert time.monotonic() - begin < 30
         waited.set()
 
 
@@ -192,9 +210,14 @@ def test_what_was_generated_when_a_run_died_is_not_generated_again(
     lines = file.read_text().splitlines(keepends=True)
     assert len(lines) > 5
     file.write_text("".join(lines) + lines[0][:40])  # it was killed while it wrote
-    seed = request_seed(config.run.seed, "rollout", STEP, 0, 0)
-    request = GenerationRequest(PROMPTS[0].token_ids, seed)
-    assert kept().find(request, weight_version=0) is not None
+    asked = [
+        GenerationRequest(x.token_ids, request_seed(config.run.seed, "rollout", STEP, x.index, n))
+        for x in PROMPTS
+        for n in range(SAMPLES)
+    ]
+    # The teacher was asked for a sixth rewrite: of six rollouts, whichever came first.
+    request, *others = (r for r in asked if kept().find(r, weight_version=0) is not None)
+    assert len(others) >= 5
     assert kept().find(request, weight_version=1) is None
     assert kept(digest="b").find(request, weight_version=0) is None
     assert kept().notices == []
