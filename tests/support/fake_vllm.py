@@ -92,6 +92,9 @@ class FakeVllm:
         self._http.server_close()
 
     def answer_question(self, handler: BaseHTTPRequestHandler) -> None:
+        if self._ended.is_set():  # a connection of before
+            _hang_up(handler)
+            return
         answers: dict[str, Any] = {
             "/weight_info": {"weight_version": self.version},
             "/is_paused": {"is_paused": self.paused},
@@ -115,10 +118,11 @@ class FakeVllm:
             self.most_working = max(self.most_working, self.working)
         try:
             time.sleep(self.delay)
-            self._answer(handler, body, self.fault(number))
-        finally:
+            fault = self.fault(number)
+        finally:  # before the answer: who has it asks the next
             with self._lock:
                 self.working -= 1
+        self._answer(handler, body, "hangup" if self._ended.is_set() else fault)
 
     def _answer(self, handler: BaseHTTPRequestHandler, body: Any, fault: str) -> None:
         params = body["sampling_params"]
