@@ -79,7 +79,7 @@ class StandIn:
         self.calls.append(f"{path} {query}".strip())
         fault = self.fault.get(path)
         if fault == "hang":
-            time.sleep(20)
+            time.sleep(100)
         answer: Any = {}
         if fault is None:
             answer = self.act(path, body)
@@ -133,9 +133,9 @@ def settings(directory: Path, **changes: Any) -> config.WeightSync:
         "in_flight": "finish",
         "directory": str(directory),
         "bucket_bytes": 100,
-        "pause_timeout_seconds": 1.0,
-        "call_timeout_seconds": 1.0,
-        "timeout_seconds": 5.0,
+        "pause_timeout_seconds": 30.0,
+        "call_timeout_seconds": 30.0,
+        "timeout_seconds": 60.0,
     }
     return config.WeightSync.model_validate(chosen | changes)
 
@@ -215,24 +215,25 @@ def test_a_server_that_cannot_reset_its_cache_does_not_serve(
 def test_a_server_that_does_not_answer_is_left_out_when_its_time_is_up(
     servers: list[StandIn], tmp_path: Path, phase: str
 ) -> None:
-    sync = make_sync(servers, tmp_path)
+    limits = {"pause_timeout_seconds": 1.0, "call_timeout_seconds": 1.0}
+    sync = make_sync(servers, tmp_path, **limits)
     servers[0].fault = {phase: "hang"}
     started = time.monotonic()
     sync.load_weights(TENSORS.items(), 1)
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 30
     assert sync.is_current(servers[1].url)
     assert "no answer within 1 s" in sync.failures[servers[0].url]
 
 
 def test_the_whole_sync_has_a_time_limit(servers: list[StandIn], tmp_path: Path) -> None:
-    limits = {"call_timeout_seconds": 60.0, "timeout_seconds": 1.0}
+    limits = {"pause_timeout_seconds": 1.0, "call_timeout_seconds": 60.0, "timeout_seconds": 1.0}
     sync = make_sync(servers, tmp_path, **limits)
     for server in servers:
         server.fault = {"update_weights": "hang"}
     started = time.monotonic()
     with pytest.raises(WeightSyncError):
         sync.load_weights(TENSORS.items(), 1)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 def test_when_all_servers_fail_the_error_names_each_with_its_phase(
@@ -328,7 +329,7 @@ class Tracked:
 
     def _check(self, previous: int) -> None:
         bound = max(self._max_bytes, previous)
-        deadline = time.monotonic() + 1
+        deadline = time.monotonic() + 30
         # A thread of gloo lets go of a tensor a moment after the broadcast has ended.
         while sum(self._alive.values()) > bound and time.monotonic() < deadline:
             time.sleep(0.001)
@@ -353,7 +354,7 @@ class Receiver:
         self.takes_tensors = True
 
     def __call__(self, path: str, body: dict[str, Any]) -> None:
-        limit = timedelta(seconds=10)
+        limit = timedelta(seconds=60)
         if path == "/init_weight_transfer_engine":
             info = body["init_info"]
             place = (info["master_address"], info["master_port"], info["world_size"])
@@ -372,7 +373,7 @@ class Receiver:
 @pytest.mark.parametrize("max_bytes", [1, 100, 10_000])
 def test_with_gloo_never_more_than_a_bucket_and_one_tensor_exist(max_bytes: int) -> None:
     tensors, receiver = Tracked(max_bytes), Receiver()
-    link = GlooLink(receiver, "http://127.0.0.1:1", workers=1, timeout=10)
+    link = GlooLink(receiver, "http://127.0.0.1:1", workers=1, timeout=60)
     for bucket in buckets(tensors, max_bytes, to_host=True):
         link.send(bucket)
     link.close()
@@ -386,12 +387,13 @@ def test_a_server_that_answers_without_taking_the_tensors_is_noticed(
 ) -> None:
     monkeypatch.setattr(weight_transport, "END_SECONDS", 0.5)
     receiver = Receiver()
-    link = GlooLink(receiver, "http://127.0.0.1:1", workers=1, timeout=3)
+    link = GlooLink(receiver, "http://127.0.0.1:1", workers=1, timeout=40)
     receiver.takes_tensors = False
     started = time.monotonic()
     with pytest.raises(TimeoutError, match="without taking all tensors"):
         link.send([("large", torch.zeros(1_000_000))])
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20
+    receiver.group = None  # or the broadcast would wait on
     link.close()
 
 
