@@ -62,11 +62,11 @@ def test_the_second_ctrl_c_ends_a_process_whose_main_thread_is_busy_and_a_second
         os.kill(os.getpid(), signal.SIGTERM)  # the first press still counts
         time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
-        ctypes.CDLL(None).sleep(20)  # no handler of Python's is called in here
+        ctypes.CDLL(None).sleep(200)  # no handler of Python's is called in here
         os._exit(0)
     start = time.monotonic()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 100
     told = capfd.readouterr().err.splitlines()
     log_file = tmp_path / "log.txt"
     if rank == 1:

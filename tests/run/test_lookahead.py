@@ -105,7 +105,7 @@ class GatedWeights(Weights):
 
     def sample(self, step: int, timers: Timers) -> list[Any]:
         self.asked[step].set()
-        assert self.gates[step].wait(10)
+        assert self.gates[step].wait(60)
         return super().sample(step, timers)
 
 
@@ -115,14 +115,14 @@ def test_with_staleness_2_two_steps_are_drawn_while_one_trains_and_weights_chang
     weights.gates[0].set()
     assert samples.take(0) == [(0, 0)]
     samples.start(1)
-    assert weights.asked[1].wait(10)
+    assert weights.asked[1].wait(60)
     weights.version = 1  # nobody waits for what is under way
     samples.settle()
     weights.gates[1].set(), weights.gates[2].set()
     assert samples.take(1) == [(1, 1)]
     assert not weights.asked[3].wait(0.2)  # until the next step trains
     samples.start(2)
-    assert weights.asked[3].wait(10)
+    assert weights.asked[3].wait(60)
     assert set(samples.kept(ending=False)) <= {2}
     weights.gates[3].set()
     assert set(samples.kept(ending=True)) == {2, 3}

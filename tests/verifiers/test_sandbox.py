@@ -286,7 +286,7 @@ def test_it_works_for_a_user_who_is_not_root() -> None:
         "-c",
         script,
     ]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    told = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert told.stdout.startswith("1234 65534"), told.stderr
 
 
