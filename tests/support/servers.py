@@ -89,7 +89,7 @@ def settings_on(inputs: Path, urls: dict[str, str], run_dir: Path) -> list[str]:
         *("train.prompts_per_step=4", "logging.progress=false"),
         *(f"generation.{which}.max_tokens=12" for which in ("rollout", "refinement")),
         *("generation.vllm.weight_sync.backend=file", "generation.vllm.server.max_model_len=512"),
-        "generation.vllm.client.recovery_timeout_seconds=3",
+        "generation.vllm.client.recovery_timeout_seconds=60",
         *(f"generation.vllm.{role}.urls=['{url}']" for role, url in urls.items()),
         *(f"generation.vllm.{role}.replicas=0" for role in urls),
     ]
