@@ -2,7 +2,7 @@
 
     python benchmarks/prefix_dose.py             # 8 seeds, hours on two cores
     python benchmarks/prefix_dose.py --quick     # untrained models, 1 seed, few steps: does it run?
-    python benchmarks/prefix_dose.py --from docs/comparison/dose.json --output DIR
+    python benchmarks/prefix_dose.py --from FILE    # tables and plots of kept results
 
 The dose is how often a wrong number is taken back in the texts that student and teacher learn from
 (DOSES). At 0.5 the teacher is of two minds about every error of the student; at 0.05 and 0.95 it

@@ -2,7 +2,7 @@
 
     python benchmarks/prefix_exploration.py             # 5 seeds, hours on two cores
     python benchmarks/prefix_exploration.py --quick     # untrained models: does it run?
-    python benchmarks/prefix_exploration.py --from docs/comparison/exploration.json --output DIR
+    python benchmarks/prefix_exploration.py --from FILE    # tables and plots of kept results
 
 The toy problems have six right derivations each, the orders in which their three products are
 worked out (nemo_trd/toy/derivations.py). The texts that a student learns from have one common order

@@ -2,7 +2,7 @@
 
     python benchmarks/prefix_length.py           # 5 seeds, hours on two cores
     python benchmarks/prefix_length.py --quick   # untrained models, 1 seed, few steps: does it run?
-    python benchmarks/prefix_length.py --from docs/comparison/length.json --output DIR
+    python benchmarks/prefix_length.py --from FILE    # tables and plots of kept results
 
 Problems have 3, 6, 12 or 24 products; their solutions 38, 80, 164 and 332 tokens. A seed has one
 teacher, which learns all lengths and serves them all. A student has the teacher's shape, since one

@@ -17,7 +17,7 @@ from comparison.coverage import (
     order_shares,
     up_to,
 )
-from comparison.figures import markdown
+from comparison.figures import markdown, save
 from comparison.results import Interval, holm, interval
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
@@ -221,7 +221,7 @@ def plot(exploration: Exploration, path: Path) -> None:
     rows = figure.subfigures(count, squeeze=False)[:, 0]
     for results, row in zip(exploration.results, rows, strict=True):
         _row(results, row)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _row(results: Results, row: SubFigure) -> None:
@@ -238,6 +238,7 @@ def _row(results: Results, row: SubFigure) -> None:
     )
     _curves(passed, found, "pass", up_to(results.samples), 100)
     passed.set(title="pass@k: one right derivation at least", ylabel="percent of problems")
+    passed.set_ylim(top=101)
     _mixes(results, mixes)
     row.legend(handles=samples.lines, loc="outside lower center", ncols=7, fontsize=9)
 

@@ -1,4 +1,4 @@
-"""The table and the plot of the comparison."""
+"""The table and the plot of the comparison, and what other tables and plots share with them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import matplotlib
 from comparison.results import Interval, Point, interval
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -105,7 +106,13 @@ def plot(
         panels[0].set_ylabel(f"{'avg' if quantity == 'avg' else 'pass'}@{k} on test problems")
         lines = panels[0].lines
         row.legend(handles=lines, loc="outside lower center", ncols=5, fontsize=9)
-    figure.savefig(path)
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """SVG with text as text; the same figure gives the same file."""
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nemo_trd"}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 def _curve(

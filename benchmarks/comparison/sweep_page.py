@@ -18,6 +18,7 @@ from comparison.advantage import (
     models_table,
     tests_table,
 )
+from comparison.figures import save
 from comparison.results import Interval, Point, as_csv, interval
 from comparison.sweep import METHODS, Results
 from matplotlib.axes import Axes
@@ -78,7 +79,7 @@ def plot(
         panel.legend(fontsize=8)
     if last is not None:
         last(results, panels[-1])
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _advantages(results: Results, panel: Axes, pairs: Sequence[Pair], moment: Moment) -> None:

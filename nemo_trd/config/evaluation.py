@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from nemo_trd.config.dataset_rules import check_dataset
 from nemo_trd.config.errors import rule_broken
-from nemo_trd.config.rules import check_dataset, check_drafts, check_pool
 from nemo_trd.config.schema import (
     Dataset,
     LocalGeneration,
@@ -23,6 +23,7 @@ from nemo_trd.config.schema import (
     ServedPool,
     VllmSettings,
 )
+from nemo_trd.config.server_rules import check_drafts, check_pool
 
 
 class EvaluatedModel(Section):

@@ -191,6 +191,13 @@ def explain_refused_override(
     field = refused[1]
     value = next((o.split("=", 1)[1] for o in overrides if o.startswith(f"{field}=")), None)
     known = _keys_of(schema, field.split(".")[:-1])
-    if value is None or known is None or field.split(".")[-1] in known:
+    if value is None or known is None:
         return message
-    return _explain_unknown_key(schema, field, value)
+    section, _, name = field.rpartition(".")
+    if name not in known:
+        return _explain_unknown_key(schema, field, value)
+    return (
+        f"{field} = {value!r}: there is no section {section} here. Fix: give all of it, "
+        f"'{section}={{{name}: {value}, ...}}' with the keys {', '.join(known)}, or choose a file "
+        f"of conf/ that has it"
+    )

@@ -1,8 +1,8 @@
 """The schema of `conf/`: every setting of a run, its type, its rule and its meaning.
 
-Unknown keys, wrong types and settings that contradict each other are refused here, before
-torch is imported. Rules between settings are in `rules.py`; what needs the model directories or the
-data is checked in the room `preflight`.
+Unknown keys, wrong types and settings that contradict each other are refused here, before torch is
+imported. Rules between settings are in `rules.py` and the files that it calls; what needs
+the model directories or the data is checked in the room `preflight`.
 """
 
 from __future__ import annotations

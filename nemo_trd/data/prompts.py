@@ -288,7 +288,7 @@ def _messages(reader: RowReader, dataset: Dataset) -> tuple[list[Message], str |
         setting = f"{reader.field}.last_assistant_turn"
         ends_with_user(reader, columns.messages, messages, setting)
     else:
-        assert columns.problem is not None  # config.rules.check_dataset
+        assert columns.problem is not None  # config.dataset_rules.check_dataset
         problem = reader.text("problem", columns.problem)
         if dataset.template is not None:
             problem = reader.filled(dataset.template, problem)
@@ -329,9 +329,9 @@ def _answer(
     """
     column, pattern = dataset.columns.answer, dataset.answer_pattern
     if verifier == "code":
-        assert column is not None  # config.rules.check_dataset
+        assert column is not None  # config.dataset_rules.check_dataset
         return reader.tests(column)
-    assert not isinstance(column, list)  # config.rules.check_dataset
+    assert not isinstance(column, list)  # config.dataset_rules.check_dataset
     try:
         if column is not None:
             texts = reader.answers(column)

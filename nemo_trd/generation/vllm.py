@@ -307,11 +307,12 @@ class VllmGenerator:
         """
         url = member.url
         label = await self._version_label(connection, url)
+        accepted = self._settings.stale_weights == "keep"
         if self._sync is not None and self._number(label) != self.weight_version:
-            await asyncio.to_thread(self._sync.update_replica, url)
+            # A server may have the weights of a sync that has yet to end on this rank.
+            accepted |= await asyncio.to_thread(self._sync.update_replica, url)
             label = await self._version_label(connection, url)
-        kept = self._settings.stale_weights == "keep" and self._number(label) is not None
-        if not kept and not self._frozen:
+        if not self._frozen and not (accepted and self._number(label) is not None):
             self._check_version((label,), url)
         if field_of(await connection.call("GET", url, "/is_paused"), "is_paused", url):
             raise AttemptFailed(url, "it is paused")

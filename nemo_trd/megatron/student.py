@@ -398,6 +398,6 @@ def _teacher_hf(config: Config) -> Any:
     """Settings of the teacher's model: of its directory, or what its servers are known to serve."""
     source, vllm = config.teacher_source, config.generation.vllm
     if is_only_served(config):
-        assert vllm is not None  # config.rules: servers score
+        assert vllm is not None  # config.teacher_rules: servers score
         return read_served(source, "model.teacher.path", vllm.teacher.server)
     return load_hf_config(source.path, source.trust_remote_code)

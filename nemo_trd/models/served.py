@@ -119,7 +119,7 @@ def check_served_weights(config: Config, directory: Path) -> None:
     Raises:
         ConfigError: there are none.
     """
-    assert config.generation.vllm is not None  # config_rules: servers score
+    assert config.generation.vllm is not None  # config.teacher_rules: servers score
     replicas = config.generation.vllm.teacher.replicas
     if replicas and not has_weights(directory):
         raise rule_broken(

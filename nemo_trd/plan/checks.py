@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nemo_trd.config.errors import ConfigError, rule_broken
-from nemo_trd.config.rules import check_server_tp
 from nemo_trd.config.schema import Config, ModelSource
+from nemo_trd.config.server_rules import check_server_tp
 from nemo_trd.models.directory import INDEX_NAME, SINGLE_NAME, check_weights
 from nemo_trd.models.family import experts_of
 from nemo_trd.models.peft import begins_from_directory, check_beginning
@@ -60,7 +60,7 @@ def check(config: Config) -> tuple[Model | None, Model | None, Findings]:
 
 def _served_teacher(config: Config, source: ModelSource, findings: Findings) -> Model | None:
     """Read a teacher of any architecture; an unknown one has its lengths and no shape."""
-    assert config.generation.vllm is not None  # config.rules: servers score
+    assert config.generation.vllm is not None  # config.teacher_rules: servers score
     directory = Path(source.path).absolute()
     try:
         model, note = read_model(source, TEACHER)

@@ -114,7 +114,7 @@ def _read_served(
     None where something is wrong with it, which is added to `problems`.
     """
     directory = Path(source.path).absolute()
-    assert config.generation.vllm is not None  # config.rules: servers score
+    assert config.generation.vllm is not None  # config.teacher_rules: servers score
     try:
         hf = read_served(source, field, config.generation.vllm.teacher.server)
         check_served_weights(config, directory)

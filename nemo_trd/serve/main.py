@@ -24,8 +24,8 @@ from pydantic import ValidationError
 from nemo_trd.config.arguments import path
 from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.load import conf_dir
-from nemo_trd.config.rules import check_drafts
 from nemo_trd.config.schema import SERVED_RANKS, VllmServer
+from nemo_trd.config.server_rules import check_drafts
 from nemo_trd.records.step_lines import write_atomically
 from nemo_trd.serve.api_key import read_api_key
 from nemo_trd.serve.server import Server, ServerError

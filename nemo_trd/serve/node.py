@@ -23,8 +23,8 @@ from typing import Literal
 from nemo_trd.config.arguments import path
 from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.load import compose
-from nemo_trd.config.rules import check_server_tp
 from nemo_trd.config.schema import Config
+from nemo_trd.config.server_rules import check_server_tp
 from nemo_trd.serve.api_key import read_api_key
 from nemo_trd.serve.server import Server, ServerError, start_all, stop_all
 

@@ -293,7 +293,7 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "servers of an adapter where there are no servers": (
         [*LORA, "generation=local", ALONE[1]],
-        ("Could not override 'generation.vllm.weight_sync.what'",),
+        ("generation.vllm.weight_sync.what = 'adapter': there is no section", "a file of conf/"),
     ),
     "an adapter of a rank that vLLM has no room for": (
         [*LORA, *ALONE, "student.adapter.rank=513"],

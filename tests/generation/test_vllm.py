@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from nemo_trd.generation.api import (
     read_scores,
 )
 from nemo_trd.generation.pool import AllReplicasDown, Member, choose
+from nemo_trd.generation.protocol import GenerationFailed
 from nemo_trd.generation.session import RequestFailed
 from nemo_trd.models.vocabulary import Vocabulary
 
@@ -224,6 +226,19 @@ def test_completions_carry_the_version_of_the_last_weights() -> None:
         late.healthy, one.healthy = True, False  # `late` missed the sync
         assert pool.generate(asked, SAMPLING, "rollouts") == expected(asked, version=12)
         assert late.version == "12" and late.asked == 8
+
+
+def test_a_server_with_weights_that_are_only_just_arriving_is_asked_where_they_may_change() -> None:
+    """Rank 0 has updated it, and this rank's `load_weights` has yet to return."""
+    asked = [replace(request, oldest_version=11) for request in requests(8)]
+    with FakeVllm() as server:
+        sync = FakeSync([server])
+        pool = generator(server, sync=sync, client={"recovery_timeout_seconds": 0.5})
+        pool.load_weights(iter(()), 11)
+        sync.load_weights(iter(()), 12)
+        assert pool.generate(asked, SAMPLING, "rollouts") == expected(asked, version=12)
+        with pytest.raises(GenerationFailed, match="its weights are 12, current is 11"):
+            pool.generate(requests(8), SAMPLING, "rollouts")
 
 
 @pytest.mark.parametrize("policy", ["retry", "keep"])
