@@ -55,8 +55,7 @@ def evaluate_and_die(overrides: list[str]) -> None:
     """As `evaluate`, killed when three samples are kept."""
     from nemo_trd.evaluate.sample_store import SampleStore
 
-    append = SampleStore.append
-    kept: list[Any] = []
+    append, kept = SampleStore.append, []
 
     def append_and_die(self: Any, sample: Any) -> None:
         append(self, sample)
