@@ -55,7 +55,8 @@ def evaluate_and_die(overrides: list[str]) -> None:
     """As `evaluate`, killed when three samples are kept."""
     from nemo_trd.evaluate.sample_store import SampleStore
 
-    append, kept = SampleStore.append, []
+    append = SampleStore.append
+    kept: list[Any] = []
 
     def append_and_die(self: Any, sample: Any) -> None:
         append(self, sample)
