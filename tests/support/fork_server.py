@@ -94,6 +94,8 @@ def _wait(running: dict[int, int]) -> int:
 
 def _call(file: str, function: str, arguments: list[Any]) -> int:
     """The exit code of an interpreter that calls the function."""
+    # A line is written whole: the ranks share a file.
+    sys.stdout.reconfigure(line_buffering=True, write_through=False)  # type: ignore[union-attr]
     try:
         run_function(file, function, arguments)
     except SystemExit as ended:
