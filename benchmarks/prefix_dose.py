@@ -7,7 +7,7 @@
 The dose is how often a wrong number is taken back in the texts that student and teacher learn from
 (DOSES). At 0.5 the teacher is of two minds about every error of the student; at 0.05 and 0.95 it
 nearly knows how the text goes on. Each dose and seed has a student, a teacher and prompts of its
-own, made before any method runs. A method that rewrites has 60 steps, one that does not 120, and
+own, made before any method runs. A method that rewrites has 32 steps, one that does not 64, and
 both are evaluated half way and at the end. Each has the learning rate that is best for it at that
 dose, on other problems and seeds (comparison/jobs.py `tune`).
 
@@ -69,6 +69,7 @@ def run(root: Path, seeds: int, quick: bool) -> Results:
     conditions = {
         dose: Condition(
             root / f"noticed_{dose:g}",
+            budget=32,
             evaluations=2,
             k=8,
             settings=("logging.samples_interval=5",),  # for more wrong rollouts to measure
