@@ -15,8 +15,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
 from pathlib import Path
 from statistics import fmean
+from threading import Lock
 from typing import Any, TypeVar
 
 from comparison.models import World, make_model, read_made, write_prompts
@@ -31,6 +33,9 @@ WARM_UP = 6  # steps, whatever the length of the run
 AT_ONCE = 2
 # Each run is forked from a process that has imported what all of them import.
 _IMPORTED = ("__main__", "nemo_trd.train", "transformers.models.qwen3.modeling_qwen3")
+# A process that starts asks all others whether they have ended. Their exit codes can be read once,
+# so no two threads may ask at one time: the second would find 255.
+_processes = Lock()
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -189,8 +194,11 @@ def in_process(work: Callable[..., None], arguments: Sequence[Any], log: Path) -
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_text("")
     process = context.Process(target=_logged, args=(work, arguments, str(log)))
-    process.start()
-    process.join()
+    with _processes:
+        process.start()
+    wait([process.sentinel])
+    with _processes:
+        process.join()
     if process.exitcode:
         last = "\n".join(log.read_text().splitlines()[-5:])
         raise RuntimeError(f"exit code {process.exitcode}, {log}:\n{last}")
