@@ -7,6 +7,8 @@ import io
 import json
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -285,6 +287,31 @@ def test_a_failed_run_is_reported_with_the_end_of_its_log(
     log = tmp_path / "run.log"
     with pytest.raises(RuntimeError, match=r"exit code 1, .*run.log:\s+.*no such student"):
         in_process(sys.exit, ("no such student",), log)
+
+
+def test_processes_that_end_while_others_start_are_not_taken_for_failed(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The exit code of a process can be read once; here who comes second reads it first."""
+    from multiprocessing import forkserver
+
+    from comparison import jobs
+
+    read_signed = forkserver.read_signed  # type: ignore[attr-defined]
+    reads, delays = Counter[int](), [4.0, 1.0]
+
+    def first_is_slow(descriptor: int) -> int:
+        reads[descriptor] += 1
+        if reads[descriptor] == 2 and delays:  # the first is for the id of the process
+            time.sleep(delays.pop())  # of two that have ended one is slower: a third starts
+        return read_signed(descriptor)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(forkserver, "read_signed", first_is_slow)
+    monkeypatch.setattr(jobs, "_IMPORTED", ())
+    ended = jobs.at_once(
+        lambda n: jobs.in_process(sys.exit, (0,), tmp_path / f"{n}.log"), range(3), "processes"
+    )
+    assert ended == [None] * 3
 
 
 def test_fine_tuning_minimises_the_cross_entropy_that_transformers_computes(
