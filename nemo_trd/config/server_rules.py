@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import SERVED_RANKS, Config, ServedPool, Speculation, Vllm, WeightSync
 
+LONGEST_DRAFT = 128  # MAX_SPEC_LEN in vLLM's v1/sample/rejection_sampler.py
+
 
 def address_of(url: str) -> tuple[str, int] | None:
     """(host, port) of http://HOST:PORT, the same for two spellings of it; None: malformed."""
@@ -75,9 +77,16 @@ def check_server_tp(config: Config, role: str) -> None:
 
 
 def check_drafts(field: str, drafts: Speculation | None) -> None:
-    """Raises ConfigError: settings of `method` are missing, or of another one."""
+    """Raises ConfigError: a draft is too long; settings of `method` are missing, or of another."""
     if drafts is None:
         return
+    if drafts.tokens > LONGEST_DRAFT:
+        raise rule_broken(
+            f"{field}.tokens",
+            drafts.tokens,
+            f"vLLM checks no more than {LONGEST_DRAFT} tokens in one step",
+            "lower it: most rewrites differ from their rollouts after a few tokens, 5 is usual",
+        )
     longest, shortest = drafts.lookup_max, drafts.lookup_min
     if drafts.method == "ngram" and longest is None:
         raise rule_broken(

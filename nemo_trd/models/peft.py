@@ -66,6 +66,8 @@ _ABSENT: dict[str, Any] = {
     "use_qalora": False,
     "use_bdlora": None,
     "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "monteclora_config": None,
     "layer_replication": None,
     "trainable_token_indices": None,
     "kasa_config": None,
@@ -73,6 +75,10 @@ _ABSENT: dict[str, Any] = {
 # Values of init_lora_weights with which PEFT leaves the weights of the model as they are. Others,
 # such as pissa and olora, take the first B A off them, and do so again whenever it loads them.
 _KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
+PLAIN_INSTEAD = (
+    "merge it into its model and train that one, or, where PEFT cannot merge it, begin with a "
+    "plain LoRA adapter"
+)
 
 
 def target_modules(names: LayerNames) -> dict[str, str]:
@@ -249,7 +255,7 @@ def check_beginning(hf: Any, adapter: Adapter) -> Iterator[ConfigError]:
                 f"{FIELD} ({Path(adapter.init) / ADAPTER_NAME}: {key})",
                 settings[key],
                 f"adapters with {key} = {json.dumps(plain)} are supported",
-                "merge it into its model, and train that one",
+                PLAIN_INSTEAD,
             )
     beginning = settings.get("init_lora_weights", True)
     if beginning not in _KEEPS_BASE:
@@ -257,7 +263,7 @@ def check_beginning(hf: Any, adapter: Adapter) -> Iterator[ConfigError]:
             f"{FIELD} ({Path(adapter.init) / ADAPTER_NAME}: init_lora_weights)",
             beginning,
             "PEFT changes the weights of the model whenever it loads such an adapter",
-            "merge it into its model, and train that one",
+            PLAIN_INSTEAD,
         )
     own = {
         "rank": settings.get("r"),

@@ -509,6 +509,10 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
         [*DRAFTS, "generation.vllm.teacher.server.speculation.lookup_min=5"],
         ("speculation.lookup_min = 5", "may not exceed lookup_max = 4", "lower it"),
     ),
+    "drafts of more tokens than vLLM takes": (
+        [*DRAFTS, "generation.vllm.teacher.server.speculation.tokens=129"],
+        ("server.speculation.tokens = 129", "no more than 128 tokens", "lower it"),
+    ),
     "drafts of another method": (
         [*DRAFTS, "generation.vllm.teacher.server.speculation.method=suffix"],
         ("speculation.lookup_max = 4", "method suffix", "lookup_min to null"),

@@ -650,7 +650,12 @@ BAD_ADAPTERS: dict[str, tuple[Callable[[Path], Any], list[str], tuple[str, ...]]
     "an adapter of some tokens": (
         changed(alora_invocation_tokens=[1, 2]),
         [],
-        ("alora_invocation_tokens) = [1, 2]", "are supported", "merge it"),
+        ("alora_invocation_tokens) = [1, 2]", "are supported", "begin with a plain LoRA adapter"),
+    ),
+    "an adapter that draws its weights": (
+        changed(monteclora_config={"num_samples": 8}),
+        [],
+        ("monteclora_config) = {'num_samples': 8}", "are supported", "merge it"),
     ),
     "another model": (
         lambda _: None,
