@@ -3,6 +3,7 @@
     python benchmarks/trd_vs_opd.py                  # 5 seeds; what docs/comparison.md quotes
     python benchmarks/trd_vs_opd.py --quick          # every method, few steps: does it run?
     python benchmarks/trd_vs_opd.py --tune           # choose learning rate and steps of each method
+    python benchmarks/trd_vs_opd.py --from FILE      # tables and plots of kept results
 
 Every seed has a student and a teacher of its own (comparison/models.py), which all methods
 (comparison/methods.yaml) share, as they share prompts, optimizer, schedule and batch. A method that
@@ -14,13 +15,15 @@ avg@16 and pass@16 are of 200 test problems.
                   evaluated steps on 200 other problems, with models of two seeds that the
                   comparison does not have: four learning rates on the first, the two best on both
     intervals     95 % over seeds, Student's t
-    p             paired t-test over seeds of TRD minus the method, not adjusted; the JSON file has
-                  Holm's adjustment over all rows of a column
+    p             paired t-test over seeds of TRD minus the method
+    adjusted p    for the number of rows of its column (Holm)
 
-Everything is written to `--output`: runs, points.csv, results.json, table.md, avg.svg, pass.svg,
-and models.md, which has what each seed's models can do and how its teacher takes the errors in
-rollouts (nemo_trd.prefix_failure). A run that is there is kept. Two runs at a time, one thread
-each; wall time is that of the steps, in the fastest of the seeds.
+Everything is written to `--output`: models, runs, methods.json (of which tables and plots are
+made), tables.md, points.csv, methods.svg and pass.svg. The tables begin with what each seed's
+models can do and how its teacher takes the errors in rollouts (nemo_trd.prefix_failure). A run that
+is there is kept. Two runs at a time, one thread each; wall time is that of the steps, in the
+fastest of the seeds. A method without a learning rate of its own (`untuned_as` in
+comparison/chosen.yaml) runs where `--methods` names it.
 """
 
 from __future__ import annotations
@@ -32,10 +35,11 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -43,11 +47,10 @@ HERE = Path(__file__).resolve().parent
 if str(HERE) not in sys.path:  # where this file is imported and not run
     sys.path.insert(0, str(HERE))
 
-from comparison.figures import models_table, plot, table  # noqa: E402
+from comparison.figures import models_table, pairs_table, plot, table  # noqa: E402
 from comparison.jobs import (  # noqa: E402
     TUNING_SEEDS,
     Condition,
-    Job,
     Methods,
     at_once,
     make_models,
@@ -58,30 +61,43 @@ from comparison.jobs import (  # noqa: E402
 )
 from comparison.models import World, write_problems  # noqa: E402
 from comparison.results import (  # noqa: E402
+    Interval,
     Point,
     as_csv,
     differences,
     holm,
     interval,
     read_models,
+    write_fields,
 )
 
 PROBLEMS = {"development": 200, "test": 200}
 METHODS = HERE / "comparison" / "methods.yaml"
 CHOSEN = HERE / "comparison" / "chosen.yaml"
 REFERENCE = "trd"
+PAIRS = {
+    "TRD − OPD, reverse KL": ("trd_reverse_kl", "opd_reverse_kl"),
+    "TRD − OPD, JSD": ("trd_jsd", "opd_jsd"),
+    "TRD-OPSD − OPSD": ("trd_opsd", "opsd"),
+    "y_r of wrong, y_o of right − TRD, forward KL": ("trd_mixed", "trd"),
+    "y_r of wrong, y_o of right − TRD, JSD": ("trd_jsd_mixed", "trd_jsd"),
+}
+
+
+def _at(points: Sequence[Point], method: str, step: int) -> list[Point]:
+    return [p for p in points if (p.method, p.step) == (method, step)]
+
+
+def _end(methods: Methods, budget: int, method: str) -> int:
+    """Steps of a run."""
+    return budget if methods[method].get("refines") else 2 * budget
 
 
 def rows_of(
     points: Sequence[Point], methods: Methods, chosen: dict[str, Any], budget: int
 ) -> list[dict[str, Any]]:
     """What the table has of each method."""
-
-    def at(method: str, step: int) -> list[Point]:
-        return [p for p in points if (p.method, p.step) == (method, step)]
-
-    def end(method: str) -> int:
-        return budget if methods[method].get("refines") else 2 * budget
+    at, end = partial(_at, points), partial(_end, methods, budget)
 
     def steps_of_chosen(method: str) -> int:
         steps = {p.step for p in points if p.method == method}
@@ -121,10 +137,28 @@ def rows_of(
     return rows
 
 
-def compare(
-    methods: Methods, seeds: Sequence[int], condition: Condition
-) -> tuple[list[Job], list[Point], list[dict[str, Any]]]:
-    """The runs of all methods, their points, and a row for each method."""
+@dataclass(frozen=True)
+class Results:
+    """What came out. It is a JSON file, of which all tables and plots are made."""
+
+    methods: list[str]
+    seeds: list[int]
+    budget: int  # steps of a method that rewrites
+    k: int
+    chosen: dict[str, Any]  # by method
+    models: dict[str, dict[str, float | None]]  # by seed
+    points: list[list[Any]]  # fields of `Point`
+    minutes: float  # of the last start alone
+    machine: str
+
+    @classmethod
+    def read(cls, file: Path) -> Results:
+        return cls(**json.loads(file.read_text()))
+
+
+def compare(methods: Methods, seeds: Sequence[int], condition: Condition, quick: bool) -> Results:
+    """Run all methods, and measure the prefixes in the runs of `REFERENCE`."""
+    started = time.monotonic()
     chosen = yaml.safe_load(CHOSEN.read_text())
     jobs = [
         condition.job(method, methods[method], seed, chosen[method]["lr"])
@@ -132,42 +166,64 @@ def compare(
         for method in methods
     ]
     points = [p for its_points in at_once(run_job, jobs, "methods") for p in its_points]
-    return jobs, points, rows_of(points, methods, chosen, condition.budget)
+    models = {}
+    if not quick:  # untrained models have nothing to measure
+        references = [one for one in jobs if one.method == REFERENCE]
+        at_once(lambda one: measure_prefixes(one.directory), references, "prefix failure")
+        models = {str(one.seed): read_models(one.models, one.directory) for one in references}
+    return Results(
+        methods=[*methods],
+        seeds=[*seeds],
+        budget=condition.budget,
+        k=condition.k,
+        chosen={method: chosen[method] for method in methods},
+        models=models,
+        points=[[*astuple(point)] for point in points],
+        minutes=round((time.monotonic() - started) / 60, 1),
+        machine=f"{os.cpu_count()} cores, {platform.machine()}",
+    )
 
 
-def measure_models(jobs: Sequence[Job]) -> dict[int, dict[str, float | None]]:
-    """By seed: what its models can do, and the prefix failure in its run of `REFERENCE`."""
-    references = [one for one in jobs if one.method == REFERENCE]
-    at_once(lambda one: measure_prefixes(one.directory), references, "prefix failure")
-    return {one.seed: read_models(one.models, one.directory) for one in references}
-
-
-def write(
-    root: Path,
-    json_file: Path | None,
-    points: Sequence[Point],
-    rows: Sequence[dict[str, Any]],
-    models: dict[int, dict[str, float | None]],
-    minutes: float,
-    k: int,
-) -> None:
-    results = {
-        "minutes": minutes,
-        "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
-        "models": models,
-        "rows": rows,
-        "points": points,
+def pairs_of(points: Sequence[Point], methods: Methods, budget: int) -> dict[str, list[Interval]]:
+    """What one method of a pair has more than the other, at equal steps and at equal tokens."""
+    at, end = partial(_at, points), partial(_end, methods, budget)
+    return {
+        title: [
+            interval(differences(at(a, steps_a), at(b, steps_b)), of_difference=True)
+            for steps_a, steps_b in ((budget, budget), (end(a), end(b)))
+        ]
+        for title, (a, b) in PAIRS.items()
+        if a in methods and b in methods
     }
-    text = json.dumps(results, indent=2, default=asdict)
-    (json_file or root / "results.json").write_text(text + "\n")
-    (root / "points.csv").write_text(as_csv(points))
-    (root / "table.md").write_text(table(rows, k) + "\n")
-    if models:
-        (root / "models.md").write_text(models_table(models) + "\n")
+
+
+def write(results: Results, out: Path) -> None:
+    """`out`/tables.md, points.csv, methods.svg and pass.svg."""
+    known = yaml.safe_load(METHODS.read_text())
+    methods = {name: known[name] for name in results.methods}
+    points = [Point(*fields) for fields in results.points]
+    rows = rows_of(points, methods, results.chosen, results.budget)
+    tables = [models_table(results.models)] if results.models else []
+    tables += [table(rows, results.k), pairs_table(pairs_of(points, methods, results.budget))]
+    (out / "tables.md").write_text("\n\n".join(tables) + "\n")
+    (out / "points.csv").write_text(as_csv(points))
     kinds = [[row for row in rows if row["variant"] == variant] for variant in (False, True)]
     titles = [{row["method"]: row["title"] for row in kind} for kind in kinds if kind]
-    plot(points, titles, k, "avg", root / "avg.svg")
-    plot(points, titles, k, "passed", root / "pass.svg")
+    plot(points, titles, results.k, "avg", out / "methods.svg")
+    plot(points, titles, results.k, "passed", out / "pass.svg")
+
+
+def chosen_methods(
+    names: Sequence[str] | None, quick: bool, error: Callable[[str], NoReturn]
+) -> Methods:
+    """Those of `names`; without names those that were tuned, or all where nothing is measured."""
+    methods = yaml.safe_load(METHODS.read_text())
+    if unknown := [name for name in names or () if name not in methods]:
+        error(f"no method {', '.join(unknown)}: choose from {', '.join(methods)}")
+    if names is None:
+        chosen = yaml.safe_load(CHOSEN.read_text())
+        names = [m for m in methods if quick or "untuned_as" not in chosen[m]]
+    return {name: methods[name] for name in names}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -178,42 +234,42 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--output", type=Path, help="(default: runs/trd_vs_opd, with --quick _quick)"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="(default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="(default: OUTPUT/results.json)")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="(default: all tuned ones)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="(default: OUTPUT/methods.json)")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--quick", action="store_true", help="untrained models, 1 seed, few steps")
     kind.add_argument("--tune", action="store_true", help=f"write {CHOSEN.name}")
+    kind.add_argument("--from", type=Path, dest="kept", metavar="FILE", help="run nothing")
     given = parser.parse_args(arguments)
-    methods = yaml.safe_load(METHODS.read_text())
-    if unknown := [name for name in given.methods or () if name not in methods]:
-        parser.error(f"no method {', '.join(unknown)}: choose from {', '.join(methods)}")
-    methods = {name: methods[name] for name in given.methods or methods}
-    started = time.monotonic()
+    methods = chosen_methods(given.methods, given.quick, parser.error)
     name = "trd_vs_opd_quick" if given.quick else "trd_vs_opd"
     root = (given.output or Path("runs") / name).resolve()
     condition, seeds = Condition(root), given.seeds
-    if given.quick:
-        seeds, condition = [0], replace(condition, budget=condition.evaluations, k=2)
-    if given.tune:
-        seeds = TUNING_SEEDS
-    write_problems(root / "models", PROBLEMS)
-    world = World().untrained() if given.quick else World()
-    at_once(lambda seed: make_models(world, seed, condition.models(seed)), seeds, "warm starts")
-    if missed := {seed: gates for seed in seeds if (gates := missed_gates(condition.models(seed)))}:
-        sys.exit(f"models that missed their gates, by seed: {missed}. Fix: other --seeds")
-    if given.tune:
-        known = yaml.safe_load(CHOSEN.read_text()) if CHOSEN.exists() else {}
-        chosen = {**known, **tune(methods, {name: condition})[name]}
-        CHOSEN.write_text(yaml.safe_dump(chosen, sort_keys=False))
-        print(CHOSEN.read_text())
-        return
-    jobs, points, rows = compare(methods, seeds, condition)
-    # Untrained models have nothing to measure.
-    measured = {} if given.quick else measure_models(jobs)
-    minutes = (time.monotonic() - started) / 60
-    write(root, given.json, points, rows, measured, minutes, condition.k)
-    print(table(rows, condition.k))
-    print(f"\n{len(seeds)} seeds, {minutes:.0f} minutes. Everything is in {root}")
+    if given.kept:
+        results = Results.read(given.kept)
+    else:
+        if given.quick:
+            seeds, condition = [0], replace(condition, budget=condition.evaluations, k=2)
+        if given.tune:
+            seeds = TUNING_SEEDS
+        write_problems(root / "models", PROBLEMS)
+        world = World().untrained() if given.quick else World()
+        at_once(lambda seed: make_models(world, seed, condition.models(seed)), seeds, "warm starts")
+        missed = {seed: gates for seed in seeds if (gates := missed_gates(condition.models(seed)))}
+        if missed:
+            sys.exit(f"models that missed their gates, by seed: {missed}. Fix: other --seeds")
+        if given.tune:
+            known = yaml.safe_load(CHOSEN.read_text()) if CHOSEN.exists() else {}
+            chosen = {**known, **tune(methods, {name: condition})[name]}
+            CHOSEN.write_text(yaml.safe_dump(chosen, sort_keys=False))
+            print(CHOSEN.read_text())
+            return
+        results = compare(methods, seeds, condition, given.quick)
+        write_fields(results.__dict__, given.json or root / "methods.json")
+    root.mkdir(parents=True, exist_ok=True)
+    write(results, root)
+    print((root / "tables.md").read_text())
+    print(f"{results.minutes} minutes. Everything is in {root}")
 
 
 if __name__ == "__main__":

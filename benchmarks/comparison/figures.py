@@ -30,7 +30,9 @@ def table(rows: Sequence[Mapping[str, Any]], k: int) -> str:
         "tokens",
         "seconds",
         "TRD − method, equal steps",
+        "adjusted p",
         "equal tokens",
+        "adjusted p",
     ]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for row in rows:
@@ -41,21 +43,33 @@ def table(rows: Sequence[Mapping[str, Any]], k: int) -> str:
                 *(percent(row[name]) for name in ("equal_steps", "equal_tokens", "passed")),
                 f"{row['tokens'] / 1000:.0f}k",
                 f"{row['seconds']:.0f}",
-                difference(row["trd_minus_equal_steps"]),
-                difference(row["trd_minus_equal_tokens"]),
+                *(
+                    cell
+                    for moment in ("equal_steps", "equal_tokens")
+                    for cell in (
+                        difference(row[f"trd_minus_{moment}"]),
+                        _adjusted(row.get(f"holm_p_{moment}")),
+                    )
+                ),
             ]
         )
     return markdown(lines)
 
 
-def models_table(models: Mapping[int, Mapping[str, float | None]]) -> str:
+def pairs_table(pairs: Mapping[str, Sequence[Interval]]) -> str:
+    """In Markdown: one method minus another, at equal steps and at equal tokens."""
+    lines = [["difference", "equal steps", "equal tokens"], ["---", "---:", "---:"]]
+    lines += [[title, *map(difference, found)] for title, found in pairs.items()]
+    return markdown(lines)
+
+
+def models_table(models: Mapping[str, Mapping[str, float | None]]) -> str:
     """In Markdown: what the models of each seed can do, and how the teacher takes errors."""
-    head = ["seed", *(name.replace("_", " ") for name in next(iter(models.values())))]
-    lines = [head, ["---:"] * len(head)]
-    lines += [
-        [str(seed), *("" if value is None else f"{value:.3g}" for value in figures.values())]
-        for seed, figures in models.items()
-    ]
+    lines = [["", *(f"seed {seed}" for seed in models)], ["---", *["---:"] * len(models)]]
+    for name in next(iter(models.values())):
+        values = [figures[name] for figures in models.values()]
+        shown = ("" if value is None else f"{value:.3g}" for value in values)
+        lines.append([name.replace("_", " "), *shown])
     return markdown(lines)
 
 
@@ -74,6 +88,10 @@ def difference(found: Interval | None) -> str:
     width = "" if found.half_width is None else f" ± {100 * found.half_width:.1f}"
     sure = "" if found.p is None else f", p {found.p:.2g}"
     return f"{100 * found.mean:+.1f}{width}{sure}"
+
+
+def _adjusted(p: float | None) -> str:
+    return "" if p is None else f"{p:.2g}"
 
 
 def _place(axis: str, group: Sequence[Point]) -> float:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 from comparison.models import read_made
 from scipy import stats
@@ -19,6 +20,7 @@ from nemo_trd.records.prefix_failure import PrefixFailure
 
 # What steps are for. Evaluation and records are left out of wall time.
 VERDICTS = ("wrong_to_right", "wrong_to_wrong", "right_to_right", "right_to_wrong")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 PHASES = ("rollout", "refinement", "teacher", "student", "weight_sync")
 
 
@@ -66,6 +68,14 @@ def read_run(run_dir: Path, method: str, seed: int, k: int) -> list[Point]:
     ]
 
 
+def write_fields(fields: Mapping[str, Any], file: Path) -> None:
+    """As JSON, with one line for each of the `points`."""
+    lines = ",\n".join(json.dumps(point) for point in fields["points"])
+    others = {name: value for name, value in fields.items() if name != "points"}
+    text = json.dumps(others, indent=1).removesuffix("\n}")
+    file.write_text(f'{text},\n "points": [\n{lines}\n]\n}}\n')
+
+
 def read_models(models: Path, run_dir: Path) -> dict[str, float | None]:
     """What student and teacher can do, and what the teacher says of the student's rollouts.
 
@@ -82,6 +92,8 @@ def read_models(models: Path, run_dir: Path) -> dict[str, float | None]:
     parts = {
         (group.source, part): {
             **{name: one.mean for name, one in figures.means.items()},
+            **{f"gradient_{name}": one.mean for name, one in figures.gradient_share.items()},
+            "tokens": figures.token_share.mean,
             "length": figures.tokens / figures.trajectories if figures.trajectories else None,
         }
         for group in found.groups
@@ -94,6 +106,11 @@ def read_models(models: Path, run_dir: Path) -> dict[str, float | None]:
     )
     wrong = counts["wrong_to_right"] + counts["wrong_to_wrong"]
     right = counts["right_to_right"] + counts["right_to_wrong"]
+    shares = {
+        f"share_of_{what}_after_error_in_{source}": part.get(what)
+        for what in ("tokens", *(f"gradient_{name}" for name in DIVERGENCES))
+        for source, part in (("rollout", after), ("rewrite", rewrite))
+    }
     return {
         "student_solves": made["student"]["accuracy"]["solve"],
         "teacher_solves": made["teacher"]["accuracy"]["solve"],
@@ -107,6 +124,7 @@ def read_models(models: Path, run_dir: Path) -> dict[str, float | None]:
         "entropy_of_rewrite": rewrite.get("teacher_entropy"),
         "turns_back": after.get("turn_back"),
         "two_peaked": after.get("two_peaked"),
+        **shares,
         "warm_start_seconds": sum(one["seconds"] for one in made.values()),
     }
 

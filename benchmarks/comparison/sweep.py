@@ -25,7 +25,7 @@ from comparison.jobs import (
     tune,
 )
 from comparison.models import write_problems
-from comparison.results import Point, read_models
+from comparison.results import Point, read_models, write_fields
 
 METHODS = yaml.safe_load((Path(__file__).parent / "methods.yaml").read_text())
 REFERENCE = "trd"  # in its run the prefix failure is measured
@@ -79,11 +79,7 @@ class Results:
         return cls(**json.loads(file.read_text()))
 
     def write(self, file: Path) -> None:
-        """One line for each point."""
-        fields = {**self.__dict__}
-        points = ",\n".join(json.dumps(point) for point in fields.pop("points"))
-        text = json.dumps(fields, indent=1).removesuffix("\n}")
-        file.write_text(f'{text},\n "points": [\n{points}\n]\n}}\n')
+        write_fields(self.__dict__, file)
 
     def curve(self, value: float, method: str, seed: int) -> list[Point]:
         """The evaluations of one run."""

@@ -174,17 +174,18 @@ def test_what_the_models_can_do_is_read_from_warm_start_run_and_prefix_failure(
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     estimate = {"mean": 0.0, "low": None, "high": None}
 
-    def part(**means: float) -> dict[str, Any]:
+    def part(token_share: float, **means: float) -> dict[str, Any]:
+        shares = {name: {**estimate, "mean": token_share + 0.2} for name in ("forward_kl", "jsd")}
         return {
-            **{"trajectories": 2, "tokens": 9, "token_share": estimate, "counts": {}},
-            **{"gradient_share": {}, "hidden_gradient_share": {}},
+            **{"trajectories": 2, "tokens": 9, "token_share": {**estimate, "mean": token_share}},
+            **{"counts": {}, "gradient_share": shares, "hidden_gradient_share": {}},
             "means": {name: {**estimate, "mean": mean} for name, mean in means.items()},
         }
 
     def group(source: str, context: str, verdict: str, entropy: float) -> dict[str, Any]:
         parts = {
-            "before": part(teacher_entropy=entropy),
-            "after": part(teacher_entropy=10 * entropy, turn_back=0.2, two_peaked=0.3),
+            "before": part(0.6, teacher_entropy=entropy),
+            "after": part(0.4, teacher_entropy=10 * entropy, turn_back=0.2, two_peaked=0.3),
         }
         names = {"source": source, "teacher_context": context, "verdict": verdict}
         return {**names, "parts": parts}
@@ -209,6 +210,10 @@ def test_what_the_models_can_do_is_read_from_warm_start_run_and_prefix_failure(
     assert found["entropy_of_rewrite"] == pytest.approx(0.02)
     assert (found["turns_back"], found["two_peaked"]) == (0.2, 0.3)
     assert found["tokens_after_error"] == 4.5
+    for source in ("rollout", "rewrite"):
+        assert found[f"share_of_tokens_after_error_in_{source}"] == 0.4
+        assert found[f"share_of_gradient_jsd_after_error_in_{source}"] == pytest.approx(0.6)
+        assert found[f"share_of_gradient_reverse_kl_after_error_in_{source}"] is None
     assert found["warm_start_seconds"] == 20.0
     # A student without a wrong rollout leaves gaps, and no error at the end of the comparison.
     (tmp_path / "prefix_failure.json").write_text(json.dumps({**measured, "groups": []}))
@@ -251,6 +256,23 @@ def test_a_row_compares_at_equal_steps_and_at_equal_tokens(
         points, [{"trd": "TRD"}, {m: m for m in curves}], 16, "avg", tmp_path / "avg.svg"
     )
     assert "<svg" in (tmp_path / "avg.svg").read_text()
+
+
+def test_pairs_are_compared_at_equal_steps_and_at_equal_tokens(
+    benchmark: Any, methods: dict[str, Any], results: Any
+) -> None:
+    curves = {"opd_jsd": {0: 0.4, 4: 0.7, 8: 0.75}, "trd_jsd": {0: 0.4, 2: 0.6, 4: 0.8}}
+    points = [
+        results.Point(method, seed, step, avg, 0.9, 100 * step, 2.0 * step)
+        for method, curve in curves.items()
+        for seed in (0, 1)
+        for step, avg in curve.items()
+    ]
+    found = benchmark.pairs_of(points, {m: methods[m] for m in curves}, 4)
+    assert [*found] == ["TRD − OPD, JSD"]
+    assert [one.mean for one in found["TRD − OPD, JSD"]] == pytest.approx([0.1, 0.05])
+    known = {name for pair in benchmark.PAIRS.values() for name in pair}
+    assert known <= {*methods}
 
 
 def test_a_run_is_kept_while_its_settings_and_models_stay(
@@ -376,8 +398,13 @@ def test_quick_runs_every_method_and_writes_everything(
     subprocess.run(
         [*command, str(tmp_path / "all.json"), "--output", str(output)], check=True, timeout=590
     )
-    found = json.loads((tmp_path / "all.json").read_text())
-    assert [row["method"] for row in found["rows"]] == [*methods]
-    assert all(row["tokens"] > 0 for row in found["rows"])
-    assert len((output / "table.md").read_text().splitlines()) == len(methods) + 2
-    assert {p.name for p in output.iterdir()} >= {"points.csv", "avg.svg", "pass.svg", "models"}
+    written = ("tables.md", "points.csv", "methods.svg", "pass.svg")
+    first = [(output / name).read_text() for name in written]
+    titles = [f"| {described['title']} |" for described in methods.values()]
+    assert all(first[0].count(title) == 1 for title in titles)
+    ends = [row for row in csv.DictReader(io.StringIO(first[1])) if row["step"] != "0"]
+    assert {row["method"] for row in ends} == {*methods}
+    assert all(int(row["generated_tokens"]) > 0 for row in ends)
+    again = [str(tmp_path / "all.json"), "--output", str(tmp_path / "again")]
+    subprocess.run([*command[:2], "--from", *again], check=True, timeout=120)
+    assert [(tmp_path / "again" / name).read_text() for name in written] == first
