@@ -9,8 +9,9 @@ teacher, which learns all lengths and serves them all. A student has the teacher
 of two layers does not learn 24 products, and never sees a rewrite. Its training is the same for all
 lengths too, but for where it stops: when a sample is exactly right with probability 0.4 at its own
 length. So the share of wrong rollouts is comparable, and the error rate per step falls with the
-length, as 1 - 0.4^(1/steps). A method that rewrites has 32 steps, one that does not 64; everything
-else is as in prefix_dose.py.
+length, as 1 - 0.4^(1/steps). A step has 64, 32, 16 or 8 prompts, so that it trains on as many tokens
+at every length. A method that rewrites has 24 steps, one that does not 48; everything else is as in
+prefix_dose.py.
 
 Written before the first run:
 
@@ -53,6 +54,7 @@ from comparison.sweep_page import plot, points, tables  # noqa: E402
 from nemo_trd.toy.warm_start import TEACHER  # noqa: E402
 
 PRODUCTS = (3, 6, 12, 24)
+TOKENS_PER_STEP = 2560  # about; 7 (2 n - 1) + 3 in a solution of n products
 METHODS = ("opd_forward_kl", "opd_reverse_kl", "opd_jsd", "trd", "trd_jsd")
 LONGEST_MINUS_SHORTEST = {24: 1.0, 3: -1.0}
 SEEDS = 5
@@ -99,14 +101,17 @@ def world(products: int) -> World:
 
 
 def condition(root: Path, products: int) -> Condition:
-    """Runs of a length: half as much room again as a solution needs."""
-    tokens = 3 * (7 * (2 * products - 1) + 3) // 2
+    """Runs of a length: a quarter more room than a solution needs, for what is taken back."""
+    solution = 7 * (2 * products - 1) + 3
+    tokens = 5 * solution // 4
     return Condition(
         root / f"products_{products}",
-        budget=32,
+        budget=24,
         evaluations=2,
-        k=8,
+        k=4,
+        tuning_k=4,
         settings=(
+            f"train.prompts_per_step={8 * round(TOKENS_PER_STEP / solution / 8)}",
             *(f"generation.{what}.max_tokens={tokens}" for what in ("rollout", "refinement")),
             f"data.max_prompt_tokens={5 * products + 20}",
             f"refinement.max_context_tokens={tokens + 5 * products + 40}",
