@@ -9,8 +9,8 @@ teacher, which learns all lengths and serves them all. A student has the teacher
 of two layers does not learn 24 products, and never sees a rewrite. Its training is the same for all
 lengths too, but for where it stops: when a sample is exactly right with probability 0.4 at its own
 length. So the share of wrong rollouts is comparable, and the error rate per step falls with the
-length, as 1 - 0.4^(1/steps). A step has 64, 32, 16 or 8 prompts, so that it trains on as many tokens
-at every length. A method that rewrites has 24 steps, one that does not 48; everything else is as in
+length, as 1 - 0.4^(1/steps). A training step has 64, 32, 16 or 8 prompts: as many tokens at every
+length. A method that rewrites has 24 steps, one that does not 48; everything else is as in
 prefix_dose.py.
 
 Written before the first run:
