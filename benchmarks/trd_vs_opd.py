@@ -47,7 +47,13 @@ HERE = Path(__file__).resolve().parent
 if str(HERE) not in sys.path:  # where this file is imported and not run
     sys.path.insert(0, str(HERE))
 
-from comparison.figures import models_table, pairs_table, plot, table  # noqa: E402
+from comparison.figures import (  # noqa: E402
+    models_table,
+    pairs_table,
+    plot,
+    seeds_table,
+    table,
+)
 from comparison.jobs import (  # noqa: E402
     TUNING_SEEDS,
     Condition,
@@ -205,6 +211,12 @@ def write(results: Results, out: Path) -> None:
     rows = rows_of(points, methods, results.chosen, results.budget)
     tables = [models_table(results.models)] if results.models else []
     tables += [table(rows, results.k), pairs_table(pairs_of(points, methods, results.budget))]
+    ends = {
+        methods[method]["title"]: _at(points, method, _end(methods, results.budget, method))
+        for method in methods
+    }
+    starts = {"student at the start": _at(points, results.methods[0], 0)}
+    tables.append(seeds_table({**starts, **ends}, results.k))
     (out / "tables.md").write_text("\n\n".join(tables) + "\n")
     (out / "points.csv").write_text(as_csv(points))
     kinds = [[row for row in rows if row["variant"] == variant] for variant in (False, True)]

@@ -63,6 +63,21 @@ def pairs_table(pairs: Mapping[str, Sequence[Interval]]) -> str:
     return markdown(lines)
 
 
+def seeds_table(runs: Mapping[str, Sequence[Point]], k: int) -> str:
+    """In Markdown: avg@k in percent of each seed, and the mean.
+
+    Args:
+        runs: by what is shown, a point for each seed, in the same order.
+    """
+    seeds = [point.seed for point in next(iter(runs.values()))]
+    lines = [[f"avg@{k}", *(f"seed {seed}" for seed in seeds), "mean"]]
+    lines.append(["---", *["---:"] * (len(seeds) + 1)])
+    for title, points in runs.items():
+        values = [point.avg for point in points]
+        lines.append([title, *(f"{100 * value:.1f}" for value in [*values, fmean(values)])])
+    return markdown(lines)
+
+
 def models_table(models: Mapping[str, Mapping[str, float | None]]) -> str:
     """In Markdown: what the models of each seed can do, and how the teacher takes errors."""
     lines = [["", *(f"seed {seed}" for seed in models)], ["---", *["---:"] * len(models)]]

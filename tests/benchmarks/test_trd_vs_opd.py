@@ -271,6 +271,8 @@ def test_pairs_are_compared_at_equal_steps_and_at_equal_tokens(
     found = benchmark.pairs_of(points, {m: methods[m] for m in curves}, 4)
     assert [*found] == ["TRD − OPD, JSD"]
     assert [one.mean for one in found["TRD − OPD, JSD"]] == pytest.approx([0.1, 0.05])
+    ends = [results.Point("m", seed, 8, avg, 1.0, 0, 0.0) for seed, avg in enumerate((0.75, 0.8))]
+    assert "| end | 75.0 | 80.0 | 77.5 |" in benchmark.seeds_table({"end": ends}, 16)
     known = {name for pair in benchmark.PAIRS.values() for name in pair}
     assert known <= {*methods}
 
