@@ -34,7 +34,7 @@ AT_ONCE = 2
 # Each run is forked from a process that has imported what all of them import.
 _IMPORTED = ("__main__", "nemo_trd.train", "transformers.models.qwen3.modeling_qwen3")
 # One thread. Memory that is freed is kept: glibc returns large tensors to the kernel, which clears
-# every page of the next one. Results are the same, to the bit; a run takes a fifth less time.
+# every page of the next one. Results are the same; a run takes a fifth less time.
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": str(2**32),

@@ -85,7 +85,7 @@ def check_drafts(field: str, drafts: Speculation | None) -> None:
             f"{field}.tokens",
             drafts.tokens,
             f"vLLM checks no more than {LONGEST_DRAFT} tokens in one step",
-            "lower it: most rewrites differ from their rollouts after a few tokens, 5 is usual",
+            "lower it, for example to 5",
         )
     longest, shortest = drafts.lookup_max, drafts.lookup_min
     if drafts.method == "ngram" and longest is None:

@@ -75,7 +75,7 @@ _ABSENT: dict[str, Any] = {
 # Values of init_lora_weights with which PEFT leaves the weights of the model as they are. Others,
 # such as pissa and olora, take the first B A off them, and do so again whenever it loads them.
 _KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
-PLAIN_INSTEAD = (
+_MERGED_OR_PLAIN = (
     "merge it into its model and train that one, or, where PEFT cannot merge it, begin with a "
     "plain LoRA adapter"
 )
@@ -255,7 +255,7 @@ def check_beginning(hf: Any, adapter: Adapter) -> Iterator[ConfigError]:
                 f"{FIELD} ({Path(adapter.init) / ADAPTER_NAME}: {key})",
                 settings[key],
                 f"adapters with {key} = {json.dumps(plain)} are supported",
-                PLAIN_INSTEAD,
+                _MERGED_OR_PLAIN,
             )
     beginning = settings.get("init_lora_weights", True)
     if beginning not in _KEEPS_BASE:
@@ -263,7 +263,7 @@ def check_beginning(hf: Any, adapter: Adapter) -> Iterator[ConfigError]:
             f"{FIELD} ({Path(adapter.init) / ADAPTER_NAME}: init_lora_weights)",
             beginning,
             "PEFT changes the weights of the model whenever it loads such an adapter",
-            PLAIN_INSTEAD,
+            _MERGED_OR_PLAIN,
         )
     own = {
         "rank": settings.get("r"),
