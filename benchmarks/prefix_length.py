@@ -72,7 +72,11 @@ TEACHER_OF_ALL = replace(
         **rows("recover", (6, 4, 2, 2)),
         **rows("rewrite", (4, 3, 2, 2)),
     },
-    gates={"solve@24": 0.95, "rewrite@24": 0.95, "notice@24": 0.4},
+    gates={
+        f"{kind}@{products}": gate
+        for products in reversed(PRODUCTS)  # the longest are learnt last
+        for kind, gate in {"solve": 0.95, "rewrite": 0.95, "notice": 0.4}.items()
+    },
     held_out=64,
     max_steps=1500,
     before=replace(

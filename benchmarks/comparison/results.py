@@ -17,6 +17,7 @@ from scipy import stats
 
 from nemo_trd.records.prefix_failure import FILE as PREFIX_FAILURE
 from nemo_trd.records.prefix_failure import PrefixFailure
+from nemo_trd.toy import task
 
 # What steps are for. Evaluation and records are left out of wall time.
 VERDICTS = ("wrong_to_right", "wrong_to_wrong", "right_to_right", "right_to_wrong")
@@ -76,7 +77,7 @@ def write_fields(fields: Mapping[str, Any], file: Path) -> None:
     file.write_text(f'{text},\n "points": [\n{lines}\n]\n}}\n')
 
 
-def read_models(models: Path, run_dir: Path) -> dict[str, float | None]:
+def read_models(models: Path, run_dir: Path, products: int = task.USUAL) -> dict[str, float | None]:
     """What student and teacher can do, and what the teacher says of the student's rollouts.
 
     A figure is None where no rollout bears it: a strong student may have none that is wrong.
@@ -84,8 +85,15 @@ def read_models(models: Path, run_dir: Path) -> dict[str, float | None]:
     Args:
         models: the directory of both; what they can do was measured on held-out problems.
         run_dir: a run that refines, measured by nemo_trd.prefix_failure; the teacher sees x.
+        products: of a problem of the run. A model may have been measured on several lengths.
     """
     made = {role: read_made(models / role) for role in ("student", "teacher")}
+
+    def reached(role: str, kind: str) -> float:
+        accuracy = made[role]["accuracy"]
+        at_length = f"{kind}@{products}"
+        return accuracy[at_length if at_length in accuracy else kind]
+
     lines = _lines(run_dir / "metrics.jsonl")
     counts = {name: sum(line[name] for line in lines) for name in VERDICTS}
     found = PrefixFailure.model_validate_json((run_dir / PREFIX_FAILURE).read_text())
@@ -112,10 +120,10 @@ def read_models(models: Path, run_dir: Path) -> dict[str, float | None]:
         for source, part in (("rollout", after), ("rewrite", rewrite))
     }
     return {
-        "student_solves": made["student"]["accuracy"]["solve"],
-        "teacher_solves": made["teacher"]["accuracy"]["solve"],
-        "teacher_rewrites": made["teacher"]["accuracy"]["rewrite"],
-        "notices": made["teacher"]["accuracy"]["notice"],
+        "student_solves": reached("student", "solve"),
+        "teacher_solves": reached("teacher", "solve"),
+        "teacher_rewrites": reached("teacher", "rewrite"),
+        "notices": reached("teacher", "notice"),
         "repaired": counts["wrong_to_right"] / wrong if wrong else None,
         "spoiled": counts["right_to_wrong"] / right if right else None,
         "entropy_before_error": before.get("teacher_entropy"),

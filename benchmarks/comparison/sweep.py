@@ -151,7 +151,7 @@ def carry_out(
         references = [(value, job) for value, job in jobs if job.method == REFERENCE]
         at_once(lambda one: measure_prefixes(one[1].directory), references, "prefix failure")
         for value, job in references:
-            found = read_models(job.models, job.directory)
+            found = read_models(job.models, job.directory, sweep.products[value])
             models.setdefault(f"{value:g}", {})[str(job.seed)] = found
     any_condition = next(iter(sweep.conditions.values()))
     return Results(

@@ -221,6 +221,13 @@ def test_what_the_models_can_do_is_read_from_warm_start_run_and_prefix_failure(
     (tmp_path / "metrics.jsonl").write_text(json.dumps(right) + "\n")
     found = results.read_models(tmp_path, tmp_path)
     assert (found["repaired"], found["spoiled"], found["turns_back"]) == (None, 0.0, None)
+    # Models of several lengths were measured on each.
+    for role, reached in accuracy.items():
+        several = {f"{kind}@{n}": value / n for kind, value in reached.items() for n in (1, 2)}
+        (tmp_path / role / "made.json").write_text(json.dumps({"accuracy": several, "seconds": 1}))
+    found = results.read_models(tmp_path, tmp_path, products=2)
+    assert (found["student_solves"], found["teacher_solves"]) == (0.2, 0.49)
+    assert (found["teacher_rewrites"], found["notices"]) == (0.485, 0.25)
 
 
 def test_holm_adjusts_as_in_a_worked_example(results: Any) -> None:
