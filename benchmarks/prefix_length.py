@@ -37,7 +37,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from threading import Lock
 
 HERE = Path(__file__).resolve().parent
 if str(HERE) not in sys.path:  # where this file is imported and not run
@@ -128,15 +127,13 @@ def run(root: Path, seeds: int, quick: bool) -> Results:
     conditions = {products: condition(root, products) for products in PRODUCTS}
     problems = {"development": 64, "test": 64}
     sweep = Sweep("products", METHODS, conditions, {n: n for n in PRODUCTS}, problems)
-    lock = Lock()
 
     def prepare(products: int, seed: int) -> None:
         one = world(products).untrained() if quick else world(products)
         models = conditions[products].models(seed)
-        with lock:
-            teacher = root / "teachers" / str(seed)
-            arguments = (teacher, "teacher", seed, one.teacher, one.texts)
-            in_process(make_model, arguments, teacher.with_name(f"{seed}.log"))
+        teacher = root / "teachers" / str(seed)
+        arguments = (teacher, "teacher", seed, one.teacher, one.texts)
+        in_process(make_model, arguments, teacher.with_name(f"{seed}.log"))
         models.mkdir(parents=True, exist_ok=True)
         if not (models / "teacher").is_symlink():
             (models / "teacher").symlink_to(teacher)

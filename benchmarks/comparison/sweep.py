@@ -65,7 +65,7 @@ class Results:
     methods: list[str]
     values: list[float]
     seeds: list[int]
-    excluded: dict[str, list[str]]  # by seed: the gates that its models missed, with their value
+    excluded: dict[str, list[str]]  # by seed: the first value at which it missed gates, and which
     budget: int  # steps of a method that rewrites
     k: int
     chosen: dict[str, Chosen]  # by value
@@ -92,27 +92,32 @@ def complete_seeds(
 ) -> tuple[list[int], dict[str, list[str]]]:
     """So many seeds of which all models pass their gates, and what the others missed.
 
+    A seed's models are made value by value, and no more of them once one has missed a gate.
+
     Raises:
-        RuntimeError: more of them missed a gate than are asked for.
+        RuntimeError: twice as many seeds missed a gate as are asked for.
     """
+
+    def missed_by(seed: int) -> list[str]:
+        for value, condition in sweep.conditions.items():
+            prepare(value, seed)
+            if missed := missed_gates(condition.models(seed)):
+                return [f"{value:g}: {gate}" for gate in missed]
+        return []
+
     seeds: list[int] = []
     excluded: dict[str, list[str]] = {}
     numbers = itertools.count(first)
     while len(seeds) < count:
         tried = list(itertools.islice(numbers, count - len(seeds)))
-        which = [(value, seed) for seed in tried for value in sweep.conditions]
-        at_once(lambda one: prepare(*one), which, f"models of seeds {tried}")
-        for seed in tried:
-            missed = [
-                f"{value:g}: {gate}"
-                for value, condition in sweep.conditions.items()
-                for gate in missed_gates(condition.models(seed))
-            ]
+        for seed, missed in zip(
+            tried, at_once(missed_by, tried, f"models of seeds {tried}"), strict=True
+        ):
             if missed:
                 excluded[str(seed)] = missed
             else:
                 seeds.append(seed)
-        if len(excluded) > count:
+        if len(excluded) >= 2 * count:
             raise RuntimeError(f"models of too many seeds missed their gates: {excluded}")
     return seeds, excluded
 

@@ -93,7 +93,7 @@ def test_a_seed_that_misses_a_gate_is_replaced_everywhere_and_told(
     from comparison.jobs import Condition
     from comparison.sweep import Sweep, complete_seeds
 
-    conditions = {value: Condition(tmp_path / f"{value:g}") for value in (1.0, 2.0)}
+    conditions = {value: Condition(tmp_path / f"{value:g}") for value in (1.0, 2.0, 3.0)}
     sweep = Sweep("x", (), conditions, {}, {})
 
     def prepare(value: float, seed: int) -> None:
@@ -105,7 +105,8 @@ def test_a_seed_that_misses_a_gate_is_replaced_everywhere_and_told(
             (directory / "made.json").write_text(json.dumps(made))
 
     assert complete_seeds(sweep, prepare, 0, 3) == ([0, 2, 3], {"1": ["2: teacher notice"]})
-    with pytest.raises(RuntimeError, match="too many seeds .*'12': .*teacher notice"):
+    assert conditions[1.0].models(1).exists() and not conditions[3.0].models(1).exists()
+    with pytest.raises(RuntimeError, match="too many seeds .*'13': .*teacher notice"):
         complete_seeds(sweep, prepare, 10, 2)  # and not for ever
 
 
