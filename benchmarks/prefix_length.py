@@ -78,6 +78,7 @@ TEACHER_OF_ALL = replace(
     },
     held_out=64,
     max_steps=1500,
+    cooling_from=0.5,
     before=replace(
         TEACHER,
         shares={"solve@3": 12, "recover@3": 16, "rewrite@3": 12},

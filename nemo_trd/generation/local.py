@@ -30,8 +30,17 @@ from nemo_trd.models.dtypes import torch_dtype
 from nemo_trd.models.family import FAMILIES, fused_tensors
 from nemo_trd.models.vocabulary import Vocabulary, read_vocabulary
 
-# The environment of NeMo-Aligner has transformers 4, which knows the old name only.
-_DTYPE_ARGUMENT = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+# The environment of NeMo-Aligner has transformers 4: an older name, and another kind of cache.
+if int(transformers.__version__.split(".")[0]) >= 5:
+    from nemo_trd.generation.kv_cache import cache_with_room
+
+    _DTYPE_ARGUMENT = "dtype"
+else:
+
+    def cache_with_room(model: Any) -> dict[str, Any]:
+        return {}
+
+    _DTYPE_ARGUMENT = "torch_dtype"
 # Stands in the left padding, which the attention mask hides, and after a row's EOS, where it is
 # cut off. So it may be any id, an EOS or an ordinary token alike.
 _FILLER = 0
@@ -142,6 +151,7 @@ class LocalGenerator:
             ),
             logits_processor=[sampler],
             stopping_criteria=watching or None,
+            **cache_with_room(self.model),
         )
         if sampler.saw_nan:
             raise RuntimeError(

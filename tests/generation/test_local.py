@@ -17,11 +17,13 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import DynamicLayer
 
 from nemo_trd.config.errors import ConfigError
 from nemo_trd.config.schema import LocalGeneration, ModelSource, Sampling
 from nemo_trd.data.types import GenerationRequest
 from nemo_trd.generation.gumbel import gumbel_noise, sample, seed_tensor
+from nemo_trd.generation.kv_cache import LayerWithRoom
 from nemo_trd.generation.local import LocalGenerator
 from nemo_trd.generation.protocol import request_seed
 from nemo_trd.models.vocabulary import read_vocabulary
@@ -199,6 +201,57 @@ def test_greedy_in_batches_equals_row_by_row_and_transformers(model_dir: Path) -
             pad_token_id=0,
         )
         assert tuple(own[0, prompt.shape[1] :].tolist()) == completion.token_ids
+
+
+def test_the_cache_with_room_holds_what_that_of_transformers_holds() -> None:
+    """Also where it grows, and after operations that put other tensors in its place."""
+    ours, theirs = LayerWithRoom(), DynamicLayer()
+    addresses = []
+
+    def both(operation: str, *arguments: object) -> None:
+        for layer in (ours, theirs):
+            getattr(layer, operation)(*arguments)
+        assert ours.keys.equal(theirs.keys) and ours.values.equal(theirs.values)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        addresses.append(ours.keys.data_ptr())
+
+    def append(tokens: int, rows: int = 3) -> None:
+        both("update", torch.randn(rows, 2, tokens, 4), torch.randn(rows, 2, tokens, 4))
+
+    append(7)
+    for _ in range(200):
+        append(1)
+    assert len({*addresses}) == 4  # 71, 135 and 199 tokens are full
+    both("crop", -5)
+    append(1)
+    both("batch_select_indices", torch.tensor([2, 0]))
+    append(1, rows=2)
+    both("reorder_cache", torch.tensor([1, 0]))
+    append(2, rows=2)
+    both("batch_repeat_interleave", 2)
+    append(1, rows=4)
+    for layer in (ours, theirs):
+        layer.reset()
+    append(3)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_generation_copies_no_keys_and_values(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_model(tmp_path / "model", family, eos_token_id=None, **SMALL)
+    expected = generator(path).generate(requests(5), PLAIN, "test")
+    layers = generator(path).model.config.num_hidden_layers
+    concatenated = []
+    update = DynamicLayer.update
+    monkeypatch.setattr(
+        DynamicLayer, "update", lambda *a, **k: concatenated.append(0) or update(*a, **k)
+    )
+    assert generator(path).generate(requests(5), PLAIN, "test") == expected
+    assert not concatenated
+    monkeypatch.setattr("nemo_trd.generation.local.cache_with_room", lambda model: {})
+    assert generator(path).generate(requests(5), PLAIN, "test") == expected
+    assert len(concatenated) == layers * PLAIN.max_tokens
 
 
 def test_greedy_ignores_top_k_top_p_and_seed(model_dir: Path) -> None:
