@@ -30,7 +30,7 @@ def cache_with_room(model: Any) -> dict[str, Any]:
 class LayerWithRoom(DynamicLayer):
     """A `DynamicLayer` whose keys and values [batch, heads, tokens, head size] begin a buffer.
 
-    With a concatenation for each token, most of a batch's time on a CPU goes into copies.
+    `DynamicLayer` concatenates, which copies all of them for each token.
     """
 
     def __init__(self) -> None:
