@@ -60,8 +60,12 @@ SEEDS = 8
 
 
 def world(dose: float) -> World:
-    """Models of a dose. The teacher notices errors nearly as often as its texts do."""
-    teacher = replace(TEACHER, gates={**TEACHER.gates, "notice": round(0.8 * dose, 3)})
+    """Models of a dose. The teacher notices errors nearly as often as its texts do.
+
+    It has more steps than the toy's teacher, since what is rare in its texts is learnt late.
+    """
+    gates = {**TEACHER.gates, "notice": round(0.8 * dose, 3)}
+    teacher = replace(TEACHER, gates=gates, max_steps=3000)
     return World(STUDENT, teacher, Texts(noticed=dose))
 
 
