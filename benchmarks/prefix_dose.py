@@ -22,6 +22,7 @@ Written before the first run:
     third test    Spearman's correlation of the advantage (forward KL, equal steps) with the
                   teacher's measured entropy after an error, over the doses of a seed; two-sided
                   t-test over seeds that its mean is 0
+    adjusted p    by Holm, for these tests and for the first and the third of JSD
     exclusions    a seed of which a model misses its gates at any dose is left out at all of them,
                   and the next number takes its place; nothing else is left out
 
@@ -91,7 +92,7 @@ def run(root: Path, seeds: int, quick: bool) -> Results:
     return carry_out(sweep.quick() if quick else sweep, prepare, seeds, quick=quick)
 
 
-def tests(results: Results) -> Mapping[str, Interval]:
+def tests(results: Results) -> Mapping[str, Interval | None]:
     """The tests that the docstring names, and the first and the third for JSD."""
     return named_tests(results, "in the middle minus at the ends", MIDDLE_MINUS_ENDS, ENTROPY)
 

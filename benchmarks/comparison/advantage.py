@@ -97,8 +97,10 @@ def verdict(values: Sequence[float]) -> Interval:
 
 def named_tests(
     results: Results, name: str, weights: Mapping[float, float], measure: str
-) -> dict[str, Interval]:
+) -> dict[str, Interval | None]:
     """The tests of a sweep: a contrast of forward KL, of JSD, of one minus the other; and ranks.
+
+    A correlation that not all seeds have says of how many it is; None: no seed has it.
 
     Args:
         name: the contrast, in words.
@@ -106,7 +108,7 @@ def named_tests(
         measure: what the advantage is correlated with, by its name in `Results.models`.
     """
     forward, jsd = (contrast(results, weights, pair) for pair in (FORWARD_KL, JSD))
-    found = {
+    found: dict[str, Interval | None] = {
         f"advantage {name}, forward KL": verdict(forward),
         "the same, JSD": verdict(jsd),
         "the same, forward KL minus JSD": verdict(
@@ -116,7 +118,9 @@ def named_tests(
     for pair in (FORWARD_KL, JSD):
         correlations = rank_correlations(results, pair, measure)
         title = f"rank correlation with the {measure.replace('_', ' ')}, {pair.title}"
-        found[title] = verdict(correlations)
+        if len(correlations) < len(results.seeds):
+            title += f" ({len(correlations)} of {len(results.seeds)} seeds)"
+        found[title] = verdict(correlations) if correlations else None
     return found
 
 
@@ -170,13 +174,4 @@ def chosen_table(results: Results) -> str:
     for method in results.methods:
         rates = [results.chosen[f"{v:g}"][method]["lr"] for v in results.values]
         lines.append([METHODS[method]["title"], *(f"{rate:g}" for rate in rates)])
-    return markdown(lines)
-
-
-def tests_table(tests: Mapping[str, Interval]) -> str:
-    """In Markdown: the tests that were named beforehand."""
-    lines = [["test", "mean over seeds", "p"], ["---", "---:", "---:"]]
-    for name, one in tests.items():
-        width = "" if one.half_width is None else f" ± {one.half_width:.3f}"
-        lines.append([name, f"{one.mean:+.3f}{width}", "" if one.p is None else f"{one.p:.2g}"])
     return markdown(lines)

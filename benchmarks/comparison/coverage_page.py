@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -17,8 +16,8 @@ from comparison.coverage import (
     order_shares,
     up_to,
 )
-from comparison.figures import markdown, save
-from comparison.results import Interval, holm, interval
+from comparison.figures import markdown, save, tests_table
+from comparison.results import Interval, interval
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
@@ -155,21 +154,9 @@ def chosen_table(results: Results) -> str:
     return markdown(lines)
 
 
-def tests_table(tests: Mapping[str, Interval | None]) -> str:
-    """In Markdown: the tests that were named beforehand, p also adjusted for their number."""
-    lines = [["test", "mean over seeds", "p", "adjusted p"], ["---", "---:", "---:", "---:"]]
-    p_values = {name: one.p for name, one in tests.items() if one is not None and one.p is not None}
-    adjusted = dict(zip(p_values, holm([*p_values.values()]), strict=True))
-    for name, one in tests.items():
-        mean = _cell(one and replace(one, p=None), 1, "+")
-        p = [f"{values[name]:.2g}" if name in values else "" for values in (p_values, adjusted)]
-        lines.append([name, mean, *p])
-    return markdown(lines)
-
-
 def tables(exploration: Exploration, tests: Mapping[str, Interval | None]) -> str:
     """All tables, a blank line between two of them."""
-    parts = [tests_table(tests)]
+    parts = [tests_table(tests, 2)]
     for results in exploration.results:
         found = measured(results)
         parts += [

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 import matplotlib
-from comparison.results import Interval, Point, interval
+from comparison.results import Interval, Point, holm, interval
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -48,7 +48,7 @@ def table(rows: Sequence[Mapping[str, Any]], k: int) -> str:
                     for moment in ("equal_steps", "equal_tokens")
                     for cell in (
                         difference(row[f"trd_minus_{moment}"]),
-                        _adjusted(row.get(f"holm_p_{moment}")),
+                        _p(row.get(f"holm_p_{moment}")),
                     )
                 ),
             ]
@@ -105,7 +105,25 @@ def difference(found: Interval | None) -> str:
     return f"{100 * found.mean:+.1f}{width}{sure}"
 
 
-def _adjusted(p: float | None) -> str:
+def tests_table(tests: Mapping[str, Interval | None], digits: int) -> str:
+    """In Markdown: the tests that were named beforehand, p also adjusted for their number.
+
+    Args:
+        tests: by name; None where there is nothing to test.
+        digits: of the means.
+    """
+    lines = [["test", "mean over seeds", "p", "adjusted p"], ["---", "---:", "---:", "---:"]]
+    p_values = {name: one.p for name, one in tests.items() if one is not None and one.p is not None}
+    adjusted = dict(zip(p_values, holm([*p_values.values()]), strict=True))
+    for name, one in tests.items():
+        mean = "" if one is None else f"{one.mean:+.{digits}f}"
+        if one is not None and one.half_width is not None:
+            mean += f" ± {one.half_width:.{digits}f}"
+        lines.append([name, mean, _p(p_values.get(name)), _p(adjusted.get(name))])
+    return markdown(lines)
+
+
+def _p(p: float | None) -> str:
     return "" if p is None else f"{p:.2g}"
 
 

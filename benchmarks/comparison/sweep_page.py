@@ -16,21 +16,20 @@ from comparison.advantage import (
     level,
     levels_table,
     models_table,
-    tests_table,
 )
-from comparison.figures import save
+from comparison.figures import save, tests_table
 from comparison.results import Interval, Point, as_csv, interval
 from comparison.sweep import METHODS, Results
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 
-def tables(results: Results, tests: Mapping[str, Interval]) -> str:
+def tables(results: Results, tests: Mapping[str, Interval | None]) -> str:
     """All tables in Markdown, a blank line between two of them."""
     found = [models_table(results)] if results.models else []
     found += [levels_table(results, moment) for moment in MOMENTS]
     found += [advantages_table(results, tuple(MOMENTS)), chosen_table(results)]
-    found += [tests_table(tests)] if results.models else []
+    found += [tests_table(tests, 3)] if results.models else []
     return "\n\n".join(found) + "\n"
 
 

@@ -67,6 +67,9 @@ def test_the_named_tests_find_what_was_put_in(dose: Any, results: Any) -> None:
     assert jsd.mean == pytest.approx(0, abs=0.002)
     assert both.mean == pytest.approx(0.16, abs=0.003)
     assert correlation.mean > 0.9
+    for one in results.models.values():
+        one["3"] = {"entropy_after_error": None}  # no wrong rollout among its samples, say
+    assert "3 of 4 seeds" in [*dose.tests(results)][3]
     contrast = advantage.contrast(results, dose.MIDDLE_MINUS_ENDS, advantage.FORWARD_KL)
     assert middle.p == pytest.approx(stats.ttest_1samp(contrast, 0).pvalue)
 
