@@ -68,9 +68,9 @@ def advantage(results: Results, value: float, pair: Pair, moment: Moment) -> dic
 
 
 def contrast(results: Results, weights: Mapping[float, float], pair: Pair) -> list[float]:
-    """A weighted sum of the advantages at equal steps over the values, by seed."""
+    """By seed, in points: a weighted sum of the advantages at equal steps over the values."""
     of_values = {v: advantage(results, v, pair, "equal_steps") for v in weights}
-    return [sum(w * of_values[v][seed] for v, w in weights.items()) for seed in results.seeds]
+    return [sum(100 * w * of_values[v][seed] for v, w in weights.items()) for seed in results.seeds]
 
 
 def rank_correlations(results: Results, pair: Pair, measure: str) -> list[float]:
@@ -109,9 +109,9 @@ def named_tests(
     """
     forward, jsd = (contrast(results, weights, pair) for pair in (FORWARD_KL, JSD))
     found: dict[str, Interval | None] = {
-        f"advantage {name}, forward KL": verdict(forward),
-        "the same, JSD": verdict(jsd),
-        "the same, forward KL minus JSD": verdict(
+        f"advantage {name}, forward KL, points": verdict(forward),
+        "the same, JSD, points": verdict(jsd),
+        "the same, forward KL minus JSD, points": verdict(
             [f - j for f, j in zip(forward, jsd, strict=True)]
         ),
     }

@@ -156,7 +156,7 @@ def chosen_table(results: Results) -> str:
 
 def tables(exploration: Exploration, tests: Mapping[str, Interval | None]) -> str:
     """All tables, a blank line between two of them."""
-    parts = [tests_table(tests, 2)]
+    parts = [tests_table(tests)]
     for results in exploration.results:
         found = measured(results)
         parts += [

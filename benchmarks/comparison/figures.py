@@ -105,20 +105,19 @@ def difference(found: Interval | None) -> str:
     return f"{100 * found.mean:+.1f}{width}{sure}"
 
 
-def tests_table(tests: Mapping[str, Interval | None], digits: int) -> str:
+def tests_table(tests: Mapping[str, Interval | None]) -> str:
     """In Markdown: the tests that were named beforehand, p also adjusted for their number.
 
     Args:
         tests: by name; None where there is nothing to test.
-        digits: of the means.
     """
     lines = [["test", "mean over seeds", "p", "adjusted p"], ["---", "---:", "---:", "---:"]]
     p_values = {name: one.p for name, one in tests.items() if one is not None and one.p is not None}
     adjusted = dict(zip(p_values, holm([*p_values.values()]), strict=True))
     for name, one in tests.items():
-        mean = "" if one is None else f"{one.mean:+.{digits}f}"
+        mean = "" if one is None else f"{one.mean:+.2f}"
         if one is not None and one.half_width is not None:
-            mean += f" ± {one.half_width:.{digits}f}"
+            mean += f" ± {one.half_width:.2f}"
         lines.append([name, mean, _p(p_values.get(name)), _p(adjusted.get(name))])
     return markdown(lines)
 

@@ -29,7 +29,7 @@ def tables(results: Results, tests: Mapping[str, Interval | None]) -> str:
     found = [models_table(results)] if results.models else []
     found += [levels_table(results, moment) for moment in MOMENTS]
     found += [advantages_table(results, tuple(MOMENTS)), chosen_table(results)]
-    found += [tests_table(tests, 3)] if results.models else []
+    found += [tests_table(tests)] if results.models else []
     return "\n\n".join(found) + "\n"
 
 

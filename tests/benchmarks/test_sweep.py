@@ -63,9 +63,9 @@ def test_the_named_tests_find_what_was_put_in(dose: Any, results: Any) -> None:
 
     found = [*dose.tests(results).values()]
     middle, jsd, both, correlation, _ = found
-    assert middle.mean == pytest.approx(0.16, abs=0.002) and middle.p < 0.001
-    assert jsd.mean == pytest.approx(0, abs=0.002)
-    assert both.mean == pytest.approx(0.16, abs=0.003)
+    assert middle.mean == pytest.approx(16, abs=0.2) and middle.p < 0.001
+    assert jsd.mean == pytest.approx(0, abs=0.2)
+    assert both.mean == pytest.approx(16, abs=0.3)
     assert correlation.mean > 0.9
     for one in results.models.values():
         one["3"] = {"entropy_after_error": None}  # no wrong rollout among its samples, say
