@@ -6,10 +6,10 @@
 
 The dose is how often a wrong number is taken back in the texts that student and teacher learn from
 (DOSES). At 0.5 the teacher is of two minds about every error of the student; at 0.05 and 0.95 it
-nearly knows how the text goes on. Each dose and seed has a student, a teacher and prompts of its
-own, made before any method runs. A method that rewrites has 32 steps, one that does not 64, and
-both are evaluated half way and at the end. Each has the learning rate that is best for it at that
-dose, on other problems and seeds (comparison/jobs.py `tune`).
+nearly knows how the text goes on. Each dose and seed has a student and a teacher of its own, each
+seed prompts of its own, all made before any method runs. A method that rewrites has 32 steps, one
+that does not 64, and both are evaluated half way and at the end. Each has the learning rate that
+is best for it at that dose, on other problems and seeds (comparison/jobs.py `tune`).
 
 Written before the first run:
 
@@ -33,7 +33,7 @@ points.csv, tables.md and dose.svg. What is there is kept, so an interrupted com
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,11 +41,10 @@ HERE = Path(__file__).resolve().parent
 if str(HERE) not in sys.path:  # where this file is imported and not run
     sys.path.insert(0, str(HERE))
 
-from comparison.advantage import FORWARD_KL, advantage, named_tests  # noqa: E402
+from comparison.advantage import FORWARD_KL, Contrast, advantage  # noqa: E402
 from comparison.command import command  # noqa: E402
 from comparison.jobs import Condition, make_models  # noqa: E402
 from comparison.models import Texts, World  # noqa: E402
-from comparison.results import Interval  # noqa: E402
 from comparison.sweep import Results, Sweep, carry_out  # noqa: E402
 from comparison.sweep_page import plot, points, tables  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
@@ -55,8 +54,8 @@ from nemo_trd.toy.warm_start import STUDENT, TEACHER  # noqa: E402
 
 DOSES = (0.05, 0.25, 0.5, 0.75, 0.95)
 METHODS = ("opd_forward_kl", "opd_reverse_kl", "opd_jsd", "trd", "trd_jsd")
-MIDDLE_MINUS_ENDS = {0.5: 1.0, 0.05: -0.5, 0.95: -0.5}
 ENTROPY = "entropy_after_error"
+CONTRAST = Contrast("in the middle minus at the ends", {0.5: 1.0, 0.05: -0.5, 0.95: -0.5}, ENTROPY)
 SEEDS = 8
 
 
@@ -90,11 +89,6 @@ def run(root: Path, seeds: int, quick: bool) -> Results:
         make_models(one, seed, conditions[dose].models(seed))
 
     return carry_out(sweep.quick() if quick else sweep, prepare, seeds, quick=quick)
-
-
-def tests(results: Results) -> Mapping[str, Interval | None]:
-    """The tests that the docstring names, and the first and the third for JSD."""
-    return named_tests(results, "in the middle minus at the ends", MIDDLE_MINUS_ENDS, ENTROPY)
 
 
 def against_entropy(results: Results, panel: Axes) -> None:
@@ -132,7 +126,7 @@ def draw(results: Results, path: Path) -> None:
 
 def write(results: Results, out: Path) -> None:
     """`out`/tables.md, points.csv and dose.svg."""
-    (out / "tables.md").write_text(tables(results, tests(results) if results.models else {}))
+    (out / "tables.md").write_text(tables(results, CONTRAST))
     (out / "points.csv").write_text(points(results))
     draw(results, out / "dose.svg")
 

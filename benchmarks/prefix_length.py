@@ -35,7 +35,7 @@ points.csv, tables.md and length.svg. What is there is kept, so an interrupted c
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,11 +43,10 @@ HERE = Path(__file__).resolve().parent
 if str(HERE) not in sys.path:  # where this file is imported and not run
     sys.path.insert(0, str(HERE))
 
-from comparison.advantage import named_tests  # noqa: E402
+from comparison.advantage import Contrast  # noqa: E402
 from comparison.command import command  # noqa: E402
 from comparison.jobs import Condition, in_process, make_models  # noqa: E402
 from comparison.models import Texts, World, make_model  # noqa: E402
-from comparison.results import Interval  # noqa: E402
 from comparison.sweep import Results, Sweep, carry_out  # noqa: E402
 from comparison.sweep_page import plot, points, tables  # noqa: E402
 
@@ -56,7 +55,7 @@ from nemo_trd.toy.warm_start import TEACHER  # noqa: E402
 PRODUCTS = (3, 6, 12, 24)
 TOKENS_PER_STEP = 2560  # about; 7 (2 n - 1) + 3 in a solution of n products
 METHODS = ("opd_forward_kl", "opd_reverse_kl", "opd_jsd", "trd", "trd_jsd")
-LONGEST_MINUS_SHORTEST = {24: 1.0, 3: -1.0}
+CONTRAST = Contrast("at 24 products minus at 3", {24: 1.0, 3: -1.0}, "tokens_after_error")
 SEEDS = 5
 
 
@@ -144,13 +143,6 @@ def run(root: Path, seeds: int, quick: bool) -> Results:
     return carry_out(sweep.quick() if quick else sweep, prepare, seeds, quick=quick)
 
 
-def tests(results: Results) -> Mapping[str, Interval | None]:
-    """The tests that the docstring names, and the first and the third for JSD."""
-    return named_tests(
-        results, "at 24 products minus at 3", LONGEST_MINUS_SHORTEST, "tokens_after_error"
-    )
-
-
 def draw(results: Results, path: Path) -> None:
     plot(
         results,
@@ -168,7 +160,7 @@ def draw(results: Results, path: Path) -> None:
 
 def write(results: Results, out: Path) -> None:
     """`out`/tables.md, points.csv and length.svg."""
-    (out / "tables.md").write_text(tables(results, tests(results) if results.models else {}))
+    (out / "tables.md").write_text(tables(results, CONTRAST))
     (out / "points.csv").write_text(points(results))
     draw(results, out / "length.svg")
 

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from comparison.figures import difference, markdown, percent
 from comparison.results import Interval, Point, interval
-from comparison.sweep import METHODS, Results
+from comparison.sweep import METHODS, REFERENCE, Results
 from scipy import stats
 
 Moment = Literal["equal_steps", "equal_tokens", "equal_seconds"]
@@ -28,6 +28,19 @@ class Pair(NamedTuple):
     title: str
 
 
+class Contrast(NamedTuple):
+    """What the tests of a sweep look at.
+
+    name: in words.
+    weights: of the advantages, by value.
+    measure: what the advantage is correlated with, by its name in `Results.models`.
+    """
+
+    name: str
+    weights: Mapping[float, float]
+    measure: str
+
+
 FORWARD_KL = Pair("trd", "opd_forward_kl", "forward KL")
 JSD = Pair("trd_jsd", "opd_jsd", "JSD")
 REVERSE_KL = Pair("trd", "opd_reverse_kl", "TRD forward KL − OPD reverse KL")
@@ -38,15 +51,16 @@ def level(results: Results, value: float, method: str, moment: Moment) -> dict[i
     """avg@k of a method by seed.
 
     equal_steps: after as many steps as a method that rewrites has. equal_tokens: at the end.
-    equal_seconds: when REFERENCE ends, between two evaluations by interpolation; a step takes as
-    long as in the fastest of the seeds, since a run may have been disturbed.
+    equal_seconds: when TRD with forward KL ends, between two evaluations by interpolation, and at
+    the end of a run that has ended before; a step takes as long as in the fastest of the seeds,
+    since a run may have been disturbed.
     """
     curves = {seed: results.curve(value, method, seed) for seed in results.seeds}
     if moment == "equal_tokens":
         return {seed: curve[-1].avg for seed, curve in curves.items()}
     step = float(results.budget)
     if moment == "equal_seconds":
-        longest = results.budget * seconds_per_step(results, value, "trd")
+        longest = results.budget * seconds_per_step(results, value, REFERENCE)
         step = longest / seconds_per_step(results, value, method)
     return {seed: _at(curve, step) for seed, curve in curves.items()}
 
@@ -67,10 +81,15 @@ def advantage(results: Results, value: float, pair: Pair, moment: Moment) -> dic
     return {seed: refines[seed] - plain[seed] for seed in results.seeds}
 
 
-def contrast(results: Results, weights: Mapping[float, float], pair: Pair) -> list[float]:
-    """By seed, in points: a weighted sum of the advantages at equal steps over the values."""
-    of_values = {v: advantage(results, v, pair, "equal_steps") for v in weights}
-    return [sum(100 * w * of_values[v][seed] for v, w in weights.items()) for seed in results.seeds]
+def contrast(
+    results: Results,
+    weights: Mapping[float, float],
+    pair: Pair,
+    moment: Moment = "equal_steps",
+) -> list[float]:
+    """A weighted sum of the advantages over the values, by seed."""
+    of_values = {v: advantage(results, v, pair, moment) for v in weights}
+    return [sum(w * of_values[v][seed] for v, w in weights.items()) for seed in results.seeds]
 
 
 def rank_correlations(results: Results, pair: Pair, measure: str) -> list[float]:
@@ -95,33 +114,63 @@ def verdict(values: Sequence[float]) -> Interval:
     return interval(values, of_difference=True)
 
 
-def named_tests(
-    results: Results, name: str, weights: Mapping[float, float], measure: str
-) -> dict[str, Interval | None]:
+def named_tests(results: Results, named: Contrast) -> dict[str, Interval | None]:
     """The tests of a sweep: a contrast of forward KL, of JSD, of one minus the other; and ranks.
 
     A correlation that not all seeds have says of how many it is; None: no seed has it.
-
-    Args:
-        name: the contrast, in words.
-        weights: the contrast.
-        measure: what the advantage is correlated with, by its name in `Results.models`.
     """
-    forward, jsd = (contrast(results, weights, pair) for pair in (FORWARD_KL, JSD))
+    forward, jsd = (
+        [100 * value for value in contrast(results, named.weights, pair)]
+        for pair in (FORWARD_KL, JSD)
+    )
     found: dict[str, Interval | None] = {
-        f"advantage {name}, forward KL, points": verdict(forward),
+        f"advantage {named.name}, forward KL, points": verdict(forward),
         "the same, JSD, points": verdict(jsd),
         "the same, forward KL minus JSD, points": verdict(
             [f - j for f, j in zip(forward, jsd, strict=True)]
         ),
     }
     for pair in (FORWARD_KL, JSD):
-        correlations = rank_correlations(results, pair, measure)
-        title = f"rank correlation with the {measure.replace('_', ' ')}, {pair.title}"
+        correlations = rank_correlations(results, pair, named.measure)
+        title = f"rank correlation with the {named.measure.replace('_', ' ')}, {pair.title}"
         if len(correlations) < len(results.seeds):
             title += f" ({len(correlations)} of {len(results.seeds)} seeds)"
         found[title] = verdict(correlations) if correlations else None
     return found
+
+
+def further_table(results: Results, named: Contrast) -> str:
+    """In Markdown, in points: what no test was named for, at equal steps and equal tokens.
+
+    The mean of the advantages at all values, and the contrast.
+    """
+    moments: tuple[Moment, ...] = ("equal_steps", "equal_tokens")
+    same = dict.fromkeys(results.values, 1 / len(results.values))
+    lines = [["not named beforehand, points", *(MOMENTS[moment] for moment in moments)]]
+    lines.append(["---", *["---:"] * len(moments)])
+    for what, weighted in (("in the mean of all", same), (named.name, named.weights)):
+        for pair in PAIRS:
+            found = [verdict(contrast(results, weighted, pair, moment)) for moment in moments]
+            lines.append([f"advantage {what}, {pair.title}", *map(difference, found)])
+    return markdown(lines)
+
+
+def tuning_table(results: Results) -> str:
+    """In Markdown: avg@k in percent on the development problems, half way and at the end.
+
+    Of the tuning seed that has all learning rates.
+    """
+    lines = [["tuning, half way / end", "lr", *(f"{v:g}" for v in results.values)]]
+    lines.append(["---", "---:", *["---:"] * len(results.values)])
+    for method in results.methods:
+        of_values = [results.chosen[f"{v:g}"][method]["tried"] for v in results.values]
+        for lr in of_values[0]:
+            shown = [
+                " / ".join(f"{100 * first:.1f}" for first, *_ in tried[lr].values())
+                for tried in of_values
+            ]
+            lines.append([METHODS[method]["title"], lr, *shown])
+    return markdown(lines)
 
 
 def models_table(results: Results) -> str:

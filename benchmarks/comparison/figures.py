@@ -109,11 +109,13 @@ def tests_table(tests: Mapping[str, Interval | None]) -> str:
     """In Markdown: the tests that were named beforehand, p also adjusted for their number.
 
     Args:
-        tests: by name; None where there is nothing to test.
+        tests: by name; None where there is nothing to test, which counts in the number.
     """
     lines = [["test", "mean over seeds", "p", "adjusted p"], ["---", "---:", "---:", "---:"]]
-    p_values = {name: one.p for name, one in tests.items() if one is not None and one.p is not None}
-    adjusted = dict(zip(p_values, holm([*p_values.values()]), strict=True))
+    found = {name: one.p for name, one in tests.items() if one is not None}
+    p_values = {name: p for name, p in found.items() if p is not None}
+    others = [1.0] * (len(tests) - len(p_values))
+    adjusted = dict(zip(p_values, holm([*p_values.values(), *others]), strict=False))
     for name, one in tests.items():
         mean = "" if one is None else f"{one.mean:+.2f}"
         if one is not None and one.half_width is not None:

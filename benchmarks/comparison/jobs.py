@@ -47,7 +47,7 @@ _processes = Lock()
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Methods = Mapping[str, Mapping[str, Any]]  # as methods.yaml has them
-Chosen = dict[str, dict[str, Any]]  # by method: lr, steps, development_avg
+Chosen = dict[str, dict[str, Any]]  # by method: lr, steps, development_avg, tried
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Condition:
     """What a set of runs has in common.
 
     budget: steps of a method that rewrites; one that does not has twice as many.
-    evaluations: after the first, at equal distances.
+    evaluations: after the first, at equal distances; one of them half way.
     k, tuning_k: samples of each test problem, and of each development problem while tuning.
     settings: of all methods.
     """
@@ -66,6 +66,9 @@ class Condition:
     k: int = 16
     tuning_k: int = 8
     settings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert self.budget % self.evaluations == 0 and self.evaluations % 2 == 0
 
     def models(self, seed: int) -> Path:
         return self.root / "models" / str(seed)
@@ -234,6 +237,7 @@ def tune(
     """Learning rate and steps that are best on the development problems, by condition and method.
 
     All learning rates on the first of two seeds, then the two best of each method on the second.
+    `tried` has what they reached: avg@k on one or both, by learning rate and step.
     """
     which = [(condition, method) for condition in conditions for method in methods]
     found: dict[tuple[str, str], dict[tuple[float, int], list[float]]] = {w: {} for w in which}
@@ -262,5 +266,9 @@ def tune(
         both = {s: fmean(v) for s, v in settings.items() if len(v) == len(seeds)}
         lr, steps = max(both, key=both.__getitem__)
         average = round(both[lr, steps], 4)
+        tried: dict[str, dict[str, list[float]]] = {}
+        for (rate, step), values in settings.items():
+            tried.setdefault(f"{rate:g}", {})[str(step)] = [round(value, 4) for value in values]
         chosen[condition][method] = {"lr": lr, "steps": steps, "development_avg": average}
+        chosen[condition][method]["tried"] = tried
     return chosen

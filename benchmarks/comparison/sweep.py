@@ -125,7 +125,7 @@ def complete_seeds(
 def carry_out(
     sweep: Sweep, prepare: Callable[[float, int], None], count: int, *, quick: bool
 ) -> Results:
-    """Make models, choose learning rates, run everything, and measure the prefixes.
+    """Make all models, choose learning rates, run everything, and measure the prefixes.
 
     Args:
         prepare: makes models and prompts of a value and a seed, unless they are there.
@@ -140,10 +140,12 @@ def carry_out(
         f"{value:g}": {method: {"lr": QUICK_LR} for method in methods} for value in sweep.conditions
     }
     excluded: dict[str, list[str]] = {}
+    tuning: list[int] = []
     if not quick:
         tuning, excluded = complete_seeds(sweep, prepare, TUNING_SEEDS[0], len(TUNING_SEEDS))
-        chosen = tune(methods, {f"{v:g}": c for v, c in sweep.conditions.items()}, tuning)
     seeds, missed = complete_seeds(sweep, prepare, 0, count)
+    if not quick:
+        chosen = tune(methods, {f"{v:g}": c for v, c in sweep.conditions.items()}, tuning)
     jobs = [
         (value, condition.job(method, methods[method], seed, chosen[f"{value:g}"][method]["lr"]))
         for seed in seeds

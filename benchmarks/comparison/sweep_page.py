@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from comparison.advantage import (
     MOMENTS,
     PAIRS,
+    Contrast,
     Moment,
     Pair,
     advantage,
     advantages_table,
     chosen_table,
+    further_table,
     level,
     levels_table,
     models_table,
+    named_tests,
+    tuning_table,
 )
 from comparison.figures import save, tests_table
 from comparison.results import Interval, Point, as_csv, interval
@@ -24,12 +28,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 
-def tables(results: Results, tests: Mapping[str, Interval | None]) -> str:
+def tables(results: Results, named: Contrast) -> str:
     """All tables in Markdown, a blank line between two of them."""
-    found = [models_table(results)] if results.models else []
+    found = [models_table(results)] if results.models else []  # there are none where it was quick
     found += [levels_table(results, moment) for moment in MOMENTS]
     found += [advantages_table(results, tuple(MOMENTS)), chosen_table(results)]
-    found += [tests_table(tests)] if results.models else []
+    if results.models:
+        found += [tests_table(named_tests(results, named)), further_table(results, named)]
+        found += [tuning_table(results)]
     return "\n\n".join(found) + "\n"
 
 

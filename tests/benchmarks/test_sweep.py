@@ -39,7 +39,9 @@ def results(dose: Any) -> Any:
                     avg += 0.001 * rng.random() * bool(part)
                     seconds = step * (2.0 + seed if longer == 1 else 1.0 + seed)
                     points.append([value, method, seed, step, avg, 0.9, 100 * step, seconds])
-    chosen = {f"{v:g}": {m: {"lr": 0.003, "steps": 60} for m in dose.METHODS} for v in ENTROPY}
+    tried = {"0.003": {"30": [0.7], "60": [0.8, 0.9]}, "0.01": {"30": [0.6], "60": [0.75]}}
+    one = {"lr": 0.003, "steps": 60, "tried": tried}
+    chosen = {f"{v:g}": dict.fromkeys(dose.METHODS, one) for v in ENTROPY}
     return Results(
         **{"quantity": "noticed", "methods": [*dose.METHODS], "values": [*ENTROPY]},
         **{"seeds": [0, 1, 2, 3], "excluded": {}, "budget": 60, "k": 16, "chosen": chosen},
@@ -61,7 +63,7 @@ def test_advantages_are_at_equal_steps_tokens_and_seconds(dose: Any, results: An
 def test_the_named_tests_find_what_was_put_in(dose: Any, results: Any) -> None:
     from comparison import advantage
 
-    found = [*dose.tests(results).values()]
+    found = [*advantage.named_tests(results, dose.CONTRAST).values()]
     middle, jsd, both, correlation, _ = found
     assert middle.mean == pytest.approx(16, abs=0.2) and middle.p < 0.001
     assert jsd.mean == pytest.approx(0, abs=0.2)
@@ -69,8 +71,8 @@ def test_the_named_tests_find_what_was_put_in(dose: Any, results: Any) -> None:
     assert correlation.mean > 0.9
     for one in results.models.values():
         one["3"] = {"entropy_after_error": None}  # no wrong rollout among its samples, say
-    assert "3 of 4 seeds" in [*dose.tests(results)][3]
-    contrast = advantage.contrast(results, dose.MIDDLE_MINUS_ENDS, advantage.FORWARD_KL)
+    assert "3 of 4 seeds" in [*advantage.named_tests(results, dose.CONTRAST)][3]
+    contrast = advantage.contrast(results, dose.CONTRAST.weights, advantage.FORWARD_KL)
     assert middle.p == pytest.approx(stats.ttest_1samp(contrast, 0).pvalue)
 
 
@@ -83,8 +85,10 @@ def test_kept_results_give_the_same_tables_and_a_plot(
     assert json.loads((tmp_path / "kept.json").read_text())["points"] == results.points
     dose.main(["--from", str(tmp_path / "kept.json"), "--output", str(tmp_path / "out")])
     text = (tmp_path / "out" / "tables.md").read_text()
-    assert text == tables(results, dose.tests(results)) and text in capsys.readouterr().out
+    assert text == tables(results, dose.CONTRAST) and text in capsys.readouterr().out
     assert "| forward KL | equal steps | +0." in text
+    assert "| TRD | 0.01 | 60.0 / 75.0 |" in text
+    assert "| advantage in the mean of all, forward KL | +6.4 ± 0." in text  # points
     assert "<svg" in (tmp_path / "out" / "dose.svg").read_text()
     lines = (tmp_path / "out" / "points.csv").read_text().splitlines()
     assert lines[0].startswith("noticed,method,seed,step") and len(lines) == 501
