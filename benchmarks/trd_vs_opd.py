@@ -47,6 +47,7 @@ HERE = Path(__file__).resolve().parent
 if str(HERE) not in sys.path:  # where this file is imported and not run
     sys.path.insert(0, str(HERE))
 
+from comparison.command import QUICK_HELP  # noqa: E402
 from comparison.figures import (  # noqa: E402
     models_table,
     pairs_table,
@@ -243,19 +244,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--output", type=Path, help="(default: runs/trd_vs_opd, with --quick _quick)"
+        "--output", type=Path, default=Path("runs/trd_vs_opd"), help="(default: %(default)s)"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="(default: all tuned ones)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="(default: OUTPUT/methods.json)")
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--quick", action="store_true", help="untrained models, 1 seed, few steps")
+    kind.add_argument("--quick", action="store_true", help=QUICK_HELP)
     kind.add_argument("--tune", action="store_true", help=f"write {CHOSEN.name}")
     kind.add_argument("--from", type=Path, dest="kept", metavar="FILE", help="run nothing")
     given = parser.parse_args(arguments)
     methods = chosen_methods(given.methods, given.quick, parser.error)
-    name = "trd_vs_opd_quick" if given.quick else "trd_vs_opd"
-    root = (given.output or Path("runs") / name).resolve()
+    root = (given.output / "quick" if given.quick else given.output).resolve()
     condition, seeds = Condition(root), given.seeds
     if given.kept:
         results = Results.read(given.kept)
@@ -272,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(f"models that missed their gates, by seed: {missed}. Fix: other --seeds")
         if given.tune:
             known = yaml.safe_load(CHOSEN.read_text()) if CHOSEN.exists() else {}
-            chosen = {**known, **tune(methods, {name: condition})[name]}
+            chosen = {**known, **tune(methods, {"": condition})[""]}
             CHOSEN.write_text(yaml.safe_dump(chosen, sort_keys=False))
             print(CHOSEN.read_text())
             return

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+QUICK_HELP = "untrained models, 1 seed, few steps; in OUTPUT/quick"
+
 
 class Outcome(Protocol):
     """What came out of an experiment."""
@@ -39,15 +41,15 @@ def command(
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, help=f"(default: runs/prefix_{name})")
+    output = Path(f"runs/prefix_{name}")
+    parser.add_argument("--output", type=Path, default=output, help="(default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=seeds, metavar="N", help=f"(default: {seeds})")
     parser.add_argument("--json", type=Path, help=f"(default: OUTPUT/{name}.json)")
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--quick", action="store_true", help="untrained models, 1 seed, few steps")
+    kind.add_argument("--quick", action="store_true", help=QUICK_HELP)
     kind.add_argument("--from", type=Path, dest="kept", metavar="FILE", help="run nothing")
     given = parser.parse_args(arguments)
-    directory = f"runs/prefix_{name}_quick" if given.quick else f"runs/prefix_{name}"
-    out = (given.output or Path(directory)).resolve()
+    out = (given.output / "quick" if given.quick else given.output).resolve()
     if given.kept:
         found = read(given.kept)
     else:

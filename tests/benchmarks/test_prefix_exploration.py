@@ -231,10 +231,11 @@ def test_every_method_is_sampled_after_as_many_steps_and_after_as_many_tokens(
 def test_quick_makes_everything_and_a_second_start_does_nothing_again(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "prefix_exploration.py"), "--quick"]
     command += ["--output", str(tmp_path)]
+    written = tmp_path / "quick"
     subprocess.run(command, check=True, timeout=900)
     names = {"exploration.json", "tables.md", "points.csv", "exploration.svg"}
-    assert {file.name for file in tmp_path.iterdir()} >= names
-    kept = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("samples.jsonl")}
+    assert {file.name for file in written.iterdir()} >= names
+    kept = {file: file.stat().st_mtime_ns for file in written.rglob("samples.jsonl")}
     assert len(kept) == 14
     subprocess.run(command, check=True, timeout=900)
     assert {file: file.stat().st_mtime_ns for file in kept} == kept

@@ -408,7 +408,7 @@ def test_quick_runs_every_method_and_writes_everything(
         [*command, str(tmp_path / "all.json"), "--output", str(output)], check=True, timeout=590
     )
     written = ("tables.md", "points.csv", "methods.svg", "pass.svg")
-    first = [(output / name).read_text() for name in written]
+    first = [(output / "quick" / name).read_text() for name in written]
     titles = [f"| {described['title']} |" for described in methods.values()]
     assert all(first[0].count(title) == 2 for title in titles)  # and in the table of seeds
     ends = [row for row in csv.DictReader(io.StringIO(first[1])) if row["step"] != "0"]
