@@ -94,7 +94,10 @@ class Condition:
         """The run of a method on the development problems. Arguments as `job` has them."""
         test = self.job(*which)
         directory = self.root / "tuning" / test.directory.relative_to(self.root / "runs")
-        return replace(test, k=self.tuning_k, problems="development", directory=directory)
+        settings = (*test.settings, "evaluation.at_start=false")  # it is the same for all
+        return replace(
+            test, k=self.tuning_k, problems="development", directory=directory, settings=settings
+        )
 
 
 @dataclass(frozen=True)
