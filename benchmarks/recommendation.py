@@ -60,7 +60,7 @@ def table(experiments: Sequence[dict[str, dict[str, list[float]]]]) -> str:
     means = ["mean of conditions", "mean of experiments"]
     lines = [["one more run, at least", *conditions, *means]]
     lines.append(["---", *["---:"] * (len(conditions) + 2)])
-    for method in set.intersection(*map(set, conditions.values())):
+    for method in sorted(set.intersection(*map(set, conditions.values()))):
         by_experiment = [
             [prediction(one[method]) for one in found.values()] for found in experiments
         ]

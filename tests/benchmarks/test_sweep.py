@@ -61,7 +61,7 @@ def test_advantages_are_at_equal_steps_tokens_and_seconds(dose: Any, results: An
 
 
 def test_the_named_tests_find_what_was_put_in(dose: Any, results: Any) -> None:
-    from comparison import advantage
+    from comparison import advantage, figures
 
     found = [*advantage.named_tests(results, dose.CONTRAST).values()]
     middle, jsd, both, correlation, _ = found
@@ -72,6 +72,15 @@ def test_the_named_tests_find_what_was_put_in(dose: Any, results: Any) -> None:
     for one in results.models.values():
         one["3"] = {"entropy_after_error": None}  # no wrong rollout among its samples, say
     assert "3 of 4 seeds" in [*advantage.named_tests(results, dose.CONTRAST)][3]
+    results.models.update(
+        {value: dict.fromkeys("0123", {"entropy_after_error": None}) for value in results.models}
+    )
+    without = advantage.named_tests(results, dose.CONTRAST)
+    lost = "rank correlation with the entropy after error, forward KL (0 of 4 seeds)"
+    assert without[lost] is None
+    adjusted = 5 * without["advantage in the middle minus at the ends, forward KL, points"].p
+    lines = figures.tests_table(without).splitlines()
+    assert f"| {lost} |  |  |  |" in lines and lines[2].endswith(f" | {adjusted:.2g} |")
     contrast = advantage.contrast(results, dose.CONTRAST.weights, advantage.FORWARD_KL)
     assert middle.p == pytest.approx(stats.ttest_1samp(contrast, 0).pvalue)
 
