@@ -269,9 +269,9 @@ def tune(
         both = {s: fmean(v) for s, v in settings.items() if len(v) == len(seeds)}
         lr, steps = max(both, key=both.__getitem__)
         average = round(both[lr, steps], 4)
-        tried: dict[str, dict[str, list[float]]] = {}
+        reached: dict[str, dict[str, list[float]]] = {}
         for (rate, step), values in settings.items():
-            tried.setdefault(f"{rate:g}", {})[str(step)] = [round(value, 4) for value in values]
+            reached.setdefault(f"{rate:g}", {})[str(step)] = [round(value, 4) for value in values]
         chosen[condition][method] = {"lr": lr, "steps": steps, "development_avg": average}
-        chosen[condition][method]["tried"] = tried
+        chosen[condition][method]["tried"] = reached
     return chosen
