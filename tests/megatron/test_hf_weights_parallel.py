@@ -149,8 +149,8 @@ def check_memory_of_export(models: Any, hf: Any, groups: Any) -> None:
     from nemo_trd.megatron.hf_weights import export_hf_weights
 
     parameters = [parameter for model in models for parameter in model.parameters()]
-    with LiveBytes(beside=parameters) as live:
+    layer = 3 * hf.num_experts * hf.moe_intermediate_size * hf.hidden_size * 4
+    with LiveBytes(beside=parameters, limit=layer) as live:
         for _ in export_hf_weights(models, hf, groups):
             pass
-    layer = 3 * hf.num_experts * hf.moe_intermediate_size * hf.hidden_size * 4
     assert 0 < live.peak <= layer, (live.peak, layer)
