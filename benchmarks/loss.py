@@ -199,7 +199,8 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         "name": args.strategy,
         "seconds": min(seconds),
         "cpu_seconds": min(cpu_seconds),
-        "peak_gb": (peak_bytes(device) - before) / 1e9,
+        # Linux resets to what it counts and then notes its estimate, which may lie below.
+        "peak_gb": max(0, peak_bytes(device) - before) / 1e9,
         "grad_error": error,
         "tokens": args.tokens,
         "loss": value.item(),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -35,7 +36,7 @@ def launch(ranks: int, command: Sequence[str]) -> int:
     The ranks find each other by the variables that torchrun sets. They are in sessions of their
     own, so a terminal's Ctrl-C reaches them through this process alone.
     """
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), **address}
     threads = {} if ranks == 1 else {"OMP_NUM_THREADS": "1"}  # ranks share the cores
     processes: list[subprocess.Popen[bytes]] = []
@@ -92,10 +93,25 @@ def _exit_code(processes: Sequence[subprocess.Popen[bytes]], first: int) -> int:
     return first if first >= 0 else 128 - first
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody has, for rank 0 to take a little later.
+
+    It is none of those that a system gives to whoever asks for any: 32768 and above on Linux.
+
+    Raises:
+        OSError: 100 of them are taken.
+    """
+    *others, last = random.SystemRandom().sample(range(20_000, 30_000), 100)
+    for port in others:
+        with contextlib.suppress(OSError):
+            return _bound(port)
+    return _bound(last)
+
+
+def _bound(port: int) -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        probe.bind(("", port))
+        return port
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

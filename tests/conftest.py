@@ -20,6 +20,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 collect_ignore = [] if importlib.util.find_spec("nemo_aligner") else ["adapters/aligner"]
 LONG = ("vllm", "distributed")
 
+# A busy machine is no failure, and the same tree passes or fails each time. Environments for the
+# tests of an adapter or of a GPU have no Hypothesis.
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.register_profile("steady", deadline=None, derandomize=True)
+    settings.load_profile("steady")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The longest first, for files that run side by side to end together.

@@ -279,4 +279,5 @@ class FailureWatch:
         self._done.set()
         if self._thread.is_alive():
             self._thread.join()
+        dist.barrier()  # no rank looks at the store any longer, which goes with rank 0
         dist.destroy_process_group()

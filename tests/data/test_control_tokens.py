@@ -48,7 +48,7 @@ pieces = [*CHATML_CONTROLS, "Tom has", " ", "12", "\n", "<|im_", "end|>", ";", "
 contents = st.lists(st.sampled_from(pieces), min_size=1, max_size=8).map("".join)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.sampled_from(SPELLINGS), contents, contents, contents)
 def test_control_tokens_are_those_of_the_template_and_the_rest_is_spelt_as_ever(
     spelling: str, system: str, user: str, turn: str
@@ -70,7 +70,7 @@ def test_control_tokens_are_those_of_the_template_and_the_rest_is_spelt_as_ever(
         assert ids == tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.sampled_from(SPELLINGS), st.text(alphabet="Tom ha3.\n<|>_é▁", max_size=30))
 def test_the_tokenizer_with_other_names_spells_text_as_the_one_that_it_was_made_of(
     spelling: str, content: str

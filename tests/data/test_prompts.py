@@ -480,7 +480,7 @@ def order(count: int, per_step: int, steps: range, seed: int = 0) -> list[list[i
     return [[p.index for p in prompts_of_step(prompts, s, per_step, seed)] for s in steps]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 3))
 def test_every_epoch_holds_every_prompt_once_and_no_step_holds_one_twice(
     count: int, per_step: int, seed: int

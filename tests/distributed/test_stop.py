@@ -58,7 +58,7 @@ def test_the_second_ctrl_c_ends_a_process_whose_main_thread_is_busy_and_a_second
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGINT):
             os.kill(os.getpid(), number)  # the last: what a launcher passes on once more
             time.sleep(0.01)
-        time.sleep(0.2)
+        time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)  # the first press still counts
         time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)

@@ -61,7 +61,7 @@ def evaluate_and_die(overrides: list[str]) -> None:
     def append_and_die(self: Any, sample: Any) -> None:
         append(self, sample)
         kept.append(sample)
-        if len(kept) == 3:
+        if len(kept) >= 3:
             os.kill(os.getpid(), 9)
 
     SampleStore.append = append_and_die  # type: ignore[method-assign]

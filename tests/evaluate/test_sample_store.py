@@ -157,7 +157,10 @@ HOSTILE = {  # what a program does, and the classes that this may end in
         "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
         {"time_limit", "memory_limit"},  # many small processes are large together
     ),
-    "memory bomb": ("hold = []\nwhile True: hold.append(b'x' * 2**20)", {"memory_limit"}),
+    "memory bomb": (  # 10 MiB between two looks at its memory
+        "import time\nhold = []\nwhile True:\n    hold.append(b'x' * 2**20)\n    time.sleep(0.005)",
+        {"memory_limit"},
+    ),
     "memory bomb of many": (
         "import os, time\nfor _ in range(3): os.fork()\n"
         "hold = bytearray(90 * 2**20)\nhold[::4096] = b'x' * len(hold[::4096])\ntime.sleep(60)",

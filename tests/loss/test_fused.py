@@ -8,7 +8,7 @@ from typing import get_args
 import oracles
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from loss_inputs import PADDED, VOCAB, Inputs, as_inputs, distance, make_inputs, reference, run
 from oracles import DIVERGENCES, ESTIMATORS, TAILS, make_loss
@@ -51,9 +51,10 @@ def test_gradient_is_the_slope_of_the_value(name: str, tail: str) -> None:
     """Central differences in float64: no autograd on either side."""
     inputs, loss = make_inputs(3, torch.float64), make_loss(name, tail, temperature=1.3)
     run(inputs, loss, upstream=1)
+    generator = torch.Generator().manual_seed(0)
     for x in inputs[:2]:
         assert x.grad is not None
-        direction = torch.randn_like(x)
+        direction = torch.randn(x.shape, generator=generator, dtype=x.dtype)
         values = []
         for step in (1e-6, -1e-6):
             with torch.no_grad():
@@ -140,7 +141,6 @@ def test_equal_models_have_no_divergence_and_no_gradient(name: str, tail: str) -
     assert out.metrics["top1_agreement"] == out.count
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from(list(DIVERGENCES)),
     st.sampled_from(list(TAILS)),
@@ -172,7 +172,6 @@ def test_tiny_divergences_do_not_drown_in_the_rounding_of_normalisers(name: str,
     assert (value - exact).abs().max() < 7e-8  # the last bit of a probability near 1
 
 
-@settings(deadline=None)
 @given(st.sampled_from(list(DIVERGENCES)), st.integers(1, VOCAB + 5), st.integers(0, 10**6))
 def test_bucket_is_a_lower_bound_of_the_full_divergence(name: str, k: int, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)

@@ -12,7 +12,6 @@ import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,8 @@ from typing import IO, Any, Literal
 
 import psutil
 from fork_server import TESTS, run_function
+
+from nemo_trd.launch import free_port
 
 OWN_LAUNCHER = f"""
 import sys
@@ -194,12 +195,6 @@ def processes_of(mark: str) -> list[psutil.Process]:
             if process.environ().get("TEST_MARK") == mark:
                 found.append(process)
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _main(file: str, function: str, arguments: str) -> None:

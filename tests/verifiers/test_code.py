@@ -170,7 +170,7 @@ PLAIN = st.one_of(
         ),
     )
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_plain_data_comes_through_as_it_was(value: Any) -> None:
     coded = json.loads(json.dumps(code_script.encode(value)))
     assert typed(code_script.decode(coded)) == typed(value)
