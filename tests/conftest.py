@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,20 +52,3 @@ def one_rank() -> Iterator[Any]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield process_groups(Layout(tensor_model_parallel_size=1, pipeline_model_parallel_size=1))
     dist.destroy_process_group()
-
-
-@pytest.fixture(scope="session")
-def served_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models and problems of `urls`."""
-    from servers import make_inputs
-
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(scope="session")
-def urls(served_models: Path) -> Iterator[dict[str, str]]:
-    """vLLM servers of the student and of the teacher of `served_models`, by role."""
-    from servers import served
-
-    with served(served_models) as urls:
-        yield urls

@@ -17,7 +17,6 @@ from nemo_trd.serve.worker import worker_environment
 
 PYTHON_VARIABLE = "NEMO_TRD_VLLM_PYTHON"
 CPU_ENVIRONMENT = {  # unless the caller's environment says otherwise
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
     # Drafts are looked up with numba, which gives OpenMP as many threads as itself: where cores are

@@ -38,6 +38,7 @@ TAIL_LINES = 25
 # A seed per request kills the CPU engine when a prefill is chunked.
 CPU_ARGUMENTS = ("--enforce-eager", "--no-enable-chunked-prefill")
 CPU_BATCHED_TOKENS = 16384
+CPU_CACHE_BYTES = 2**30  # keys and values; VLLM_CPU_KVCACHE_SPACE in the environment wins
 
 
 class ServerError(RuntimeError):
@@ -244,6 +245,7 @@ class Server:
         if is_cpu:
             longest = max(CPU_BATCHED_TOKENS, settings.max_model_len or self._positions())
             arguments += [*CPU_ARGUMENTS, "--max-num-batched-tokens", str(longest)]
+            arguments += ["--kv-cache-memory-bytes", str(CPU_CACHE_BYTES)]
         return arguments + settings.arguments
 
     def _positions(self) -> int:

@@ -18,7 +18,7 @@ def test_importing_the_package_imports_no_adapter() -> None:
         "others = [m for m in sys.modules if m.startswith('nemo_trd.adapters.')]; "
         "assert not heavy and not others, (heavy, others)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=400)
 
 
 def test_training_imports_no_other_package() -> None:
@@ -27,7 +27,7 @@ def test_training_imports_no_other_package() -> None:
         "found = {'nemo', 'nemo_aligner', 'nemo_rl', 'megatron.bridge'} & sys.modules.keys(); "
         "assert not found, found"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=400)
 
 
 @pytest.mark.parametrize(

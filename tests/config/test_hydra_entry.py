@@ -31,7 +31,7 @@ hydra_entry(task)()
 
 def run(*overrides: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM, *overrides]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
 
 
 def test_entry_takes_overrides_and_resolvers_of_nemo() -> None:

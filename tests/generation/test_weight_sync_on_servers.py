@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,8 +27,10 @@ from synced_servers import (
     complete,
     errors,
     next_token_error,
+    sampled_tokens,
     settings,
     state,
+    wait_until_sampled,
 )
 from tiny_models import make_model
 
@@ -338,20 +339,19 @@ def _sync_during_a_request(
 ) -> tuple[list[int], list[int], list[int], str]:
     """Greedy tokens of the old weights, of the new ones, of a request meanwhile, how that ended.
 
-    On a busy machine the request may have ended before the sync began: unless it is to be
-    `untouched`, that is tried again.
+    The sync begins when the request has some tokens. On a busy machine the request may have ended
+    by then: unless it is to be `untouched`, that is tried again.
     """
     model = student("qwen3")
     length = {"max_tokens": 1200, "ignore_eos": True}
     following = [(name, tensor.clone()) for name, tensor in model.export(2)]
     for _ in range(10):
         sync.load_weights(model.export(1), 60)
-        started = time.monotonic()
         old = complete(url, PROMPT, **length)["token_ids"]
-        seconds = time.monotonic() - started
         with ThreadPoolExecutor(1) as thread:
+            before = sampled_tokens(url)
             request = thread.submit(complete, url, PROMPT, **length)
-            time.sleep(seconds / 5)
+            wait_until_sampled(url, before + 20)
             sync.load_weights(following, 61)
             answer = request.result(300)
         assert not sync.failures

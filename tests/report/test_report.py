@@ -425,7 +425,7 @@ def in_browser(directory: Path) -> tuple[dict[str, Any], str]:
         [chromium, *flags, (directory / "measure.html").as_uri()],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
     )
     body = re.search(r"<body>(\{.*\})</body>", done.stdout, re.DOTALL)
     assert body, done.stdout[:500] + done.stderr[-2000:]

@@ -44,9 +44,10 @@ def child() -> Iterator[Holder]:
 def held_by(run_dir: Path, holder: Holder, age: float = 0.0) -> Path:
     """The lock of another process, renewed `age` seconds ago."""
     file = run_dir / "run.lock"
-    file.write_text(json.dumps(asdict(holder)))
-    os.utime(file, (time.time() - age,) * 2)
-    return file
+    written = run_dir / "run.lock.written"
+    written.write_text(json.dumps(asdict(holder)))
+    os.utime(written, (time.time() - age,) * 2)
+    return written.replace(file)
 
 
 def test_a_second_run_is_refused_with_host_process_and_time(tmp_path: Path, child: Holder) -> None:

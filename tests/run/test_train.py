@@ -336,7 +336,7 @@ def test_an_exception_on_one_rank_ends_all_ranks_with_its_cause(
     assert output.count("broken on purpose") == 1 and "Traceback" not in output
     assert last_line(log_file).endswith(f" ERROR nemo_trd: {cause}")
     assert "in broken\n" in log_file.read_text(), "the traceback of the rank that failed"
-    assert time.monotonic() - start < 90
+    assert time.monotonic() - start < 300  # a collective waits for 30 minutes
 
 
 def test_a_rank_that_is_killed_is_named(tmp_path: Path) -> None:

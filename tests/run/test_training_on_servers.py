@@ -18,7 +18,18 @@ import pytest
 from launch import launch, processes_of, run_ranks
 from pydantic import SecretStr
 from safetensors.torch import load_file
-from servers import ENVIRONMENT, HIDDEN, KEY, SERVER, SHAPE, VOCABULARY, replicas, settings_on
+from servers import (
+    ENVIRONMENT,
+    HIDDEN,
+    KEY,
+    SERVER,
+    SHAPE,
+    VOCABULARY,
+    make_inputs,
+    replicas,
+    served,
+    settings_on,
+)
 from tiny_models import make_model
 
 from nemo_trd.records.checkpoint_dir import read_samples_ahead
@@ -31,6 +42,19 @@ PP2 = ["parallel.student.pipeline_model_parallel_size=2"]
 TOP_K, WIDE = 64, 257
 ONE_STEP = ["train.num_steps=1", "checkpoint.export_hf=false"]
 GSM8K = Path(__file__).parents[3] / "shared/data/gsm8k_test.jsonl"
+
+
+@pytest.fixture(scope="module")
+def served_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models and problems of `urls`."""
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def urls(served_models: Path) -> Iterator[dict[str, str]]:
+    """vLLM servers of the student and of the teacher of `served_models`, by role."""
+    with served(served_models) as urls:
+        yield urls
 
 
 def run_training(overrides: list[str], fault: str) -> None:

@@ -254,11 +254,20 @@ def test_key_goes_by_the_environment_and_gpus_need_no_special_arguments(tmp_path
     arguments = " ".join(server._arguments(is_cpu=False))
     assert KEY not in arguments and KEY not in repr(vars(server))
     # Chunked prefill and CUDA graphs are vLLM's defaults on GPUs.
-    assert not any(flag in arguments for flag in (*CPU_ARGUMENTS, "--max-num-batched-tokens"))
+    of_cpus = (*CPU_ARGUMENTS, "--max-num-batched-tokens", "--kv-cache-memory-bytes")
+    assert not any(flag in arguments for flag in of_cpus)
     assert '{"backend": "nemo_trd"}' in arguments
     environment = server_environment(False, SecretStr(KEY), (4, 5))
     assert environment["VLLM_API_KEY"] == KEY and environment["CUDA_VISIBLE_DEVICES"] == "4,5"
-    assert "VLLM_CPU_KVCACHE_SPACE" not in environment
+
+
+def test_arguments_of_a_user_win_over_those_of_cpus(tmp_path: Path) -> None:
+    own = SETTINGS.model_copy(
+        update={"max_model_len": 512, "arguments": ["--kv-cache-memory-bytes", "4096"]}
+    )
+    arguments = Server("m", own, tmp_path / "log")._arguments(is_cpu=True)
+    sizes = [arguments[i + 1] for i, a in enumerate(arguments) if a == "--kv-cache-memory-bytes"]
+    assert sizes == [str(2**30), "4096"]  # vLLM takes the last
 
 
 def test_server_does_not_take_itself_for_a_rank_of_the_trainer(

@@ -114,7 +114,7 @@ def test_a_run_on_four_nodes_with_servers_on_two_of_them(jobs: Jobs, tmp_path: P
     assert [line["step"] for line in metrics] == [1, 2, 3, 4]
     assert (run_dir / "checkpoints" / "latest").resolve().name == "step_00000004"
     assert (run_dir / "export" / "model.safetensors").exists()
-    eventually("no process of the job", lambda: not jobs.cluster.of_jobs(), 60)
+    eventually("no process of the job", lambda: not jobs.cluster.of_jobs())
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -43,7 +44,7 @@ def after_steps(run_dir: Path, count: int) -> None:
 
 
 def assert_nothing_left(cluster: SlurmCluster) -> None:
-    eventually("no process of the job", lambda: not cluster.of_jobs(), 60)
+    eventually("no process of the job", lambda: not cluster.of_jobs())
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +210,10 @@ def test_a_trainer_that_raises_names_its_error_last(jobs: Jobs, tmp_path: Path) 
 
 
 def kill_server(cluster: SlurmCluster, node: str) -> None:
-    commands = {pid: psutil.Process(pid).cmdline() for pid in cluster.processes(node)}
+    commands = {}
+    for pid in cluster.processes(node):
+        with contextlib.suppress(psutil.NoSuchProcess):  # one that ends meanwhile is no server
+            commands[pid] = psutil.Process(pid).cmdline()
     servers = [p for p, c in commands.items() if c[1:4] == ["-P", "-m", "nemo_trd_api_server"]]
     assert len(servers) == 1, commands
     os.kill(servers[0], signal.SIGKILL)

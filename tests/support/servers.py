@@ -14,13 +14,15 @@ from tiny_models import make_model
 from nemo_trd.config.schema import VllmServer
 from nemo_trd.serve.server import Server, start_all, stop_all
 
+# Each worker of a server on a CPU has 1 GiB without it; these models need at most 16 MB.
+SMALL_CACHE = ["--kv-cache-memory-bytes", str(2**27)]
 SERVER = VllmServer(
     python=None,
     dtype="fp32",
     tensor_parallel_size=1,
     max_model_len=512,
     max_num_seqs=16,
-    arguments=[],
+    arguments=SMALL_CACHE,
     start_timeout_seconds=600,
     stop_timeout_seconds=10,
 )
@@ -90,6 +92,7 @@ def settings_on(inputs: Path, urls: dict[str, str], run_dir: Path) -> list[str]:
         *(f"generation.{which}.max_tokens=12" for which in ("rollout", "refinement")),
         *("generation.vllm.weight_sync.backend=file", "generation.vllm.server.max_model_len=512"),
         "generation.vllm.client.recovery_timeout_seconds=60",
+        f"generation.vllm.server.arguments={SMALL_CACHE}",
         *(f"generation.vllm.{role}.urls=['{url}']" for role, url in urls.items()),
         *(f"generation.vllm.{role}.replicas=0" for role in urls),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,9 @@ def settings(directory: Path, backend: str, in_flight: str = "finish") -> Settin
             "in_flight": in_flight,
             "directory": str(directory / "sync"),
             "bucket_bytes": 50_000,
-            "pause_timeout_seconds": 20.0,
+            "pause_timeout_seconds": 200.0,  # a long request may have to finish
             "call_timeout_seconds": 20.0,
-            "timeout_seconds": 40.0,
+            "timeout_seconds": 240.0,
         }
     )
 
@@ -72,3 +73,18 @@ def state(url: str) -> tuple[str, bool]:
     with httpx.Client(base_url=url, headers=HEADERS, timeout=60) as client:
         version = client.get("/weight_info").json()["weight_version"]
         return version, client.get("/is_paused").json()["is_paused"]
+
+
+def sampled_tokens(url: str) -> int:
+    """How many tokens the server has sampled since it started, by its own count."""
+    lines = httpx.get(f"{url}/metrics", headers=HEADERS, timeout=60).text.splitlines()
+    counts = [line for line in lines if line.startswith("vllm:generation_tokens_total")]
+    return int(sum(float(line.split()[-1]) for line in counts))
+
+
+def wait_until_sampled(url: str, count: int) -> None:
+    """Return when the server has sampled `count` tokens since it started."""
+    deadline = time.monotonic() + 120
+    while sampled_tokens(url) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -64,7 +64,7 @@ def test_functions_are_judged_by_what_they_return(tests: dict[str, Any]) -> None
     assert judged("def add(a, b): return a +", tests) == Judgement(False, "runtime_error")
     assert judged("def other(a, b): return a + b", tests).correct is False
     endless = "def add(a, b):\n    while True: pass"
-    assert judged(endless, tests, seconds=0.5) == Judgement(False, "time_limit")
+    assert judged(endless, tests, seconds=1) == Judgement(False, "time_limit")
 
 
 def test_programs_are_judged_by_what_they_write() -> None:

@@ -273,7 +273,7 @@ def test_example_script_trains_and_logs_as_aligners_do(inputs: Path, tmp_path: P
         *("+model.trd.generation.local.dtype=fp32", "+model.trd.logging.progress=false"),
     ]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=150, check=False
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
