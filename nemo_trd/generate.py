@@ -179,7 +179,7 @@ def draw_pairs(config: Config, stop: StopRequest) -> int:
             )
         )
         if file.steps < len(steps):
-            exit_code = _draw(config, problems, steps, file, stop, last_first)
+            exit_code = _draw(config, problems, steps, file, lock, stop, last_first)
             if exit_code is not None:
                 log.info("stopped on request; start again with run.dir=%s to go on", config.run_dir)
                 return exit_code
@@ -193,6 +193,7 @@ def _draw(
     problems: Problems,
     steps: Sequence[Sequence[Prompt]],
     file: PairFile,
+    lock: RunLock,
     stop: StopRequest,
     at_end: ExitStack,
 ) -> int | None:
@@ -216,6 +217,7 @@ def _draw(
         if exit_code is not None:
             return exit_code
         drawn = sampler.sample(steps[step], step)
+        from_first_rank(lock.check)
         if dist.get_rank() == 0:
             file.append([stored_row(problems, refinement) for refinement in drawn.refinements])
         counts = refinement_counts(drawn.refinements, ())

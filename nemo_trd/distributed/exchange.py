@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
@@ -20,17 +21,19 @@ def fail_together(
     """Make this rank's share of work; return it once all ranks have made theirs. Collective.
 
     Raises:
-        GenerationFailed: on all ranks, when it is raised on some.
+        ConfigError, GenerationFailed: on all ranks, when it is raised on some.
     """
     share: list[Item] = []
-    failure: str | None = None
+    failure: tuple[bool, str] | None = None
     try:
         share = make_share()
-    except GenerationFailed as error:
-        failure = str(error)
-    failures = {text for text in merge_shares([failure], group) if text}
+    except (ConfigError, GenerationFailed) as error:
+        failure = isinstance(error, ConfigError), str(error)
+    failures = sorted({one for one in merge_shares([failure], group) if one})
+    if refused := [text for of_settings, text in failures if of_settings]:
+        raise ConfigError("\n".join(refused))
     if failures:
-        raise GenerationFailed("\n".join(sorted(failures)))
+        raise GenerationFailed("\n".join(text for _, text in failures))
     return share
 
 
@@ -96,3 +99,20 @@ def from_first_rank(make: Callable[[], Result]) -> Result:
     if outcome[1] is not None:
         raise ConfigError(outcome[1])
     return cast(Result, outcome[0])
+
+
+def all_come(occasion: str, seconds: float) -> bool:
+    """Whether every rank calls this. None waits for the others longer than `seconds`.
+
+    Args:
+        occasion: one that a process has once.
+    """
+    # What torch offers in public cannot wait with a limit while a rank is missing.
+    store = dist.distributed_c10d._get_default_store()
+    if store.add(f"nemo_trd/{occasion}", 1) == dist.get_world_size():
+        store.set(f"nemo_trd/{occasion}/all", "")
+    try:
+        store.wait([f"nemo_trd/{occasion}/all"], timedelta(seconds=seconds))
+    except RuntimeError:
+        return False
+    return True

@@ -8,11 +8,11 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -84,6 +84,18 @@ def set_training_environment() -> None:
             os.environ.setdefault(name, value)
 
 
+_timeout: timedelta | None = None  # of `init_distributed`
+
+
+def new_group(ranks: Sequence[int] | None = None, **how: Any) -> dist.ProcessGroup:
+    """Make a group with the time limit of the world; torch gives any other half an hour, or less.
+
+    Collective. Arguments as `torch.distributed.new_group` has them.
+    """
+    group: dist.ProcessGroup = dist.new_group(ranks, timeout=_timeout, **how)
+    return group
+
+
 def init_distributed(
     timeout_minutes: float, log_file: Path | None = None, is_ours: IsOurs | None = None
 ) -> FailureWatch:
@@ -106,7 +118,8 @@ def init_distributed(
             "Fix: launch with nemo_trd.launch or torchrun, or export both before srun."
         )
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank))
-    timeout = timedelta(minutes=timeout_minutes)
+    global _timeout
+    _timeout = timeout = timedelta(minutes=timeout_minutes)
     store: dist.Store
     if world == 1:
         store = dist.HashStore()

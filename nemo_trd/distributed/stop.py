@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import signal
 import socket
 import threading
@@ -22,6 +24,17 @@ REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL: the run was asked to stop, saved, and can
 INTERRUPTED_EXIT_CODE = 130  # exit code of a program that SIGINT ends
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME_PRESS_SECONDS = 0.5  # a launcher may pass on the signal that the terminal has sent
+
+
+def _keep_signals_apart() -> None:
+    """In a forked child: what it is sent is not sent to this process, whose pipe it has too."""
+    with contextlib.suppress(ValueError):  # only the main thread of an interpreter has one
+        signal.set_wakeup_fd(-1)
+
+
+# Writers of a checkpoint are such children. A terminal's Ctrl-C reaches them as well, and a second
+# later would count as a second one where a write takes that long.
+os.register_at_fork(after_in_child=_keep_signals_apart)
 
 
 class StopRequest:

@@ -27,6 +27,7 @@ class JudgePool:
         workers = config.verification.workers
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="judge")
         self._futures: list[Future[None]] = []
+        self._failure: BaseException | None = None  # the last, in any thread
         self._judges: list[Judge] = []
         self._idle: dict[VerifierName, SimpleQueue[Judge]] = {}
         for name in {benchmark.verifier for benchmark in config.benchmarks.values()}:
@@ -44,17 +45,29 @@ class JudgePool:
         answer: Answer,
         then: Callable[[Judgement], None],
     ) -> None:
-        """Judge the answer some time, and hand the judgement to `then` in a thread of the pool."""
+        """Judge the answer some time, and hand the judgement to `then` in a thread of the pool.
+
+        Raises what went wrong with an earlier one.
+        """
+
+        if self._failure is not None:
+            raise self._failure
 
         def work() -> None:
-            judge = self._idle[verifier].get()
             try:
-                judgement = judge_answer(judge, text, answer)
-            finally:
-                self._idle[verifier].put(judge)
-            then(judgement)
+                then(self._judged(verifier, text, answer))
+            except BaseException as error:
+                self._failure = error
+                raise
 
         self._futures.append(self._threads.submit(work))
+
+    def _judged(self, verifier: VerifierName, text: str, answer: Answer) -> Judgement:
+        judge = self._idle[verifier].get()
+        try:
+            return judge_answer(judge, text, answer)
+        finally:
+            self._idle[verifier].put(judge)
 
     def finish(self, progress: bool) -> None:
         """Wait for all judgements. Raises what went wrong in a thread."""

@@ -75,13 +75,14 @@ class WeightSync:
             Exception: what `tensors` raised, on the ranks where it did. No server has the new
                 weights then; with backend `file` all are as they were.
         """
-        self.version = version
         key = f"nemo_trd/weight_sync/{next(_sync_numbers)}"
         stream = (item for item in tensors)  # once broken, it has ended: see _send_all
         if _rank() == 0:
-            with self._lock:
+            with self._lock:  # `update_replica` has ended, with the weights before
+                self.version = version
                 self._send_all(stream, version, key)
             return
+        self.version = version
         self._hear(f"{key}/ready")
         for _ in stream:
             pass

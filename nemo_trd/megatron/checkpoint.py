@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nemo_trd.config.schema import Checkpoint
 from nemo_trd.data.prompt_digests import DIGESTS_FILE
 from nemo_trd.data.types import Refinement
-from nemo_trd.distributed.exchange import from_first_rank
+from nemo_trd.distributed.exchange import all_come, from_first_rank
 from nemo_trd.distributed.parent import end_with_parent
 from nemo_trd.megatron.model_states import load_models
 from nemo_trd.megatron.optimizer_states import load_optimizer
@@ -51,6 +51,7 @@ _OWN_WRITER: dict[str, Any] = (
     if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
     else {}
 )
+CLOSE_SECONDS = 10.0  # within which all ranks fail where the cause is that of all
 
 
 class SaveFailed(RuntimeError):
@@ -146,10 +147,18 @@ class Checkpointer:
         if not self._queue.get_num_unfinalized_calls():
             self._under_way = None
 
-    def close(self) -> None:
-        """Finish every background save and end the writers."""
-        self.wait()
-        self._queue.close()
+    def close(self, succeeded: bool = True) -> None:
+        """Finish a background save and end the writers. Collective if the run has `succeeded`.
+
+        After a failure a save is finished if all ranks have failed, and else given up: the others
+        wait elsewhere for this rank, and are to hear of the cause.
+        """
+        if succeeded or self._under_way is None or all_come("close", CLOSE_SECONDS):
+            self.wait()
+            self._queue.close()
+            return
+        for call in self._queue.async_calls:
+            call.async_caller.close(abort=True)
 
     def _make_room(self, partial_dir: Path) -> None:
         """Make the directory to write into; refuse a checkpoint for which the disk has no room."""

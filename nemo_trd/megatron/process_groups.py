@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemo_trd.config.schema import Layout
+from nemo_trd.distributed.process import new_group
 
 
 def process_groups(layout: Layout) -> ProcessGroupCollection:
@@ -85,4 +86,4 @@ def _group(world: dist.ProcessGroup, ranks: tuple[int, ...]) -> object:
     if len(ranks) == dist.get_world_size(world):
         return world
     # A rank makes a group of itself without the others.
-    return dist.new_group(list(ranks), use_local_synchronization=len(ranks) == 1)
+    return new_group(list(ranks), use_local_synchronization=len(ranks) == 1)

@@ -71,13 +71,22 @@ def commit(partial: Path, state: TrainerState, keep_last: int) -> Path:
     _sync_to_disk(partial)
     final = root / partial.name.removesuffix(PARTIAL)
     if final.exists():  # another attempt at the same step, which nothing goes on from
-        shutil.rmtree(final)
+        _remove(final)
     os.rename(partial, final)
     latest.point(root, final)
     for old in complete_checkpoints(root)[:-keep_last]:
         if old != final:
-            shutil.rmtree(old)
+            _remove(old)
     return final
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint. One that a kill leaves half has no final name any more."""
+    doomed = checkpoint.with_name(f"step_removed{PARTIAL}")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    os.rename(checkpoint, doomed)
+    shutil.rmtree(doomed)
 
 
 def _canonical(record: Mapping[str, Any]) -> str:

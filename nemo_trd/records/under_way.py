@@ -37,9 +37,7 @@ class UnderWay:
         self._directory = directory
         self._rank = rank
         self._settings = settings
-        self._steps_ahead = max_staleness
-        # Up to 1 the weights that sample a step are known beforehand, from 2 on they may be older.
-        self._staleness = max_staleness if max_staleness > 1 else 0
+        self._staleness = max_staleness
         self._step: int | None = None
         self._kept: dict[int, dict[str, Completion]] = {}  # by step
         self.notices: list[str] = []
@@ -54,7 +52,7 @@ class UnderWay:
         """Begin with a step of these weights, and forget those that have trained."""
         if self._step is None:
             self._forget_lost_weights(weight_version)
-        self._step, first = step, step - self._steps_ahead
+        self._step, first = step, step - self._staleness
         self._kept = {s: kept for s, kept in self._kept.items() if s >= first}
         for other, rank, file in self._files():
             if rank == self._rank and other < first:

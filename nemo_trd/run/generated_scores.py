@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch.distributed as dist
 
 from nemo_trd.data.types import Completion, Microbatch, TokenIds, TokenScores, Trajectory
+from nemo_trd.distributed.process import new_group
 
 Scored = tuple[TokenIds, TokenIds]  # the teacher's context, and the labels after it
 
@@ -23,7 +24,7 @@ class GeneratedScores:
         """Args: steps_ahead: how far sampling runs ahead of training, at most."""
         self._steps_ahead = steps_ahead
         self._by_step: dict[int, dict[Scored, TokenScores]] = {}
-        self._group = dist.new_group(backend="gloo")
+        self._group = new_group(backend="gloo")
 
     def begin(self, step: int) -> None:
         """Begin to sample a step. Scores of those that have yet to train stay."""

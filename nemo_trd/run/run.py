@@ -306,7 +306,7 @@ class Run:
         self.save()
         self._checkpointer.wait()
         self._under_way.end()
-        if self.config.evaluation.at_end:
+        if self.config.evaluation.at_end and not self.journal.is_evaluated(self.step):
             self.evaluate()
         export = self.config.run_dir / "export"
         self._export(export)
@@ -337,7 +337,7 @@ class Run:
                     succeeded and error is None, self._last_line if error is None else None
                 )
             )
-            last_first.callback(self._checkpointer.close)
+            last_first.callback(self._checkpointer.close, succeeded)
 
     def save(self, samples_ahead: Mapping[int, list[Refinement]] | None = None) -> None:
         """Write a checkpoint with `samples_ahead`, unless there is one of this step. Collective."""

@@ -28,6 +28,7 @@ from nemo_trd.data.types import (
     TokenIds,
 )
 from nemo_trd.distributed.exchange import fail_together, merge_shares, own_share
+from nemo_trd.distributed.process import new_group
 from nemo_trd.generation.pending import run_loop
 from nemo_trd.generation.protocol import Generator, request_seed
 from nemo_trd.records.under_way import UnderWay
@@ -88,8 +89,8 @@ class Sampler:
         self._oldest_version: int | None = None
         self._verify = verifier(config.data.verifier, config.sandbox)
         # Samples may be drawn while the main thread exchanges something else, and evaluates.
-        self._group = dist.new_group(backend="gloo")
-        self._group_of_others = dist.new_group(backend="gloo")
+        self._group = new_group(backend="gloo")
+        self._group_of_others = new_group(backend="gloo")
         if under_way is not None and dist.get_rank() == 0:  # all ranks have read what there was
             under_way.take_over(dist.get_world_size())
 

@@ -11,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from nemo_trd.data.types import Microbatch, TokenScores, Trajectory
 from nemo_trd.distributed.exchange import fail_together, merge_shares, own_share
+from nemo_trd.distributed.process import new_group
 from nemo_trd.generation.api import Wanted
 from nemo_trd.generation.vllm import VllmGenerator
 from nemo_trd.loss.top_k import TopK
@@ -58,7 +59,7 @@ class ServerTeacher:
         self._first_ranks = [dp_ranks.index(d) for d in range(student_groups.dp.size())]
         for dp_rank in range(student_groups.dp.size()):
             ranks = [rank for rank, other in enumerate(dp_ranks) if other == dp_rank]
-            group = dist.new_group(ranks, backend="gloo")
+            group = new_group(ranks, backend="gloo")
             if dp_rank == self._dp_rank:
                 self._group = group
         self._check()

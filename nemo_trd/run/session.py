@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from nemo_trd.config.errors import ConfigError
 from nemo_trd.config.schema import Config
-from nemo_trd.distributed.exchange import from_first_rank, raise_together
+from nemo_trd.distributed.exchange import all_come, from_first_rank, raise_together
 from nemo_trd.distributed.process import init_distributed, world_from_environment
 from nemo_trd.distributed.stop import StopRequest
 from nemo_trd.generation.protocol import GenerationFailed
@@ -22,6 +22,8 @@ from nemo_trd.run.inputs import load_inputs
 from nemo_trd.run.outcome import nothing_left
 from nemo_trd.run.run import Run
 from nemo_trd.run.run_lock import at_work, is_of
+
+REFUSED_SECONDS = 20.0  # within which all ranks refuse what all of them refuse
 
 
 def with_all_ranks(config: Config, work: Callable[[StopRequest], int]) -> int:
@@ -46,6 +48,8 @@ def with_all_ranks(config: Config, work: Callable[[StopRequest], int]) -> int:
         try:
             exit_code = work(stop)
         except ConfigError as error:
+            if not all_come("refused", REFUSED_SECONDS):  # the others wait for this rank
+                watch.fail(error)
             record_end(str(error), log_file)
             watch.close()
             raise

@@ -42,6 +42,18 @@ def test_a_signal_leaves_with_the_requeue_code_and_goes_before_a_stop_file(
     assert signal.getsignal(number) == before
 
 
+def test_a_signal_to_a_forked_child_is_none_to_the_run(tmp_path: Path) -> None:
+    """A terminal's Ctrl-C reaches the writers of a checkpoint too, perhaps much later."""
+    stop = StopRequest(tmp_path, rank=0)
+    child = os.fork()
+    if child == 0:
+        os.kill(os.getpid(), signal.SIGINT)
+        os._exit(0)
+    os.waitpid(child, 0)
+    stop.close()  # reads what came by then
+    assert not stop.signalled()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_second_ctrl_c_ends_a_process_whose_main_thread_is_busy_and_a_second_sigterm_does_not(
     rank: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]

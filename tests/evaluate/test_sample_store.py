@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,10 @@ def test_what_goes_wrong_with_a_judgement_ends_the_evaluation() -> None:
     with pytest.raises(OSError, match="no space"), JudgePool(configured()) as pool:
         pool.submit("math", "#### 3", "3", full_disk)
         pool.finish(progress=False)
+    with pytest.raises(OSError, match="no space"), JudgePool(configured()) as pool:
+        for _ in range(4000):  # nor is more drawn, of which nothing could be kept
+            pool.submit("math", "#### 3", "3", full_disk)
+            time.sleep(0.05)
 
 
 # --- figures ---

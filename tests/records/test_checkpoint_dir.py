@@ -106,6 +106,26 @@ def test_starting_anew_moves_what_was_there_aside_and_prunes_its_own_line_alone(
     assert len(complete_checkpoints(place)) == 2
 
 
+def test_a_kill_while_an_old_checkpoint_is_pruned_leaves_nothing_to_go_on_from(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(directory: Path) -> None:
+        (directory / "trainer_state.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        save(root, 7, keep_last=1)
+    resumed = find_checkpoint(settings(), root)
+    assert resumed == root / checkpoint_name(7)
+    [notice] = begin_line(root, resumed)
+    assert notice.startswith("removed ")
+    assert names(complete_checkpoints(root)) == ["step_00000006", "step_00000007"]
+    assert not list(root.glob("abandoned_*"))
+    save(root, 8, keep_last=1)
+    assert names(complete_checkpoints(root)) == ["step_00000008"]
+
+
 def test_going_on_from_an_older_checkpoint_abandons_the_later_ones(root: Path) -> None:
     older = find_checkpoint(settings(str(root / checkpoint_name(3))), root)
     [notice] = begin_line(root, older)

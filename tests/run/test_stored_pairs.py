@@ -20,16 +20,28 @@ def work(steps: list[tuple[str, list[str]]]) -> None:
     """On every rank: calls of `generate` and of `train`, one after the other."""
     from functools import partial
 
+    from nemo_trd.config.errors import ConfigError
     from nemo_trd.config.load import compose
     from nemo_trd.generate import draw_pairs
+    from nemo_trd.run.run_lock import RunLock
     from nemo_trd.run.session import with_all_ranks
     from nemo_trd.train import launch as train
+
+    def refuse(lock: RunLock) -> None:
+        raise ConfigError("the lock is another run's")
 
     for command, overrides in steps:
         config = compose(overrides)
         run = partial(train, config)
         if command == "generate":
             run = partial(with_all_ranks, config, partial(draw_pairs, config))
+        if command == "another run takes the lock":
+            monkeypatch = pytest.MonkeyPatch()
+            monkeypatch.setattr(RunLock, "check", refuse)
+            with pytest.raises(ConfigError, match="lock"):
+                with_all_ranks(config, partial(draw_pairs, config))
+            monkeypatch.undo()
+            continue
         assert run() == 0
 
 
@@ -67,8 +79,10 @@ def test_stored_pairs_train_as_drawn_ones_and_survive_an_interruption(
             ("train", of("drawn", whole)),
             ("train", of("stored", whole, *stored)),
             ("generate", of("steps", small)),
+            ("another run takes the lock", of("taken", small)),
         ],
     )
+    assert (tmp_path / "taken" / "pairs.jsonl").read_text() == ""
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     assert [row["question"] for row in rows] == [f"{n}+1?" for n in range(PROBLEMS)]
     assert all(row["rollout"]["token_ids"] and row["refinement"]["token_ids"] for row in rows)

@@ -265,6 +265,21 @@ def test_samples_of_all_steps_that_have_yet_to_train_are_kept_but_for_those_of_l
     assert not tmp_path.exists()
 
 
+def test_a_record_one_step_ahead_serves_the_weights_that_the_run_would_have_had(
+    tmp_path: Path,
+) -> None:
+    """Servers died while step 8 was drawn, on the weights of step 7, and step 7 was saved."""
+    request = GenerationRequest((1, 7), seed=8)
+    record = UnderWay(tmp_path, 0, "a", max_staleness=1)
+    for step, version in ((7, 6), (8, 7)):
+        record.begin(step, version)
+    record.add(request, Completion((9,), "length", 7))
+    resumed = UnderWay(tmp_path, 0, "a", max_staleness=1)
+    resumed.begin(8, 8)
+    assert resumed.find(request, 8) is not None
+    assert resumed.find(request, 9) is None
+
+
 def test_damaged_lines_of_a_record_are_counted_and_a_cut_off_last_one_is_not(
     tmp_path: Path,
 ) -> None:
