@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from nemo_trd.config.errors import ConfigError
+from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.records.last_line import Cause, end_process, leave, say_last
 
 FAILURE_KEY, RECORDED_KEY = "nemo_trd/failure", "nemo_trd/failure_recorded"
@@ -107,7 +107,7 @@ def init_distributed(
         is_ours: see `FailureWatch`.
 
     Raises:
-        ConfigError: several ranks without MASTER_ADDR and MASTER_PORT.
+        ConfigError: several ranks without MASTER_ADDR and MASTER_PORT, or more than GPUs here.
         torch.distributed.DistError: they do not meet.
     """
     set_training_environment()
@@ -117,6 +117,7 @@ def init_distributed(
             f"WORLD_SIZE = {world}: several ranks meet at MASTER_ADDR:MASTER_PORT. "
             "Fix: launch with nemo_trd.launch or torchrun, or export both before srun."
         )
+    _check_gpus(local_rank)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank))
     global _timeout
     _timeout = timeout = timedelta(minutes=timeout_minutes)
@@ -131,6 +132,19 @@ def init_distributed(
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return FailureWatch(store, log_file, is_ours)
+
+
+def _check_gpus(local_rank: int) -> None:
+    """Raises ConfigError: a rank of this machine would have no GPU of its own."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    ranks_here = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), local_rank + 1)
+    if gpus and ranks_here > gpus:
+        raise rule_broken(
+            "ranks on this machine",
+            ranks_here,
+            f"each rank has a GPU of its own and {gpus} are visible",
+            "start fewer ranks a machine, or make more GPUs visible (CUDA_VISIBLE_DEVICES)",
+        )
 
 
 @dataclass(frozen=True)

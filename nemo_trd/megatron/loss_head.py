@@ -123,7 +123,8 @@ class LossHead:
             teacher: as for `divergence`.
         """
         if isinstance(teacher, TopK):
-            return TopK(teacher.ids[:, :k], teacher.log_probs[:, :k], teacher.label_log_probs)
+            best = TopK(teacher.ids[:, :k], teacher.log_probs[:, :k], teacher.label_log_probs)
+            return best.moved(to_device)  # servers' lie on the host
         weight = self.teacher_weight
         assert weight is not None
         return top_k_of(

@@ -291,8 +291,12 @@ class Student:
     def offloaded(self) -> Iterator[None]:
         """Hold no memory of weights, gradients and optimizer on the device, and compute nothing.
 
-        Weights and optimizer states wait on the host. Gradients are gone.
+        Weights and optimizer states wait on the host. Gradients are gone, and so are the FP8 forms
+        of the weights, which the next first micro-batch makes again.
         """
+        for model in self.models:
+            for module in model.modules():
+                getattr(module, "_fp8_workspaces", {}).clear()  # of TransformerEngine's layers
         buffers = [b for c in self.chunks for b in (*c.buffers, *c.expert_parallel_buffers)]
         weights = [t for m in self.models for t in (*m.parameters(), *m.buffers())]
         weights += [b.param_data for b in buffers if b.param_data is not None]

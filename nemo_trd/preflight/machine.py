@@ -39,15 +39,6 @@ def machine_problems(config: Config) -> Iterator[ConfigError]:
             "name a checkpoint below run.dir of an earlier run, or set auto",
         )
     gpus = gpu_count()
-    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-    ranks_here = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), local_rank + 1)
-    if gpus and ranks_here > gpus:
-        yield rule_broken(
-            "ranks on this machine",
-            ranks_here,
-            f"each rank has a GPU of its own and {gpus} are visible",
-            "start fewer ranks a machine, or make more GPUs visible (CUDA_VISIBLE_DEVICES)",
-        )
     if gpus and config.precision.dtype == "bf16":
         yield from _torch_without_mixed_products()
     yield from _transformer_engine_settings(config)

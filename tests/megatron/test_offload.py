@@ -39,6 +39,11 @@ def train(overrides: list[str], given_back: bool, record: str) -> None:
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
         return sum(storage.nbytes() for storage in storages.values())
 
+    def in_fp8(student: Student) -> list[Any]:
+        """TransformerEngine's layers keep their weights in that form from step to step."""
+        modules = [module for model in student.models for module in model.modules()]
+        return [w for m in modules for w in getattr(m, "_fp8_workspaces", {}).values()]
+
     watch = init_distributed(timeout_minutes=2)
     config = compose(overrides)
     student = Student(config)
@@ -54,9 +59,11 @@ def train(overrides: list[str], given_back: bool, record: str) -> None:
         seen.append(student.train_step(micro_batches, states).metrics)
         if given_back:
             before = held(student)
+            assert bool(in_fp8(student)) == (config.precision.fp8 is not None)
             head = student._head.teacher_weight
             with student.offloaded():
                 assert held(student) == 0 < before
+                assert not in_fp8(student)
                 assert head is None or head.untyped_storage().nbytes() == 0
             assert held(student) == before
     weights = {name: float(t.double().sum()) for name, t in student.export_hf_weights()}
@@ -66,9 +73,12 @@ def train(overrides: list[str], given_back: bool, record: str) -> None:
     watch.close()
 
 
-@pytest.mark.parametrize(("dtype", "optimizer"), [("fp32", "false"), ("bf16", "true")])
+@pytest.mark.parametrize(
+    ("dtype", "optimizer", "fp8"),
+    [("fp32", "false", "null"), ("bf16", "true", "null"), ("bf16", "true", "hybrid")],
+)
 def test_steps_are_the_same_when_memory_was_given_back_between_them(
-    dtype: str, optimizer: str, tmp_path: Path
+    dtype: str, optimizer: str, fp8: str, tmp_path: Path
 ) -> None:
     sizes: dict[str, Any] = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48}
     sizes |= {"head_dim": 8, "num_attention_heads": 4, "num_hidden_layers": 2}
@@ -76,9 +86,10 @@ def test_steps_are_the_same_when_memory_was_given_back_between_them(
         make_model(tmp_path / role, "qwen3", seed=seed, tie_word_embeddings=True, **sizes)
     overrides = [f"model.{role}.path={tmp_path / role}" for role in ("student", "teacher")]
     overrides += ["model=local", f"precision.dtype={dtype}", f"optimizer.distributed={optimizer}"]
-    overrides += ["optimizer.lr=1e-2", f"run.dir={tmp_path / 'run'}"]
+    overrides += ["optimizer.lr=1e-2", f"run.dir={tmp_path / 'run'}", f"precision.fp8={fp8}"]
     for given_back in (False, True):
-        launch(2, train, overrides, given_back, str(tmp_path / f"{given_back}.json"))
+        record = str(tmp_path / f"{given_back}.json")
+        launch(2, train, overrides, given_back, record, transformer_engine=fp8 != "null")
     without, with_it = (json.loads((tmp_path / f"{b}.json").read_text()) for b in (False, True))
     assert with_it == without
     assert len({step["loss"] for step in with_it[0]}) == STEPS

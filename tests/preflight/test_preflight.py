@@ -521,17 +521,6 @@ def test_setting_that_cannot_work_is_refused(rule: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("models")
-def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nemo_trd.preflight.machine, "gpu_count", lambda: 4)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    message = refusal(settings(), 8)
-    assert "ranks on this machine = 8" in message
-    assert "4 are visible" in message
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    check(settings(), 4)
-
-
-@pytest.mark.usefixtures("models")
 def test_bf16_on_a_gpu_needs_a_torch_that_sums_its_products_in_fp32(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

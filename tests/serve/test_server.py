@@ -27,7 +27,7 @@ from nemo_trd.serve import guard
 from nemo_trd.serve.api_key import read_api_key
 from nemo_trd.serve.environment import check_draft_package, find_vllm, server_environment
 from nemo_trd.serve.main import main
-from nemo_trd.serve.server import CPU_ARGUMENTS, Server, ServerError, servers_of
+from nemo_trd.serve.server import CPU_ARGUMENTS, Server, ServerError, servers_of, start_all
 from nemo_trd.serve.worker.nemo_trd_auth import RequireKey
 
 KEY = "a-secret-key-of-a-test"
@@ -259,6 +259,33 @@ def test_key_goes_by_the_environment_and_gpus_need_no_special_arguments(tmp_path
     assert '{"backend": "nemo_trd"}' in arguments
     environment = server_environment(False, SecretStr(KEY), (4, 5))
     assert environment["VLLM_API_KEY"] == KEY and environment["CUDA_VISIBLE_DEVICES"] == "4,5"
+    assert environment["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+
+
+def test_devices_are_numbers_of_those_that_this_process_sees(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,GPU-6ef,7")
+    assert server_environment(False, None, (2, 3))["CUDA_VISIBLE_DEVICES"] == "GPU-6ef,7"
+    assert server_environment(False, None, ())["CUDA_VISIBLE_DEVICES"] == "4,5,GPU-6ef,7"
+    with pytest.raises(ConfigError, match=r"devices = \[4\]: .*CUDA_VISIBLE_DEVICES=4,5,GPU"):
+        server_environment(False, None, (4,))
+
+
+def test_servers_on_one_gpu_start_in_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told: list[str] = []
+    for name in ("start", "wait_until_healthy"):
+        monkeypatch.setattr(Server, name, lambda self, n=name: told.append(f"{n} {self.model[-1]}"))
+    servers = [
+        Server(name, SETTINGS, tmp_path / "log", devices=devices)
+        for name, devices in (("a", (0,)), ("b", (0, 1)), ("c", (1,)), ("d", ()), ("e", ()))
+    ]
+    start_all(servers)
+    first = ["a", "c", "d", "e"]
+    assert told == [
+        *(f"{what} {name}" for what in ("start", "wait_until_healthy") for name in first),
+        *("start b", "wait_until_healthy b"),
+    ]
 
 
 def test_arguments_of_a_user_win_over_those_of_cpus(tmp_path: Path) -> None:
