@@ -109,10 +109,10 @@ def all_come(occasion: str, seconds: float) -> bool:
     """
     # What torch offers in public cannot wait with a limit while a rank is missing.
     store = dist.distributed_c10d._get_default_store()
-    if store.add(f"nemo_trd/{occasion}", 1) == dist.get_world_size():
-        store.set(f"nemo_trd/{occasion}/all", "")
     try:
+        if store.add(f"nemo_trd/{occasion}", 1) == dist.get_world_size():
+            store.set(f"nemo_trd/{occasion}/all", "")
         store.wait([f"nemo_trd/{occasion}/all"], timedelta(seconds=seconds))
-    except RuntimeError:
+    except RuntimeError:  # also where the store has gone with rank 0
         return False
     return True

@@ -153,7 +153,8 @@ class Checkpointer:
         After a failure a save is finished if all ranks have failed, and else given up: the others
         wait elsewhere for this rank, and are to hear of the cause.
         """
-        if succeeded or self._under_way is None or all_come("close", CLOSE_SECONDS):
+        unfinished = self._queue.get_num_unfinalized_calls()
+        if succeeded or not unfinished or all_come("close", CLOSE_SECONDS):
             self.wait()
             self._queue.close()
             return

@@ -11,6 +11,7 @@ from packaging.version import Version
 from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.schema import Config, Precision
 from nemo_trd.records.checkpoint_dir import wanted_checkpoints
+from nemo_trd.serve.environment import visible_devices
 from nemo_trd.verifiers.sandbox import check_sandbox
 
 # Compute capability from which on TransformerEngine has a recipe.
@@ -45,7 +46,7 @@ def machine_problems(config: Config) -> Iterator[ConfigError]:
     yield from _fp8_of_another_gpu(config.precision)
     yield from _attention_variables()
     if gpus:
-        yield from _servers_on_all_gpus(config)
+        yield from _servers_on_wrong_gpus(config)
     if config.data.verifier == "code":
         try:
             check_sandbox("data.verifier", config.sandbox)
@@ -95,8 +96,8 @@ def _attention_variables() -> Iterator[ConfigError]:
             )
 
 
-def _servers_on_all_gpus(config: Config) -> Iterator[ConfigError]:
-    """Yield the pools of the run's own servers that would take the GPUs of the ranks."""
+def _servers_on_wrong_gpus(config: Config) -> Iterator[ConfigError]:
+    """Yield the pools of the run's own servers that would take the GPUs of the ranks, or none."""
     vllm = config.generation.vllm
     if config.generation.backend != "vllm" or vllm is None:
         return
@@ -109,6 +110,11 @@ def _servers_on_all_gpus(config: Config) -> Iterator[ConfigError]:
                 "memory of the ranks' GPUs",
                 "name GPUs that no rank uses, or the ranks' own if they are to be shared",
             )
+        elif pool.replicas:
+            try:
+                visible_devices(pool.devices, f"generation.vllm.{role}.devices")
+            except ConfigError as error:
+                yield error
 
 
 def _transformer_engine_settings(config: Config) -> Iterator[ConfigError]:

@@ -35,8 +35,9 @@ class Lookahead:
     """Hands out the samples of a step; those of the next one are drawn in the background.
 
     With `max_staleness` 0 nothing is drawn ahead: `take` does the work, on current weights. With 1
-    the samples of a step come from the weights before the last update, always: `settle` waits for
-    the background before weights change. So results do not depend on what was faster.
+    the samples of a step come from the weights before the last update: `settle` waits for the
+    background before weights change. So results do not depend on what was faster. (Where servers
+    died while a step was drawn, what is missing comes from the weights that the resumed run has.)
 
     `timers` get the phases of `sample`, and with 1 also `wait_for_samples`, in which training
     waited, and `wait_for_training`, in which the servers had nothing to do.

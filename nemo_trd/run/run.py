@@ -123,6 +123,7 @@ class Run:
             slurm_job=os.environ.get("SLURM_JOB_ID"),
         )
         self._saved_step: int | None = None
+        self._evaluated_step: int | None = None  # by this process, with its settings
         self._last_line: str | None = None  # of the log, where the run ends as it was meant to
         self.samples_ahead: dict[int, list[Refinement]] = {}  # drawn before the run was cut off
         resumed = [] if inputs.checkpoint is None else self._resume(inputs.checkpoint)
@@ -306,7 +307,7 @@ class Run:
         self.save()
         self._checkpointer.wait()
         self._under_way.end()
-        if self.config.evaluation.at_end and not self.journal.is_evaluated(self.step):
+        if self.config.evaluation.at_end and self._evaluated_step != self.step:
             self.evaluate()
         export = self.config.run_dir / "export"
         self._export(export)
@@ -360,6 +361,7 @@ class Run:
             self.sampler.map_shares,
         )
         self.journal.record_evaluation(self.step, accuracy)
+        self._evaluated_step = self.step
         return accuracy
 
 

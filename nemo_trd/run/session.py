@@ -23,7 +23,8 @@ from nemo_trd.run.outcome import nothing_left
 from nemo_trd.run.run import Run
 from nemo_trd.run.run_lock import at_work, is_of
 
-REFUSED_SECONDS = 20.0  # within which all ranks refuse what all of them refuse
+# Within which all ranks refuse what all of them refuse: rank 0 may have servers to end before.
+REFUSED_SECONDS = 120.0
 
 
 def with_all_ranks(config: Config, work: Callable[[StopRequest], int]) -> int:
@@ -33,7 +34,8 @@ def with_all_ranks(config: Config, work: Callable[[StopRequest], int]) -> int:
     stderr and of the run's log.txt.
 
     Raises:
-        ConfigError: on every rank, if `work` does. It is written to the log of a run that has one.
+        ConfigError: on every rank, if `work` does on all of them, or if they cannot meet. It is
+            written to the log of a run that has one.
     """
     rank, _, _ = world_from_environment()
     log_file = config.run_dir / "log.txt"
@@ -43,6 +45,9 @@ def with_all_ranks(config: Config, work: Callable[[StopRequest], int]) -> int:
             watch = init_distributed(
                 config.parallel.timeout_minutes, log_file, partial(is_of, config.run_dir)
             )
+        except ConfigError as error:
+            record_end(str(error), log_file)
+            raise
         except dist.DistError as error:
             end_process(f"nemo_trd: the ranks do not meet: {Cause.of(error).line}", 1)
         try:

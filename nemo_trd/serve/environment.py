@@ -58,8 +58,8 @@ def server_environment(
     environment.pop("VLLM_API_KEY", None)
     if api_key is not None:
         environment["VLLM_API_KEY"] = api_key.get_secret_value()
-    if devices:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(_visible(devices))
+    if devices and not is_cpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible_devices(devices, "devices"))
     if is_cpu:
         environment = {**CPU_ENVIRONMENT, **environment, "CUDA_VISIBLE_DEVICES": ""}
     else:
@@ -70,11 +70,11 @@ def server_environment(
     return worker_environment(environment)
 
 
-def _visible(devices: Sequence[int]) -> list[str]:
+def visible_devices(devices: Sequence[int], field: str) -> list[str]:
     """Names of GPUs that are numbered as this process counts those that it sees.
 
     Raises:
-        ConfigError: it does not see as many.
+        ConfigError: it does not see as many. `field` is the setting that has the numbers.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
@@ -82,10 +82,10 @@ def _visible(devices: Sequence[int]) -> list[str]:
     names = [name for name in visible.split(",") if name]
     if max(devices) >= len(names):
         raise rule_broken(
-            "devices",
+            field,
             list(devices),
             f"they are numbers, from 0 on, of the GPUs in CUDA_VISIBLE_DEVICES={visible}",
-            "lower them, or make more GPUs visible",
+            "number those, or make more visible",
         )
     return [names[device] for device in devices]
 

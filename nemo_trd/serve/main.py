@@ -63,7 +63,9 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Server, Path | None]:
         help="with --weight-backend: take only a LoRA adapter of this rank, not whole weights "
         "(weight_sync.what=adapter)",
     )
-    parser.add_argument("--devices", default="", metavar="0,1", help="GPUs; default: all visible")
+    parser.add_argument(
+        "--devices", default="", metavar="0,1", help="numbers of visible GPUs; default: all"
+    )
     parser.add_argument("--trust-remote-code", action="store_true")
     parser.add_argument("--api-key-env", default=defaults.api_key_env, metavar="NAME")
     parser.add_argument("--api-key-file", metavar="FILE")

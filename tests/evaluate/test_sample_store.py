@@ -162,6 +162,10 @@ HOSTILE = {  # what a program does, and the classes that this may end in
         "import time\nhold = []\nwhile True:\n    hold.append(b'x' * 2**20)\n    time.sleep(0.005)",
         {"memory_limit"},
     ),
+    "fast memory bomb": (  # may fail in a call before it is seen
+        "hold = []\nwhile True: hold.append(b'x' * 2**20)",
+        {"memory_limit", "runtime_error"},
+    ),
     "memory bomb of many": (
         "import os, time\nfor _ in range(3): os.fork()\n"
         "hold = bytearray(90 * 2**20)\nhold[::4096] = b'x' * len(hold[::4096])\ntime.sleep(60)",

@@ -420,3 +420,18 @@ def test_files_appear_whole_and_old_versions_go(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["not-ours", "version-7"]
     files.delete()
     assert [p.name for p in tmp_path.iterdir()] == ["not-ours"]
+
+
+def test_the_version_stays_while_a_server_is_brought_up_to_date(
+    servers: list[StandIn], tmp_path: Path
+) -> None:
+    """Another thread gives it the weights of the version before, and labels them so."""
+    sync = make_sync(servers, tmp_path)
+    sync.load_weights(TENSORS.items(), 3)
+    next_one = threading.Thread(target=sync.load_weights, args=(TENSORS.items(), 4))
+    with sync._lock:
+        next_one.start()
+        next_one.join(0.3)
+        assert sync.version == 3
+    next_one.join(60)
+    assert sync.version == 4 and all(server.version == "4" for server in servers)

@@ -543,6 +543,9 @@ def test_own_servers_beside_ranks_must_name_their_gpus(monkeypatch: pytest.Monke
         f"generation.vllm.{role}.devices=[{n}]" for role, n in (("student", 2), ("teacher", 3))
     ]
     check(settings("generation=vllm", *named), 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    message = refusal(settings("generation=vllm", *named))
+    assert message.startswith("generation.vllm.teacher.devices = [3]: ") and "\n" not in message
 
 
 @pytest.mark.usefixtures("models")

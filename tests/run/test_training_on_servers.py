@@ -356,6 +356,8 @@ def test_evaluation_during_training_uses_the_students_servers(stale_run: Path) -
     evaluations = [json.loads(line) for line in lines]
     assert [line["step"] for line in evaluations] == [2, STEPS]
     assert {line["problems"] for line in evaluations} == {8}
+    log = (stale_run / "log.txt").read_text()
+    assert log.count(f"evaluation after step {STEPS}:") == 1  # due for two reasons
 
 
 def test_a_stopped_run_resumes_to_the_same_numbers_with_the_samples_it_had_drawn(

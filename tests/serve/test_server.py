@@ -249,7 +249,10 @@ def test_url_is_where_others_reach_it(tmp_path: Path) -> None:
     assert url("0.0.0.0") == f"http://{socket.gethostname()}:8000"
 
 
-def test_key_goes_by_the_environment_and_gpus_need_no_special_arguments(tmp_path: Path) -> None:
+def test_key_goes_by_the_environment_and_gpus_need_no_special_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     server = Server("m", SETTINGS, tmp_path / "log", api_key=SecretStr(KEY), weight_backend="nccl")
     arguments = " ".join(server._arguments(is_cpu=False))
     assert KEY not in arguments and KEY not in repr(vars(server))
@@ -270,6 +273,8 @@ def test_devices_are_numbers_of_those_that_this_process_sees(
     assert server_environment(False, None, ())["CUDA_VISIBLE_DEVICES"] == "4,5,GPU-6ef,7"
     with pytest.raises(ConfigError, match=r"devices = \[4\]: .*CUDA_VISIBLE_DEVICES=4,5,GPU"):
         server_environment(False, None, (4,))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert server_environment(True, None, (4,))["CUDA_VISIBLE_DEVICES"] == ""  # builds for CPUs
 
 
 def test_servers_on_one_gpu_start_in_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
