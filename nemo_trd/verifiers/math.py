@@ -23,7 +23,7 @@ from nemo_trd.verifiers.answer_text import (
     same_text,
     tidy,
 )
-from nemo_trd.verifiers.answer_units import quantity, same_quantities
+from nemo_trd.verifiers.answer_units import quantity, same_quantities, unit_named
 from nemo_trd.verifiers.judgement import NO_ANSWER, RIGHT, TOO_LARGE, WRONG, Judgement
 from nemo_trd.verifiers.math_worker import MathWorker
 from nemo_trd.verifiers.thoughts import without_thoughts
@@ -38,6 +38,9 @@ BOUND = re.compile(r"\\neq?(?![A-Za-z])|\d\s*\+$|\bor (?:more|less|greater|fewer
 WORDS = re.compile(r"[A-Za-z]+( [A-Za-z]+)*")
 LONG_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 COMPUTED = re.compile(r"\$[^$]+\$|\\\(.+?\\\)|\\\[.+?\\\]|[^\s$]+", re.DOTALL)
+LAST_LETTERS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{1,2}\s*$")
+CONSTANT = re.compile(r"-?(?:[\d.,^()\[\] }]|\{-?|\\(?:pi|sqrt|[dt]?frac|times|cdot)(?![A-Za-z]))+")
+IN_SIGNS = re.compile(r"(\$|\\\(|\\\[)([^$]+?[A-Za-z])(\$|\\\)|\\\])")
 NOT_OF_A_SENTENCE = {"sqrt", "pi", "and", "or", "square", "cubic", "unit", "units"}
 FORMULA = re.compile(r"\$|\\|\d")  # a sign that math-verify may find an answer
 
@@ -152,6 +155,7 @@ class MathJudge:
         text = text[refused_ends[-1] :] if refused_ends else text
         if not FORMULA.search(text):
             return TOO_LARGE if refused_ends else NO_ANSWER
+        text = IN_SIGNS.sub(lambda match: match[1] + _as_formula(match[2]) + match[3], text)
         return self.worker.compare(text, f"${_as_formula(expected)}$")
 
     def _judge_with_percent(self, answer: str, expected: str) -> Judgement:
@@ -191,4 +195,15 @@ def _hundredth(percentage: str) -> str:
 
 def _as_formula(answer: str) -> str:
     number = EXPONENT.fullmatch(answer)
-    return rf"{number[1]} \times 10^{{{number[2]}}}" if number else answer
+    if number:
+        return rf"{number[1]} \times 10^{{{number[2]}}}"
+    last = LAST_LETTERS.search(answer)
+    if last is None or _is_unit(last[0].strip(), answer[: last.start()]):
+        return answer
+    return f"{answer[: last.start()]}{{{last[0].strip()}}}"  # or math-verify drops t, h, ab, ...
+
+
+def _is_unit(letters: str, amount: str) -> bool:
+    """Whether the last letters of an answer are a unit, and not variables: 5\\pi m, x + 5 cm."""
+    known = unit_named(letters) is not None
+    return known and (len(letters) > 1 or CONSTANT.fullmatch(amount) is not None)

@@ -147,6 +147,17 @@ RIGHT_ANSWERS = {
         (r"5\text{ cm}^2", "5 square centimeters"),
         (r"36\pi \text{ cm}^3", r"36\pi"),
     ],
+    "letters at the end": [
+        ("t*7", "7t"),
+        ("4ba", "4ab"),
+        (r"h \pi r^2", r"\pi r^2 h"),
+        (r"5\sqrt{2} \text{ m}", r"5\sqrt{2}"),
+        (r"5\pi cm", r"5\pi"),
+        (r"5\pi m", r"5\pi"),
+        ("10^{5} m", "10^5"),
+        ("5m", "5"),
+        ("6s", "6"),
+    ],
     "signs of Unicode": [
         ("2√3", r"2\sqrt{3}"),
         ("∛27", "3"),
@@ -212,6 +223,7 @@ RIGHT_ANSWERS = {
         ("The answer is 12. Wait, no, it is 13", "13"),
         ("Step 1: the sum is 3.\nStep 2: twice that. It takes 6 days", "6"),
         ("It is not 12. It is 13", "13"),
+        ("Therefore we have $7t$ for all", "7t"),
     ],
 }
 WRONG_ANSWERS = {
@@ -265,6 +277,16 @@ WRONG_ANSWERS = {
         ("5 kg", "5 cm"),
         ("45°C", "45°F"),
     ],
+    "letters at the end": [
+        (r"\pi r^2", r"\pi r^2 h"),
+        ("8", "10-2t"),
+        ("x+2", "x + 2h"),
+        (r"\frac{3}{2}g", r"\frac{3}{2}t"),
+        ("7", "7t"),
+        ("4", "4ab"),
+        ("m", "m g"),
+        ("a + c", "a + b + c"),
+    ],
     "signs of Unicode": [("2√3", "2"), ("2√3", r"2\sqrt{5}"), ("−5", "5")],
     "mixed numbers": [("1 1/2", "11/2"), ("1 1/2", "1"), ("2 2/3", "4/3")],
     "groups of digits": [("1 234 567", "1234568"), ("1 2", "12")],
@@ -291,6 +313,8 @@ WRONG_ANSWERS = {
         ("5 is not the answer", "5"),
         ("So it grows.\n**Step 2:** we", "2"),
         ("2. Then we", "2"),
+        ("Therefore we have $7$ for all", "7t"),
+        ("Therefore we have $7t$ for all", "7"),
     ],
 }
 
