@@ -6,6 +6,7 @@ Nothing here computes: texts go in and come out, in time proportional to their l
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 BOX = re.compile(r"\\(?:f?boxed|fbox|framebox)\s*\{")
 BRACE = re.compile(r"\\[\s\S]|[{}]")  # an escaped one is a character of the answer
@@ -83,14 +84,20 @@ MIXED = re.compile(r"(?<![\d.,/^_}])(\d+) (\d+)/(\d+)(?![\d/^])")
 MIRRORED = re.compile(r"(?!\s*[A-Za-z]\s*=)([^=<>]+)=\s*([A-Za-z])")  # 5 = x, not x = y
 
 
-def final_answer(text: str) -> str | None:
+def final_answer(text: str, can_be_answer: Callable[[str], bool] | None = None) -> str | None:
     """Content of the last complete box, else of <answer>, else of the line after the last "####".
 
-    Boxes that are enumerated, "\\boxed{2} and \\boxed{3}", are one answer, "2, 3".
+    Boxes that are enumerated, "\\boxed{2} and \\boxed{3}", are one answer, "2, 3". Of lines after
+    "####" that more text follows, only those count that `can_be_answer` accepts (by default all):
+    Markdown's headings of the fourth level look the same.
     """
     boxes = _boxes(text)
     if not boxes:
-        marked_answers = TAGGED.findall(text) or MARKED.findall(text)
+        marked_answers = TAGGED.findall(text) or [
+            line[1]
+            for line in MARKED.finditer(text)
+            if can_be_answer is None or not text[line.end() :].strip() or can_be_answer(line[1])
+        ]
         return marked_answers[-1] if marked_answers else None
     begin, start, end = boxes[-1]
     answers = [text[start:end]]

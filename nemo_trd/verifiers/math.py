@@ -35,6 +35,7 @@ EXPONENT = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d{1,3})")  # a number as 
 PERCENT = re.compile(r"(?<=[\d)}])\s*\\?%$")
 UNKNOWN_UNITS = re.compile(r"(?<=\d)( [A-Za-z]{3,})+$")  # "18 eggs", but not "18 x" or "2 pi"
 BOUND = re.compile(r"\\neq?(?![A-Za-z])|\d\s*\+$|\bor (?:more|less|greater|fewer)\b")
+COUNT = re.compile(r"\s*\$?\d[\d,.]*( [a-z]{3,}){1,3}[\s.]*")  # "18 eggs", but not "2. Eggs"
 WORDS = re.compile(r"[A-Za-z]+( [A-Za-z]+)*")
 LONG_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 COMPUTED = re.compile(r"\$[^$]+\$|\\\(.+?\\\)|\\\[.+?\\\]|[^\s$]+", re.DOTALL)
@@ -56,11 +57,12 @@ class MathJudge:
         """Whether the final answer of `text` equals `answer` as mathematics.
 
         The final answer stands after the thoughts: it is the last \\boxed{...}, or else the line
-        after the last "####", or else the last one that is announced ("the answer is"), or else
-        the last formula or number that math-verify finds in the text. A text without any answer
-        is wrong, for the reason "no_answer", and an answer that is longer, deeper or larger than
-        anybody's for the reason "too_large". A unit that one side leaves out, or that is not known,
-        is not compared. With a percent sign on one side only, both 50 and 0.5 equal 50 %.
+        after the last "####" that heads no further part, or else the last one that is announced
+        ("the answer is"), or else the last formula or number that math-verify finds in the text. A
+        text without any answer is wrong, for the reason "no_answer", and an answer that is longer,
+        deeper or larger than anybody's for the reason "too_large". A unit that one side leaves
+        out, or that is not known, is not compared. With a percent sign on one side only, both 50
+        and 0.5 equal 50 %.
 
         There is no verdict, and a warning in the log, when the comparison raised or its process
         died ("error"), when it was stopped after `timeout_s` ("timeout"), or when `answer` is not
@@ -68,7 +70,7 @@ class MathJudge:
         """
         visible_text = without_thoughts(text)
         expected = tidy(in_plain_latex(final_answer(answer) or answer))
-        final = final_answer(visible_text)
+        final = final_answer(visible_text, _can_be_marked)
         if final is None:
             visible_text = RETRACTED.split(visible_text)[-1]
             announced = announced_answer(visible_text)
@@ -175,6 +177,11 @@ class MathJudge:
         if numbers[0] is not None and numbers[1] is not None:
             return RIGHT if numbers[0] == numbers[1] else WRONG
         return self.worker.compare(f"${_as_formula(answer)}$", f"${_as_formula(expected)}$")
+
+
+def _can_be_marked(line: str) -> bool:
+    """Whether a line after "####" is an answer, and not a heading."""
+    return COUNT.fullmatch(line) is not None or _can_be_answer(line)
 
 
 def _can_be_answer(announced: str) -> bool:

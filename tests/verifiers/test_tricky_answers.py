@@ -224,6 +224,11 @@ RIGHT_ANSWERS = {
         ("Step 1: the sum is 3.\nStep 2: twice that. It takes 6 days", "6"),
         ("It is not 12. It is 13", "13"),
         ("Therefore we have $7t$ for all", "7t"),
+        ("#### Step 3: the total\n9 × 2 = 18\n\nJanet makes $18 every day.", "18"),
+        ("#### Conclusion\nThe answer is \\(42\\).", "42"),
+        ("#### Final Answer\n\n**18**", "18"),
+        ("#### 18 eggs\nThat is all of them.", "18"),
+        ("So they meet.\n#### Yes", "Yes"),
     ],
 }
 WRONG_ANSWERS = {
@@ -313,6 +318,8 @@ WRONG_ANSWERS = {
         ("5 is not the answer", "5"),
         ("So it grows.\n**Step 2:** we", "2"),
         ("2. Then we", "2"),
+        ("#### 2. Money\nThe answer is 7.", "2"),
+        ("#### Case 2: x=3\nThe answer is 7.", "3"),
         ("Therefore we have $7$ for all", "7t"),
         ("Therefore we have $7t$ for all", "7"),
     ],
