@@ -16,6 +16,7 @@ import logging
 import math
 import re
 import signal
+import textwrap
 import time
 from decimal import Decimal, InvalidOperation
 from functools import lru_cache
@@ -27,6 +28,7 @@ from nemo_trd.verifiers import code_script
 from nemo_trd.verifiers.code_tests import CodeTests, read_tests
 from nemo_trd.verifiers.judgement import Judgement
 from nemo_trd.verifiers.sandbox import SandboxBroken, SandboxedPython, Stopped
+from nemo_trd.verifiers.thoughts import without_thoughts
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ def judge_code(text: str, answer: str, limits: Sandbox) -> Judgement:
     code = extract_code(text, tests.entry_point)
     if code is None:
         return Judgement(False, "no_code")
+    code = textwrap.dedent(code)  # a block below an item of a list is indented
     run = {"stdin": _run_stdin, "functions": _run_functions, "program": _run_program}[tests.kind]
     try:
         run(code, tests, limits)
@@ -76,19 +79,25 @@ def _no_verdict(error: Exception) -> Judgement:
 
 
 def extract_code(text: str, entry_point: str = "") -> str | None:
-    """Last complete fenced block of Python; of those that name the entry point, if any does."""
-    blocks: list[str] = []
+    """Last complete fenced block of Python outside thoughts.
+
+    Blocks that are tagged as Python go before those without a tag, which may show its output.
+    Where blocks name the entry point, the last of those.
+    """
+    text = without_thoughts(text)
+    blocks: list[tuple[bool, str]] = []  # whether it is tagged
     opened: re.Match[str] | None = None
     for fence in FENCE.finditer(text):
         if opened is None:
             opened = fence
         elif fence[1].startswith(opened[1]) and not fence[2]:
             if opened[2].lower() in LANGUAGES:
-                blocks.append(text[opened.end() + 1 : fence.start()])
+                blocks.append((bool(opened[2]), text[opened.end() + 1 : fence.start()]))
             opened = None
-    naming = [block for block in blocks if entry_point and entry_point in block]
+    naming = [block for block in blocks if entry_point and entry_point in block[1]]
     candidates = naming or blocks
-    return candidates[-1] if candidates else None
+    tagged = [block for block in candidates if block[0]]
+    return (tagged or candidates)[-1][1] if candidates else None
 
 
 # --- programs that read stdin ---

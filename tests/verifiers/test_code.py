@@ -325,10 +325,21 @@ def test_tests_that_cannot_be_read_say_why(tests: str, message: str) -> None:
         ("no code", "", None),
         ("```json\n{}\n```", "", None),
         ("  ```python\n  a\n  ```", "", "  a\n"),
+        ("```python\na\n```\nExample output:\n```\n1\n```", "", "a\n"),
+        ("```python\ndef f(x): pass\n```\n```\n>>> f(1)\n```", "f", "def f(x): pass\n"),
+        ("```\ndef f(x): pass\n```\n```python\ng\n```", "f", "def f(x): pass\n"),
+        ("<think>\n```python\na\n```\nhm", "", None),
+        ("<think>\n```python\na\n```\n</think>\nNo idea.", "", None),
+        ("<think>\n```python\na\n</think>\n```python\nb\n```", "", "b\n"),
     ],
 )
 def test_code_is_taken_out_of_fences(text: str, entry_point: str, code: str | None) -> None:
     assert extract_code(text, entry_point) == code
+
+
+def test_a_program_below_an_item_of_a_list_is_run() -> None:
+    answer = "1. This:\n\n   ```python\n   def add(a, b):\n       return a + b\n   ```\n"
+    assert judge_code(answer, json.dumps(FUNCTION), LIMITS) == RIGHT
 
 
 def test_an_answer_without_code_is_wrong() -> None:
