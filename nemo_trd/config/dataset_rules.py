@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.schema import Dataset, VerifierName
 
@@ -42,6 +44,14 @@ def check_dataset(field: str, dataset: Dataset, verifier: VerifierName) -> None:
         raise rule_broken(
             f"{field}.template", dataset.template, "it lacks {problem}", "put it where it belongs"
         )
+    for name in _hidden(dataset, verifier):
+        if f"{{{name}}}" in (dataset.template or ""):
+            raise rule_broken(
+                f"{field}.template",
+                dataset.template,
+                f"{{{name}}} would show the student what it is to find",
+                r"leave it out (\boxed{} is an empty box)",
+            )
     if verifier == "code" and dataset.answer_pattern is not None:
         raise rule_broken(
             f"{field}.answer_pattern",
@@ -71,3 +81,17 @@ def check_dataset(field: str, dataset: Dataset, verifier: VerifierName) -> None:
             "it is searched in columns.answer, or else in the reference solution",
             "name columns.answer or columns.reference_solution",
         )
+
+
+def _hidden(dataset: Dataset, verifier: VerifierName) -> list[str]:
+    """Columns of the answer and the reference solution that a template could name.
+
+    Tests of a program may be shown.
+    """
+    columns = dataset.columns
+    names = [columns.reference_solution, None if verifier == "code" else columns.answer]
+    return [
+        name
+        for name in names
+        if isinstance(name, str) and name != "problem" and re.fullmatch("[a-z_]+", name)
+    ]

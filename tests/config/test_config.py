@@ -223,6 +223,14 @@ REFUSED: dict[str, tuple[list[str], tuple[str, ...]]] = {
         [*OPSD, "data.train.columns.reference_solution=null"],
         ("data.train.columns.reference_solution = None", "shows the reference", "name the column"),
     ),
+    "an answer in the template": (
+        [r"data.train.template='{problem} Give it as \boxed{answer}.'"],
+        ("data.train.template = ", "{answer} would show", r"\boxed{} is an empty box"),
+    ),
+    "a reference solution in the template": (
+        ["data.train.template='{problem} {solution}'"],
+        ("data.train.template = ", "{solution} would show", "leave it out"),
+    ),
     "two columns for the problem": (
         ["data.train.columns.messages=m"],
         ("data.train.columns.problem = 'problem'", "exactly one", "to null"),
