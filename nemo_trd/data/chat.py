@@ -10,7 +10,12 @@ from typing import Any
 
 from nemo_trd.data.control_tokens import Message, encode_chat
 from nemo_trd.data.types import Completion, TokenIds
-from nemo_trd.verifiers.thoughts import THOUGHT_ENDS, THOUGHT_OPENED
+from nemo_trd.verifiers.thoughts import (
+    THOUGHT_BEGINS,
+    THOUGHT_ENDS,
+    THOUGHT_OPENED,
+    without_thoughts,
+)
 
 ROLES = ("system", "user", "assistant")
 
@@ -81,9 +86,21 @@ def text_to_judge(text: str, prompt: Sequence[int], completion: Completion, toke
 
     Empty where the prompt ends with the sign that opens a thought (as chat templates of models
     that always think do) and the completion has none that ends it: the text shows neither, and a
-    \\boxed{} in it would be taken for an answer.
+    \\boxed{} in it would be taken for an answer. Where signs of thought are special tokens, which
+    `text` lacks, it is what the completion says outside of its thoughts.
     """
-    if not THOUGHT_OPENED.search(tokenizer.decode(list(prompt[-_OPENING_TOKENS:]))):
-        return text
     decoded = tokenizer.decode(list(completion.token_ids)) + completion.tail
-    return text if THOUGHT_ENDS.search(decoded) else ""
+    opening = tokenizer.decode(list(prompt[-_OPENING_TOKENS:]))
+    if THOUGHT_OPENED.search(opening) and not THOUGHT_ENDS.search(decoded):
+        return ""
+    if _thought_signs(decoded) == _thought_signs(text):
+        return text
+    said = without_thoughts(decoded)
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special:
+            said = said.replace(token.content, "")
+    return said
+
+
+def _thought_signs(text: str) -> int:
+    return len(THOUGHT_BEGINS.findall(text)) + len(THOUGHT_ENDS.findall(text))
