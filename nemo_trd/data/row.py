@@ -11,10 +11,12 @@ from typing import Any
 
 from nemo_trd.config.errors import ConfigError
 from nemo_trd.data.templates import PLACEHOLDER, fill_template
-from nemo_trd.verifiers.boxes import last_boxed
+from nemo_trd.verifiers.answer_text import final_answer
+from nemo_trd.verifiers.boxes import boxed, last_boxed
 from nemo_trd.verifiers.code_tests import read_tests
 
-BOXED = "boxed"  # in the place of a pattern: the content of the last \boxed{...}
+# In the place of a pattern: the content of the last \boxed{...}, or of those enumerated with it.
+BOXED = "boxed"
 EXACT_FLOATS = 2**53  # below this every whole number is a float
 
 
@@ -166,9 +168,9 @@ class RowReader:
         return self.valid("answer", str(column), text)
 
     def search(self, pattern: str, text: str) -> str:
-        """Answer in a text: group 1 of the pattern's last match; with BOXED the last box."""
+        """Answer in a text: group 1 of the pattern's last match; with BOXED the last boxes."""
         if pattern == BOXED:
-            answer = last_boxed(text)
+            answer = final_answer(text) if boxed(text) else last_boxed(text)
         else:
             matches = list(re.finditer(pattern, text))
             answer = matches[-1][1] if matches else None

@@ -293,6 +293,23 @@ def test_the_answer_is_group_1_of_the_last_match_in_the_solution(tmp_path: Path)
     assert (prompt.answer, prompt.reference_solution) == ("1,234", "#### 1\nno:\n#### 1,234 \n")
 
 
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        (r"The roots are $\boxed{3}$ and $\boxed{-5}$.", "3, -5"),
+        (r"First \boxed{3}. With it we get at the end \boxed{-5}.", "-5"),
+        (r"so $\boxed 7$", "7"),
+    ],
+)
+def test_boxes_that_a_solution_enumerates_are_one_answer(
+    tmp_path: Path, solution: str, answer: str
+) -> None:
+    path = write(tmp_path / "a.jsonl", {"problem": "x", "solution": solution})
+    columns = {"problem": "problem", "reference_solution": "solution"}
+    prompt = load(path, columns=columns, dataset={"answer_pattern": "boxed"}).prompts[0]
+    assert prompt.answer == answer
+
+
 def test_a_solution_without_a_match_is_refused_with_its_line(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"problem": "x", "solution": "12"})
     columns = {"problem": "problem", "reference_solution": "solution"}
