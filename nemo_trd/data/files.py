@@ -109,14 +109,35 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _with_short_floats(batch: Any) -> Any:
-    """Turn float32 columns of a pyarrow.RecordBatch into float64 that print as short (0.1)."""
+    """Turn float32 values of a pyarrow.RecordBatch into float64 that print as short (0.1)."""
     import pyarrow
 
     for place, column in enumerate(batch.schema):
-        if column.type == pyarrow.float32():
-            shortened = batch.column(place).cast(pyarrow.string()).cast(pyarrow.float64())
+        as_text = _with_float32_as(pyarrow.string(), column.type)
+        if as_text != column.type:
+            as_float64 = _with_float32_as(pyarrow.float64(), column.type)
+            shortened = batch.column(place).cast(as_text).cast(as_float64)
             batch = batch.set_column(place, column.name, shortened)
     return batch
+
+
+def _with_float32_as(replacement: Any, kind: Any) -> Any:
+    """Return the pyarrow type with another in the place of float32, at any depth."""
+    import pyarrow
+
+    if kind == pyarrow.float32():
+        return replacement
+    if pyarrow.types.is_struct(kind):
+        fields = [field.with_type(_with_float32_as(replacement, field.type)) for field in kind]
+        return pyarrow.struct(fields)
+    for is_list, list_of in (
+        (pyarrow.types.is_list, pyarrow.list_),
+        (pyarrow.types.is_large_list, pyarrow.large_list),
+    ):
+        if is_list(kind):
+            inner = kind.value_field
+            return list_of(inner.with_type(_with_float32_as(replacement, inner.type)))
+    return kind
 
 
 def _batch_rows(batch: object) -> list[dict | Exception]:

@@ -260,6 +260,25 @@ def test_what_pandas_writes_is_read(tmp_path: Path) -> None:
     assert [p.answer for p in load("deepscaler", path).prompts] == ["0.1", "4"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "value", "column"),
+    [
+        (pyarrow.list_(pyarrow.float32()), [0.1], "answer"),
+        (pyarrow.large_list(pyarrow.float32()), [0.1], "answer"),
+        (pyarrow.struct({"true": pyarrow.float32()}), {"true": 0.1}, "answer.true"),
+        (pyarrow.list_(pyarrow.struct({"a": pyarrow.float32()})), [{"a": 0.1}], "answer.0.a"),
+    ],
+)
+def test_short_floats_within_lists_and_structs_stay_short(
+    tmp_path: Path, kind: pyarrow.DataType, value: Any, column: str
+) -> None:
+    path = tmp_path / "a.parquet"
+    table = {"problem": ["a"], "answer": pyarrow.array([value], kind)}
+    pyarrow.parquet.write_table(pyarrow.table(table), path)
+    loaded = load("deepscaler", path, f"data.train.columns.answer={column}")
+    assert [prompt.answer for prompt in loaded.prompts] == ["0.1"]
+
+
 def test_links_are_followed_and_shards_that_are_missing_are_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
