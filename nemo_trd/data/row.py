@@ -124,13 +124,17 @@ class RowReader:
         raise self.bad("reference_solution", column, None if not solutions else value, rule)
 
     def answers(self, column: str) -> list[str]:
-        """Answers: one, or those of a list. Numbers become texts: 4.0 is "4"."""
+        """Answers: one, or those of a list, which may be written as JSON if it is one of texts.
+
+        Numbers become texts: 4.0 is "4".
+        """
         value = self.value("answer", column)
-        if not isinstance(value, list):
-            return [self._number_or_text(column, value)]
-        if not value:
+        entries = listed(value) or value  # "[]" is a text
+        if not isinstance(entries, list):
+            return [self._number_or_text(column, entries)]
+        if not entries:
             raise self.bad("answer", column, None, "it must hold an answer, and the list is empty")
-        return [self._number_or_text(column, answer) for answer in value]
+        return [self._number_or_text(column, answer) for answer in entries]
 
     def _number_or_text(self, column: str, value: Any) -> str:
         if isinstance(value, str) and value.strip():

@@ -262,6 +262,10 @@ def test_missing_files_and_other_formats_are_refused(tmp_path: Path) -> None:
         (["3/4"], "3/4"),
         ([3.0, "3"], "3"),
         ([1, "x"], AnswerList(("1", "x"), "any")),
+        ('["1,234"]', "1,234"),
+        ('["1", "2"]', AnswerList(("1", "2"), "any")),
+        ("[1,2]", "[1,2]"),
+        ("[]", "[]"),
     ],
 )
 def test_answers_are_texts_or_numbers_or_lists_of_them(
