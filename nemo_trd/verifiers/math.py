@@ -34,7 +34,11 @@ PROSE_CHARACTERS = 4000  # read from the end of a text without a marked answer
 EXPONENT = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d{1,3})")  # a number as programs write it
 PERCENT = re.compile(r"(?<=[\d)}])\s*\\?%$")
 UNKNOWN_UNITS = re.compile(r"(?<=\d)( [A-Za-z]{3,})+$")  # "18 eggs", but not "18 x" or "2 pi"
-BOUND = re.compile(r"\\neq?(?![A-Za-z])|\d\s*\+$|\bor (?:more|less|greater|fewer)\b")
+_COMPARISON = r"(?:[<>]|\\[gl](?:eq?|eqslant|t)(?![A-Za-z]))"
+BOUND = re.compile(
+    r"\\neq?(?![A-Za-z])|\d\s*\+$|\bor (?:more|less|greater|fewer)\b"
+    rf"|^\s*{_COMPARISON}|{_COMPARISON}\s*$"  # "> 5", where x is left out
+)
 COUNT = re.compile(r"\s*\$?\d[\d,.]*( [a-z]{3,}){1,3}[\s.]*")  # "18 eggs", but not "2. Eggs"
 WORDS = re.compile(r"[A-Za-z]+( [A-Za-z]+)*")
 LONG_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")

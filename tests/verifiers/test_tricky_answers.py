@@ -252,6 +252,10 @@ WRONG_ANSWERS = {
         ("5 or more", "5"),
         (r"\neq 5", "5"),
         ("5+", "5"),
+        ("> 5", "5"),
+        (r"\ge 5", "5"),
+        (r"\leq 5", "5"),
+        ("5<", "5"),
         (r"x \ge 2", "x > 2"),
         (
             r"\begin{pmatrix}1&2\\3&5\end{pmatrix}",
