@@ -71,6 +71,12 @@ POWER = re.compile(r"(?<=[\w)}]) ?\*\* ?(?=[\w(\\{-])")  # other pairs of asteri
 LONG_EXPONENT = re.compile(r"\^(-?\d{2,}|-\d)")  # LaTeX would take one digit only
 MONEY = re.compile(r"\$?\\?([$£€])\s*(\d[\d,]*(?:\.\d+)?)\$?")  # $5 alone is money, $5$ is not
 LATEX_SPACE = re.compile(r"(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~")
+LATEX_COMMA = re.compile(r"(?<=\d)(?:\{,\}|,\\!)(?=\d{3}(?!\d))")  # never between two numbers
+# Where some commas are followed by a space, or "and" stands, those without are within numbers.
+LISTED = re.compile(r",\s|\d\s*(?:\\text\s*\{)?\s*(?:and|or)\b")
+IN_THOUSANDS = re.compile(  # (3,400) is a pair everywhere
+    r"(?<![\d.,])(?!(?<=[(\[])[\d,]+[)\]])\d{1,3}(?:,\d{3})+(?!,?\d)"
+)
 # "1 234 567" and its like; the last two alternatives need two groups to be no decimal or quotation
 GROUPED = re.compile(
     r"(?<![\d.,/^_])(?:\d{1,3}(?: \d{3})+|\d{1,3}(?:\.\d{3}){2,}|\d{1,3}(?:'\d{3})+)(?![\d/,'])"
@@ -166,7 +172,10 @@ def tidy(answer: str) -> str:
     Dollar signs, spaces, text commands around all of it and a full stop go; "1 234" is joined,
     "1 1/2" is set as a mixed number, and numbers that merely stand side by side become a list.
     """
+    answer = LATEX_COMMA.sub("", answer)
     answer = LATEX_SPACE.sub(" ", answer.replace("\\!", "")).replace("{,}", ",").strip()
+    if LISTED.search(answer):
+        answer = IN_THOUSANDS.sub(lambda match: match[0].replace(",", ""), answer)
     money = MONEY.fullmatch(answer)
     if money is not None:
         return f"{money[2]} {CURRENCIES[money[1]]}"
