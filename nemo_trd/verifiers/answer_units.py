@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from nemo_trd.verifiers.answer_kinds import number
+from nemo_trd.verifiers.answer_kinds import SCALES, number
 from nemo_trd.verifiers.answer_text import TEXT_COMMAND
 from nemo_trd.verifiers.judgement import RIGHT, WRONG, Judgement
 
@@ -93,6 +93,8 @@ PART = re.compile(
     rf"({PLAIN}|\\[dt]?frac\{{\d+\}}\{{\d+\}}) ?([A-Za-z¢](?:[A-Za-z¢ ./]|\^ ?\{{?[23]\}}?)*)"
 )
 SINGLE = re.compile(r"(.*[\d)}\]]|\\pi) ?((?<![A-Za-z\\])[A-Za-z¢][A-Za-z¢ ./^{}23-]*)")
+SCALED = re.compile(r"(.*\d) ?(thousand|million|billion|trillion)( [a-z]{3,})?", re.IGNORECASE)
+UNKNOWN = re.compile(r"(?<=\d) [A-Za-z]{3,}$")
 FEET = re.compile(r"(\d+) ?' ?(?:(\d+(?:\.\d+)?) ?(?:\"|''))?")
 
 
@@ -201,3 +203,30 @@ def _without_unit(present: Quantity, bare: str) -> Judgement | None:
         return WRONG
     fits = any(value * unit.factor == total for _, unit in present.parts)
     return RIGHT if fits else WRONG
+
+
+def same_scaled(answer: str, expected: str) -> bool | None:
+    """Whether both are one number, at least one of them in thousands, millions, ...
+
+    The scale may be missing on one side, as a unit may. None where this decides nothing.
+    """
+    ours, theirs = _scaled(answer), _scaled(expected)
+    if ours is not None and theirs is not None:
+        return ours[1] == theirs[1]
+    values, bare = (ours, expected) if ours is not None else (theirs, answer)
+    value = number(UNKNOWN.sub("", bare))
+    return None if values is None or value is None else value in values
+
+
+def _scaled(answer: str) -> tuple[Fraction, Fraction] | None:
+    """Number before "million", and all of it: 5 and 5,000,000."""
+    answer = " ".join(TEXT_COMMAND.sub(r" \1 ", answer).split())
+    match = SCALED.fullmatch(answer) if len(answer) <= 200 else None
+    count = number(match[1]) if match else None
+    if match is None or count is None:
+        return None
+    unit = (match[3] or "").strip()
+    if unit not in ("", "dollars") and unit_named(unit) is not None:
+        return None
+    scale = 10**12 if match[2].casefold() == "trillion" else SCALES[match[2].casefold()]
+    return count, count * scale

@@ -23,7 +23,7 @@ from nemo_trd.verifiers.answer_text import (
     same_text,
     tidy,
 )
-from nemo_trd.verifiers.answer_units import quantity, same_quantities, unit_named
+from nemo_trd.verifiers.answer_units import quantity, same_quantities, same_scaled, unit_named
 from nemo_trd.verifiers.judgement import NO_ANSWER, RIGHT, TOO_LARGE, WRONG, Judgement
 from nemo_trd.verifiers.math_worker import MathWorker
 from nemo_trd.verifiers.thoughts import without_thoughts
@@ -112,6 +112,7 @@ class MathJudge:
             return Judgement(None, "error")
         same = kinds.same_numerals(answer, expected)
         same = kinds.same_times(answer, expected) if same is None else same
+        same = same_scaled(answer, expected) if same is None else same
         if same is not None:
             return RIGHT if same else WRONG
         unit_judgement = same_quantities(answer, expected, self._compare)

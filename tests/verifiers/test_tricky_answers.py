@@ -196,7 +196,15 @@ RIGHT_ANSWERS = {
     ],
     "repeating decimals": [(r"0.1\overline{6}", r"\frac{1}{6}"), ("0.333...", "1/3")],
     "times of day": [(r"3:30\text{ p.m.}", "3:30 PM")],
-    "numbers in words": [("twelve", "12"), ("21", r"\text{twenty-one}")],
+    "numbers in words": [
+        ("twelve", "12"),
+        ("21", r"\text{twenty-one}"),
+        ("5 million", "5,000,000"),
+        ("5 million", "5"),
+        ("2.5 billion", "2500 million"),
+        (r"70 \text{ thousand dollars}", "70000"),
+        ("5000000 people", "5 million people"),
+    ],
     "large, but somebody's": [
         ("2^{2024}", "4^{1012}"),
         ("100!", r"100 \cdot 99!"),
@@ -306,7 +314,7 @@ WRONG_ANSWERS = {
     "groups of digits": [("1 234 567", "1234568"), ("1 2", "12"), ("(1,234)", "1234")],
     "choices": [(r"\textbf{(C)}\ 42", "D"), ("(A) and (C)", "A"), ("C = 5", "C"), ("A", "42")],
     "times of day": [("3:30 AM", "3:30 PM")],
-    "numbers in words": [("thirteen", "12")],
+    "numbers in words": [("thirteen", "12"), ("3 thousand", "3 million"), ("5 million", "6")],
     "large, but somebody's": [("2^{2024}", "2^{2023}")],
     "text around": [
         (r"I think 17. No wait, it is \boxed{19}", "17"),
