@@ -45,6 +45,8 @@ SYMBOLS = str.maketrans(
         **{part: rf"\frac{{{number[0]}}}{{{number[1:]}}}" for part, number in VULGAR.items()},
         **dict.fromkeys("\u00a0\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f", " "),
         **dict.fromkeys("\u200b\u2060\u2061\u2062\u2063\ufeff", ""),
+        **dict.fromkeys("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e", ""),  # directions
+        **dict.fromkeys("\u2066\u2067\u2068\u2069", ""),
         **dict.fromkeys("−–‒﹣－", "-"),
         **dict.fromkeys("·⋅∙", r"\cdot "),
         **{"×": r"\times ", "÷": "/", "∕": "/", "⁄": "/", "±": r"\pm ", "∓": r"\mp "},
@@ -53,6 +55,7 @@ SYMBOLS = str.maketrans(
         **{"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∉": r"\notin ", "∖": r"\setminus "},
         **{"⟨": r"\langle ", "⟩": r"\rangle ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}"},
         **{"θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ", "φ": r"\phi "},
+        **{"٫": ".", "٬": ",", "،": ",", "٪": r"\%"},  # Arabic
         **{"，": ",", "：": ":", "（": "(", "）": ")", "′": "'", "’": "'", "″": '"'},
     }
 )
@@ -61,6 +64,10 @@ ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 ROOT = re.compile(r"([√∛∜])\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\d+(?:\.\d+)?|\\?[A-Za-z]+))?")
 BARE_PI = re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])")
 SIZED = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])")
+COLOR = re.compile(  # with the braces around what it colours, if these are not needed
+    r"(\\[A-Za-z]+)?\\(?:text)?color\s*(?:\[\w+\]\s*)?\{[^{}]*\}"
+    r"(?:\{((?:[^{}\\]|\\.|\{[^{}]*\})*)\}(?![A-Za-z]))?"
+)
 STYLE = re.compile(r"\\(?:displaystyle|textstyle|mathstrut|normalsize|bf|rm|it)(?![A-Za-z])")
 TEXT_COMMAND = re.compile(
     r"\\(?:text|textbf|textit|textrm|texttt|textsf|textnormal|mathrm|mathbf|mathit|mathsf|mathtt"
@@ -157,6 +164,7 @@ def in_plain_latex(text: str) -> str:
     text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda m: f"_{{{m[0].translate(SUBSCRIPTS)}}}", text)
     text = FOREIGN_DIGIT.sub(lambda m: str(int(m[0])), text)
     text = ROOT.sub(_root, text.translate(SYMBOLS)).replace(r"\varnothing", r"\emptyset")
+    text = COLOR.sub(lambda m: (f"{m[1]} " if m[1] else "") + (m[2] or ""), text)
     return STYLE.sub("", SIZED.sub("", text))
 
 
