@@ -31,6 +31,7 @@ from nemo_trd.data.types import Refinement
 from nemo_trd.distributed.exchange import all_come, from_first_rank
 from nemo_trd.distributed.parent import end_with_parent
 from nemo_trd.megatron.model_states import load_models
+from nemo_trd.megatron.optimizer import fill_states
 from nemo_trd.megatron.optimizer_states import load_optimizer
 from nemo_trd.megatron.student import Student
 from nemo_trd.records import checkpoint_dir, checksums, disk_space, latest
@@ -258,6 +259,7 @@ class Checkpointer:
 
     def _state_dict(self, *, is_loading: bool) -> dict[str, Any]:
         metadata = {**SHARDING, "dp_cp_group": self._student.groups.dp_cp}
+        fill_states(self._student.optimizer)
         models, average = self._student.sharded_state_dict(metadata), self._student.average
         return {
             **({} if average is None else {"average": average.sharded_state_dict(models)}),

@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    USING_PYTORCH_OPTIMIZER,
+    OptimizerConfig,
+    get_megatron_optimizer,
+)
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
 from nemo_trd.config.schema import Config
@@ -14,7 +19,7 @@ from nemo_trd.config.schema import Config
 def optimizer_tensors(optimizer: Any) -> list[Tensor]:
     """What an optimizer of `make_optimizer` holds of its own: main weights, moments."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    inner = [part.optimizer for part in parts if not getattr(part, "is_stub_optimizer", False)]
+    inner = [part.optimizer for part in parts]
     main = [weight for one in inner for group in one.param_groups for weight in group["params"]]
     states = [value for one in inner for state in one.state.values() for value in state.values()]
     return [*main, *(value for value in states if isinstance(value, Tensor))]
@@ -24,7 +29,7 @@ def make_optimizer(config: Config, chunks: list[Any], groups: Any) -> Any:
     """Adam as `config.optimizer` says, for model chunks that are wrapped for data parallelism."""
     settings = config.optimizer
     bf16 = config.precision.dtype == "bf16"
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=settings.lr,
@@ -42,3 +47,24 @@ def make_optimizer(config: Config, chunks: list[Any], groups: Any) -> Any:
         use_gloo_process_groups=False,
         pg_collection=groups,
     )
+    # Where no rank trains parameters besides experts' (or besides others), megatron-core puts an
+    # optimizer of nothing in the place of theirs, and cannot save that.
+    optimizer.chained_optimizers = [
+        part
+        for part in optimizer.chained_optimizers
+        if not getattr(part, "is_stub_optimizer", False)
+    ]
+    return optimizer
+
+
+def fill_states(optimizer: Any) -> None:
+    """Give Adam the states that it makes at its first update, where it has none yet.
+
+    A distributed optimizer cannot be saved or loaded into without. `torch_adam` does that for
+    torch's Adam.
+    """
+    if USING_PYTORCH_OPTIMIZER:
+        return
+    for part in optimizer.chained_optimizers:
+        if isinstance(part, DistributedOptimizer):
+            part.init_state_fn(part.optimizer, part.config)

@@ -33,11 +33,8 @@ def load_optimizer(optimizer: Any, state_dict: dict[str, Any], checkpoint: Path)
             checkpoint already. Its settings stay as they are.
         state_dict: its `sharded_state_dict(is_loading=True)`.
     """
-    parts = [
-        part
-        for part in optimizer.chained_optimizers
-        if not getattr(part, "is_stub_optimizer", False)
-    ]
+    # A pipeline stage may train nothing besides experts, or no expert.
+    parts = [part for part in optimizer.chained_optimizers if part.get_parameters()]
     saved_tensors = dist_checkpointing.load_tensors_metadata(str(checkpoint))
     if not any(name.startswith(_MEAN) for name in saved_tensors):  # saved before the first update
         for part in parts:

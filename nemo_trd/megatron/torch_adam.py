@@ -25,6 +25,7 @@ def install() -> None:
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
     load = DistributedOptimizer.load_state_dict
     sharded = DistributedOptimizer.sharded_state_dict
+    state_dict = DistributedOptimizer.state_dict
 
     def set_states_except_step(self: Any, model_param: Any, tensors: Any) -> None:
         # The checkpoint holds one shard of each state; `step` is not among them.
@@ -54,6 +55,15 @@ def install() -> None:
                     }
         return sharded(self, *args, **kwargs)
 
+    def state_dict_of_none(self: Any) -> Any:
+        # Theirs looks for the one `step` of all parameters, where a rank may have no parameter.
+        if any(group["params"] for group in self.optimizer.param_groups):
+            return state_dict(self)
+        groups = self.optimizer.state_dict()["param_groups"]
+        kept = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        return {"optimizer": {"param_groups": [{**group, "step": 0.0} for group in kept]}}
+
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states_except_step
     DistributedOptimizer.load_state_dict = load_own_steps
     DistributedOptimizer.sharded_state_dict = sharded_with_states
+    DistributedOptimizer.state_dict = state_dict_of_none

@@ -22,7 +22,7 @@ HALF = 2
 
 
 def run_steps(directory: str, overrides: list[str], first: int, last: int, results: str) -> None:
-    """On every rank: resume from the checkpoint of step `first`, if not 0, and save at `last`."""
+    """On every rank: resume from the checkpoint of step `first`, if any, and save at `last`."""
     import torch.distributed as dist
 
     from nemo_trd.config.load import compose
@@ -44,7 +44,7 @@ def run_steps(directory: str, overrides: list[str], first: int, last: int, resul
     teacher = Teacher(config, student.groups, own, student.average)
     root = Path(directory) / "checkpoints"
     checkpointer = Checkpointer(config.checkpoint, root, student, needed=0)
-    if first:
+    if first or (root / "latest").exists():
         checkpoint, notices = verified_checkpoint(config.checkpoint, root)
         assert checkpoint is not None and checkpointer.load(checkpoint).step == first
         notices += checkpointer.begin(checkpoint)
@@ -81,11 +81,13 @@ def steps(
     return json.loads(results.read_text())
 
 
-def models(directory: Path, intermediate_size: int = 48, family: str = "qwen3") -> Path:
-    sizes = {"vocab_size": 120, "hidden_size": 32, "head_dim": 8}
+def models(
+    directory: Path, intermediate_size: int = 48, family: str = "qwen3", **others: Any
+) -> Path:
+    sizes: dict[str, Any] = {"vocab_size": 120, "hidden_size": 32, "head_dim": 8}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4}
     sizes["intermediate_size"] = intermediate_size
-    make_model(directory / "student", family, tie_word_embeddings=True, **sizes)
+    make_model(directory / "student", family, tie_word_embeddings=True, **sizes, **others)
     make_model(directory / "teacher", "qwen3", seed=1, **sizes)
     return directory
 
@@ -239,6 +241,44 @@ def test_resuming_agrees_wherever_experts_are(settings: list[str], tmp_path: Pat
     seen += steps(broken, 1, settings, HALF + 1, 2 * HALF)
     for step, known in zip(seen, expected, strict=True):
         assert step == pytest.approx(known, rel=1e-5)
+
+
+def test_resuming_agrees_where_experts_alone_are_trained(tmp_path: Path) -> None:
+    """megatron-core has no optimizer for other parameters then."""
+    lora = ["student.adapter=lora", "student.adapter.rank=4", "student.adapter.targets=[gate,up]"]
+    whole, broken = (models(tmp_path / name, family="qwen3_moe") for name in ("whole", "broken"))
+    expected = steps(whole, 1, lora, 0, 2 * HALF)
+    seen = steps(broken, 2, [*EP2, *lora, *DISTRIBUTED], 0, HALF)
+    seen += steps(broken, 2, [*EP2, *lora], HALF, HALF + 1)
+    seen += steps(broken, 1, lora, HALF + 1, 2 * HALF)
+    for step, known in zip(seen, expected, strict=True):
+        assert step == pytest.approx(known, rel=1e-5)
+
+
+@pytest.mark.parametrize("transformer_engine", [False, True])
+def test_resuming_agrees_where_a_stage_has_no_expert(
+    transformer_engine: bool, tmp_path: Path
+) -> None:
+    whole, broken = (
+        models(tmp_path / name, family="qwen3_moe", mlp_only_layers=[0, 1])
+        for name in ("whole", "broken")
+    )
+    expected = steps(whole, 1, [], 0, HALF + 1, transformer_engine)
+    seen = steps(broken, 4, [*PP2, *EP2, *DISTRIBUTED], 0, HALF, transformer_engine)
+    seen += steps(broken, 4, [*PP2, *EP2], HALF, HALF + 1, transformer_engine)
+    for step, known in zip(seen, expected, strict=True):
+        assert step == pytest.approx(known, rel=1e-5)
+
+
+@pytest.mark.parametrize("transformer_engine", [False, True])
+def test_a_checkpoint_from_before_the_first_update_is_none_that_counts(
+    transformer_engine: bool, tmp_path: Path
+) -> None:
+    """All that a run has to save if it is stopped before it had anything to train on."""
+    whole, broken = models(tmp_path / "whole"), models(tmp_path / "broken")
+    expected = steps(whole, 1, DISTRIBUTED, 0, HALF, transformer_engine)
+    assert steps(broken, 1, DISTRIBUTED, 0, 0, transformer_engine) == []
+    assert steps(broken, 1, DISTRIBUTED, 0, HALF, transformer_engine) == expected
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
