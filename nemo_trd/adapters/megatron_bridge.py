@@ -121,41 +121,7 @@ class TRD:
     """TRD for a recipe of Bridge. Everything after `start` is collective."""
 
     def __init__(self, config: Config) -> None:
-        if config.teacher.scoring != "megatron":
-            raise rule_broken(
-                "teacher.scoring",
-                config.teacher.scoring,
-                "Bridge's recipes have it in Megatron",
-                "set teacher.scoring=megatron",
-            )
-        if config.train.micro_batch_size is None:
-            raise rule_broken(
-                "train.micro_batch_size",
-                None,
-                "Bridge counts sequences of a micro-batch",
-                "set it, and train.max_tokens_per_micro_batch=null",
-            )
-        if config.student.adapter is not None:
-            raise rule_broken(
-                "student.adapter",
-                config.student.adapter.kind,
-                "Bridge's recipe says what of its model is trained",
-                "set it to null",
-            )
-        if config.student.moe_aux_loss_coeff:
-            raise rule_broken(
-                "student.moe_aux_loss_coeff",
-                config.student.moe_aux_loss_coeff,
-                "Bridge's recipe says how its routers are balanced",
-                "set it to 0",
-            )
-        if config.teacher.ema is not None:
-            raise rule_broken(
-                "teacher.ema",
-                config.teacher.ema,
-                "Bridge owns the student's weights, and nothing here follows them",
-                "set it to null",
-            )
+        _check(config)
         self.config = config
         self.micro_batches: deque[Item] = deque()
         self.forward_step = TRDForwardStep(left=lambda: len(self.micro_batches))
@@ -207,6 +173,11 @@ class TRD:
             config,
             lambda prompt: privileged_context(prompt, config, self._teacher_tokenizer),
         )
+        if not trajectories:  # Adam would move the weights without a gradient
+            raise RuntimeError(
+                f"step {step} has nothing to train on: {refinement_counts(refinements, ())}. "
+                "Fix: set refinement.on_failure=rollout, or raise the limit that was met."
+            )
         plan = micro_batches.plan(
             config,
             trajectories,
@@ -224,6 +195,65 @@ class TRD:
 
     def close(self) -> None:
         self._generators.close()
+
+
+def _check(config: Config) -> None:
+    """Raises ConfigError: a setting that Bridge decides, or that nothing here carries out."""
+    adapter, gap = config.student.adapter, config.refinement.max_student_nll_gap
+    stored = config.generation.stored
+    for name, value, is_refused, rule, fix in (
+        (
+            "teacher.scoring",
+            config.teacher.scoring,
+            config.teacher.scoring != "megatron",
+            "Bridge's recipes have it in Megatron",
+            "set teacher.scoring=megatron",
+        ),
+        (
+            "train.micro_batch_size",
+            config.train.micro_batch_size,
+            config.train.micro_batch_size is None,
+            "Bridge counts sequences of a micro-batch",
+            "set it, and train.max_tokens_per_micro_batch=null",
+        ),
+        (
+            "student.adapter",
+            adapter and adapter.kind,
+            adapter is not None,
+            "Bridge's recipe says what of its model is trained",
+            "set it to null",
+        ),
+        (
+            "student.moe_aux_loss_coeff",
+            config.student.moe_aux_loss_coeff,
+            bool(config.student.moe_aux_loss_coeff),
+            "Bridge's recipe says how its routers are balanced",
+            "set it to 0",
+        ),
+        (
+            "teacher.ema",
+            config.teacher.ema,
+            config.teacher.ema is not None,
+            "Bridge owns the student's weights, and nothing here follows them",
+            "set it to null",
+        ),
+        (
+            "refinement.max_student_nll_gap",
+            gap,
+            gap is not None,
+            "Bridge owns the student, and nothing here asks it for likelihoods before a step",
+            "set it to null",
+        ),
+        (
+            "generation.stored",
+            stored and stored.model_dump(),
+            stored is not None,
+            "samples are drawn before each step",
+            "choose another generation, such as generation=vllm",
+        ),
+    ):
+        if is_refused:
+            raise rule_broken(name, value, rule, fix)
 
 
 def _load_prompts(config: Config, student_tokenizer: Any, teacher_tokenizer: Any) -> list[Prompt]:
@@ -248,7 +278,8 @@ def trd_recipe(config: Any, trd: TRD) -> Any:
 
     Raises:
         ImportError: without Megatron-Bridge.
-        ConfigError: the recipe splits the model in another way than `parallel.student`.
+        ConfigError: the recipe splits the model in another way than `parallel.student`, or in
+            virtual stages.
     """
     with needed(
         "megatron-bridge==0.6.2",
@@ -269,7 +300,7 @@ def trd_recipe(config: Any, trd: TRD) -> Any:
 
     settings, layout = trd.config, trd.config.parallel.student
     sizes = ("tensor_model", "pipeline_model", "context")
-    for name in (f"{size}_parallel_size" for size in sizes):
+    for name in (*(f"{size}_parallel_size" for size in sizes), "sequence_parallel"):
         if getattr(config.model, name) != getattr(layout, name):
             raise rule_broken(
                 f"parallel.student.{name}",
@@ -277,6 +308,14 @@ def trd_recipe(config: Any, trd: TRD) -> Any:
                 f"the recipe's model has {getattr(config.model, name)}",
                 "give the recipe's",
             )
+    virtual = config.model.virtual_pipeline_model_parallel_size
+    if virtual is not None:
+        raise rule_broken(
+            "model.virtual_pipeline_model_parallel_size of the recipe",
+            virtual,
+            "sequences of TRD differ in length, and interleaved stages take one",
+            "set it to null",
+        )
     config.dataset = TRDDataset()
     config.model.register_pre_wrap_hook(returning_hidden_states)
     config.model.calculate_per_token_loss = True

@@ -177,9 +177,15 @@ def _check(config: Config) -> None:
             "NeMo-RL's teacher sees the prompt and the output",
         ),
         ("refinement.subset", config.refinement.subset, "all", "nothing is verified here"),
+        (
+            "refinement.max_student_nll_gap",
+            config.refinement.max_student_nll_gap,
+            None,
+            "nothing here asks the student for likelihoods before a step",
+        ),
     ):
         if value != wanted:
-            raise rule_broken(field, value, rule, f"set it to {wanted}")
+            raise rule_broken(field, value, rule, f"set it to {wanted or 'null'}")
     if config.refinement.on_failure == "drop":
         raise rule_broken(
             "refinement.on_failure",

@@ -208,12 +208,14 @@ def test_recipe_is_amended_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
 
-    def recipe(tp: int) -> Any:
+    def recipe(tp: int, sp: bool = False, virtual: int | None = None) -> Any:
         hooks: list[Any] = []
         model = SimpleNamespace(
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=1,
             context_parallel_size=1,
+            virtual_pipeline_model_parallel_size=virtual,
+            sequence_parallel=sp,
             seq_length=4096,
             hooks=hooks,
             register_pre_wrap_hook=hooks.append,
@@ -242,5 +244,16 @@ def test_recipe_is_amended_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [next(source)[0], next(source)[0]] == ["first", "second"]
     with pytest.raises(ConfigError, match="tensor_model_parallel_size = 1.*has 2"):
         trd_recipe(recipe(tp=2), trd)
-    with pytest.raises(ConfigError, match="student.moe_aux_loss_coeff = 0.1.*Bridge's recipe says"):
-        TRD(compose([*settings, "student.moe_aux_loss_coeff=0.1"]))
+    with pytest.raises(ConfigError, match="sequence_parallel = False.*has True"):
+        trd_recipe(recipe(tp=1, sp=True), trd)
+    with pytest.raises(ConfigError, match="virtual_pipeline.* = 2.*interleaved stages take one"):
+        trd_recipe(recipe(tp=1, virtual=2), trd)
+    for refused, words in (
+        (
+            "student.moe_aux_loss_coeff=0.1",
+            "student.moe_aux_loss_coeff = 0.1.*Bridge's recipe says",
+        ),
+        ("refinement.max_student_nll_gap=2", "refinement.max_student_nll_gap = 2.*set it to null"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            TRD(compose([*settings, refused]))

@@ -209,6 +209,7 @@ def test_everything_else_of_the_interface_reaches_the_student(interface: type) -
     [
         ("refinement.on_failure=drop", "every sample"),
         ("algorithm.teacher_context=refine", "prompt and the output"),
+        ("refinement.max_student_nll_gap=2", "likelihoods.*set it to null"),
     ],
 )
 def test_what_nemo_rls_trainer_cannot_follow_is_refused(
