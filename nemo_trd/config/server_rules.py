@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from nemo_trd.config.errors import rule_broken
@@ -272,3 +274,23 @@ def _check_drafts(config: Config, vllm: Vllm) -> None:
             f"vLLM does not take it from servers with drafts ({field})",
             f"set it to 0, or {field}=null",
         )
+
+
+def visible_devices(devices: Sequence[int], field: str) -> list[str]:
+    """Names of GPUs that are numbered as this process counts those that it sees.
+
+    Raises:
+        ConfigError: it does not see as many. `field` is the setting that has the numbers.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return list(map(str, devices))
+    names = [name for name in visible.split(",") if name]
+    if max(devices) >= len(names):
+        raise rule_broken(
+            field,
+            list(devices),
+            f"they are numbers, from 0 on, of the GPUs in CUDA_VISIBLE_DEVICES={visible}",
+            "number those, or make more visible",
+        )
+    return [names[device] for device in devices]

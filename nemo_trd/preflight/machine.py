@@ -10,8 +10,8 @@ from packaging.version import Version
 
 from nemo_trd.config.errors import ConfigError, rule_broken
 from nemo_trd.config.schema import Config, Precision
+from nemo_trd.config.server_rules import visible_devices
 from nemo_trd.records.checkpoint_dir import wanted_checkpoints
-from nemo_trd.serve.environment import visible_devices
 from nemo_trd.verifiers.sandbox import check_sandbox
 
 # Compute capability from which on TransformerEngine has a recipe.

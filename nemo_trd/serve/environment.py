@@ -13,6 +13,7 @@ from pydantic import SecretStr
 from nemo_trd.config.errors import rule_broken
 from nemo_trd.config.load import conf_dir
 from nemo_trd.config.schema import Speculation
+from nemo_trd.config.server_rules import visible_devices
 from nemo_trd.serve.worker import worker_environment
 
 PYTHON_VARIABLE = "NEMO_TRD_VLLM_PYTHON"
@@ -68,26 +69,6 @@ def server_environment(
     environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     environment |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     return worker_environment(environment)
-
-
-def visible_devices(devices: Sequence[int], field: str) -> list[str]:
-    """Names of GPUs that are numbered as this process counts those that it sees.
-
-    Raises:
-        ConfigError: it does not see as many. `field` is the setting that has the numbers.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return list(map(str, devices))
-    names = [name for name in visible.split(",") if name]
-    if max(devices) >= len(names):
-        raise rule_broken(
-            field,
-            list(devices),
-            f"they are numbers, from 0 on, of the GPUs in CUDA_VISIBLE_DEVICES={visible}",
-            "number those, or make more visible",
-        )
-    return [names[device] for device in devices]
 
 
 def check_draft_package(speculation: Speculation, python: str, field: str) -> None:
