@@ -49,7 +49,6 @@ class JudgePool:
 
         Raises what went wrong with an earlier one.
         """
-
         if self._failure is not None:
             raise self._failure
 
